@@ -1,0 +1,32 @@
+// The Python face of the core: convert, release the GIL, call. One section a subject, one table of
+// definitions at the bottom.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace {
+
+// ---- words and wordpiece ----------------------------------------------------------------
+
+// ---- lexicon ----------------------------------------------------------------------------
+
+// ---- vocabulary learner -----------------------------------------------------------------
+
+// ---- mixer ------------------------------------------------------------------------------
+
+}  // namespace
+
+PYBIND11_MODULE(_tokenizer, m) {
+  m.doc() = "C++ core of mvbert: words, WordPiece, lexicon, vocabulary learner, mixed rows.";
+
+  // words and wordpiece
+
+  // lexicon
+
+  // vocabulary learner
+
+  // mixer
+}

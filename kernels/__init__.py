@@ -1,0 +1,1 @@
+"""Device code and its plain definitions, imported as mvbert.kernels."""

@@ -1,0 +1,1 @@
+"""mvbert: extremely small BERT models from mixed-vocabulary training."""
