@@ -1,0 +1,8 @@
+"""The one exception for wrong input."""
+
+
+class InputError(ValueError):
+    """Input that a user can mend: the message names it, what was expected and what to do.
+
+    The command line prints the message as one sentence and exits with code 2.
+    """
