@@ -1,0 +1,211 @@
+"""What every test shares: a clean import path, poisoned memory, real data, tiny inputs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The folder kernels/ must never be found as `kernels`: that name is Hugging Face's, and
+# transformers asks for it. So the root leaves the import path once mvbert itself has been found
+# (where nothing is installed, it is found there). Child processes inherit PYTHONPATH as it came.
+import mvbert  # noqa: E402, F401
+
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+try:
+    import torch
+except ImportError:  # the text half of the package works, and is tested, without torch
+    torch = None
+
+# Triton reads this when it is first imported: without a device, kernels run in its interpreter.
+if torch is not None and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# ---- hypothesis: same examples every time, no deadline on a shared machine -------------------
+
+try:
+    import hypothesis
+except ImportError:  # tests that need it skip by pytest.importorskip
+    pass
+else:
+    hypothesis.settings.register_profile(
+        "mvbert", deadline=None, derandomize=True, database=None, print_blob=True
+    )
+    hypothesis.settings.load_profile("mvbert")
+
+
+# ---- memory that nobody wrote is poison ------------------------------------------------------
+
+POISON = 113  # integers have no NaN; an odd number far from 0 and 1 shows up in any comparison
+
+
+def _called_from_package() -> bool:
+    """Whether the caller of the patched function is a module of mvbert."""
+    name = sys._getframe(2).f_globals.get("__name__", "")
+    return name == "mvbert" or name.startswith("mvbert.")
+
+
+def _poison_tensor(tensor):
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.fill_(float("nan"))
+    return tensor if tensor.dtype == torch.bool else tensor.fill_(POISON)
+
+
+def _poisoned_torch(original):
+    def allocate(*args, **kwargs):
+        # Inside torch.compile the allocation must stay the one the compiler knows.
+        if torch.compiler.is_compiling() or not _called_from_package():
+            return original(*args, **kwargs)
+        return _poison_tensor(original(*args, **kwargs))
+
+    return allocate
+
+
+def _poisoned_numpy(original):
+    def allocate(*args, **kwargs):
+        array = original(*args, **kwargs)
+        if _called_from_package():
+            if array.dtype.kind in "fc":
+                array.fill(float("nan"))
+            elif array.dtype.kind in "iu":
+                array.fill(POISON)
+        return array
+
+    return allocate
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory():
+    """Fills `empty` memory asked for by the package with NaN: what is never written shows."""
+    import numpy
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like"):
+            patch.setattr(numpy, name, _poisoned_numpy(getattr(numpy, name)))
+        if torch is not None:
+            for name in ("empty", "empty_like", "empty_strided"):
+                patch.setattr(torch, name, _poisoned_torch(getattr(torch, name)))
+            for name in ("new_empty", "new_empty_strided"):
+                patch.setattr(torch.Tensor, name, _poisoned_torch(getattr(torch.Tensor, name)))
+        yield
+
+
+# ---- places ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real corpora and vocabularies beside the repository; skips without it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared/data beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_file(shared_data):
+    """A function from a file name to its path in the shared data; skips naming a missing file."""
+
+    def find(name: str) -> Path:
+        path = shared_data / name
+        if not path.exists():
+            pytest.skip(f"needs ../shared/data/{name}")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """A function that runs `python -m mvbert ARGS` in an empty folder and returns what came out."""
+
+    def run(*args, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "mvbert", *map(str, args)]
+        kwargs.setdefault("cwd", tmp_path)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs
+        )
+
+    return run
+
+
+# ---- tiny inputs -----------------------------------------------------------------------------
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+LETTERS = list("abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'()-")
+STUDENT_WORDS = ["the", "of", "and", "to", "in", "is", "##s", "##ing", "##ed", "##er", "##ion"]
+TEACHER_WORDS = [
+    *STUDENT_WORDS, "a", "river", "water", "small", "model", "models", "word", "words", "learn",
+    "train", "teacher", "student", "table", "vocabulary", "sentence", "paper", "##ly", "##ment",
+    "##est", "##able", "##ness", "book", "light", "house", "old", "young", "great", "world",
+]  # fmt: skip
+
+TEXT = """\
+The small river runs past the old house, and the water is cold in winter.
+A student learns the words of a language by reading great books slowly.
+
+The teacher reads the same sentence twice: once in small pieces, once in large ones.
+Every word of the paper is in the table; no word of the table is in the paper.
+Training a small model is cheaper than training a large model, but it learns less.
+
+Light from the young stars reaches the world after many years.
+The vocabulary of a child grows by ten words a day, and nobody is teaching them.
+"""
+
+
+def _unique(pieces: list[str]) -> list[str]:
+    return list(dict.fromkeys(pieces))
+
+
+@pytest.fixture(scope="session")
+def teacher_pieces() -> list[str]:
+    """The pieces of a tiny teacher vocabulary, in order; [PAD] is 0."""
+    return _unique([*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *TEACHER_WORDS])
+
+
+@pytest.fixture(scope="session")
+def student_pieces() -> list[str]:
+    """The pieces of a tinier student vocabulary, in order: every letter, few words."""
+    return _unique([*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *STUDENT_WORDS])
+
+
+@pytest.fixture
+def teacher_vocab_file(tmp_path, teacher_pieces) -> Path:
+    """The tiny teacher vocabulary as a vocab.txt."""
+    path = tmp_path / "teacher" / "vocab.txt"
+    path.parent.mkdir()
+    path.write_text("\n".join(teacher_pieces) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def student_vocab_file(tmp_path, student_pieces) -> Path:
+    """The tiny student vocabulary as a vocab.txt."""
+    path = tmp_path / "student" / "vocab.txt"
+    path.parent.mkdir()
+    path.write_text("\n".join(student_pieces) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """Three short documents, one paragraph a line, blank lines between documents."""
+    return TEXT
+
+
+@pytest.fixture
+def text_file(tmp_path, text) -> Path:
+    """The three short documents as a file."""
+    path = tmp_path / "text.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
