@@ -1,39 +1,64 @@
 """Builds the C++ extension `mvbert._tokenizer` with CMake; metadata is in pyproject.toml."""
 
+import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pybind11
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"mvbert needs setuptools>=77 to build, this is {setuptools.__version__}")
+
+
+def build_tool(name: str, directory: str) -> str:
+    """The tool from its pip package in this environment, or else from PATH."""
+    try:
+        found = shutil.which(name, path=getattr(importlib.import_module(name), directory))
+    except (ImportError, AttributeError):
+        found = None
+    found = found or shutil.which(name)
+    if found is None:
+        sys.exit(f"mvbert needs {name} to build its C++ part; run: pip install {name}")
+    return found
 
 
 class CMakeBuild(build_ext):
     """Configures and builds the one CMake target straight into the place setuptools names."""
 
     def build_extension(self, ext: Extension) -> None:
+        cmake = build_tool("cmake", "CMAKE_BIN_DIR")
+        try:
+            import pybind11
+        except ImportError:
+            sys.exit("mvbert needs pybind11 to build its C++ part; run: pip install pybind11")
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp).resolve() / ext.name
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja', 'BIN_DIR')}",
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "_tokenizer"], check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", "_tokenizer"], check=True)
 
 
 setup(
     packages=["mvbert", "mvbert.kernels"],
-    # The folder's own name belongs to Hugging Face's `kernels`, so it is imported as mvbert.kernels.
+    # The folder's own name is Hugging Face's: it is imported as mvbert.kernels (CONTRIBUTING.md).
     package_dir={"mvbert": "mvbert", "mvbert.kernels": "kernels"},
-    package_data={"mvbert": ["py.typed", "*.pyi", "presets/*.toml"], "mvbert.kernels": ["*.cu", "*.md"]},
+    package_data={
+        "mvbert": ["py.typed", "*.pyi", "presets/*.toml"],
+        "mvbert.kernels": ["*.cu", "*.cuh", "*.md"],
+    },
     ext_modules=[Extension("mvbert._tokenizer", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "build_info.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -21,6 +23,8 @@ namespace {
 
 PYBIND11_MODULE(_tokenizer, m) {
   m.doc() = "C++ core of mvbert: words, WordPiece, lexicon, vocabulary learner, mixed rows.";
+  m.attr("__version__") = mvbert::kVersion;
+  m.attr("source_hash") = mvbert::kSourceHash;
 
   // words and wordpiece
 
