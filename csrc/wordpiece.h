@@ -1,0 +1,68 @@
+// Word -> pieces: greedy longest match first (Wu et al., "Google's Neural Machine Translation
+// System", arXiv 1609.08144, as BERT uses it).
+
+#ifndef MVBERT_WORDPIECE_H_
+#define MVBERT_WORDPIECE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace mvbert {
+
+// Immutable after construction: any number of threads may use one.
+class WordPiece {
+ public:
+  // Piece i has id i. Pieces that begin with "##" continue a word. Throws std::invalid_argument if a
+  // piece appears twice, if unk_id is not in [0, pieces.size()), or if there are more than 2^31 - 1.
+  // An empty piece is an id that never comes out.
+  WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int max_chars = 100);
+
+  WordPiece(const WordPiece&) = delete;
+  WordPiece& operator=(const WordPiece&) = delete;
+
+  // Appends the ids of `word`, which must be well-formed UTF-8: at each place the longest piece that
+  // matches; unk_id alone if somewhere none does, or if the word has more than max_chars code points.
+  // Nothing for an empty word. O(length x longest piece), no allocation but the output's.
+  void Cut(std::string_view word, std::vector<std::int32_t>* ids) const;
+
+  // As above, and appends to *ends the offset in `word` where each piece ends.
+  void Cut(std::string_view word, std::vector<std::int32_t>* ids,
+           std::vector<std::uint32_t>* ends) const;
+
+  std::size_t size() const { return pieces_.size(); }
+  std::int32_t unk_id() const { return unk_id_; }
+  int max_chars() const { return max_chars_; }
+  const std::string& piece(std::int32_t id) const { return pieces_[static_cast<std::size_t>(id)]; }
+
+ private:
+  // A byte trie. Children of node n for byte b: a node has a dense row of 256 or a short sorted list;
+  // kept as one hash-free array of (row base + byte) with a check value, built once.
+  class Trie {
+   public:
+    void Build(const std::vector<std::pair<std::string_view, std::int32_t>>& sorted);
+    // The longest key that begins `text`: its length (0: none), its id through *id.
+    std::size_t LongestPrefix(std::string_view text, std::int32_t* id) const;
+
+   private:
+    struct Cell {
+      std::uint32_t owner = 0xFFFFFFFF;  // the node this cell belongs to
+      std::uint32_t child = 0;           // the node it leads to
+    };
+    std::vector<Cell> cells_;             // cell of (node n, byte b): cells_[bases_[n] + b]
+    std::vector<std::uint32_t> bases_;    // per node
+    std::vector<std::int32_t> values_;    // per node: the id of the key that ends here, or -1
+  };
+
+  std::vector<std::string> pieces_;
+  std::int32_t unk_id_;
+  int max_chars_;
+  Trie initial_;   // every piece
+  Trie continued_; // pieces that begin with "##", without it
+};
+
+}  // namespace mvbert
+
+#endif  // MVBERT_WORDPIECE_H_

@@ -1,0 +1,206 @@
+#include "words.h"
+
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "unicode.h"
+
+namespace mvbert {
+
+void WordBatch::Clear() {
+  if (open_) {
+    const std::size_t start = starts_[word_count_];
+    std::memmove(bytes_.data(), bytes_.data() + start, byte_count_ - start);
+    byte_count_ -= start;
+    starts_[0] = 0;
+  } else {
+    byte_count_ = 0;
+  }
+  word_count_ = 0;
+}
+
+void WordBatch::Reserve(std::size_t more) {
+  const std::size_t need = byte_count_ + more + kPadding;
+  if (need <= bytes_.size()) return;
+  if (need > std::numeric_limits<std::uint32_t>::max()) {
+    throw std::length_error("a single word of 4 GiB");
+  }
+  const std::size_t size = need + need / 2 + kTarget;
+  bytes_.resize(size);
+  starts_.resize(size);
+  ends_.resize(size);
+}
+
+// One call of WordSplitter::Fill: the cursor in the text and the code-point-wise path.
+template <bool kLowercase>
+class Filler {
+ public:
+  Filler(std::string_view text, std::size_t from, WordBatch* batch)
+      : begin_(text.data()), at_(begin_ + from), end_(begin_ + text.size()), batch_(*batch) {}
+
+  std::size_t Run() {
+    while (at_ < end_ && !batch_.full()) {
+      batch_.Reserve(256);
+      Step();
+    }
+    if (at_ == end_) Close();
+    return static_cast<std::size_t>(at_ - begin_);
+  }
+
+ private:
+  void Close() {
+    if (!batch_.open_) return;
+    batch_.ends_[batch_.word_count_++] = static_cast<std::uint32_t>(batch_.byte_count_);
+    batch_.open_ = false;
+  }
+
+  void Open() {
+    if (batch_.open_) return;
+    batch_.starts_[batch_.word_count_] = static_cast<std::uint32_t>(batch_.byte_count_);
+    batch_.open_ = true;
+  }
+
+  void Copy(const char* s, std::size_t n) {
+    std::memcpy(batch_.bytes_.data() + batch_.byte_count_, s, n);
+    batch_.byte_count_ += n;
+  }
+
+  void Letters(std::string_view s) {
+    Open();
+    Copy(s.data(), s.size());
+  }
+
+  void Alone(std::string_view s) {
+    Close();
+    Letters(s);
+    Close();
+  }
+
+  // A code point of normalised text: a punctuation mark or a letter.
+  void Normalized(char32_t c) {
+    char utf8[4];
+    const std::string_view s(utf8, static_cast<std::size_t>(EncodeUtf8(c, utf8) - utf8));
+    if (KindOf(EntryOf<kLowercase>(c)) == kPunct) {
+      Alone(s);
+    } else {
+      Letters(s);
+    }
+  }
+
+  void Step() {
+    const char* start = at_;
+    const char32_t c = DecodeUtf8(&at_);
+    const CharEntry entry = EntryOf<kLowercase>(c);
+    const CharKind kind = KindOf(entry);
+    if (!kLowercase && (kind == kLetter || kind == kPunct) && GatherFollows()) {
+      at_ = start;
+      GatherCased();
+      return;
+    }
+    const std::string_view source(start, static_cast<std::size_t>(at_ - start));
+    switch (kind) {
+      case kLetter: Letters(source); break;
+      case kDrop: break;
+      case kMark: break;
+      case kSpace: Close(); break;
+      case kPunct: Alone(source); break;
+      case kCjk: Alone(source); break;
+      case kMapLetters: Letters(Replacement(entry)); break;
+      case kMapPunct: Alone(Replacement(entry)); break;
+      case kMapCjk: Alone(Replacement(entry)); break;
+      case kHangul: {
+        gathered_.clear();
+        Decompose(c, &gathered_);
+        for (const char32_t letter : gathered_) Normalized(letter);
+        break;
+      }
+      case kGather:
+        at_ = start;
+        if (kLowercase) {
+          GatherUncased();
+        } else {
+          GatherCased();
+        }
+        break;
+    }
+  }
+
+  // Cased: does a code point that composition may touch come next, deleted ones aside?
+  bool GatherFollows() const {
+    const char* p = at_;
+    while (p < end_) {
+      if (static_cast<unsigned char>(*p) - 0x20u < 0x5F) return false;  // printable ASCII
+      const CharKind kind = KindOf(EntryOf<false>(DecodeUtf8(&p)));
+      if (kind != kDrop) return kind == kGather;
+    }
+    return false;
+  }
+
+  // Cased: composes the code point at the cursor and all that follow and may combine (NFC).
+  void GatherCased() {
+    gathered_.clear();
+    while (at_ < end_) {
+      const char* start = at_;
+      const char32_t c = DecodeUtf8(&at_);
+      const CharKind kind = KindOf(EntryOf<false>(c));
+      if (kind == kDrop) continue;
+      if (kind != kGather && !gathered_.empty()) {
+        at_ = start;
+        break;
+      }
+      Decompose(c, &gathered_);
+    }
+    CanonicalOrder(&gathered_);
+    Compose(&gathered_);
+    batch_.Reserve(4 * gathered_.size() + 256);
+    for (const char32_t c : gathered_) Normalized(c);
+  }
+
+  // Uncased: brings combining characters that are not accents into canonical order.
+  void GatherUncased() {
+    gathered_.clear();
+    while (at_ < end_) {
+      const char* start = at_;
+      const char32_t c = DecodeUtf8(&at_);
+      const CharKind kind = KindOf(EntryOf<true>(c));
+      if (kind == kDrop) continue;
+      if (kind != kGather && !(kind == kMark && CombiningClass(c) != 0)) {
+        at_ = start;
+        break;
+      }
+      Decompose(c, &gathered_);
+    }
+    CanonicalOrder(&gathered_);
+    batch_.Reserve(4 * gathered_.size() + 256);
+    for (const char32_t c : gathered_) {
+      if (!IsNonspacingMark(c)) Normalized(c);
+    }
+  }
+
+  const char* begin_;
+  const char* at_;
+  const char* end_;
+  WordBatch& batch_;
+  std::vector<char32_t> gathered_;
+};
+
+std::size_t WordSplitter::Fill(std::string_view utf8, std::size_t from, WordBatch* batch) const {
+  batch->Reserve(256);
+  if (options_.lowercase) return Filler<true>(utf8, from, batch).Run();
+  return Filler<false>(utf8, from, batch).Run();
+}
+
+void WordSplitter::Split(std::string_view utf8, Words* out) const {
+  CheckUtf8(utf8);
+  WordBatch batch;
+  ForEachWord(utf8, &batch, [out](std::string_view word) {
+    out->bytes.append(word);
+    if (out->bytes.size() > std::numeric_limits<std::uint32_t>::max()) {
+      throw std::length_error("more than 4 GiB of words in one Words");
+    }
+    out->ends.push_back(static_cast<std::uint32_t>(out->bytes.size()));
+  });
+}
+
+}  // namespace mvbert

@@ -1,0 +1,108 @@
+// Text -> words: BERT's cleaning, normalisation and splitting.
+//
+// The definition is what Hugging Face's slow BertTokenizer (transformers 4.57) does before WordPiece,
+// with the Unicode tables pinned to 14.0.0 and with no special tokens: control, private, unassigned
+// characters and U+FFFD are deleted; whitespace separates; ideographs and punctuation marks are words
+// of their own; uncased text is lower-cased character by character and loses its accents (NFD
+// without Mn), cased text is composed (NFC). mvbert/wordpiece.py is the same in plain Python.
+//
+// A WordSplitter is immutable: any number of threads may use one, each with its own WordBatch.
+
+#ifndef MVBERT_WORDS_H_
+#define MVBERT_WORDS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace mvbert {
+
+struct SplitOptions {
+  bool lowercase = true;  // also strips accents, as BERT's uncased models need
+};
+
+// Flat words: word i is bytes[ends[i - 1], ends[i]), with ends[-1] = 0.
+struct Words {
+  std::string bytes;
+  std::vector<std::uint32_t> ends;
+};
+
+// A reusable buffer of some thousand normalised words. Each word's bytes can be read up to
+// kPadding bytes past its end, so that fixed-width loads need no care.
+class WordBatch {
+ public:
+  static constexpr std::size_t kPadding = 64;
+
+  WordBatch() = default;
+  WordBatch(const WordBatch&) = delete;
+  WordBatch& operator=(const WordBatch&) = delete;
+
+  // Complete words. Word i is [bytes() + start(i), bytes() + end(i)).
+  std::size_t size() const { return word_count_; }
+  const char* bytes() const { return bytes_.data(); }
+  std::uint32_t start(std::size_t i) const { return starts_[i]; }
+  std::uint32_t end(std::size_t i) const { return ends_[i]; }
+  std::string_view operator[](std::size_t i) const {
+    return {bytes_.data() + starts_[i], ends_[i] - starts_[i]};
+  }
+
+  bool full() const { return byte_count_ >= kTarget; }
+
+  // Forgets the complete words; keeps a word that is still being read.
+  void Clear();
+
+ private:
+  friend class WordSplitter;
+  template <bool kLowercase>
+  friend class Filler;
+
+  static constexpr std::size_t kTarget = 16384;  // stays in the first-level cache with its words
+
+  // Makes room for `more` bytes and as many words, and the padding.
+  void Reserve(std::size_t more);
+
+  std::vector<char> bytes_;
+  std::vector<std::uint32_t> starts_;
+  std::vector<std::uint32_t> ends_;
+  std::size_t byte_count_ = 0;
+  std::size_t word_count_ = 0;
+  bool open_ = false;  // starts_[word_count_] is the start of a word whose end is not known
+};
+
+class WordSplitter {
+ public:
+  explicit WordSplitter(SplitOptions options) : options_(options) {}
+
+  const SplitOptions& options() const { return options_; }
+
+  // Appends the words of `utf8` to *out. Throws std::invalid_argument naming the offset of the first
+  // ill-formed byte, and std::length_error past 4 GiB of words; *out is then unchanged or has a
+  // prefix of the words.
+  void Split(std::string_view utf8, Words* out) const;
+
+  // Calls sink(std::string_view word) for each word, in order. The view lives until the sink returns.
+  // `utf8` must be well-formed (see CheckUtf8), here and below.
+  template <typename Sink>
+  void ForEachWord(std::string_view utf8, WordBatch* batch, Sink&& sink) const {
+    std::size_t at = 0;
+    do {
+      at = Fill(utf8, at, batch);
+      for (std::size_t i = 0; i < batch->size(); ++i) sink((*batch)[i]);
+      batch->Clear();
+    } while (at < utf8.size());
+  }
+
+  // Reads words of utf8[from, size) into *batch until it is full or the text ends, and returns where
+  // it stopped. When that is the end of the text, the last word is complete too. Otherwise the caller
+  // uses the words, calls batch->Clear() and calls again with the returned position.
+  std::size_t Fill(std::string_view utf8, std::size_t from, WordBatch* batch) const;
+
+ private:
+  SplitOptions options_;
+};
+
+}  // namespace mvbert
+
+#endif  // MVBERT_WORDS_H_
