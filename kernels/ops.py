@@ -1,0 +1,453 @@
+"""The fused losses as PyTorch operators: schema, fake kernel, autograd.
+
+Three operators a loss:
+
+    <loss>_sum            the scaled sum of the rows' losses, with the gradients made on the way;
+                          backward only multiplies them by the incoming scalar
+    <loss>_rows           the loss of each row, nothing kept
+    <loss>_rows_backward  the gradients for given upstream gradients of the rows, recomputing logits
+
+`backend` is "triton" (kernels of this folder) or "chunked" (plain PyTorch, chunked.py). All three are
+opaque to torch.compile, so a compiled model keeps one graph, whichever rows carry a loss.
+"""
+
+import torch
+from torch import Tensor
+
+from mvbert.kernels import chunked
+from mvbert.kernels.chunked import Need, accumulator_dtype
+
+# When True, ids and labels on a GPU are checked too, at the price of a host synchronisation a call.
+CHECK_ON_GPU = False
+
+
+def _run(backend: str, loss: str, hidden: Tensor, *arguments):
+    """Calls the implementation of `loss` ("cross_entropy", "kl" or "sparse_kl").
+
+    Autocast is off inside: the dtype of `hidden` already says what the products run in.
+    """
+    if backend == "chunked":
+        implementation = chunked
+    else:
+        from mvbert.kernels import linear_cross_entropy as implementation
+    with torch.autocast(hidden.device.type, enabled=False):
+        return getattr(implementation, loss)(hidden, *arguments)
+
+
+def check_range(what: str, ids: Tensor, size: int, ignore_index: int | None = None) -> None:
+    """ValueError unless every id lies in [0, size) or equals `ignore_index`."""
+    if ids.numel() == 0 or (ids.is_cuda and not CHECK_ON_GPU):
+        return
+    bad = (ids < 0) | (ids >= size)
+    if ignore_index is not None:
+        bad &= ids != ignore_index
+    if bad.any():
+        allowance = "" if ignore_index is None else f" or be {ignore_index}"
+        raise ValueError(
+            f"{what} must lie in [0, {size}){allowance}, got {int(ids[bad][0])}: "
+            "was it made with another vocabulary?"
+        )
+
+
+def _empty_gradients(hidden, weight, bias, need):
+    """What the fake kernels hand out for (dhidden, dweight, dbias)."""
+    return (
+        hidden.new_empty(hidden.shape if need[0] else (0,)),
+        weight.new_empty(weight.shape if need[1] else (0,)),
+        hidden.new_empty(0) if bias is None or not need[2] else bias.new_empty(bias.shape),
+    )
+
+
+def _rows_like(hidden: Tensor) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+
+
+def _scaled(gradient: Tensor, dtotal: Tensor) -> Tensor | None:
+    """gradient * dtotal, or the gradient itself where dtotal is known to be 1 without waiting."""
+    if gradient.ndim == 1 and gradient.numel() == 0:
+        return None
+    return gradient * dtotal.to(gradient.dtype)
+
+
+def _refuse_second_order(gradients) -> None:
+    if any(g is not None for g in gradients):
+        raise RuntimeError("the fused losses have first derivatives only; use backend='reference'")
+
+
+# ---- linear cross-entropy ----------------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::linear_cross_entropy_sum", mutates_args=())
+def linear_cross_entropy_sum(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N]
+    scale: Tensor,  # [], float32: what the sum of the losses is multiplied by
+    ignore_index: int,
+    label_smoothing: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_range("labels", labels, weight.shape[0], ignore_index)
+    need = Need(*need)
+    dloss = scale.expand(hidden.shape[0]) if need else None
+    loss, _, *gradients = _run(
+        backend,
+        "cross_entropy",
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index,
+        label_smoothing,
+        dloss,
+        None,
+        need,
+    )
+    return loss.sum() * scale, *gradients
+
+
+@linear_cross_entropy_sum.register_fake
+def _(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, need, backend):
+    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
+
+
+def _save_gradients(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[-3:])
+
+
+def _cross_entropy_sum_backward(ctx, dtotal, *dgradients):
+    _refuse_second_order(dgradients)
+    if dtotal is None:
+        return (None,) * 9
+    dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
+    return dhidden, dweight, dbias, *(None,) * 6
+
+
+linear_cross_entropy_sum.register_autograd(
+    _cross_entropy_sum_backward, setup_context=_save_gradients
+)
+
+
+@torch.library.custom_op("mvbert::linear_cross_entropy_rows", mutates_args=())
+def linear_cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_range("labels", labels, weight.shape[0], ignore_index)
+    loss, lse, *_ = _run(
+        backend,
+        "cross_entropy",
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index,
+        label_smoothing,
+        None,
+        None,
+        Need(),
+    )
+    return loss, lse
+
+
+@linear_cross_entropy_rows.register_fake
+def _(hidden, weight, bias, labels, ignore_index, label_smoothing, backend):
+    return _rows_like(hidden), _rows_like(hidden)
+
+
+@torch.library.custom_op("mvbert::linear_cross_entropy_rows_backward", mutates_args=())
+def linear_cross_entropy_rows_backward(
+    dloss: Tensor,  # [N]
+    dlse: Tensor | None,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, *gradients = _run(
+        backend,
+        "cross_entropy",
+        hidden,
+        weight,
+        bias,
+        labels,
+        ignore_index,
+        label_smoothing,
+        dloss,
+        dlse,
+        Need(*need),
+    )
+    return tuple(gradients)
+
+
+@linear_cross_entropy_rows_backward.register_fake
+def _(dloss, dlse, hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend):
+    return _empty_gradients(hidden, weight, bias, need)
+
+
+def _save_cross_entropy_rows(ctx, inputs, output):
+    hidden, weight, bias, labels, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels)
+
+
+def _cross_entropy_rows_backward(ctx, dloss, dlse):
+    if dloss is None and dlse is None:
+        return (None,) * 7
+    hidden, weight, bias, labels = ctx.saved_tensors
+    ignore_index, label_smoothing, backend = ctx.options
+    if dloss is None:
+        dloss = torch.zeros_like(dlse)
+    need = [bool(n) for n in ctx.needs_input_grad[:3]]
+    gradients = linear_cross_entropy_rows_backward(
+        dloss, dlse, hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend
+    )
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 4
+
+
+linear_cross_entropy_rows.register_autograd(
+    _cross_entropy_rows_backward, setup_context=_save_cross_entropy_rows
+)
+
+
+# ---- linear KL, dense and sparse targets -------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::linear_kl_sum", mutates_args=())
+def linear_kl_sum(
+    hidden: Tensor,  # [N, H_s]
+    weight: Tensor,  # [V, H_s]
+    bias: Tensor | None,  # [V]
+    teacher_hidden: Tensor,  # [N, H_t]
+    teacher_weight: Tensor,  # [V, H_t]
+    teacher_bias: Tensor | None,  # [V]
+    mask: Tensor,  # [N], bool
+    scale: Tensor,  # [], float32
+    temperature: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need = Need(*need)
+    dloss = scale.expand(hidden.shape[0]) if need else None
+    loss, *gradients = _run(
+        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
+        dloss, need,
+    )  # fmt: skip
+    return loss.sum() * scale, *gradients
+
+
+@linear_kl_sum.register_fake
+def _(hidden, weight, bias, th, tw, tb, mask, scale, temperature, need, backend):
+    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
+
+
+def _kl_sum_backward(ctx, dtotal, *dgradients):
+    _refuse_second_order(dgradients)
+    if dtotal is None:
+        return (None,) * 11
+    dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
+    return dhidden, dweight, dbias, *(None,) * 8
+
+
+linear_kl_sum.register_autograd(_kl_sum_backward, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("mvbert::linear_kl_rows", mutates_args=())
+def linear_kl_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    mask: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    return _run(
+        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
+        None, Need(),
+    )[0]  # fmt: skip
+
+
+@linear_kl_rows.register_fake
+def _(hidden, weight, bias, th, tw, tb, mask, temperature, backend):
+    return _rows_like(hidden)
+
+
+@torch.library.custom_op("mvbert::linear_kl_rows_backward", mutates_args=())
+def linear_kl_rows_backward(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    mask: Tensor,
+    temperature: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, *gradients = _run(
+        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
+        dloss, Need(*need),
+    )  # fmt: skip
+    return tuple(gradients)
+
+
+@linear_kl_rows_backward.register_fake
+def _(dloss, hidden, weight, bias, th, tw, tb, mask, temperature, need, backend):
+    return _empty_gradients(hidden, weight, bias, need)
+
+
+def _save_kl_rows(ctx, inputs, output):
+    *tensors, ctx.temperature, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _kl_rows_backward(ctx, dloss):
+    if dloss is None:
+        return (None,) * 9
+    need = [bool(n) for n in ctx.needs_input_grad[:3]]
+    gradients = linear_kl_rows_backward(
+        dloss, *ctx.saved_tensors, ctx.temperature, need, ctx.backend
+    )
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 6
+
+
+linear_kl_rows.register_autograd(_kl_rows_backward, setup_context=_save_kl_rows)
+
+
+@torch.library.custom_op("mvbert::sparse_linear_kl_sum", mutates_args=())
+def sparse_linear_kl_sum(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    target_ids: Tensor,  # [N, K]
+    target_probs: Tensor,  # [N, K]
+    scale: Tensor,  # [], float32
+    temperature: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_range("target_ids", target_ids[target_probs > 0], weight.shape[0])
+    need = Need(*need)
+    dloss = scale.expand(hidden.shape[0]) if need else None
+    loss, *gradients = _run(
+        backend,
+        "sparse_kl",
+        hidden,
+        weight,
+        bias,
+        target_ids,
+        target_probs,
+        temperature,
+        dloss,
+        need,
+    )
+    return loss.sum() * scale, *gradients
+
+
+@sparse_linear_kl_sum.register_fake
+def _(hidden, weight, bias, target_ids, target_probs, scale, temperature, need, backend):
+    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
+
+
+def _sparse_kl_sum_backward(ctx, dtotal, *dgradients):
+    _refuse_second_order(dgradients)
+    if dtotal is None:
+        return (None,) * 9
+    dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
+    return dhidden, dweight, dbias, *(None,) * 6
+
+
+sparse_linear_kl_sum.register_autograd(_sparse_kl_sum_backward, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("mvbert::sparse_linear_kl_rows", mutates_args=())
+def sparse_linear_kl_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    check_range("target_ids", target_ids[target_probs > 0], weight.shape[0])
+    return _run(
+        backend,
+        "sparse_kl",
+        hidden,
+        weight,
+        bias,
+        target_ids,
+        target_probs,
+        temperature,
+        None,
+        Need(),
+    )[0]
+
+
+@sparse_linear_kl_rows.register_fake
+def _(hidden, weight, bias, target_ids, target_probs, temperature, backend):
+    return _rows_like(hidden)
+
+
+@torch.library.custom_op("mvbert::sparse_linear_kl_rows_backward", mutates_args=())
+def sparse_linear_kl_rows_backward(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    temperature: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, *gradients = _run(
+        backend,
+        "sparse_kl",
+        hidden,
+        weight,
+        bias,
+        target_ids,
+        target_probs,
+        temperature,
+        dloss,
+        Need(*need),
+    )
+    return tuple(gradients)
+
+
+@sparse_linear_kl_rows_backward.register_fake
+def _(dloss, hidden, weight, bias, target_ids, target_probs, temperature, need, backend):
+    return _empty_gradients(hidden, weight, bias, need)
+
+
+def _sparse_kl_rows_backward(ctx, dloss):
+    if dloss is None:
+        return (None,) * 7
+    need = [bool(n) for n in ctx.needs_input_grad[:3]]
+    gradients = sparse_linear_kl_rows_backward(
+        dloss, *ctx.saved_tensors, ctx.temperature, need, ctx.backend
+    )
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 4
+
+
+sparse_linear_kl_rows.register_autograd(_sparse_kl_rows_backward, setup_context=_save_kl_rows)

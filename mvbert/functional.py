@@ -1,0 +1,624 @@
+"""The fused parts as functions: argument checks, choice of implementation, reduction.
+
+`backend` is the same everywhere:
+
+    auto       triton for CUDA tensors, chunked otherwise
+    triton     the kernels of mvbert.kernels; CUDA tensors (or any, in Triton's interpreter)
+    chunked    plain PyTorch over chunks of rows; any device
+    reference  the definition: plain differentiable PyTorch, logits held whole
+
+Letters: B rows of a batch, T pieces in a row, N rows with or without a label, H hidden width, E
+embedding width of the student, V vocabulary size (V_t teacher, V_s student), P positions, S token
+types, K soft targets.
+
+Ids and labels of two vocabularies live in one space: below V_t a teacher piece, V_t + i student
+piece i. They are checked on the CPU always, on a GPU when `check_on_gpu(True)` was called (it waits
+for the device); unchecked, an id out of range gives NaN and never reads out of bounds.
+"""
+
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mvbert.kernels import definitions as plain
+from mvbert.kernels import ops
+from mvbert.kernels.definitions import IGNORE_INDEX, reduce_rows, split_labels
+
+__all__ = [
+    "IGNORE_INDEX",
+    "check_on_gpu",
+    "linear_cross_entropy",
+    "linear_kl",
+    "mixed_embedding",
+    "mixed_linear_cross_entropy",
+    "project_rows",
+    "project_table",
+    "residual_layer_norm",
+    "sparse_linear_kl",
+]
+
+BACKENDS = ("auto", "triton", "chunked", "reference")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_on_gpu(on: bool) -> None:
+    """Whether ids and labels on a GPU are range-checked: a debugging aid, it waits for the device."""
+    ops.CHECK_ON_GPU = bool(on)
+
+
+# ---- embeddings --------------------------------------------------------------------------------
+
+
+def project_table(student_table: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The student table at the teacher's width, for input rows and tied output alike.
+
+    Args:
+        student_table: [V_s, E].
+        weight: [H, E].
+        bias: [H] or None.
+
+    Returns:
+        [V_s, H], `student_table @ weight.T + bias`.
+    """
+    _check_linear("project_table", student_table, weight, bias, ("V_s", "E"), ("H", "E"))
+    return F.linear(student_table, weight, bias)
+
+
+def project_rows(
+    input_ids: Tensor,
+    student_table: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    teacher_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Only the student rows that a call reads, for calls with fewer pieces than V_s.
+
+    Projecting a row costs the same wherever it comes from, so the table wins as soon as a batch has
+    more than V_s pieces, these rows below that (fine-tuning, inference).
+
+    Args:
+        input_ids: [.., T] joint ids.
+        student_table: [V_s, E].
+        weight: [H, E].
+        bias: [H] or None.
+        teacher_size: V_t, where student ids begin.
+
+    Returns:
+        (student_rows [number of ids, H], input_ids [.., T]) to hand to `mixed_embedding` in place of
+        the projected table and the ids.
+    """
+    _check_linear("project_rows", student_table, weight, bias, ("V_s", "E"), ("H", "E"))
+    is_student = input_ids >= teacher_size
+    own = torch.where(is_student, input_ids - teacher_size, 0).reshape(-1)
+    rows = F.linear(F.embedding(own, student_table), weight, bias)
+    numbered = torch.arange(own.numel(), device=own.device, dtype=input_ids.dtype)
+    numbered = numbered.reshape(input_ids.shape) + teacher_size
+    return rows, torch.where(is_student, numbered, input_ids)
+
+
+def mixed_embedding(
+    input_ids: Tensor,
+    teacher_table: Tensor | None,
+    student_rows: Tensor | None,
+    position_table: Tensor | None,
+    type_table: Tensor | None,
+    token_type_ids: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    position_ids: Tensor | None = None,
+    padding_id: int | None = None,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """dropout(LayerNorm(table[id] + position[t] + type[s])) with table = [teacher; student].
+
+    One vocabulary only: the other table is None and ids start at 0.
+
+    Args:
+        input_ids: [B, T], int32 or int64, joint ids.
+        teacher_table: [V_t, H] or None.
+        student_rows: [V_s, H] or None, from `project_table` (or a student's own table).
+        position_table: [P, H] or None.
+        type_table: [S, H] or None.
+        token_type_ids: [B, T], any integer type; None: type 0.
+        ln_weight, ln_bias: [H].
+        eps: LayerNorm's epsilon.
+        dropout_p: probability of zeroing an output value; only when `training`.
+        training: whether dropout is active.
+        position_ids: [B, T] or [1, T]; None: 0 .. T-1.
+        padding_id: joint id whose row receives no gradient, as `nn.Embedding(padding_idx=..)`.
+        deterministic: gradients of the tables summed in a fixed order; None: as
+            `torch.are_deterministic_algorithms_enabled()` says.
+        backend: see the module's first lines.
+
+    Returns:
+        [B, T, H].
+    """
+    if input_ids.ndim != 2:
+        raise ValueError(f"mixed_embedding needs input_ids [B, T], got {_shape(input_ids)}")
+    _check_integers("mixed_embedding", "input_ids", input_ids)
+    tables = [table for table in (teacher_table, student_rows) if table is not None]
+    if not tables:
+        raise ValueError(
+            "mixed_embedding needs a teacher_table [V_t, H], student_rows [V_s, H] or both"
+        )
+    H = tables[0].shape[-1]
+    for name, table, rows in (
+        ("teacher_table", teacher_table, "V_t"),
+        ("student_rows", student_rows, "V_s"),
+        ("position_table", position_table, "P"),
+        ("type_table", type_table, "S"),
+    ):
+        if table is None:
+            continue
+        if table.ndim != 2 or table.shape[1] != H:
+            raise ValueError(
+                f"mixed_embedding needs {name} [{rows}, H] with H = {H}, got {_shape(table)}"
+            )
+        _check_device("mixed_embedding", name, table, input_ids)
+    for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if vector.shape != (H,):
+            raise ValueError(f"mixed_embedding needs {name} [H] with H = {H}, got {_shape(vector)}")
+    if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
+        raise ValueError(
+            f"mixed_embedding needs token_type_ids [B, T] like input_ids {_shape(input_ids)}, "
+            f"got {_shape(token_type_ids)}"
+        )
+    B, T = input_ids.shape
+    if position_ids is not None and tuple(position_ids.shape) not in ((B, T), (1, T)):
+        raise ValueError(
+            f"mixed_embedding needs position_ids [B, T] or [1, T] with T = {T}, "
+            f"got {_shape(position_ids)}"
+        )
+    if position_table is not None and position_ids is None and position_table.shape[0] < T:
+        raise ValueError(
+            f"mixed_embedding has {position_table.shape[0]} positions, too few for rows of T = {T}"
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    backend = _backend(backend, input_ids)
+    if not torch.compiler.is_compiling():
+        ops.check_range("input_ids", input_ids, sum(table.shape[0] for table in tables))
+        if position_table is not None and position_ids is not None:
+            ops.check_range("position_ids", position_ids, position_table.shape[0])
+        if type_table is not None and token_type_ids is not None:
+            ops.check_range("token_type_ids", token_type_ids, type_table.shape[0])
+    if type_table is not None and token_type_ids is None:
+        token_type_ids = input_ids.new_zeros(())
+    if backend == "reference":
+        hidden = plain.mixed_embedding_reference(
+            input_ids, teacher_table, student_rows, position_table, type_table,
+            None if token_type_ids is None else token_type_ids.expand(B, T),
+            position_ids, ln_weight, ln_bias, eps,
+        )  # fmt: skip
+        return F.dropout(hidden, dropout_p, training)
+    rows = _gather(input_ids, teacher_table, student_rows, padding_id)
+    if position_table is not None:
+        if position_ids is None:
+            rows = rows + position_table[:T]
+        else:
+            rows = rows + F.embedding(position_ids.long(), position_table)
+    if type_table is not None:
+        rows = rows + F.embedding(token_type_ids.long(), type_table)
+    hidden = F.layer_norm(rows, (H,), ln_weight, ln_bias, eps)
+    return F.dropout(hidden, dropout_p, training)
+
+
+def _gather(input_ids, teacher_table, student_rows, padding_id):
+    """table[id] of [teacher; student], without making that table."""
+    if teacher_table is None or student_rows is None:
+        table = student_rows if teacher_table is None else teacher_table
+        return F.embedding(input_ids, table, padding_idx=padding_id)
+    V = teacher_table.shape[0]
+    is_student = (input_ids >= V)[..., None]
+    of_teacher = F.embedding(
+        torch.where(is_student[..., 0], 0, input_ids),
+        teacher_table,
+        padding_idx=padding_id if padding_id is not None and padding_id < V else None,
+    )
+    of_student = F.embedding(
+        torch.where(is_student[..., 0], input_ids - V, 0),
+        student_rows,
+        padding_idx=padding_id - V if padding_id is not None and padding_id >= V else None,
+    )
+    return torch.where(is_student, of_student, of_teacher)
+
+
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """LayerNorm(residual + dropout(x)).
+
+    Args:
+        x, residual: [.., H].
+        ln_weight, ln_bias: [H].
+        eps: LayerNorm's epsilon.
+        dropout_p: probability of zeroing a value of x; only when `training`.
+        training: whether dropout is active.
+        backend: see the module's first lines.
+
+    Returns:
+        [.., H].
+    """
+    H = x.shape[-1]
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual_layer_norm needs x and residual [.., H] alike, got {_shape(x)} and {_shape(residual)}"
+        )
+    for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if vector.shape != (H,):
+            raise ValueError(
+                f"residual_layer_norm needs {name} [H] with H = {H}, got {_shape(vector)}"
+            )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    _backend(backend, x)
+    return F.layer_norm(residual + F.dropout(x, dropout_p, training), (H,), ln_weight, ln_bias, eps)
+
+
+# ---- losses ------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax cross-entropy of `hidden @ weight.T + bias` without ever holding the logits.
+
+    As `F.cross_entropy` on those logits, except that the mean over no rows at all is 0, not NaN.
+
+    Args:
+        hidden: [N, H]; its dtype (under autocast, autocast's) is that of the products.
+        weight: [V, H], of the dtype of `hidden` or wider.
+        labels: [N], int32 or int64; rows with `ignore_index` cost nothing.
+        bias: [V] or None.
+        reduction: "mean" over the rows that have a label, "sum", or "none".
+        label_smoothing: share of the target spread evenly over V, in [0, 1).
+        return_lse: also return log-sum-exp of each row's logits, differentiable, 0 on ignored rows.
+        backend: see the module's first lines.
+
+    Returns:
+        The loss, float32 (float64 for float64 input), [] or [N]; or (loss, lse [N]).
+    """
+    _check_loss("linear_cross_entropy", hidden, weight, bias, labels, reduction, label_smoothing)
+    backend = _backend(backend, hidden)
+    if backend == "reference":
+        if not hidden.is_cuda and not torch.compiler.is_compiling():
+            ops.check_range("labels", labels, weight.shape[0], ignore_index)
+        loss, lse = plain.linear_cross_entropy_reference(
+            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+    elif reduction != "none" and not return_lse:
+        scale = _scale(labels != ignore_index, reduction, hidden)
+        return _cross_entropy_sum(
+            hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend
+        )
+    else:
+        hidden = _autocast(hidden)
+        loss, lse = ops.linear_cross_entropy_rows(
+            hidden, weight, bias, labels, ignore_index, label_smoothing, backend
+        )
+    loss = reduce_rows(loss, labels != ignore_index, reduction)
+    return (loss, lse) if return_lse else loss
+
+
+def mixed_linear_cross_entropy(
+    hidden: Tensor,
+    teacher_weight: Tensor,
+    student_weight: Tensor,
+    labels: Tensor,
+    teacher_bias: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of each row over the vocabulary of its own label: two softmaxes.
+
+    Args:
+        hidden: [N, H].
+        teacher_weight: [V_t, H].
+        student_weight: [V_s, H], the projected student table.
+        labels: [N], joint ids or `ignore_index`.
+        teacher_bias: [V_t] or None.
+        student_bias: [V_s] or None.
+        ignore_index, reduction, label_smoothing, return_lse, backend: as `linear_cross_entropy`;
+            "mean" is over all rows that have a label, of either vocabulary.
+
+    Returns:
+        As `linear_cross_entropy`.
+    """
+    name = "mixed_linear_cross_entropy"
+    _check_loss(name, hidden, teacher_weight, teacher_bias, labels, reduction, label_smoothing)
+    _check_loss(name, hidden, student_weight, student_bias, labels, reduction, label_smoothing)
+    backend = _backend(backend, hidden)
+    of_teacher, of_student = split_labels(labels, teacher_weight.shape[0], ignore_index)
+    if backend != "reference" and reduction != "none" and not return_lse:
+        scale = _scale(labels != ignore_index, reduction, hidden)
+        options = (scale, ignore_index, label_smoothing, backend)
+        return _cross_entropy_sum(
+            hidden, teacher_weight, teacher_bias, of_teacher, *options
+        ) + _cross_entropy_sum(hidden, student_weight, student_bias, of_student, *options)
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": "none",
+        "label_smoothing": label_smoothing,
+        "return_lse": True,
+        "backend": backend,
+    }
+    teacher_loss, teacher_lse = linear_cross_entropy(
+        hidden, teacher_weight, of_teacher, teacher_bias, **options
+    )
+    student_loss, student_lse = linear_cross_entropy(
+        hidden, student_weight, of_student, student_bias, **options
+    )
+    loss = reduce_rows(teacher_loss + student_loss, labels != ignore_index, reduction)
+    return (loss, teacher_lse + student_lse) if return_lse else loss
+
+
+def linear_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """tau^2 KL(teacher || student) between two models' softmaxes over one vocabulary.
+
+    The teacher side has no gradient. tau^2 keeps the size of the gradient when tau changes.
+
+    Args:
+        student_hidden: [N, H_s].
+        student_weight: [V, H_s].
+        student_bias: [V] or None.
+        teacher_hidden: [N, H_t].
+        teacher_weight: [V, H_t].
+        teacher_bias: [V] or None.
+        temperature: tau, > 0, both logits are divided by it.
+        mask: [N] bool, the rows that count; None: all. For labels: `labels != IGNORE_INDEX`.
+        reduction: "mean" over the rows that count, "sum", or "none".
+        backend: see the module's first lines.
+
+    Returns:
+        float32 (float64 for float64 input), [] or [N].
+    """
+    for side, hidden, weight, bias in (
+        ("student", student_hidden, student_weight, student_bias),
+        ("teacher", teacher_hidden, teacher_weight, teacher_bias),
+    ):
+        _check_linear(f"linear_kl ({side})", hidden, weight, bias, ("N", "H"), ("V", "H"))
+    if student_hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ValueError(
+            "linear_kl needs student_hidden [N, H_s] and teacher_hidden [N, H_t] of one N, got "
+            f"{_shape(student_hidden)} and {_shape(teacher_hidden)}"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            "linear_kl needs student_weight [V, H_s] and teacher_weight [V, H_t] of one V, got "
+            f"{_shape(student_weight)} and {_shape(teacher_weight)}: soft targets need one vocabulary"
+        )
+    _check_temperature(temperature)
+    _check_reduction(reduction)
+    if mask is None:
+        mask = torch.ones(student_hidden.shape[0], dtype=torch.bool, device=student_hidden.device)
+    elif mask.shape != student_hidden.shape[:1] or mask.dtype != torch.bool:
+        raise ValueError(
+            f"linear_kl needs mask [N] bool with N = {student_hidden.shape[0]}, "
+            f"got {_shape(mask)} {mask.dtype}"
+        )
+    backend = _backend(backend, student_hidden)
+    if backend == "reference":
+        loss = plain.linear_kl_reference(
+            student_hidden, student_weight, student_bias,
+            teacher_hidden, teacher_weight, teacher_bias, temperature=temperature, mask=mask,
+        )  # fmt: skip
+        return reduce_rows(loss, mask, reduction)
+    teacher = (_autocast(teacher_hidden).detach(), teacher_weight.detach(), _detached(teacher_bias))
+    student = (_autocast(student_hidden), student_weight, student_bias)
+    if reduction == "none":
+        return ops.linear_kl_rows(*student, *teacher, mask, float(temperature), backend)
+    scale = _scale(mask, reduction, student_hidden)
+    return ops.linear_kl_sum(
+        *student, *teacher, mask, scale, float(temperature), _need(*student), backend
+    )[0]
+
+
+def sparse_linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target_ids: Tensor,
+    target_probs: Tensor,
+    *,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """tau^2 sum_k q_k (log q_k - log softmax(logits / tau)[id_k]): soft targets as a short list.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        bias: [V] or None.
+        target_ids: [N, K], int32 or int64.
+        target_probs: [N, K], q >= 0; 0 marks an unused slot, a row of zeros costs nothing.
+        temperature: tau, > 0.
+        reduction: "mean" over the rows that have a target, "sum", or "none".
+        backend: see the module's first lines.
+
+    Returns:
+        float32 (float64 for float64 input), [] or [N].
+    """
+    _check_linear("sparse_linear_kl", hidden, weight, bias, ("N", "H"), ("V", "H"))
+    N = hidden.shape[0]
+    if target_ids.ndim != 2 or target_ids.shape[0] != N or target_ids.shape != target_probs.shape:
+        raise ValueError(
+            f"sparse_linear_kl needs target_ids and target_probs [N, K] with N = {N}, "
+            f"got {_shape(target_ids)} and {_shape(target_probs)}"
+        )
+    _check_integers("sparse_linear_kl", "target_ids", target_ids)
+    _check_temperature(temperature)
+    _check_reduction(reduction)
+    backend = _backend(backend, hidden)
+    target_probs = target_probs.detach()
+    kept = (target_probs > 0).any(1)
+    if backend == "reference":
+        loss = plain.sparse_linear_kl_reference(
+            hidden, weight, bias, target_ids, target_probs, temperature=temperature
+        )
+        return reduce_rows(loss, kept, reduction)
+    inputs = (_autocast(hidden), weight, bias)
+    if reduction == "none":
+        return ops.sparse_linear_kl_rows(
+            *inputs, target_ids, target_probs, float(temperature), backend
+        )
+    scale = _scale(kept, reduction, hidden)
+    return ops.sparse_linear_kl_sum(
+        *inputs, target_ids, target_probs, scale, float(temperature), _need(*inputs), backend
+    )[0]
+
+
+def _cross_entropy_sum(hidden, weight, bias, labels, scale, ignore_index, smoothing, backend):
+    hidden = _autocast(hidden)
+    need = _need(hidden, weight, bias)
+    return ops.linear_cross_entropy_sum(
+        hidden, weight, bias, labels, scale, ignore_index, float(smoothing), need, backend
+    )[0]
+
+
+# ---- choices and checks ------------------------------------------------------------------------
+
+
+def _backend(backend: str, tensor: Tensor) -> str:
+    """One of triton, chunked, reference; ValueError for anything that cannot be had."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "auto":
+        if tensor.is_cuda and importlib.util.find_spec("triton") is None:
+            warnings.warn("triton is not installed: the chunked path is used", stacklevel=3)
+            return "chunked"
+        return "triton" if tensor.is_cuda else "chunked"
+    return backend
+
+
+def _autocast(hidden: Tensor) -> Tensor:
+    """`hidden` in autocast's dtype where autocast is on: the products then run in it."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return hidden.to(torch.get_autocast_dtype(device))
+    return hidden
+
+
+def _need(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
+    if not torch.is_grad_enabled():
+        return [False, False, False]
+    return [hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+
+
+def _scale(kept: Tensor, reduction: str, hidden: Tensor) -> Tensor:
+    """What the sum over rows is multiplied by, on the device. -> []"""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    if reduction == "sum":
+        return torch.ones((), dtype=dtype, device=hidden.device)
+    return kept.sum().clamp(min=1).to(dtype).reciprocal()
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
+
+
+def _check_loss(name, hidden, weight, bias, labels, reduction, label_smoothing) -> None:
+    _check_linear(name, hidden, weight, bias, ("N", "H"), ("V", "H"))
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"{name} needs labels [N] with N = {hidden.shape[0]} like hidden {_shape(hidden)}, "
+            f"got {_shape(labels)}"
+        )
+    _check_integers(name, "labels", labels)
+    _check_device(name, "labels", labels, hidden)
+    _check_reduction(reduction)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+
+def _check_linear(name, x, weight, bias, x_letters, weight_letters) -> None:
+    """x [N, H], weight [V, H], bias [V]: shapes, dtypes and devices that go together."""
+    rows, width = x_letters
+    out, _ = weight_letters
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} needs [{rows}, {width}] and a weight [{out}, {width}] of one {width}, "
+            f"got {_shape(x)} and {_shape(weight)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{name} needs a bias [{out}] with {out} = {weight.shape[0]}, got {_shape(bias)}"
+        )
+    for what, tensor in (("input", x), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} needs a floating-point {what}, got {tensor.dtype}")
+        _check_device(name, what, tensor, x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast and x.dtype != weight.dtype and weight.dtype != torch.float32:
+        raise ValueError(
+            f"{name} needs a weight of the input's dtype {x.dtype} or float32, got {weight.dtype}"
+        )
+
+
+def _check_device(name, what, tensor, other) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} needs {what} on {other.device}, got {tensor.device}")
+
+
+def _check_integers(name, what, tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} needs {what} of int32 or int64, got {tensor.dtype}")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
