@@ -165,11 +165,14 @@ class Filler {
       const char32_t c = DecodeUtf8(&at_);
       const CharKind kind = KindOf(EntryOf<true>(c));
       if (kind == kDrop) continue;
-      if (kind != kGather && !(kind == kMark && CombiningClass(c) != 0)) {
+      const std::size_t before = gathered_.size();
+      if (kind == kGather || kind == kMark) Decompose(c, &gathered_);
+      // Nothing moves past a starter. (U+0F73 is one by its class, but not what it decomposes to.)
+      if (kind != kGather && (kind != kMark || CombiningClass(gathered_[before]) == 0)) {
+        gathered_.resize(before);
         at_ = start;
         break;
       }
-      Decompose(c, &gathered_);
     }
     CanonicalOrder(&gathered_);
     batch_.Reserve(4 * gathered_.size() + 256);

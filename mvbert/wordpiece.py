@@ -113,7 +113,7 @@ def _is_space(char: str) -> bool:
 
 def _is_punctuation(char: str) -> bool:
     """Category P, and every ASCII symbol, though Unicode calls some of them (such as $) otherwise."""
-    return "!" <= char <= "~" and not char.isalnum() or _in("PUNCTUATION", char)
+    return ("!" <= char <= "~" and not char.isalnum()) or _in("PUNCTUATION", char)
 
 
 # ---- Unicode properties and normal forms, from the generated tables -----------------------------
