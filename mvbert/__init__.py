@@ -1,3 +1,33 @@
-"""mvbert: extremely small BERT models from mixed-vocabulary training."""
+"""mvbert: extremely small BERT models from mixed-vocabulary training.
+
+The public names are loaded when first used, so that a part works where the others cannot: the
+tokenizer without torch, the kernels without a compiler.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mvbert.corpus import Corpus
+    from mvbert.errors import InputError
+    from mvbert.fuse import fuse, unfuse
+    from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
+
+_HOMES = {
+    "Corpus": "corpus",
+    "InputError": "errors",
+    "MixedTokenizer": "tokenizer",
+    "WordPieceTokenizer": "tokenizer",
+    "fuse": "fuse",
+    "unfuse": "fuse",
+}
+
+__all__ = ["Corpus", "InputError", "MixedTokenizer", "WordPieceTokenizer", "fuse", "unfuse"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mvbert' has no attribute {name!r}")
+    return getattr(import_module(f"mvbert.{_HOMES[name]}"), name)

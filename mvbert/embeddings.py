@@ -1,0 +1,129 @@
+"""Word, position and token-type rows, summed and normalised: the first layer of a BERT."""
+
+import torch
+from torch import Tensor, nn
+
+from mvbert import functional
+from mvbert.config import ModelConfig
+
+
+class Embeddings(nn.Module):
+    """The tables of one vocabulary; a second one may be handed in, already projected.
+
+    One id space: an id below V is a row of this table, V + i is row i of `student_rows`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H = config.hidden_size
+        self.word = nn.Embedding(config.vocab_size, H)
+        self.position = nn.Embedding(config.max_position_embeddings, H)
+        self.token_type = nn.Embedding(config.type_vocab_size, H)
+        self.norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
+        self.dropout = config.hidden_dropout_prob
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, student_rows: Tensor | None = None
+    ) -> Tensor:
+        """input_ids, token_type_ids [B, T]; student_rows [V_s, H] or None -> hidden [B, T, H]."""
+        return functional.mixed_embedding(
+            input_ids,
+            self.word.weight,
+            student_rows,
+            self.position.weight,
+            self.token_type.weight,
+            token_type_ids,
+            self.norm.weight,
+            self.norm.bias,
+            eps=self.norm.eps,
+            dropout_p=self.dropout,
+            training=self.training,
+        )
+
+
+class StudentTable(nn.Module):
+    """The student's E-wide table and the affine map into the teacher's width H.
+
+    The projected table is the input rows of student pieces and, tied, the weight of the student's
+    softmax; `bias` is that softmax's bias.
+    """
+
+    def __init__(self, vocab_size: int, embedding_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(vocab_size, embedding_size))
+        self.projection = nn.Linear(embedding_size, hidden_size)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def rows(self) -> Tensor:
+        """The projected table [V_s, H], once per step."""
+        return functional.project_table(self.table, self.projection.weight, self.projection.bias)
+
+
+@torch.no_grad()
+def warm_start(student: StudentTable, teacher_rows: Tensor) -> float:
+    """Starts the student table at the teacher's rows, as near as E dimensions allow.
+
+    Principal component analysis of `teacher_rows` [V_s, H] (row i: what the teacher has for student
+    piece i): the top E directions give table and projection weight, the mean gives its bias.
+
+    Returns:
+        The share of the rows' variance that the E directions keep.
+    """
+    E = student.table.shape[1]
+    rows = teacher_rows.double()
+    mean = rows.mean(0)
+    centred = rows - mean
+    # H x H is small (at most 1024 x 1024), so the covariance is cheaper than an SVD of the rows.
+    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    top = directions[:, -E:].flip(1)  # [H, min(E, H)]
+    kept = top.shape[1]
+    student.table.zero_()
+    student.projection.weight.zero_()
+    student.table[:, :kept] = (centred @ top).to(student.table.dtype)
+    student.projection.weight[:, :kept] = top.to(student.projection.weight.dtype)
+    student.projection.bias.copy_(mean)
+    return float(variances[-kept:].sum() / variances.sum().clamp_min(1e-300))
+
+
+@torch.no_grad()
+def spelled_rows(
+    student_pieces: tuple[str, ...], teacher_ids: dict[str, int], teacher_table: Tensor, unk: int
+) -> tuple[Tensor, int]:
+    """What the teacher has for every student piece: its row, or the mean of its spelling's rows.
+
+    A student piece that the teacher lacks is cut, greedily from the left, into teacher pieces
+    (`##` ones from the second on, or all if the piece itself continues a word). What cannot be cut
+    takes the row of [UNK].
+
+    Returns:
+        Rows [V_s, H] and the number of pieces that both vocabularies have.
+    """
+    rows = torch.empty(len(student_pieces), teacher_table.shape[1], dtype=teacher_table.dtype)
+    shared = 0
+    for i, piece in enumerate(student_pieces):
+        if piece in teacher_ids:
+            shared += 1
+            rows[i] = teacher_table[teacher_ids[piece]]
+            continue
+        ids = _spell(piece, teacher_ids) or [unk]
+        rows[i] = teacher_table[torch.tensor(ids)].mean(0)
+    return rows, shared
+
+
+def _spell(piece: str, teacher_ids: dict[str, int]) -> list[int]:
+    """Greedy longest match of a piece; [] where some character is in no piece."""
+    prefix = "##" if piece.startswith("##") else ""
+    letters = piece[len(prefix) :]
+    ids: list[int] = []
+    start = 0
+    while start < len(letters):
+        for end in range(len(letters), start, -1):
+            found = teacher_ids.get(prefix + letters[start:end])
+            if found is not None:
+                ids.append(found)
+                start = end
+                prefix = "##"
+                break
+        else:
+            return []
+    return ids

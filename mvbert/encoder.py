@@ -1,0 +1,82 @@
+"""The BERT encoder: post-norm transformer layers over full rows.
+
+Devlin et al. 2019, arXiv 1810.04805. Query, key and value are one matrix product; attention is
+torch's scaled_dot_product_attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvbert.config import ModelConfig
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by residual and LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H, I = config.hidden_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.hidden_dropout = config.hidden_dropout_prob
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.qkv = nn.Linear(H, 3 * H)
+        self.attention_output = nn.Linear(H, H)
+        self.attention_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
+        self.intermediate = nn.Linear(H, I)
+        self.output = nn.Linear(I, H)
+        self.output_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden [B, T, H]; attention_mask bool [B, T] or None (all positions count)."""
+        B, T, H = hidden.shape
+        query, key, value = (
+            self.qkv(hidden).view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
+        )  # each (B, A, T, H/A)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else attention_mask[:, None, None, :],
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
+        context = context.transpose(1, 2).reshape(B, T, H)
+        hidden = self.attention_norm(hidden + self._drop(self.attention_output(context)))
+        expanded = self.activation(self.intermediate(hidden))
+        return self.output_norm(hidden + self._drop(self.output(expanded)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.hidden_dropout, self.training)
+
+
+class BertEncoder(nn.Module):
+    """A stack of layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden [B, T, H] -> [B, T, H]."""
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask)
+        return hidden
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, std: float, generator: torch.Generator) -> None:
+    """BERT's initial weights: normal(0, std) matrices, zero biases, unit LayerNorm."""
+    for name, parameter in module.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        elif parameter.ndim < 2:
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, std, generator=generator)

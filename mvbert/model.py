@@ -1,0 +1,138 @@
+"""Masked language models: one vocabulary (the student), or two (the teacher in Stage I).
+
+A BERT encoder, its pooler (carried for fine-tuning, never trained here) and the head, which runs
+on masked rows only; they are gathered once, in `MaskedLM.masked_hidden`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mvbert import functional
+from mvbert.config import ModelConfig
+from mvbert.embeddings import Embeddings, StudentTable
+from mvbert.encoder import ACTIVATIONS, BertEncoder, init_weights
+from mvbert.functional import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A batch on the device: rows of T pieces and up to M masked pieces in each."""
+
+    input_ids: Tensor  # [B, T] int32, joint ids
+    token_type_ids: Tensor  # [B, T] int32
+    masked_index: Tensor  # [B * M] int64, into B * T
+    labels: Tensor  # [B * M] int64, joint ids; IGNORE_INDEX where the capacity is not used
+
+    @staticmethod
+    def of(batch, device: torch.device, select: slice = slice(None)) -> DeviceBatch:
+        """Carries rows `select` of a `mvbert.batches.Batch` to the device."""
+        ids = torch.from_numpy(batch.input_ids[select])
+        types = torch.from_numpy(batch.token_type_ids[select])
+        positions = torch.from_numpy(batch.masked_positions[select])
+        labels = torch.from_numpy(batch.labels[select])
+        B, T = ids.shape
+        index = positions.to(device).long() + torch.arange(B, device=device)[:, None] * T
+        return DeviceBatch(
+            ids.to(device),
+            types.to(device).int(),
+            index.flatten(),
+            labels.to(device).long().flatten(),
+        )
+
+
+class Head(nn.Module):
+    """The transform before the softmax: dense, activation, LayerNorm; and the softmax's bias."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H = config.hidden_size
+        self.dense = nn.Linear(H, H)
+        self.norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [N, H] -> [N, H]."""
+        return self.norm(self.activation(self.dense(hidden)))
+
+
+class MaskedLM(nn.Module):
+    """A BERT with a masked-language-model head tied to its word table."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head = Head(config)
+
+    def init_weights(self, seed: int) -> None:
+        """BERT's initial weights, a function of the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        init_weights(self, self.config.initializer_range, generator)
+
+    def encode(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        """input_ids, token_type_ids [B, T] -> last hidden states [B, T, H]."""
+        return self.encoder(self.embeddings(input_ids, token_type_ids))
+
+    def masked_hidden(self, hidden: Tensor, masked_index: Tensor) -> Tensor:
+        """Gathers the masked rows of hidden [B, T, H] and transforms them: [N, H]."""
+        return self.head(hidden.flatten(0, 1).index_select(0, masked_index))
+
+    def losses(self, masked_hidden: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of every masked row, [N] float32; 0 where the label is ignored."""
+        return functional.linear_cross_entropy(
+            masked_hidden, self.embeddings.word.weight, labels, self.head.bias, reduction="none"
+        )
+
+    def logits(self, masked_hidden: Tensor) -> Tensor:
+        """Scores over the vocabulary, [N, V] (for reading words off, not for training)."""
+        return nn.functional.linear(masked_hidden, self.embeddings.word.weight, self.head.bias)
+
+
+class MixedMaskedLM(MaskedLM):
+    """A teacher that also reads and predicts student pieces (Stage I).
+
+    Joint ids: below V_t a teacher piece, V_t + i student piece i. Two softmaxes, each over its own
+    vocabulary; the student's is tied to the projected student table.
+    """
+
+    def __init__(self, config: ModelConfig, student_vocab_size: int, embedding_size: int) -> None:
+        super().__init__(config)
+        self.student = StudentTable(student_vocab_size, embedding_size, config.hidden_size)
+
+    def encode(
+        self, input_ids: Tensor, token_type_ids: Tensor, student_rows: Tensor | None = None
+    ) -> Tensor:
+        """As in MaskedLM; `student_rows` [V_s, H] if the projected table is at hand already."""
+        rows = self.student.rows() if student_rows is None else student_rows
+        return self.encoder(self.embeddings(input_ids, token_type_ids, rows))
+
+    def mixed_losses(self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor) -> Tensor:
+        """Cross-entropy of every masked row over its own vocabulary, [N] float32."""
+        return functional.mixed_linear_cross_entropy(
+            masked_hidden,
+            self.embeddings.word.weight,
+            student_rows,
+            labels,
+            self.head.bias,
+            self.student.bias,
+            reduction="none",
+        )
+
+    def student_logits(self, masked_hidden: Tensor) -> Tensor:
+        """Scores over the student's vocabulary, [N, V_s]."""
+        return nn.functional.linear(masked_hidden, self.student.rows(), self.student.bias)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of scalars in all parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+__all__ = ["IGNORE_INDEX", "DeviceBatch", "Head", "MaskedLM", "MixedMaskedLM", "count_parameters"]

@@ -1,0 +1,69 @@
+"""What a person sees while a run goes on: notes, a bar on a terminal, held-out losses."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+
+class Progress:
+    """Writes to stderr; the bar appears only where stderr is a terminal."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: RichProgress | None = None
+        self._task: Any = None
+        self._text = ""
+        self._started = time.perf_counter()
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(f"[{self.title}] {text}", markup=False)
+
+    @contextlib.contextmanager
+    def steps(self, total: int, done: int) -> Iterator[None]:
+        """A bar over optimiser steps."""
+        self._started = time.perf_counter()
+        if not sys.stderr.isatty():
+            yield
+            return
+        with RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self._console,
+            transient=True,
+        ) as self._bar:
+            self._task = self._bar.add_task(self.title, total=total, completed=done, text="")
+            yield
+        self._bar = None
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=self._text)
+
+    def trained(self, record: Mapping[str, Any]) -> None:
+        """A line of the log was written."""
+        self._text = (
+            f"loss {record['loss']:.3f}  {record['pieces_per_second'] / 1e3:.1f} K pieces/s"
+        )
+
+    def evaluated(self, step: int, heldout: Mapping[str, float]) -> None:
+        """A held-out evaluation was made."""
+        parts = "  ".join(f"{name} {value:.4f}" for name, value in heldout.items())
+        self.note(f"step {step}: held-out {parts}  ({time.perf_counter() - self._started:.0f} s)")

@@ -1,0 +1,75 @@
+"""What people read at the end: the report of a distillation, and where a run stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mvbert.errors import InputError
+from mvbert.files import Json, read_json_object
+from mvbert.train import read_log
+
+
+def print_distill_report(report: dict[str, Any]) -> None:
+    """Sizes, what both stages learned, the arms side by side and filled-in sentences, to stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    learned = Table("Stage I, held-out loss (nats per masked piece)", "before", "after")
+    for name, key in (
+        ("teacher pieces", "stage1_teacher_loss"),
+        ("student pieces", "stage1_student_loss"),
+    ):
+        before, after = report[key]
+        learned.add_row(name, f"{before:.3f}", f"{after:.3f}")
+    console.print(learned)
+
+    arms = Table("Stage II student", "held-out loss", "masked pieces right", "pieces seen")
+    for name, heldout in report["arms"].items():
+        best = " (best)" if name == report["best"] and len(report["arms"]) > 1 else ""
+        arms.add_row(
+            name + best,
+            f"{heldout['loss']:.3f}",
+            f"{heldout['accuracy']:.1%}",
+            f"{report['pieces'][name] / 1e6:.2f} M",
+        )
+    console.print(arms)
+
+    sizes = Table("size", "parameters", "bytes (float32)")
+    for name in ("teacher", "student"):
+        sizes.add_row(
+            name,
+            f"{report[f'{name}_parameters'] / 1e6:.2f} M",
+            f"{report[f'{name}_bytes'] / 1e6:.1f} MB",
+        )
+    console.print(sizes)
+    for filled in report["filled"]:
+        console.print(f"  {filled['sentence']}", markup=False)
+        console.print(f"    Stage I teacher, student pieces: {filled['teacher']}", markup=False)
+        console.print(f"    student:                         {filled['student']}", markup=False)
+
+
+def run_info(folder: Path) -> dict[str, Json]:
+    """Where a run stands: its stage, steps done and losses.
+
+    Raises:
+        InputError: `folder` is not the folder of a run.
+    """
+    if not (folder / "run.json").is_file():
+        raise InputError(f"{folder}: no run.json in it; expected the folder of a training run")
+    run = read_json_object(folder / "run.json")
+    description: Any = run["description"]
+    records = read_log(folder)
+    trained = [r for r in records if "heldout" not in r]
+    evaluated = [r for r in records if "heldout" in r]
+    return {
+        "stage": description["stage"],
+        "steps": description["train"]["steps"],
+        "step": max((r["step"] for r in records), default=0),
+        "complete": (folder / "model" / "manifest.json").is_file(),
+        "last": trained[-1] if trained else None,
+        "heldout_first": evaluated[0]["heldout"] if evaluated else None,
+        "heldout_last": evaluated[-1]["heldout"] if evaluated else None,
+        "environment": run["environment"],
+    }

@@ -1,0 +1,343 @@
+"""The two stages as tasks for the loop in mvbert.train.
+
+Stage I: a teacher reads and predicts text cut with both vocabularies. Stage II: a student trains on
+student pieces alone, from the Stage I table, and, beyond the paper, from what the Stage I teacher
+makes of the very same rows.
+
+Source: Zhao, Gupta, Song, Zhou, "Extremely Small BERT Models from Mixed-Vocabulary Training",
+EACL 2021, arXiv 1909.11687.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvbert import functional, huggingface
+from mvbert.batches import Rows
+from mvbert.card import model_card
+from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, student_shape
+from mvbert.corpus import Corpus, Segmentation
+from mvbert.embeddings import spelled_rows, warm_start
+from mvbert.errors import InputError
+from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
+from mvbert.progress import Progress
+from mvbert.vocab import Vocab
+
+STUDENT_TABLE = "student.safetensors"
+STUDENT_VOCAB = "student_vocab.txt"
+HELDOUT_SEED = 1 << 40  # held-out rows never share a key with training rows
+
+
+class Stage1:
+    """Mixed-vocabulary training of the teacher."""
+
+    def __init__(
+        self,
+        config: Stage1Config,
+        row: RowConfig,
+        corpus: Corpus,
+        teacher: Path,
+        student_vocab: Vocab,
+        progress: Progress,
+    ) -> None:
+        shape = huggingface.read_model_config(teacher)
+        self.teacher_vocab = huggingface.load_vocab(teacher, shape)
+        self.student_vocab = student_vocab
+        _check_lengths(row, shape)
+        self._config = config
+        shape = _with_dropout(shape, config.dropout)
+        model = MixedMaskedLM(shape, student_vocab.size, config.embedding_size)
+        model.init_weights(config.seed)
+        _, missing = huggingface.load_masked_lm(teacher, model, seed=config.seed)
+        if missing:
+            progress.note(
+                f"not in the teacher's folder, so trained from the start: {', '.join(missing)}"
+            )
+        table = model.embeddings.word.weight.detach()
+        rows, shared = spelled_rows(
+            student_vocab.pieces, self.teacher_vocab.ids, table, self.teacher_vocab.unk
+        )
+        progress.note(
+            f"{shared} of {student_vocab.size} student pieces "
+            f"({shared / student_vocab.size:.1%}) are in the teacher's vocabulary"
+        )
+        if config.warm_start:
+            kept = warm_start(model.student, rows)
+            progress.note(
+                f"warm start: {config.embedding_size} directions keep {kept:.1%} of the variance"
+            )
+        else:
+            # Projected rows then have the spread of BERT's initial rows.
+            generator = torch.Generator().manual_seed(config.seed + 1)
+            with torch.no_grad():
+                model.student.projection.weight.normal_(
+                    0.0, config.embedding_size**-0.5, generator=generator
+                )
+        self.model = model
+        self.module = nn.ModuleDict({"model": model})
+        model.pooler.requires_grad_(False)  # no masked-language-model loss reaches it
+        self.teacher_size = shape.vocab_size
+        teacher_cut = corpus.segment(self.teacher_vocab)
+        student_cut = corpus.segment(student_vocab)
+        self.rows, self.heldout = (
+            _rows(stream, teacher_cut, student_cut, row, seed, config.student_prob)
+            for stream, seed in ((corpus.train, config.seed), (corpus.heldout, HELDOUT_SEED))
+        )
+
+    def student_prob(self, step: int) -> float:
+        return self._config.student_prob_at(step)
+
+    def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self._losses(batch)
+        return losses.sum() / masked, self._sums(losses, batch.labels)
+
+    def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
+        return self._sums(self._losses(batch), batch.labels)
+
+    def summary(self, sums: dict[str, float]) -> dict[str, float]:
+        both = sums["teacher_sum"] + sums["student_sum"]
+        count = sums["teacher_count"] + sums["student_count"]
+        return {
+            "loss": both / max(count, 1.0),
+            "teacher_loss": sums["teacher_sum"] / max(sums["teacher_count"], 1.0),
+            "student_loss": sums["student_sum"] / max(sums["student_count"], 1.0),
+            **_step_means(sums),
+        }
+
+    def write_model(self, folder: Path) -> None:
+        """The teacher as a Hugging Face folder, the student's table and vocabulary beside it."""
+        huggingface.write_model(
+            folder, self.model, self.teacher_vocab, model_card("stage1", self.model.config)
+        )
+        state = {n: p.detach().cpu().contiguous() for n, p in self.model.student.named_parameters()}
+        huggingface.write_tensors(folder / STUDENT_TABLE, state)
+        self.student_vocab.save(folder / STUDENT_VOCAB)
+
+    def read_model(self, folder: Path) -> None:
+        read_mixed(folder, self.model)
+
+    def _losses(self, batch: DeviceBatch) -> Tensor:
+        rows = self.model.student.rows()
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
+        return self.model.mixed_losses(
+            self.model.masked_hidden(hidden, batch.masked_index), batch.labels, rows
+        )
+
+    def _sums(self, losses: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        of_student = labels >= self.teacher_size
+        of_teacher = (labels >= 0) & ~of_student
+        losses = losses.detach().double()
+        return {
+            "teacher_sum": losses[of_teacher].sum(),
+            "teacher_count": of_teacher.sum(),
+            "student_sum": losses[of_student].sum(),
+            "student_count": of_student.sum(),
+        }
+
+
+def read_mixed(folder: Path, model: MixedMaskedLM) -> None:
+    """Loads a folder that Stage1.write_model wrote into a model of its shape."""
+    huggingface.load_masked_lm(folder, model, complete=True)
+    tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
+    with torch.no_grad():
+        for name, parameter in model.student.named_parameters():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise InputError(
+                    f"{folder / STUDENT_TABLE}: {name} must be {tuple(parameter.shape)}; "
+                    "was it made with another student vocabulary or embedding size?"
+                )
+            parameter.copy_(tensors[name])
+
+
+def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
+    """The Stage I teacher and the student's vocabulary out of the folder of its result."""
+    if not (folder / STUDENT_TABLE).is_file():
+        raise InputError(
+            f"{folder}: no {STUDENT_TABLE} in it; expected the model/ folder of a Stage I run"
+        )
+    tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
+    if "table" not in tensors or tensors["table"].ndim != 2:
+        raise InputError(f"{folder / STUDENT_TABLE}: no student table in it")
+    V, E = tensors["table"].shape
+    shape = huggingface.read_model_config(folder)
+    vocab = Vocab.load(
+        folder / STUDENT_VOCAB, lowercase=huggingface.load_vocab(folder, shape).lowercase
+    )
+    if vocab.size != V:
+        raise InputError(
+            f"{folder}: {STUDENT_VOCAB} has {vocab.size} pieces, the student table {V} rows"
+        )
+    model = MixedMaskedLM(shape, V, E)
+    read_mixed(folder, model)
+    return model, vocab
+
+
+class Stage2:
+    """Training of the student on student pieces, with or without the Stage I teacher."""
+
+    def __init__(
+        self,
+        config: Stage2Config,
+        row: RowConfig,
+        corpus: Corpus,
+        stage1: Path,
+        progress: Progress,
+    ) -> None:
+        teacher, self.vocab = load_stage1(stage1)
+        shape = student_shape(config.shape, self.vocab.size, config.dropout)
+        _check_lengths(row, shape)
+        self._config = config
+        self.model = MaskedLM(shape)
+        self.model.init_weights(config.seed)
+        self.model.pooler.requires_grad_(False)
+        if config.start == "stage1":
+            E = teacher.student.table.shape[1]
+            if shape.hidden_size != E:
+                raise InputError(
+                    f"a {config.shape} student cannot start from Stage I embeddings of width {E}: "
+                    f"train Stage I with embedding_size {shape.hidden_size}, or choose start = random"
+                )
+            with torch.no_grad():
+                self.model.embeddings.word.weight.copy_(teacher.student.table)
+                self.model.head.bias.copy_(teacher.student.bias)
+        self.module = nn.ModuleDict({"model": self.model})
+        if "hidden" in config.distill:
+            generator = torch.Generator().manual_seed(config.seed + 1)
+            hidden_map = nn.Linear(shape.hidden_size, teacher.config.hidden_size)
+            with torch.no_grad():
+                hidden_map.weight.normal_(0.0, shape.hidden_size**-0.5, generator=generator)
+                hidden_map.bias.zero_()
+            self.module["hidden_map"] = hidden_map
+        # Not part of `module`: the teacher takes no gradient and is not saved with the student.
+        self._teacher = teacher.requires_grad_(False).eval() if config.distill else None
+        self._teacher_rows: Tensor | None = None
+        self._teacher_size = teacher.config.vocab_size
+        cut = corpus.segment(self.vocab)
+        self.rows, self.heldout = (
+            _rows(stream, None, cut, row, seed, 1.0)
+            for stream, seed in ((corpus.train, config.seed), (corpus.heldout, HELDOUT_SEED))
+        )
+        if self._teacher is not None:
+            progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
+
+    def student_prob(self, step: int) -> float:
+        return 1.0
+
+    def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self._config
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
+        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
+        mlm = self.model.losses(masked_hidden, batch.labels)
+        total = config.mlm_weight * mlm.sum() / masked
+        sums = {"mlm_sum": mlm.detach().double().sum(), "count": (batch.labels >= 0).sum()}
+        if self._teacher is None:
+            return total, sums
+        teacher_hidden, teacher_rows = self._teach(batch)
+        if "logits" in config.distill:
+            kl = functional.linear_kl(
+                masked_hidden,
+                self.model.embeddings.word.weight,
+                self.model.head.bias,
+                self._teacher.masked_hidden(teacher_hidden, batch.masked_index),
+                teacher_rows,
+                self._teacher.student.bias,
+                temperature=config.temperature,
+                labels=batch.labels,
+                reduction="none",
+            )
+            total = total + config.logits_weight * config.temperature**2 * kl.sum() / masked
+            sums["logits_sum"] = kl.detach().double().sum()
+        if "hidden" in config.distill:
+            target = F.layer_norm(teacher_hidden.float(), teacher_hidden.shape[-1:])
+            error = (self.module["hidden_map"](hidden).float() - target).square().mean()
+            # The mean over a part of the batch counts for that part's share of it.
+            share = len(batch.input_ids) / config.rows
+            total = total + config.hidden_weight * error * share
+            sums["hidden_sum"] = error.detach().double() * share
+        return total, sums
+
+    @torch.no_grad()
+    def _teach(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
+        """The frozen teacher's last hidden states [B, T, H] and its student rows [V_s, H]."""
+        teacher = self._teacher
+        assert teacher is not None
+        if self._teacher_rows is None:
+            teacher.to(batch.input_ids.device)
+            self._teacher_rows = teacher.student.rows()
+        hidden = teacher.encode(
+            batch.input_ids + self._teacher_size, batch.token_type_ids, self._teacher_rows
+        )
+        return hidden, self._teacher_rows
+
+    def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
+        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
+        mlm = self.model.losses(masked_hidden, batch.labels)
+        right = (self.model.logits(masked_hidden).argmax(-1) == batch.labels).sum()
+        return {"mlm_sum": mlm.double().sum(), "count": (batch.labels >= 0).sum(), "right": right}
+
+    def summary(self, sums: dict[str, float]) -> dict[str, float]:
+        count = max(sums["count"], 1.0)
+        out = {"loss": sums["mlm_sum"] / count}
+        if "right" in sums:
+            out["accuracy"] = sums["right"] / count
+        if "logits_sum" in sums:
+            out["logits_loss"] = sums["logits_sum"] / count
+        if "hidden_sum" in sums:
+            out["hidden_loss"] = sums["hidden_sum"] / max(sums["steps"], 1.0)
+        return {**out, **_step_means(sums)}
+
+    def write_model(self, folder: Path) -> None:
+        card = model_card("stage2", self.model.config, self._config)
+        huggingface.write_model(folder, self.model, self.vocab, card)
+
+    def read_model(self, folder: Path) -> None:
+        huggingface.load_masked_lm(folder, self.model, complete=True)
+
+
+# ---- shared by both ---------------------------------------------------------------------------
+
+
+def _step_means(sums: dict[str, float]) -> dict[str, float]:
+    """What the loop itself adds to the sums of a training window."""
+    if "steps" not in sums:
+        return {}
+    steps = max(sums["steps"], 1.0)
+    return {"grad_norm": sums["grad_norm"] / steps, "skipped": sums["skipped"]}
+
+
+def _check_lengths(row: RowConfig, shape: ModelConfig) -> None:
+    if row.length > shape.max_position_embeddings:
+        raise InputError(
+            f"rows of {row.length} pieces do not fit the model's "
+            f"{shape.max_position_embeddings} positions: choose a smaller row length"
+        )
+
+
+def _with_dropout(shape: ModelConfig, dropout: float) -> ModelConfig:
+    return replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def _rows(
+    stream,
+    teacher: Segmentation | None,
+    student: Segmentation,
+    row: RowConfig,
+    seed: int,
+    student_prob: float,
+) -> Rows:
+    return Rows(
+        stream,
+        teacher=teacher,
+        student=student,
+        T=row.length,
+        mask_prob=row.mask_prob,
+        pair_prob=row.pair_prob,
+        student_prob=student_prob,
+        seed=seed,
+    )
