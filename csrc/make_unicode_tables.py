@@ -131,7 +131,8 @@ def uncased_entry(c: int, pool: Pool) -> int:
         assert not any(is_punct(ord(x)) for x in kept)
         return GATHER
     if is_cjk(c):
-        assert len(kept) == 1 and not is_punct(ord(kept[0]))
+        assert len(kept) == 1
+        assert not is_punct(ord(kept[0]))
         return CJK if kept[0] == chr(c) else pool.entry(MAP_CJK, kept[0])
     if is_hangul(c):
         return HANGUL
@@ -149,7 +150,8 @@ def cased_entry(c: int, pool: Pool, seconds: set[int]) -> int:
         return SPACE
     composed = nfc(chr(c))
     if is_cjk(c):
-        assert len(composed) == 1 and unicodedata.combining(composed) == 0
+        assert len(composed) == 1
+        assert unicodedata.combining(composed) == 0
         return CJK if composed == chr(c) else pool.entry(MAP_CJK, composed)
     if composed != chr(c) or unicodedata.combining(chr(c)) or c in seconds:
         # Gathered code points are emitted as letters or by their kind here, so a punctuation mark
@@ -258,8 +260,8 @@ def write_python() -> None:
         classes.append(f"{value}:{','.join(f'{a:X}-{b:X}' for a, b in found)}")
     note = "# Inclusive ranges of code points, hexadecimal"
     out = [
-        f'"""Unicode {VERSION} properties for mvbert.wordpiece. Made by csrc/make_unicode_tables.py.'
-        ' Do not edit."""\n',
+        f'"""Unicode {VERSION} properties for mvbert.wordpiece.\n\n'
+        'Made by csrc/make_unicode_tables.py; do not edit.\n"""\n',
         f'VERSION = "{VERSION}"\n',
         py_ranges("CONTROL", f"{note}: general category C (Cc, Cf, Cn, Co, Cs).",
                   lambda c: category(c).startswith("C")),
@@ -278,7 +280,7 @@ def write_python() -> None:
 if __name__ == "__main__":
     if unicodedata.unidata_version != VERSION:
         sys.exit(
-            f"unicodedata here is {unicodedata.unidata_version}; the tables are pinned to {VERSION}:"
+            f"unicodedata is {unicodedata.unidata_version} here; the tables are pinned to {VERSION}:"
             " run this with CPython 3.11"
         )
     write_cpp()

@@ -1,4 +1,7 @@
-"""Unicode 14.0.0 properties for mvbert.wordpiece. Made by csrc/make_unicode_tables.py. Do not edit."""
+"""Unicode 14.0.0 properties for mvbert.wordpiece.
+
+Made by csrc/make_unicode_tables.py; do not edit.
+"""
 
 VERSION = "14.0.0"
 

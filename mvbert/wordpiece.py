@@ -1,9 +1,9 @@
 """BERT's word splitting and WordPiece in plain Python: the definition, to read and to test against.
 
-`basic_split` gives the words that Hugging Face's slow BertTokenizer (transformers 4.57, itself after
-google-research/bert's tokenization.py) hands to WordPiece, and `wordpiece` cuts one word as it does;
-special tokens in the text are not special here. Unicode properties come from generated tables
-(Unicode 14.0.0), not from the running Python, so every Python version gives the same words.
+`basic_split` gives the words that Hugging Face's slow BertTokenizer (transformers 4.57, itself
+after google-research/bert's tokenization.py) hands to WordPiece, and `wordpiece` cuts one word as
+it does; special tokens in the text are not special here. Unicode properties come from generated
+tables (Unicode 14.0.0), not from the running Python, so every Python version gives the same words.
 csrc/words.cc and csrc/wordpiece.cc are the fast forms; the tests hold them equal.
 """
 
@@ -112,7 +112,7 @@ def _is_space(char: str) -> bool:
 
 
 def _is_punctuation(char: str) -> bool:
-    """Category P, and every ASCII symbol, though Unicode calls some of them (such as $) otherwise."""
+    """Category P, and every ASCII symbol, even if Unicode calls it otherwise (such as $)."""
     return ("!" <= char <= "~" and not char.isalnum()) or _in("PUNCTUATION", char)
 
 
