@@ -353,7 +353,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is int and isinstance(value, bool) or not isinstance(value, hint):
+    if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         raise InputError(f"{where}: must be {hint.__name__}, got {value!r}")
     if hint is float and value != value:
         raise InputError(f"{where}: must be a number, got nan")

@@ -61,7 +61,7 @@ def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if layer is None:
             out[f"{_GLOBAL_NAMES[stem]}.{kind}"] = value
         elif layer[2] == "qkv":
-            for part, name in zip(value.chunk(3), _QKV):
+            for part, name in zip(value.chunk(3), _QKV, strict=True):
                 out[f"bert.encoder.layer.{layer[1]}.attention.self.{name}.{kind}"] = part
         else:
             out[f"bert.encoder.layer.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"] = value
@@ -113,7 +113,8 @@ def find_teacher(name: str) -> Path:
         )
     except ImportError:
         raise InputError(
-            f"teacher {name}: no such folder; for a name on the Hugging Face hub run: pip install mvbert[hf]"
+            f"teacher {name}: no such folder; "
+            "for a name on the Hugging Face hub run: pip install mvbert[hf]"
         ) from None
     try:
         return Path(

@@ -247,10 +247,10 @@ class Stage2:
                 teacher_rows,
                 self._teacher.student.bias,
                 temperature=config.temperature,
-                labels=batch.labels,
+                mask=batch.labels >= 0,
                 reduction="none",
             )
-            total = total + config.logits_weight * config.temperature**2 * kl.sum() / masked
+            total = total + config.logits_weight * kl.sum() / masked
             sums["logits_sum"] = kl.detach().double().sum()
         if "hidden" in config.distill:
             target = F.layer_norm(teacher_hidden.float(), teacher_hidden.shape[-1:])

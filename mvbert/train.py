@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mvbert import checkpoint
 from mvbert.batches import Batch, Rows
-from mvbert.config import TrainConfig, to_dict
+from mvbert.config import TrainConfig
 from mvbert.environment import environment
 from mvbert.errors import InputError, Interrupted
 from mvbert.files import (
