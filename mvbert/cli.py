@@ -1,7 +1,7 @@
 """The command line: `mvbert VERB ...`.
 
-Every verb prints what it decides to stderr and ends stdout with one JSON object. Exit codes: 0 done,
-2 wrong input (one sentence, no traceback), 130 interrupted after a safe checkpoint.
+Every verb prints what it decides to stderr and ends stdout with one JSON object. Exit codes: 0
+done, 2 wrong input (one sentence, no traceback), 130 interrupted after a safe checkpoint.
 """
 
 from __future__ import annotations

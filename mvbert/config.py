@@ -64,7 +64,8 @@ def student_shape(name: str, vocab_size: int, dropout: float = 0.0) -> ModelConf
     match = re.fullmatch(r"(\d+)x(\d+)", name)
     if not match or not int(match[1]) or not int(match[2]) or int(match[2]) % 64:
         raise InputError(
-            f"student shape must be LAYERSxHIDDEN with HIDDEN a multiple of 64 (6x256), got {name!r}"
+            "student shape must be LAYERSxHIDDEN with HIDDEN a multiple of 64 (6x256), "
+            f"got {name!r}"
         )
     layers, hidden = int(match[1]), int(match[2])
     return ModelConfig(
@@ -188,7 +189,7 @@ class Stage1Config(TrainConfig):
             raise InputError(f"embedding_size must be at least 1, got {self.embedding_size}")
 
     def student_prob_at(self, step: int) -> float:
-        """Chance of a student-cut word at `step`: constant, then linear towards student_prob_end."""
+        """Chance of a student-cut word at `step`: constant, then linear to student_prob_end."""
         if self.student_prob_end < 0 or self.steps <= 1:
             return self.student_prob
         start = self.ramp_start * (self.steps - 1)
@@ -290,7 +291,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
-    """Build a config from plain data; unknown keys and wrong types are InputErrors naming `where`."""
+    """Build a config from plain data; unknown keys and wrong types are named with `where`."""
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:

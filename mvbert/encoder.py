@@ -1,7 +1,7 @@
 """The BERT encoder: post-norm transformer layers over full rows.
 
 Devlin et al. 2019, arXiv 1810.04805. Query, key and value are one matrix product; attention is
-torch's scaled_dot_product_attention.
+torch's scaled_dot_product_attention, or two plain products where those are faster.
 """
 
 import torch
@@ -15,6 +15,33 @@ ACTIVATIONS = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
+
+# Up to this many pieces a row, a CPU does better with T x T scores in memory than with torch's
+# scaled_dot_product_attention: 15 ms against 50 ms, forward and backward, for 32 rows of 128 pieces,
+# 4 heads of 64, bfloat16, one Zen 5 core, torch 2.13.
+EXPLICIT_LENGTH = 512
+
+
+def attention(qkv: Tensor, attention_mask: Tensor | None, dropout_p: float) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V.
+
+    Args:
+        qkv: [3, B, A, T, d], query, key and value; any strides.
+        attention_mask: bool [B, T] (True: the position counts) or None.
+        dropout_p: of the probabilities.
+
+    Returns:
+        [B, A, T, d].
+    """
+    mask = None if attention_mask is None else attention_mask[:, None, None, :]
+    if qkv.device.type != "cpu" or qkv.shape[3] > EXPLICIT_LENGTH:
+        return F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout_p)
+    # Contiguous once: otherwise each product copies its operands.
+    query, key, value = qkv.contiguous().unbind(0)
+    scores = torch.matmul(query * qkv.shape[-1] ** -0.5, key.transpose(-1, -2))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.matmul(F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
 
 
 class BertLayer(nn.Module):
@@ -37,16 +64,9 @@ class BertLayer(nn.Module):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """hidden [B, T, H]; attention_mask bool [B, T] or None (all positions count)."""
         B, T, H = hidden.shape
-        query, key, value = (
-            self.qkv(hidden).view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
-        )  # each (B, A, T, H/A)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if attention_mask is None else attention_mask[:, None, None, :],
-            dropout_p=self.attention_dropout if self.training else 0.0,
-        )
+        # (3, B, A, T, H/A)
+        qkv = self.qkv(hidden).view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
+        context = attention(qkv, attention_mask, self.attention_dropout if self.training else 0.0)
         context = context.transpose(1, 2).reshape(B, T, H)
         hidden = self.attention_norm(hidden + self._drop(self.attention_output(context)))
         expanded = self.activation(self.intermediate(hidden))

@@ -204,8 +204,8 @@ def load_vocab(folder: Path, config: ModelConfig) -> Vocab:
     vocab = Vocab.load(folder)
     if vocab.size != config.vocab_size:
         raise InputError(
-            f"{folder}: the vocabulary has {vocab.size} pieces but the table has {config.vocab_size} "
-            "rows; vocab.txt and model.safetensors do not belong together"
+            f"{folder}: the vocabulary has {vocab.size} pieces but the table has "
+            f"{config.vocab_size} rows; vocab.txt and model.safetensors do not belong together"
         )
     return vocab
 
@@ -232,7 +232,8 @@ def load_masked_lm(
     for name, value in found.items():
         if value.shape != own[name].shape:
             raise InputError(
-                f"{folder}: {name} is {tuple(value.shape)}, config.json says {tuple(own[name].shape)}"
+                f"{folder}: {name} is {tuple(value.shape)}, "
+                f"config.json says {tuple(own[name].shape)}"
             )
     missing = [name for name in own if name not in found]
     vital = [n for n in missing if complete or not n.startswith(("head.", "pooler."))]

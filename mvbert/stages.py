@@ -200,7 +200,8 @@ class Stage2:
             if shape.hidden_size != E:
                 raise InputError(
                     f"a {config.shape} student cannot start from Stage I embeddings of width {E}: "
-                    f"train Stage I with embedding_size {shape.hidden_size}, or choose start = random"
+                    f"train Stage I with embedding_size {shape.hidden_size}, "
+                    "or choose start = random"
                 )
             with torch.no_grad():
                 self.model.embeddings.word.weight.copy_(teacher.student.table)

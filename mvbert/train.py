@@ -213,7 +213,8 @@ def _train(
                 progress.trained(record)
                 if skipped.item() >= MAX_SKIPPED:
                     raise InputError(
-                        f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row, up to step {step} "
+                        f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row, "
+                        f"up to step {step} "
                         f"(seed {config.seed}, rows {(step - MAX_SKIPPED) * config.rows} to "
                         f"{step * config.rows}); the last good checkpoint is in {checkpoints}; "
                         "try a lower lr"
