@@ -1,0 +1,555 @@
+#include "mixer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+
+#include "philox.h"
+#include "philox_blocks.h"
+
+namespace mvbert {
+namespace {
+
+constexpr std::int32_t kIgnoreIndex = -100;
+constexpr int kOrderRounds = 6;
+constexpr std::uint64_t kRowsPerChunk = 64;     // whose starts are computed together
+constexpr std::uint64_t kRowsPerThread = 256;   // below that a thread costs more than it brings
+
+#if defined(__GNUC__)
+inline void Prefetch(const void* address) { __builtin_prefetch(address); }
+#define MVBERT_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#else
+inline void Prefetch(const void*) {}
+#define MVBERT_UNLIKELY(x) (x)
+#endif
+
+[[noreturn]] void Refuse(const std::string& message) { throw std::invalid_argument(message); }
+
+// Calls work(first, last) on contiguous shares of [0, count), one in this thread. Throws what the
+// lowest share that threw has thrown.
+template <typename Work>
+void InThreads(std::uint64_t count, int threads, std::uint64_t least_share, const Work& work) {
+  if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  const std::uint64_t shares =
+      std::min<std::uint64_t>(static_cast<std::uint64_t>(threads),
+                              std::max<std::uint64_t>(1, count / least_share));
+  if (shares <= 1) {
+    work(0, count);
+    return;
+  }
+  std::vector<std::exception_ptr> errors(shares);
+  const auto share = [&](std::uint64_t i) {
+    try {
+      const std::uint64_t each = count / shares, more = count % shares;
+      const std::uint64_t first = i * each + std::min(i, more);
+      work(first, first + each + (i < more ? 1 : 0));
+    } catch (...) {
+      errors[i] = std::current_exception();
+    }
+  };
+  std::vector<std::thread> helpers;
+  helpers.reserve(shares - 1);
+  std::uint64_t i = 1;
+  try {
+    for (; i < shares; ++i) helpers.emplace_back(share, i);
+  } catch (const std::system_error&) {
+    // No more threads to be had: this one does the rest.
+  }
+  share(0);
+  for (; i < shares; ++i) share(i);
+  for (std::thread& helper : helpers) helper.join();
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
+  }
+}
+
+// Number k of 0, 1, 2, ... without the listed ones.
+template <typename Number>
+inline Number Outside(Number k, const Number* listed, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) k += static_cast<Number>(k >= listed[i]);
+  return k;
+}
+
+std::array<std::uint32_t, 3> Rest(Purpose purpose, std::uint64_t number, std::uint32_t round = 0) {
+  return {static_cast<std::uint32_t>(purpose) + 256 * round, static_cast<std::uint32_t>(number),
+          static_cast<std::uint32_t>(number >> 32)};
+}
+
+}  // namespace
+
+// ---- piece table -------------------------------------------------------------------------
+
+PieceTable::PieceTable(const Segments* teacher, const Segments* student) {
+  if (!teacher && !student) Refuse("rows need the segmentation of at least one vocabulary");
+  if (teacher && student && teacher->words != student->words) {
+    Refuse("teacher and student segmentations must be of one lexicon, got " +
+           std::to_string(teacher->words) + " and " + std::to_string(student->words) + " words");
+  }
+  struct Part {
+    const char* name;
+    const Segments* segments;
+  };
+  std::vector<Part> parts;
+  if (teacher) parts.push_back({"teacher", teacher});
+  if (student) parts.push_back({"student", student});
+  words_ = parts[0].segments->words;
+  if (words_ == 0) Refuse("a segmentation must have at least word 0, the end of a document");
+
+  std::int64_t base = 0;
+  std::size_t long_pieces = 0;
+  for (const Part& part : parts) {
+    const Segments& s = *part.segments;
+    const std::string who = part.name;
+    const auto inside = [&](std::int32_t id) { return id >= 0 && id < s.size; };
+    std::uint32_t begin = 0;
+    for (std::size_t word = 0; word < words_; ++word) {
+      const std::uint32_t end = s.ends[word];
+      if (end < begin || end > s.pieces) {
+        Refuse("the " + who + " segmentation ends word " + std::to_string(word) + " at piece " +
+               std::to_string(end) + ", outside [" + std::to_string(begin) + ", " +
+               std::to_string(s.pieces) + "]");
+      }
+      if (word > 0 && end == begin) {
+        Refuse("the " + who + " segmentation has no pieces for word " + std::to_string(word));
+      }
+      if (word > 0 && end - begin > kInline) long_pieces += end - begin;
+      begin = end;
+    }
+    for (std::uint32_t i = s.ends[0]; i < begin; ++i) {
+      if (!inside(s.ids[i])) {
+        Refuse(who + " ids must lie in [0, " + std::to_string(s.size) + "), got " +
+               std::to_string(s.ids[i]) + ": was the lexicon cut with another vocabulary?");
+      }
+    }
+
+    Side side;
+    side.base = static_cast<std::int32_t>(base);
+    side.special = s.special;
+    std::sort(side.special.begin(), side.special.end());
+    side.special.erase(std::unique(side.special.begin(), side.special.end()), side.special.end());
+    for (const std::int32_t id : {s.cls, s.sep, s.mask}) {
+      if (!inside(id)) Refuse("the " + who + " vocabulary has no id " + std::to_string(id));
+    }
+    for (const std::int32_t id : side.special) {
+      if (!inside(id)) Refuse("the " + who + " vocabulary has no id " + std::to_string(id));
+    }
+    if (static_cast<std::size_t>(s.size) <= side.special.size()) {
+      Refuse("the " + who + " vocabulary has only special pieces");
+    }
+    side.ordinary = static_cast<std::uint32_t>(s.size) -
+                    static_cast<std::uint32_t>(side.special.size());
+    base += s.size;
+    if (base > std::numeric_limits<std::int32_t>::max()) {
+      Refuse("the two vocabularies together have more than 2^31 - 1 pieces");
+    }
+    side.cls = side.base + s.cls;
+    side.sep = side.base + s.sep;
+    side.mask = side.base + s.mask;
+    sides_.push_back(std::move(side));
+  }
+  if (long_pieces > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
+    Refuse("the words of more than three pieces have more than 2^31 - 1 pieces together");
+  }
+
+  records_.resize(words_ * parts.size());
+  long_ids_.reserve(long_pieces);
+  for (std::size_t p = 0; p < parts.size(); ++p) {
+    const Segments& s = *parts[p].segments;
+    records_[p] = {{0, 0, 0}, kMark};
+    for (std::size_t word = 1; word < words_; ++word) {
+      const std::int32_t* ids = s.ids + s.ends[word - 1];
+      Record& record = records_[word * parts.size() + p];
+      record = {{0, 0, 0}, s.ends[word] - s.ends[word - 1]};
+      if (record.count <= kInline) {
+        for (std::uint32_t i = 0; i < record.count; ++i) record.ids[i] = sides_[p].base + ids[i];
+      } else {
+        record.ids[0] = static_cast<std::int32_t>(long_ids_.size());
+        for (std::uint32_t i = 0; i < record.count; ++i) {
+          long_ids_.push_back(sides_[p].base + ids[i]);
+        }
+      }
+    }
+  }
+}
+
+StreamTotals StreamTotals::Of(const PieceTable& table, const std::uint32_t* stream,
+                              std::size_t size, int threads) {
+  constexpr std::uint64_t kShare = 1 << 20;
+  const std::size_t sides = table.sides_.size();
+  std::vector<StreamTotals> parts(size / kShare + 1);
+  InThreads(size, threads, kShare, [&](std::uint64_t first, std::uint64_t last) {
+    StreamTotals sum;
+    for (std::uint64_t i = first; i < last; ++i) {
+      if (MVBERT_UNLIKELY(stream[i] >= table.words_)) {
+        Refuse("the stream's entry " + std::to_string(i) + " is word " +
+               std::to_string(stream[i]) + ", the segmentation has " +
+               std::to_string(table.words_) + " words: were they made from another corpus?");
+      }
+      sum.marks += stream[i] == 0;
+      const PieceTable::Record* record = table.records_.data() + stream[i] * sides;
+      for (std::size_t side = 0; side < sides; ++side) {
+        sum.pieces[side] += record[side].count == PieceTable::kMark ? 1 : record[side].count;
+      }
+    }
+    // Shares are at least kShare long, so no two begin in the same place of `parts`.
+    parts[first / kShare] = sum;
+  });
+  StreamTotals total;
+  for (const StreamTotals& part : parts) {
+    total.marks += part.marks;
+    for (int side = 0; side < 2; ++side) total.pieces[side] += part.pieces[side];
+  }
+  return total;
+}
+
+// ---- where rows start --------------------------------------------------------------------
+
+Mixer::Mixer(const PieceTable& table, const std::uint32_t* stream, std::size_t stream_size,
+             MixerOptions options)
+    : table_(table),
+      stream_(stream),
+      stream_size_(stream_size),
+      options_(std::move(options)),
+      rows_(0) {
+  const MixerOptions& o = options_;
+  if (o.T < 8 || o.T > 65535) Refuse("T must lie in [8, 65535], got " + std::to_string(o.T));
+  if (o.stride < 1 || o.stride > stream_size) {
+    Refuse("the stride must lie in [1, " + std::to_string(stream_size) + "], got " +
+           std::to_string(o.stride));
+  }
+  if (o.capacity > o.T || o.budgets.size() != o.T - 1) {
+    Refuse("a row of T = " + std::to_string(o.T) + " needs a capacity of at most T and T - 1 " +
+           "budgets, got " + std::to_string(o.capacity) + " and " +
+           std::to_string(o.budgets.size()));
+  }
+  for (const std::uint32_t budget : o.budgets) {
+    if (budget > o.capacity) Refuse("a budget is above the capacity");
+  }
+  rows_ = stream_size / o.stride;
+}
+
+void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first) const {
+  const std::array<std::uint32_t, 2> key = PhiloxKey(options_.seed);
+  const PhiloxBlocksFunction blocks = PhiloxBlocks();
+  int bits = 2;
+  while (bits < 64 && (rows_ - 1) >> bits) ++bits;
+  const int low_bits = bits / 2;
+  const std::uint32_t low_mask = static_cast<std::uint32_t>((std::uint64_t{1} << low_bits) - 1);
+  const std::uint32_t high_mask =
+      static_cast<std::uint32_t>((std::uint64_t{1} << (bits - low_bits)) - 1);
+
+  std::vector<std::uint32_t> pending;
+  while (count > 0) {
+    const std::uint64_t epoch = start / rows_, position = start % rows_;
+    const std::size_t here =
+        static_cast<std::size_t>(std::min<std::uint64_t>(count, rows_ - position));
+    pending.resize(here);
+    for (std::size_t i = 0; i < here; ++i) {
+      first[i] = position + i;
+      pending[i] = static_cast<std::uint32_t>(i);
+    }
+    // Results outside [0, rows_) go through the network again.
+    while (!pending.empty()) {
+      std::size_t left = 0;
+      for (std::size_t at = 0; at < pending.size(); at += 16) {
+        const std::size_t lanes = std::min<std::size_t>(16, pending.size() - at);
+        std::uint32_t low[16] = {}, high[16] = {}, noise[64];
+        for (std::size_t i = 0; i < lanes; ++i) {
+          low[i] = static_cast<std::uint32_t>(first[pending[at + i]]) & low_mask;
+          high[i] = static_cast<std::uint32_t>(first[pending[at + i]] >> low_bits);
+        }
+        for (std::uint32_t round = 0; round < kOrderRounds; ++round) {
+          const bool odd = round % 2;
+          blocks(odd ? high : low, Rest(Purpose::kRowOrder, epoch, round), key, noise);
+          for (int i = 0; i < 16; ++i) {
+            if (odd) {
+              low[i] ^= noise[i] & low_mask;
+            } else {
+              high[i] ^= noise[i] & high_mask;
+            }
+          }
+        }
+        for (std::size_t i = 0; i < lanes; ++i) {
+          const std::uint64_t id = std::uint64_t{high[i]} << low_bits | low[i];
+          first[pending[at + i]] = id;
+          if (id >= rows_) pending[left++] = pending[at + i];
+        }
+      }
+      pending.resize(left);
+    }
+    const auto epoch_bits = Philox4x32(
+        {0, static_cast<std::uint32_t>(Purpose::kEpochOffset), static_cast<std::uint32_t>(epoch),
+         static_cast<std::uint32_t>(epoch >> 32)},
+        key);
+    const std::uint32_t offset = BelowN(epoch_bits[0], options_.stride);
+    for (std::size_t i = 0; i < here; ++i) first[i] = first[i] * options_.stride + offset;
+    first += here;
+    start += here;
+    count -= here;
+  }
+}
+
+// ---- a row -------------------------------------------------------------------------------
+
+// What one thread needs to make one row after another.
+class Mixer::Scratch {
+ public:
+  explicit Scratch(const Mixer& mixer)
+      : mixer_(mixer),
+        options_(mixer.options_),
+        key_(PhiloxKey(mixer.options_.seed)),
+        blocks_(PhiloxBlocks()),
+        coins_((options_.T + 63) / 64 * 64),
+        draws_((2 * std::size_t{options_.T} + 4 + 63) / 64 * 64),
+        ids_(options_.T + 4),
+        words_(options_.T),
+        breaks_(options_.T),
+        masked_((options_.T + 63) / 64) {}
+
+  // Makes row `number`, which starts at entry `first` of the stream, in row `index` of `out`.
+  template <bool kTwo>
+  void Make(std::uint64_t number, std::uint64_t first, std::uint64_t student_threshold,
+            std::uint64_t index, const Rows& out) {
+    const std::uint32_t T = options_.T, M = options_.capacity;
+    number_ = number;
+    draws_made_ = 0;
+    student_threshold_ = student_threshold;
+    if (kTwo && student_threshold > 0 && student_threshold < std::uint64_t{1} << 32) {
+      for (std::uint32_t i = 0; i < T; i += 64) {
+        Blocks(i / 4, Purpose::kVocabulary, coins_.data() + i);
+      }
+    }
+
+    std::uint32_t second = 0;  // where the drawn [SEP] goes; 0: nowhere
+    if (Draw(0) < options_.pair_threshold) {
+      Fill<kTwo>(first, T - 3);
+      second = Boundary(Draw(1));
+    }
+    if (second == 0) Fill<kTwo>(first, T - 2);
+
+    std::int32_t* ids = out.input_ids + index * T;
+    ids[0] = SideOf<kTwo>(0).cls;
+    ids[T - 1] = SideOf<kTwo>(T - 1).sep;
+    std::uint8_t* types = out.token_type_ids + index * T;
+    if (second == 0) {
+      std::memcpy(ids + 1, ids_.data() + 1, sizeof(std::int32_t) * (T - 2));
+      std::memset(types, 0, T);
+    } else {
+      std::memcpy(ids + 1, ids_.data() + 1, sizeof(std::int32_t) * (second - 1));
+      ids[second] = SideOf<kTwo>(T - 2).sep;
+      std::memcpy(ids + second + 1, ids_.data() + second,
+                  sizeof(std::int32_t) * (T - 2 - second));
+      std::memset(types, 0, second + 1);
+      std::memset(types + second + 1, 1, T - 1 - second);
+    }
+    if (M > 0) {
+      Choose(second);
+      Mask<kTwo>(ids, out.masked_positions + index * M, out.labels + index * M);
+    }
+  }
+
+ private:
+  // A word's half-open range of positions, start | end << 16.
+  static std::uint32_t Start(std::uint32_t word) { return word & 0xFFFF; }
+  static std::uint32_t End(std::uint32_t word) { return word >> 16; }
+
+  void Blocks(std::uint32_t first, Purpose purpose, std::uint32_t out[64]) const {
+    std::uint32_t counters[16];
+    for (std::uint32_t i = 0; i < 16; ++i) counters[i] = first + i;
+    blocks_(counters, Rest(purpose, number_), key_, out);
+  }
+
+  // Number i of the row's purpose kRow.
+  std::uint32_t Draw(std::uint32_t i) {
+    while (MVBERT_UNLIKELY(i >= draws_made_)) {
+      Blocks(draws_made_ / 4, Purpose::kRow, draws_.data() + draws_made_);
+      draws_made_ += 64;
+    }
+    return draws_[i];
+  }
+
+  template <bool kTwo>
+  const PieceTable::Side& SideOf(std::uint32_t slot) const {
+    return mixer_.table_.sides_[kTwo && coins_[slot] < student_threshold_];
+  }
+
+  // Lays words and [SEP]s into ids_[1, 1 + room), and lists the words and those after a [SEP].
+  template <bool kTwo>
+  void Fill(std::uint64_t first, std::uint32_t room) {
+    const PieceTable::Record* records = mixer_.table_.records_.data();
+    const std::uint32_t* entry = mixer_.stream_ + first;
+    const std::uint32_t* const stream_end = mixer_.stream_ + mixer_.stream_size_;
+    const std::uint64_t threshold = student_threshold_;
+    const std::uint32_t* coin = coins_.data() + 1;
+    std::int32_t* ids = ids_.data();
+    std::uint32_t* words = words_.data();
+    std::uint32_t at = 1, breaks = 0;
+    const std::uint32_t end = 1 + room;
+    do {
+      const std::uint64_t id = *entry;
+      if (MVBERT_UNLIKELY(++entry == stream_end)) entry = mixer_.stream_;
+      const PieceTable::Record& record = records[kTwo ? 2 * id + (*coin < threshold) : id];
+      // Three pieces and the count, whatever the count: the next word overwrites what is too much,
+      // and ids_ has room behind its end.
+      std::memcpy(ids + at, record.ids, sizeof(PieceTable::Record));
+      std::uint32_t count = record.count;
+      if (MVBERT_UNLIKELY(count > PieceTable::kInline)) {
+        if (count == PieceTable::kMark) {
+          const std::size_t so_far = static_cast<std::size_t>(words - words_.data());
+          // No [SEP] beside another special piece: not first, not twice, not before the last.
+          if (so_far > 0 && End(words[-1]) == at && at + 1 < end) {
+            ids[at++] = mixer_.table_.sides_[kTwo && *coin++ < threshold].sep;
+            breaks_[breaks++] = static_cast<std::uint32_t>(so_far);
+          }
+          continue;
+        }
+        const std::int32_t* rest = mixer_.table_.long_ids_.data() + record.ids[0];
+        count = std::min(count, end - at);
+        std::memcpy(ids + at, rest, sizeof(std::int32_t) * count);
+      }
+      ++coin;
+      *words++ = at | (at + count) << 16;
+      at += count;
+    } while (at < end);
+    words[-1] = Start(words[-1]) | end << 16;  // the last word may be cut
+    words_made_ = static_cast<std::uint32_t>(words - words_.data());
+    breaks_made_ = breaks;
+    word_pieces_ = room - breaks;
+  }
+
+  // The start, drawn by `bits`, of a word of the row's middle half that follows a word; 0 if there
+  // is none.
+  std::uint32_t Boundary(std::uint32_t bits) const {
+    const auto first_from = [&](std::uint32_t position) {
+      return static_cast<std::uint32_t>(
+          std::partition_point(words_.begin(), words_.begin() + words_made_,
+                               [&](std::uint32_t word) { return Start(word) < position; }) -
+          words_.begin());
+    };
+    // The first word starts at 1, before the middle of any row, so every word here has one before.
+    const std::uint32_t begin = first_from((options_.T + 3) / 4);
+    const std::uint32_t end = first_from((3 * options_.T + 3) / 4);
+    const auto breaks_end = breaks_.begin() + breaks_made_;
+    const auto begin_break = std::lower_bound(breaks_.begin(), breaks_end, begin);
+    const auto end_break = std::lower_bound(begin_break, breaks_end, end);
+    const std::size_t breaks = static_cast<std::size_t>(end_break - begin_break);
+    const std::uint32_t choices = end - begin - static_cast<std::uint32_t>(breaks);
+    if (choices == 0) return 0;
+    return Start(words_[Outside(begin + BelowN(bits, choices), &*begin_break, breaks)]);
+  }
+
+  // Marks the positions of the words to mask in masked_: the first steps of a Fisher-Yates shuffle
+  // of the words, each taken if its pieces fit into what is left of the budget.
+  void Choose(std::uint32_t second) {
+    std::fill(masked_.begin(), masked_.end(), 0);
+    std::uint32_t budget = options_.budgets[word_pieces_];
+    const std::uint32_t boundary = second == 0 ? options_.T : second;
+    std::uint32_t* words = words_.data();
+    for (std::uint32_t step = 0; budget > 0 && step < words_made_; ++step) {
+      const std::uint32_t other = step + BelowN(Draw(2 + 2 * step), words_made_ - step);
+      const std::uint32_t word = words[other];
+      words[other] = words[step];
+      const std::uint32_t length = End(word) - Start(word);
+      if (length > budget) continue;
+      budget -= length;
+      // Words behind the drawn [SEP] have moved by one.
+      std::uint32_t position = Start(word) + (Start(word) >= boundary);
+      for (std::uint32_t i = 0; i < length; ++i, ++position) {
+        masked_[position / 64] |= std::uint64_t{1} << (position % 64);
+      }
+    }
+  }
+
+  // Replaces the marked pieces and writes their positions and labels, in ascending order.
+  template <bool kTwo>
+  void Mask(std::int32_t* ids, std::int32_t* positions, std::int32_t* labels) {
+    const std::vector<PieceTable::Side>& sides = mixer_.table_.sides_;
+    std::uint32_t j = 0;
+    for (std::size_t i = 0; i < masked_.size(); ++i) {
+      for (std::uint64_t set = masked_[i]; set != 0; set &= set - 1, ++j) {
+        const std::uint32_t position =
+            static_cast<std::uint32_t>(64 * i) + static_cast<std::uint32_t>(LowestBit(set));
+        const std::int32_t id = ids[position];
+        const PieceTable::Side& side = sides[kTwo && id >= sides[1].base];
+        positions[j] = static_cast<std::int32_t>(position);
+        labels[j] = id;
+        // One number of [0, 10) with a fraction: the number says which of the three, the fraction
+        // which piece.
+        const std::uint64_t tenths = std::uint64_t{10} * Draw(3 + 2 * j);
+        const std::uint32_t tenth = static_cast<std::uint32_t>(tenths >> 32);
+        std::int32_t next = tenth < 8 ? side.mask : id;
+        if (tenth == 8) {
+          const std::uint32_t k = BelowN(static_cast<std::uint32_t>(tenths), side.ordinary);
+          next = side.base + Outside(static_cast<std::int32_t>(k), side.special.data(),
+                                     side.special.size());
+        }
+        ids[position] = next;
+      }
+    }
+    std::fill(positions + j, positions + options_.capacity, 0);
+    std::fill(labels + j, labels + options_.capacity, kIgnoreIndex);
+  }
+
+  static int LowestBit(std::uint64_t bits) {
+#if defined(__GNUC__)
+    return __builtin_ctzll(bits);
+#else
+    int i = 0;
+    while (!(bits >> i & 1)) ++i;
+    return i;
+#endif
+  }
+
+  const Mixer& mixer_;
+  const MixerOptions& options_;
+  const std::array<std::uint32_t, 2> key_;
+  const PhiloxBlocksFunction blocks_;
+  std::uint64_t number_ = 0;
+  std::uint64_t student_threshold_ = 0;
+  std::uint32_t draws_made_ = 0;
+  std::uint32_t words_made_ = 0;
+  std::uint32_t breaks_made_ = 0;
+  std::uint32_t word_pieces_ = 0;
+  std::vector<std::uint32_t> coins_;   // numbers of purpose kVocabulary; all 0 where none is needed
+  std::vector<std::uint32_t> draws_;   // numbers of purpose kRow, as far as made
+  std::vector<std::int32_t> ids_;      // the row, and room for a record behind it
+  std::vector<std::uint32_t> words_;   // ranges of the row's words
+  std::vector<std::uint32_t> breaks_;  // words that follow the [SEP] of a document
+  std::vector<std::uint64_t> masked_;  // one bit a position
+};
+
+template <bool kTwo>
+void Mixer::ReadRange(std::uint64_t start, std::uint64_t count, std::uint64_t student_threshold,
+                      Rows out) const {
+  Scratch scratch(*this);
+  std::uint64_t first[kRowsPerChunk];
+  for (std::uint64_t done = 0; done < count;) {
+    const std::uint64_t here = std::min(kRowsPerChunk, count - done);
+    Starts(start + done, here, first);
+    for (std::uint64_t i = 0; i < here; ++i, ++done) {
+      scratch.Make<kTwo>(start + done, first[i], student_threshold, done, out);
+    }
+  }
+}
+
+void Mixer::Read(std::uint64_t start, std::uint64_t count, std::uint64_t student_threshold,
+                 int threads, Rows out) const {
+  const std::uint64_t T = options_.T, M = options_.capacity;
+  InThreads(count, threads, kRowsPerThread, [&](std::uint64_t first, std::uint64_t last) {
+    const Rows part = {out.input_ids + first * T, out.token_type_ids + first * T,
+                       out.masked_positions + first * M, out.labels + first * M};
+    if (table_.sides() == 2) {
+      ReadRange<true>(start + first, last - first, student_threshold, part);
+    } else {
+      ReadRange<false>(start + first, last - first, student_threshold, part);
+    }
+  });
+}
+
+}  // namespace mvbert
