@@ -22,6 +22,7 @@
 #include "philox.h"
 #include "philox_blocks.h"
 #include "unicode.h"
+#include "vocab_learner.h"
 #include "wordpiece.h"
 #include "words.h"
 
@@ -119,6 +120,32 @@ std::vector<std::int32_t> Cut(const mvbert::WordPiece& wordpiece, const py::obje
 // ---- lexicon ----------------------------------------------------------------------------
 
 // ---- vocabulary learner -----------------------------------------------------------------
+
+using Uint64Array = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
+
+py::tuple LearnVocabShim(const py::bytes& bytes, const Uint64Array& ends, const Uint64Array& counts,
+                         std::size_t size, double coverage, int threads) {
+  if (ends.ndim() != 1 || counts.ndim() != 1 || ends.size() != counts.size()) {
+    throw std::invalid_argument("ends and counts must be flat and equally long, got " +
+                                std::to_string(ends.size()) + " ends and " +
+                                std::to_string(counts.size()) + " counts");
+  }
+  mvbert::LearnOptions options;
+  options.size = size;
+  options.coverage = coverage;
+  options.threads = threads;
+  // The caller holds `bytes` and both arrays until the call returns.
+  const std::string_view text = bytes;
+  const std::uint64_t* ends_data = ends.data();
+  const std::uint64_t* counts_data = counts.data();
+  const auto words = static_cast<std::size_t>(ends.size());
+  mvbert::LearnedVocab vocab;
+  {
+    py::gil_scoped_release release;
+    vocab = mvbert::LearnVocab(text, ends_data, counts_data, words, options);
+  }
+  return py::make_tuple(vocab.pieces, vocab.uses, vocab.alphabet, vocab.threshold);
+}
 
 // ---- mixer ------------------------------------------------------------------------------
 
@@ -248,6 +275,9 @@ PYBIND11_MODULE(_tokenizer, m) {
   // lexicon
 
   // vocabulary learner
+  m.def("learn_vocab", &LearnVocabShim, py::arg("bytes"), py::arg("ends"), py::arg("counts"),
+        py::arg("size"), py::arg("coverage"), py::arg("threads"),
+        "(pieces, uses, alphabet, threshold): exactly `size` pieces learned top-down.");
 
   // mixer
   m.def("philox4x32", &mvbert::Philox4x32, py::arg("counter"), py::arg("key"));
