@@ -1,0 +1,244 @@
+"""The package as a whole: the build is fresh, the link intact, the lists complete."""
+
+import ast
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mvbert
+
+
+def source_hash(root: Path) -> str:
+    """What CMakeLists.txt bakes into the module: SHA-256 over one "name digest" line a file."""
+    names = [
+        f"csrc/{f.name}" for f in (root / "csrc").iterdir() if f.suffix in {".cc", ".h", ".inc"}
+    ]
+    lines = [
+        f"{name} {hashlib.sha256((root / name).read_bytes()).hexdigest()}\n"
+        for name in sorted([*names, "CMakeLists.txt"])
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def imported_at_load(path: Path) -> set[str]:
+    """The modules that importing a file imports at once (not inside functions)."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def git_files(root: Path) -> list[str]:
+    if not (root / ".git").exists():
+        pytest.skip("needs the git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True
+    )
+    return [name for name in listed.stdout.split("\0") if name]
+
+
+def test_the_extension_is_built_from_these_sources(root):
+    from mvbert import _tokenizer
+
+    hint = "the built extension is stale; run: python setup.py build_ext --inplace"
+    assert _tokenizer.source_hash == source_hash(root), hint
+    assert _tokenizer.__version__ == mvbert.__version__, hint
+
+
+def test_the_link_to_kernels_is_a_link(root):
+    link = root / "mvbert" / "kernels"
+    if not link.is_symlink() and link.is_file():
+        pytest.skip("this checkout has no symbolic links")
+    assert os.readlink(link) == "../kernels"
+
+
+def test_kernels_import_under_the_name_of_the_package(root):
+    from mvbert import kernels
+
+    assert kernels.__name__ == "mvbert.kernels"
+    assert Path(kernels.__file__).resolve() == root / "kernels" / "__init__.py"
+
+
+def test_the_test_folders_are_no_packages(root):
+    """A tests/kernels/__init__.py would make `import kernels` find the tests."""
+    assert not list((root / "tests").rglob("__init__.py"))
+
+
+def test_every_package_is_listed_in_setup(root):
+    listed = set(
+        re.search(r"packages=\[(.*?)\]", (root / "setup.py").read_text(), re.S)[1].split('"')
+    )
+    folders = {
+        ".".join(path.parent.relative_to(root).parts)
+        for path in (root / "mvbert").rglob("*.py")
+        if "kernels" not in path.parts
+    }
+    assert folders <= listed
+    assert not [p for p in (root / "kernels").rglob("*.py") if p.parent != root / "kernels"]
+
+
+def test_importing_mvbert_is_cheap():
+    """Neither torch nor the extension is loaded: either half works where the other is missing."""
+    code = (
+        "import sys, mvbert;"
+        "heavy = {'torch', 'triton', 'transformers', 'mvbert._tokenizer'} & set(sys.modules);"
+        "sys.exit(' '.join(sorted(heavy)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"import mvbert loads {done.stderr.strip()}"
+
+
+TEXT_HALF = ["errors", "files", "vocab", "wordpiece", "tokenizer", "corpus", "learner", "batches"]
+
+
+@pytest.mark.parametrize("name", TEXT_HALF)
+def test_the_text_half_works_without_torch(root, name):
+    if not (root / "mvbert" / f"{name}.py").exists():
+        pytest.fail(f"mvbert/{name}.py is gone: amend this list and the README's file tree")
+    code = (
+        "import sys; sys.modules.update(torch=None, triton=None, transformers=None);"
+        f"import mvbert.{name}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_extras_are_imported_lazily(root):
+    """Optional packages are imported where they are used, so that none is needed to start."""
+    optional = {"transformers", "tokenizers", "huggingface_hub", "tensorboard", "sentencepiece"}
+    optional |= {"pyarrow", "zstandard", "sympy", "networkx", "hypothesis", "pytest"}
+    for path in sorted((root / "mvbert").glob("*.py")):
+        early = {name.split(".")[0] for name in imported_at_load(path)} & optional
+        assert not early, f"{path.name} imports {early} at load"
+
+
+def test_there_is_no_pickle(root):
+    """Nothing that is loaded can run code: no pickle, no torch.save, no torch.load."""
+    for folder in ("mvbert", "kernels"):
+        for path in sorted((root / folder).glob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            assert not re.search(r"^\s*(import|from) (pickle|dill|joblib|shelve)", source, re.M), (
+                path
+            )
+            assert not re.search(r"torch\.(save|load)\(|allow_pickle=True", source), path
+
+
+def test_nothing_committed_names_a_private_place(root):
+    """No absolute path of a home or work folder, and no registry host, is in the repository."""
+    private = re.compile(rb"(?<![\w.])/(root|home/\w+|work)/\w|pypi\.org|download\.pytorch\.org")
+    for name in git_files(root):
+        path = root / name
+        if path.is_symlink() or not path.is_file() or name == "tests/test_packaging.py":
+            continue
+        found = private.search(path.read_bytes())
+        assert not found, f"{name} holds {found[0].decode()!r}"
+
+
+def readme_commands(root: Path) -> set[str]:
+    return set(re.findall(r"^(?:\$ )?make (\w+)", (root / "README.md").read_text(), re.M))
+
+
+def test_the_commands_of_the_readme_exist(root):
+    makefile = (root / "Makefile").read_text()
+    targets = readme_commands(root)
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert "make test" in (root / ".ci" / "run").read_text()
+
+
+def test_the_file_tree_of_the_readme_is_the_tree(root):
+    """Every source file has its phrase in the README, and every phrase its file."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    tree = re.search(r"<!-- tree -->\n```\n(.*?)```", readme, re.S)[1]
+    listed: set[str] = set()
+    folder = ""
+    for line in tree.splitlines():
+        if not line.strip():
+            continue
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            if folder:
+                continue
+        elif not folder:
+            continue
+        listed.add(folder + name)
+    for name in sorted(listed):
+        assert list(root.glob(name)), f"the README names {name}, which does not exist"
+    covered = {str(path.relative_to(root)) for name in listed for path in root.glob(name)}
+    for folder, suffixes in [
+        ("csrc", (".h", ".cc", ".inc")),
+        ("kernels", (".py", ".cu")),
+        ("mvbert", (".py",)),
+        ("bench", (".py",)),
+    ]:
+        for path in sorted((root / folder).glob("*")):
+            if path.suffix in suffixes:
+                name = str(path.relative_to(root))
+                # A header stands for its .cc file.
+                alone = name in covered or str(Path(name).with_suffix(".h")) in covered
+                assert alone, f"the README's file tree lacks {name}"
+
+
+# ---- distributions: minutes, so only on request ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def distributions(root, tmp_path_factory):
+    """An sdist of the tree, and a wheel built from that sdist, without a network."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = pytest.importorskip("build", reason="needs the package build (extra dev)")
+    del build
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(root)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_sdist_is_complete(root, distributions):
+    with tarfile.open(distributions[0]) as sdist:
+        held = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
+    left_out = {".gitignore", ".ci/run", "mvbert/kernels"}
+    missing = [name for name in git_files(root) if name not in held | left_out]
+    assert not missing
+    assert not [name for name in held if name.startswith("mvbert/kernels/")]
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_kernels_under_mvbert_only(distributions):
+    names = zipfile.ZipFile(distributions[1]).namelist()
+    assert "mvbert/kernels/__init__.py" in names
+    assert any(re.match(r"mvbert/_tokenizer\..*\.so$", name) for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"mvbert"}
+
+
+@pytest.mark.slow
+def test_the_wheel_works_in_a_clean_environment(distributions, tmp_path):
+    """Installed without its dependencies, outside the tree: the package is whole."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", distributions[1]]
+    subprocess.run(install, check=True)
+    code = (
+        "import mvbert, mvbert.kernels, mvbert._tokenizer as t; from importlib import metadata;"
+        "assert t.__version__ == mvbert.__version__ == metadata.version('mvbert')"
+    )
+    env = {"PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        [python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "venv" / "bin" / "mvbert").exists()
