@@ -45,8 +45,7 @@ softmax; `student_vocab.txt` the student's pieces.
     else:
         assert stage2 is not None
         start = {
-            "stage1": "Its embeddings started from the table that Stage I of mixed-vocabulary training "
-            "made.",
+            "stage1": "Its embeddings started from the table that Stage I made.",
             "random": "It started from random weights.",
         }[stage2.start]
         losses = "masked language modelling"

@@ -17,8 +17,8 @@ ACTIVATIONS = {
 }
 
 # Up to this many pieces a row, a CPU does better with T x T scores in memory than with torch's
-# scaled_dot_product_attention: 15 ms against 50 ms, forward and backward, for 32 rows of 128 pieces,
-# 4 heads of 64, bfloat16, one Zen 5 core, torch 2.13.
+# scaled_dot_product_attention: 15 ms against 50 ms, forward and backward, for 32 rows of 128
+# pieces, 4 heads of 64, bfloat16, one Zen 5 core, torch 2.13.
 EXPLICIT_LENGTH = 512
 
 

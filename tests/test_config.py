@@ -1,0 +1,84 @@
+"""Configuration: TOML in, clear errors out."""
+
+import pytest
+
+from mvbert.config import (
+    DistillConfig,
+    ModelConfig,
+    Stage1Config,
+    Stage2Config,
+    from_dict,
+    load_toml,
+    student_shape,
+    to_dict,
+)
+from mvbert.errors import InputError
+
+
+def test_the_papers_two_shapes_have_the_papers_parameter_counts():
+    assert student_shape("6x256", 4928).encoder_parameters == 6_198_016
+    assert student_shape("12x256", 4928).encoder_parameters == 10_936_576
+
+
+def test_a_config_survives_the_way_through_plain_data():
+    config = DistillConfig(arms={"a": {"lr": 0.1, "distill": ["hidden"]}}, sentences=("[MASK]",))
+    assert from_dict(DistillConfig, to_dict(config), "x") == config
+    assert config.arm("a") == Stage2Config(lr=0.1, distill=("hidden",))
+
+
+def test_toml_is_read_with_types(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('out = "o"\n[stage1]\nlr = 1\nsteps = 7\n[arms.x]\nstart = "random"\n')
+    config = load_toml(DistillConfig, path)
+    assert config.stage1 == Stage1Config(lr=1.0, steps=7)
+    assert config.arm("x").start == "random"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("[stage1]\nstepz = 3\n", "stage1: unknown key 'stepz'"),
+        ("[stage1]\nsteps = 1.5\n", "stage1.steps: must be int"),
+        ("[stage1]\nsteps = true\n", "stage1.steps: must be int"),
+        ("[stage1]\nsteps = 0\n", "steps must be at least 1"),
+        ("[stage1]\nstudent_prob = 1.5\n", "student_prob must lie in [0, 1]"),
+        ("[stage1]\nlr = nan\n", "must be a number"),
+        ('[stage2]\nstart = "paper"\n', "must be one of stage1, random"),
+        ('[stage2]\ndistill = ["logit"]\n', "distill takes logits, hidden"),
+        ("[stage2]\nrows = 10\nmicro_rows = 3\n", "not a multiple of micro_rows"),
+        ("stage2 = 3\n", "must be a table"),
+        ('[arms."a/b"]\n', "an arm's name"),
+        ("[arms.a]\nnope = 1\n", "arms.a: unknown key 'nope'"),
+        ("a = [", "not valid TOML"),
+    ],
+)
+def test_wrong_toml_is_named(tmp_path, text, part):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_toml(DistillConfig, path)
+    assert part in str(error.value)
+    assert str(path) in str(error.value) or "arms" in part
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nope.toml: no such file"):
+        load_toml(DistillConfig, tmp_path / "nope.toml")
+
+
+@pytest.mark.parametrize("name", ["6x250", "0x256", "6", "x256", "6x0", "6x256x2"])
+def test_a_wrong_shape_is_named(name):
+    with pytest.raises(InputError, match="student shape must be"):
+        student_shape(name, 100)
+
+
+def test_heads_must_divide_the_hidden_size():
+    with pytest.raises(InputError, match="not a multiple"):
+        ModelConfig(10, 10, 1, 3, 10)
+
+
+def test_student_prob_moves_to_its_end_after_the_ramp_starts():
+    config = Stage1Config(steps=11, student_prob=0.5, student_prob_end=1.0, ramp_start=0.5)
+    assert [config.student_prob_at(step) for step in (0, 5, 10)] == [0.5, 0.5, 1.0]
+    assert config.student_prob_at(7) == pytest.approx(0.7)
+    assert Stage1Config().student_prob_at(999) == 0.5
