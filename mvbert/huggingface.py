@@ -98,7 +98,7 @@ def find_teacher(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    if name == demo.TEACHER_PACKAGE:
+    if name == demo.TEACHER:
         return demo.default_teacher()
     if Path(name).exists():
         raise InputError(
