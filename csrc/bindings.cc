@@ -18,9 +18,11 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "corpus_builder.h"
 #include "mixer.h"
 #include "philox.h"
 #include "philox_blocks.h"
+#include "segmentation.h"
 #include "unicode.h"
 #include "vocab_learner.h"
 #include "wordpiece.h"
@@ -118,6 +120,146 @@ std::vector<std::int32_t> Cut(const mvbert::WordPiece& wordpiece, const py::obje
 }
 
 // ---- lexicon ----------------------------------------------------------------------------
+
+// A vector as a numpy array that owns it: no copy.
+template <typename T>
+py::array_t<T> Own(std::vector<T> values) {
+  auto* kept = new std::vector<T>(std::move(values));
+  const py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+}
+
+// The bytes of a contiguous buffer, valid while `info` lives.
+std::string_view BytesOf(const py::buffer_info& info) {
+  if (info.ndim != 1 || info.itemsize != 1 || (info.size > 1 && info.strides[0] != 1)) {
+    throw py::type_error("expected contiguous bytes, got a buffer of another shape");
+  }
+  return {static_cast<const char*>(info.ptr), static_cast<std::size_t>(info.size)};
+}
+
+using Ends = py::array_t<std::uint64_t, py::array::c_style>;
+
+std::unique_ptr<mvbert::CorpusBuilder> MakeCorpusBuilder(bool lowercase, double heldout_share,
+                                                         std::uint64_t seed, bool replace,
+                                                         int threads, std::size_t block_bytes) {
+  mvbert::CorpusOptions options;
+  options.split.lowercase = lowercase;
+  options.heldout_share = heldout_share;
+  options.seed = seed;
+  options.replace = replace;
+  options.threads = threads;
+  options.block_bytes = block_bytes;
+  return std::make_unique<mvbert::CorpusBuilder>(options);
+}
+
+void BeginSource(mvbert::CorpusBuilder& builder, std::uint32_t source, const std::string& part) {
+  using mvbert::Destination;
+  if (part != "draw" && part != "train" && part != "heldout") {
+    throw std::invalid_argument("part must be draw, train or heldout, got " + part);
+  }
+  const py::gil_scoped_release release;
+  builder.BeginSource(source, part == "draw"    ? Destination::kByDraw
+                              : part == "train" ? Destination::kTrain
+                                                : Destination::kHeldOut);
+}
+
+void AddText(mvbert::CorpusBuilder& builder, const py::buffer& text) {
+  const py::buffer_info info = text.request();
+  const std::string_view view = BytesOf(info);
+  const py::gil_scoped_release release;
+  builder.AddText(view);
+}
+
+void AddDocuments(mvbert::CorpusBuilder& builder, const py::buffer& text, const Ends& ends) {
+  const py::buffer_info info = text.request();
+  const std::string_view view = BytesOf(info);
+  const std::uint64_t* end = ends.data();
+  const py::ssize_t count = ends.size();
+  const py::gil_scoped_release release;
+  std::uint64_t begin = 0;
+  for (py::ssize_t i = 0; i < count; ++i) {
+    if (end[i] < begin || end[i] > view.size()) {
+      throw std::invalid_argument("the ends of the documents must ascend within the text");
+    }
+    builder.AddDocument(view.substr(begin, end[i] - begin));
+    begin = end[i];
+  }
+}
+
+py::tuple Take(mvbert::CorpusBuilder& builder) {
+  mvbert::Taken taken;
+  {
+    const py::gil_scoped_release release;
+    taken = builder.Take();
+  }
+  py::list train, heldout;
+  for (auto& ids : taken.train) train.append(Own(std::move(ids)));
+  for (auto& ids : taken.heldout) heldout.append(Own(std::move(ids)));
+  return py::make_tuple(train, heldout);
+}
+
+py::dict Totals(const mvbert::CorpusBuilder& builder) {
+  const mvbert::CorpusTotals& totals = builder.totals();
+  py::dict result;
+  result["bytes"] = totals.bytes;
+  result["train_documents"] = totals.train_documents;
+  result["heldout_documents"] = totals.heldout_documents;
+  result["train_words"] = totals.train_words;
+  result["heldout_words"] = totals.heldout_words;
+  result["replaced"] = totals.replaced;
+  return result;
+}
+
+// (count, how often) changes to counts, then the lexicon in final order and the map to it.
+py::tuple LexiconArrays(mvbert::CorpusBuilder& builder,
+                        const py::array_t<std::uint32_t, py::array::c_style>& moved) {
+  const std::uint32_t* moved_ids = moved.data();
+  const py::ssize_t moved_count = moved.size();
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::uint64_t> ends, counts;
+  std::vector<std::uint32_t> final_ids;
+  {
+    const py::gil_scoped_release release;
+    mvbert::Lexicon& lexicon = builder.lexicon();
+    for (py::ssize_t i = 0; i < moved_count; ++i) lexicon.Uncount(moved_ids[i], 1);
+    const std::vector<std::uint32_t> order = lexicon.Order();
+    final_ids.resize(order.size());
+    ends.reserve(order.size());
+    counts.reserve(order.size());
+    for (std::uint32_t i = 0; i < order.size(); ++i) {
+      const std::string_view word = lexicon.word(order[i]);
+      bytes.insert(bytes.end(), word.begin(), word.end());
+      ends.push_back(bytes.size());
+      counts.push_back(lexicon.count(order[i]));
+      final_ids[order[i]] = i;
+    }
+  }
+  return py::make_tuple(Own(std::move(bytes)), Own(std::move(ends)), Own(std::move(counts)),
+                        Own(std::move(final_ids)));
+}
+
+py::array_t<std::uint32_t> HeldoutDraws(std::uint64_t seed, std::uint64_t documents) {
+  std::vector<std::uint32_t> draws(documents);
+  {
+    const py::gil_scoped_release release;
+    for (std::uint64_t d = 0; d < documents; ++d) draws[d] = mvbert::HeldOutDraw::Draw(seed, d);
+  }
+  return Own(std::move(draws));
+}
+
+py::tuple SegmentLexicon(const py::buffer& bytes, const Ends& word_ends,
+                         const mvbert::WordPiece& wordpiece, int threads) {
+  const py::buffer_info info = bytes.request();
+  const std::string_view view = BytesOf(info);
+  const std::uint64_t* ends = word_ends.data();
+  const auto words = static_cast<std::size_t>(word_ends.size());
+  mvbert::Segmentation segmentation;
+  {
+    const py::gil_scoped_release release;
+    segmentation = mvbert::SegmentLexicon(view, ends, words, wordpiece, threads);
+  }
+  return py::make_tuple(Own(std::move(segmentation.ends)), Own(std::move(segmentation.ids)));
+}
 
 // ---- vocabulary learner -----------------------------------------------------------------
 
@@ -273,6 +415,29 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def_property_readonly("max_chars", &mvbert::WordPiece::max_chars);
 
   // lexicon
+  static PyObject* not_utf8 =
+      py::exception<mvbert::NotUtf8>(m, "NotUtf8", PyExc_ValueError).release().ptr();
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const mvbert::NotUtf8& e) {
+      PyErr_SetObject(not_utf8, py::make_tuple(e.source, e.offset).ptr());
+    }
+  });
+  py::class_<mvbert::CorpusBuilder>(m, "CorpusBuilder")
+      .def(py::init(&MakeCorpusBuilder), py::kw_only(), py::arg("lowercase"),
+           py::arg("heldout_share"), py::arg("seed"), py::arg("replace"), py::arg("threads"),
+           py::arg("block_bytes") = 1 << 20)
+      .def("begin_source", &BeginSource, py::arg("source"), py::arg("part"))
+      .def("add_text", &AddText, py::arg("text"))
+      .def("add_documents", &AddDocuments, py::arg("text"), py::arg("ends"))
+      .def("flush", &mvbert::CorpusBuilder::Flush, py::call_guard<py::gil_scoped_release>())
+      .def("take", &Take)
+      .def("totals", &Totals)
+      .def("lexicon", &LexiconArrays, py::arg("moved"));
+  m.def("heldout_draws", &HeldoutDraws, py::arg("seed"), py::arg("documents"));
+  m.def("segment_lexicon", &SegmentLexicon, py::arg("bytes"), py::arg("word_ends"),
+        py::arg("wordpiece"), py::arg("threads"));
 
   // vocabulary learner
   m.def("learn_vocab", &LearnVocabShim, py::arg("bytes"), py::arg("ends"), py::arg("counts"),

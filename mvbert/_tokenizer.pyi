@@ -8,6 +8,45 @@ from numpy.typing import NDArray
 __version__: str
 source_hash: str
 
+# ---- lexicon ---------------------------------------------------------------------------------
+
+Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+class NotUtf8(ValueError):  # args: source, byte offset in its text
+    ...
+
+class CorpusBuilder:
+    def __init__(
+        self,
+        *,
+        lowercase: bool,
+        heldout_share: float,
+        seed: int,
+        replace: bool,
+        threads: int,
+        block_bytes: int = 1 << 20,
+    ) -> None: ...
+    def begin_source(self, source: int, part: str) -> None: ...  # "draw", "train", "heldout"
+    def add_text(self, text: Buffer) -> None: ...
+    def add_documents(self, text: Buffer, ends: NDArray[np.uint64]) -> None: ...
+    def flush(self) -> None: ...
+    # pieces of the train and of the held-out stream, u32, provisional ids
+    def take(self) -> tuple[list[NDArray[np.uint32]], list[NDArray[np.uint32]]]: ...
+    def totals(self) -> dict[str, int]: ...
+    # bytes u8, ends u64 [W], counts u64 [W], final id of each provisional one u32 [W]
+    def lexicon(
+        self, moved: NDArray[np.uint32]
+    ) -> tuple[
+        NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32]
+    ]: ...
+
+def heldout_draws(seed: int, documents: int) -> NDArray[np.uint32]: ...
+
+# ends u32 [W], ids i32
+def segment_lexicon(
+    bytes: Buffer, word_ends: NDArray[np.uint64], wordpiece: WordPiece, threads: int
+) -> tuple[NDArray[np.uint32], NDArray[np.int32]]: ...
+
 # ---- mixer -----------------------------------------------------------------------------------
 
 # ends u32 [W], ids i32, size, cls, sep, mask, special ids
