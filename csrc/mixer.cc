@@ -17,16 +17,19 @@ namespace mvbert {
 namespace {
 
 constexpr std::int32_t kIgnoreIndex = -100;
-constexpr int kOrderRounds = 6;
+constexpr std::uint32_t kOrderRounds = 6;
+constexpr std::uint64_t kAll = 0xFFFFFFFFu;
 constexpr std::uint64_t kRowsPerChunk = 64;     // whose starts are computed together
 constexpr std::uint64_t kRowsPerThread = 256;   // below that a thread costs more than it brings
 
 #if defined(__GNUC__)
 inline void Prefetch(const void* address) { __builtin_prefetch(address); }
 #define MVBERT_UNLIKELY(x) __builtin_expect(!!(x), 0)
+#define MVBERT_NOINLINE __attribute__((noinline))
 #else
 inline void Prefetch(const void*) {}
 #define MVBERT_UNLIKELY(x) (x)
+#define MVBERT_NOINLINE
 #endif
 
 [[noreturn]] void Refuse(const std::string& message) { throw std::invalid_argument(message); }
@@ -74,6 +77,12 @@ template <typename Number>
 inline Number Outside(Number k, const Number* listed, std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) k += static_cast<Number>(k >= listed[i]);
   return k;
+}
+
+// (x + y) % n for x and y below n, at most 2^31.
+inline std::uint32_t AddModulo(std::uint32_t x, std::uint32_t y, std::uint32_t n) {
+  const std::uint32_t sum = x + y;
+  return sum >= n ? sum - n : sum;
 }
 
 std::array<std::uint32_t, 3> Rest(Purpose purpose, std::uint64_t number, std::uint32_t round = 0) {
@@ -232,17 +241,19 @@ Mixer::Mixer(const PieceTable& table, const std::uint32_t* stream, std::size_t s
     if (budget > o.capacity) Refuse("a budget is above the capacity");
   }
   rows_ = stream_size / o.stride;
+  if (rows_ >> 62) Refuse("an epoch may have at most 2^62 rows");
+  std::uint64_t root = 0;
+  for (std::uint64_t bit = std::uint64_t{1} << 31; bit != 0; bit >>= 1) {
+    if ((root + bit) * (root + bit) < rows_) root += bit;
+  }
+  side_[0] = static_cast<std::uint32_t>(root + 1);
+  side_[1] = static_cast<std::uint32_t>((rows_ + root) / (root + 1));
 }
 
 void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first) const {
   const std::array<std::uint32_t, 2> key = PhiloxKey(options_.seed);
   const PhiloxBlocksFunction blocks = PhiloxBlocks();
-  int bits = 2;
-  while (bits < 64 && (rows_ - 1) >> bits) ++bits;
-  const int low_bits = bits / 2;
-  const std::uint32_t low_mask = static_cast<std::uint32_t>((std::uint64_t{1} << low_bits) - 1);
-  const std::uint32_t high_mask =
-      static_cast<std::uint32_t>((std::uint64_t{1} << (bits - low_bits)) - 1);
+  const std::uint32_t a = side_[0], b = side_[1];
 
   std::vector<std::uint32_t> pending;
   while (count > 0) {
@@ -259,24 +270,20 @@ void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first)
       std::size_t left = 0;
       for (std::size_t at = 0; at < pending.size(); at += 16) {
         const std::size_t lanes = std::min<std::size_t>(16, pending.size() - at);
-        std::uint32_t low[16] = {}, high[16] = {}, noise[64];
+        std::uint32_t x[16] = {}, y[16] = {}, noise[64];  // value = x * b + y
         for (std::size_t i = 0; i < lanes; ++i) {
-          low[i] = static_cast<std::uint32_t>(first[pending[at + i]]) & low_mask;
-          high[i] = static_cast<std::uint32_t>(first[pending[at + i]] >> low_bits);
+          const std::uint64_t value = first[pending[at + i]];
+          x[i] = static_cast<std::uint32_t>(value / b);
+          y[i] = static_cast<std::uint32_t>(value % b);
         }
-        for (std::uint32_t round = 0; round < kOrderRounds; ++round) {
-          const bool odd = round % 2;
-          blocks(odd ? high : low, Rest(Purpose::kRowOrder, epoch, round), key, noise);
-          for (int i = 0; i < 16; ++i) {
-            if (odd) {
-              low[i] ^= noise[i] & low_mask;
-            } else {
-              high[i] ^= noise[i] & high_mask;
-            }
-          }
+        for (std::uint32_t round = 0; round < kOrderRounds; round += 2) {
+          blocks(y, Rest(Purpose::kRowOrder, epoch, round), key, noise);
+          for (int i = 0; i < 16; ++i) x[i] = AddModulo(x[i], BelowN(noise[i], a), a);
+          blocks(x, Rest(Purpose::kRowOrder, epoch, round + 1), key, noise);
+          for (int i = 0; i < 16; ++i) y[i] = AddModulo(y[i], BelowN(noise[i], b), b);
         }
         for (std::size_t i = 0; i < lanes; ++i) {
-          const std::uint64_t id = std::uint64_t{high[i]} << low_bits | low[i];
+          const std::uint64_t id = std::uint64_t{x[i]} * b + y[i];
           first[pending[at + i]] = id;
           if (id >= rows_) pending[left++] = pending[at + i];
         }
@@ -308,9 +315,14 @@ class Mixer::Scratch {
         coins_((options_.T + 63) / 64 * 64),
         draws_((2 * std::size_t{options_.T} + 4 + 63) / 64 * 64),
         ids_(options_.T + 4),
-        words_(options_.T),
+        starts_(options_.T),
         breaks_(options_.T),
-        masked_((options_.T + 63) / 64) {}
+        excluded_(options_.T),
+        order_(options_.T),
+        others_(options_.T),
+        masked_((options_.T + 63) / 64) {
+    for (std::uint32_t i = 0; i < options_.T; ++i) order_[i] = i;
+  }
 
   // Makes row `number`, which starts at entry `first` of the stream, in row `index` of `out`.
   template <bool kTwo>
@@ -319,8 +331,9 @@ class Mixer::Scratch {
     const std::uint32_t T = options_.T, M = options_.capacity;
     number_ = number;
     draws_made_ = 0;
-    student_threshold_ = student_threshold;
-    if (kTwo && student_threshold > 0 && student_threshold < std::uint64_t{1} << 32) {
+    // Where there is nothing to toss, the coins stay 0 and the threshold says it all.
+    student_threshold_ = static_cast<std::uint32_t>(std::min<std::uint64_t>(student_threshold, kAll));
+    if (kTwo && student_threshold > 0 && student_threshold <= kAll) {
       for (std::uint32_t i = 0; i < T; i += 64) {
         Blocks(i / 4, Purpose::kVocabulary, coins_.data() + i);
       }
@@ -355,10 +368,6 @@ class Mixer::Scratch {
   }
 
  private:
-  // A word's half-open range of positions, start | end << 16.
-  static std::uint32_t Start(std::uint32_t word) { return word & 0xFFFF; }
-  static std::uint32_t End(std::uint32_t word) { return word >> 16; }
-
   void Blocks(std::uint32_t first, Purpose purpose, std::uint32_t out[64]) const {
     std::uint32_t counters[16];
     for (std::uint32_t i = 0; i < 16; ++i) counters[i] = first + i;
@@ -379,91 +388,128 @@ class Mixer::Scratch {
     return mixer_.table_.sides_[kTwo && coins_[slot] < student_threshold_];
   }
 
-  // Lays words and [SEP]s into ids_[1, 1 + room), and lists the words and those after a [SEP].
+  // Lays words and [SEP]s into ids_[1, 1 + room) and notes where each slot, word or [SEP], starts.
   template <bool kTwo>
   void Fill(std::uint64_t first, std::uint32_t room) {
-    const PieceTable::Record* records = mixer_.table_.records_.data();
+    const PieceTable& table = mixer_.table_;
+    const std::size_t end = 1 + room;
+    // The next entry of the stream is entry[slot], and the stream ends before entry[wrap].
     const std::uint32_t* entry = mixer_.stream_ + first;
-    const std::uint32_t* const stream_end = mixer_.stream_ + mixer_.stream_size_;
-    const std::uint64_t threshold = student_threshold_;
-    const std::uint32_t* coin = coins_.data() + 1;
-    std::int32_t* ids = ids_.data();
-    std::uint32_t* words = words_.data();
-    std::uint32_t at = 1, breaks = 0;
-    const std::uint32_t end = 1 + room;
-    do {
-      const std::uint64_t id = *entry;
-      if (MVBERT_UNLIKELY(++entry == stream_end)) entry = mixer_.stream_;
-      const PieceTable::Record& record = records[kTwo ? 2 * id + (*coin < threshold) : id];
+    std::size_t wrap = mixer_.stream_size_ - first;
+    std::size_t slot = 0, at = 1, breaks = 0;
+    while (true) {
+      const PieceTable::Record* rare = FillInline<kTwo>(entry, wrap, end, &slot, &at);
+      if (at >= end) break;
+      if (rare == nullptr) {  // the end of the stream
+        entry = mixer_.stream_ - slot;
+        wrap = slot + mixer_.stream_size_;
+        continue;
+      }
+      std::size_t count = 1;
+      if (rare->count != PieceTable::kMark) {
+        count = std::min<std::size_t>(rare->count, end - at);
+        std::memcpy(ids_.data() + at, table.long_ids_.data() + rare->ids[0],
+                    sizeof(std::int32_t) * count);
+      } else if (slot == 0 || (breaks > 0 && breaks_[breaks - 1] + 1 == slot) || at + 1 == end) {
+        // No [SEP] beside another special piece: not first, not twice, not before the last. A mark
+        // that is passed over takes no slot.
+        ++entry;
+        --wrap;
+        continue;
+      } else {
+        ids_[at] = SideOf<kTwo>(static_cast<std::uint32_t>(slot) + 1).sep;
+        breaks_[breaks++] = static_cast<std::uint32_t>(slot);
+      }
+      ++slot;
+      at += count;
+    }
+    starts_[slot] = static_cast<std::uint32_t>(end);  // the last word may be cut
+    slots_ = static_cast<std::uint32_t>(slot);
+    breaks_made_ = static_cast<std::uint32_t>(breaks);
+    word_pieces_ = room - breaks_made_;
+  }
+
+  // The part of Fill that nearly all words go through, alone so that all it needs stays in
+  // registers. Stops at `wrap` and `end`, and at records that hold no pieces, which it returns.
+  template <bool kTwo>
+  MVBERT_NOINLINE const PieceTable::Record* FillInline(const std::uint32_t* entry, std::size_t wrap,
+                                                       std::size_t end, std::size_t* slot_io,
+                                                       std::size_t* at_io) {
+    const PieceTable::Record* const records = mixer_.table_.records_.data();
+    const std::uint32_t* const coins = coins_.data() + 1;
+    const std::uint32_t threshold = student_threshold_;
+    std::int32_t* const ids = ids_.data();
+    std::uint32_t* const starts = starts_.data();
+    std::size_t slot = *slot_io, at = *at_io;
+    const PieceTable::Record* rare = nullptr;
+    for (; at < end && slot != wrap; ++slot) {
+      std::size_t place = entry[slot];
+      if (kTwo) place += place + (coins[slot] < threshold);
+      const PieceTable::Record* const record = records + place;
       // Three pieces and the count, whatever the count: the next word overwrites what is too much,
       // and ids_ has room behind its end.
-      std::memcpy(ids + at, record.ids, sizeof(PieceTable::Record));
-      std::uint32_t count = record.count;
+      std::memcpy(ids + at, record->ids, sizeof(PieceTable::Record));
+      starts[slot] = static_cast<std::uint32_t>(at);
+      const std::size_t count = record->count;
       if (MVBERT_UNLIKELY(count > PieceTable::kInline)) {
-        if (count == PieceTable::kMark) {
-          const std::size_t so_far = static_cast<std::size_t>(words - words_.data());
-          // No [SEP] beside another special piece: not first, not twice, not before the last.
-          if (so_far > 0 && End(words[-1]) == at && at + 1 < end) {
-            ids[at++] = mixer_.table_.sides_[kTwo && *coin++ < threshold].sep;
-            breaks_[breaks++] = static_cast<std::uint32_t>(so_far);
-          }
-          continue;
-        }
-        const std::int32_t* rest = mixer_.table_.long_ids_.data() + record.ids[0];
-        count = std::min(count, end - at);
-        std::memcpy(ids + at, rest, sizeof(std::int32_t) * count);
+        rare = record;
+        break;
       }
-      ++coin;
-      *words++ = at | (at + count) << 16;
       at += count;
-    } while (at < end);
-    words[-1] = Start(words[-1]) | end << 16;  // the last word may be cut
-    words_made_ = static_cast<std::uint32_t>(words - words_.data());
-    breaks_made_ = breaks;
-    word_pieces_ = room - breaks;
+    }
+    *slot_io = slot;
+    *at_io = at;
+    return rare;
   }
 
   // The start, drawn by `bits`, of a word of the row's middle half that follows a word; 0 if there
   // is none.
-  std::uint32_t Boundary(std::uint32_t bits) const {
+  std::uint32_t Boundary(std::uint32_t bits) {
     const auto first_from = [&](std::uint32_t position) {
       return static_cast<std::uint32_t>(
-          std::partition_point(words_.begin(), words_.begin() + words_made_,
-                               [&](std::uint32_t word) { return Start(word) < position; }) -
-          words_.begin());
+          std::lower_bound(starts_.begin(), starts_.begin() + slots_, position) -
+          starts_.begin());
     };
-    // The first word starts at 1, before the middle of any row, so every word here has one before.
+    // The first word starts at 1, before the middle of any row, so every slot here has one before.
     const std::uint32_t begin = first_from((options_.T + 3) / 4);
     const std::uint32_t end = first_from((3 * options_.T + 3) / 4);
-    const auto breaks_end = breaks_.begin() + breaks_made_;
-    const auto begin_break = std::lower_bound(breaks_.begin(), breaks_end, begin);
-    const auto end_break = std::lower_bound(begin_break, breaks_end, end);
-    const std::size_t breaks = static_cast<std::size_t>(end_break - begin_break);
-    const std::uint32_t choices = end - begin - static_cast<std::uint32_t>(breaks);
-    if (choices == 0) return 0;
-    return Start(words_[Outside(begin + BelowN(bits, choices), &*begin_break, breaks)]);
+    // Slots that are a [SEP] or follow one.
+    std::uint32_t excluded = 0;
+    for (std::uint32_t i = 0; i < breaks_made_; ++i) {
+      for (const std::uint32_t slot : {breaks_[i], breaks_[i] + 1}) {
+        if (slot >= begin && slot < end) excluded_[excluded++] = slot;
+      }
+    }
+    if (end - begin == excluded) return 0;
+    const std::uint32_t k = BelowN(bits, end - begin - excluded);
+    return starts_[Outside(begin + k, excluded_.data(), excluded)];
   }
 
   // Marks the positions of the words to mask in masked_: the first steps of a Fisher-Yates shuffle
   // of the words, each taken if its pieces fit into what is left of the budget.
   void Choose(std::uint32_t second) {
     std::fill(masked_.begin(), masked_.end(), 0);
-    std::uint32_t budget = options_.budgets[word_pieces_];
+    const std::uint32_t words = slots_ - breaks_made_;
     const std::uint32_t boundary = second == 0 ? options_.T : second;
-    std::uint32_t* words = words_.data();
-    for (std::uint32_t step = 0; budget > 0 && step < words_made_; ++step) {
-      const std::uint32_t other = step + BelowN(Draw(2 + 2 * step), words_made_ - step);
-      const std::uint32_t word = words[other];
-      words[other] = words[step];
-      const std::uint32_t length = End(word) - Start(word);
+    std::uint32_t budget = options_.budgets[word_pieces_];
+    std::uint32_t step = 0;
+    for (; budget > 0 && step < words; ++step) {
+      const std::uint32_t other = step + BelowN(Draw(2 + 2 * step), words - step);
+      const std::uint32_t word = order_[other];
+      order_[other] = order_[step];
+      others_[step] = other;
+      const std::uint32_t slot = Outside(word, breaks_.data(), breaks_made_);
+      const std::uint32_t start = starts_[slot], length = starts_[slot + 1] - start;
       if (length > budget) continue;
       budget -= length;
       // Words behind the drawn [SEP] have moved by one.
-      std::uint32_t position = Start(word) + (Start(word) >= boundary);
+      std::uint32_t position = start + (start >= boundary);
       for (std::uint32_t i = 0; i < length; ++i, ++position) {
         masked_[position / 64] |= std::uint64_t{1} << (position % 64);
       }
     }
+    // Back to 0, 1, 2, ... for the next row.
+    for (std::uint32_t i = 0; i < step; ++i) order_[others_[i]] = others_[i];
   }
 
   // Replaces the marked pieces and writes their positions and labels, in ascending order.
@@ -511,17 +557,20 @@ class Mixer::Scratch {
   const std::array<std::uint32_t, 2> key_;
   const PhiloxBlocksFunction blocks_;
   std::uint64_t number_ = 0;
-  std::uint64_t student_threshold_ = 0;
+  std::uint32_t student_threshold_ = 0;
   std::uint32_t draws_made_ = 0;
-  std::uint32_t words_made_ = 0;
+  std::uint32_t slots_ = 0;
   std::uint32_t breaks_made_ = 0;
   std::uint32_t word_pieces_ = 0;
-  std::vector<std::uint32_t> coins_;   // numbers of purpose kVocabulary; all 0 where none is needed
-  std::vector<std::uint32_t> draws_;   // numbers of purpose kRow, as far as made
-  std::vector<std::int32_t> ids_;      // the row, and room for a record behind it
-  std::vector<std::uint32_t> words_;   // ranges of the row's words
-  std::vector<std::uint32_t> breaks_;  // words that follow the [SEP] of a document
-  std::vector<std::uint64_t> masked_;  // one bit a position
+  std::vector<std::uint32_t> coins_;     // numbers of purpose kVocabulary; 0 where none is needed
+  std::vector<std::uint32_t> draws_;     // numbers of purpose kRow, as far as made
+  std::vector<std::int32_t> ids_;        // the row, and room for a record behind it
+  std::vector<std::uint32_t> starts_;    // positions of slots, and the end of the last
+  std::vector<std::uint32_t> breaks_;    // slots that are the [SEP] of a document
+  std::vector<std::uint32_t> excluded_;  // slots where no second part may begin
+  std::vector<std::uint32_t> order_;     // 0, 1, 2, ... between rows
+  std::vector<std::uint32_t> others_;    // places of order_ that are to be restored
+  std::vector<std::uint64_t> masked_;    // one bit a position
 };
 
 template <bool kTwo>

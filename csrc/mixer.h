@@ -161,6 +161,7 @@ class Mixer {
   std::size_t stream_size_;
   MixerOptions options_;
   std::uint64_t rows_;
+  std::uint32_t side_[2];  // the least whose product is not below rows_, nearly equal
 };
 
 }  // namespace mvbert

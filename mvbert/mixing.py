@@ -14,6 +14,7 @@ after that: the same rows on every machine.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 IGNORE_INDEX = -100
@@ -96,25 +97,25 @@ def row_stride(words: int, pieces: float, T: int) -> int:
 def permuted(position: int, count: int, epoch: int, seed: int) -> int:
     """The row id at a position of an epoch: a permutation of [0, count).
 
-    A Feistel network with Philox as round function, over the smallest power of two that holds
-    `count` (and at least 4); a result outside goes through again until it is inside.
+    A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002)
+    with Philox as round function: the number is x * b + y, with a * b hardly more than `count`; a
+    result outside goes through again until it is inside.
     """
-    bits = max(2, (count - 1).bit_length())
-    low_bits = bits // 2
-    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
     value = position
     while True:
-        low, high = value & low_mask, value >> low_bits
-        for i in range(ORDER_ROUNDS):
-            counter = (high if i % 2 else low, ROW_ORDER + 256 * i, *_halves(epoch))
-            noise = philox4x32(counter, _halves(seed))[0]
-            if i % 2:
-                low ^= noise & low_mask
-            else:
-                high ^= noise & high_mask
-        value = high << low_bits | low
+        x, y = divmod(value, b)
+        for i in range(0, ORDER_ROUNDS, 2):
+            x = (x + below(_order_bits(y, i, epoch, seed), a)) % a
+            y = (y + below(_order_bits(x, i + 1, epoch, seed), b)) % b
+        value = x * b + y
         if value < count:
             return value
+
+
+def _order_bits(half: int, i: int, epoch: int, seed: int) -> int:
+    return philox4x32((half, ROW_ORDER + 256 * i, *_halves(epoch)), _halves(seed))[0]
 
 
 def row_start(number: int, count: int, stride: int, seed: int) -> int:
