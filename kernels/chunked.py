@@ -132,7 +132,7 @@ def cross_entropy(
     labels: Tensor,  # [N]
     ignore_index: int,
     label_smoothing: float,
-    dloss: Tensor | None,  # [N], upstream gradient of the rows' losses; None: losses only
+    dloss: Tensor | None,  # [] or [N], upstream gradient of the losses; None: losses only
     dlse: Tensor | None,  # [N], upstream gradient of the rows' log-sum-exps
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ def cross_entropy(
         loss[picked] = row_lse - (1 - s) * z_target - s * z_mean
         if not need:
             continue
-        coef = dloss[picked]
+        coef = dloss.expand(N)[picked]
         if dlse is None:
             dz.scatter_add_(1, target, dz.new_full((), s - 1).expand_as(target))
             if s:
@@ -182,7 +182,7 @@ def kl(
     teacher_bias: Tensor | None,  # [V]
     mask: Tensor,  # [N], bool
     temperature: float,
-    dloss: Tensor | None,  # [N]
+    dloss: Tensor | None,  # [] or [N]
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """tau^2 KL(teacher || student) of each row: (loss [N], dhidden, dweight, dbias)."""
@@ -204,7 +204,7 @@ def kl(
         gap = (y.to(q.dtype) - z).mul_(q).sum(1)
         loss[picked] = temperature**2 * (gap - teacher_lse + lse)
         if need:
-            student.backward(at, x, p.sub_(q), dloss[picked] * temperature)
+            student.backward(at, x, p.sub_(q), dloss.expand(loss.shape)[picked] * temperature)
     return loss, *student.gradients()
 
 
@@ -215,7 +215,7 @@ def sparse_kl(
     target_ids: Tensor,  # [N, K]
     target_probs: Tensor,  # [N, K]
     temperature: float,
-    dloss: Tensor | None,  # [N]
+    dloss: Tensor | None,  # [] or [N]
     need: Need,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """tau^2 sum_k q_k (log q_k - log p[id_k]) of each row: (loss [N], dhidden, dweight, dbias)."""
@@ -237,5 +237,5 @@ def sparse_kl(
         loss[picked] = temperature**2 * (gap.sum(1) + total * lse)
         if need:
             dz = p.mul_(total[:, None]).scatter_add_(1, ids, -q)
-            linear.backward(at, x, dz, dloss[picked] * temperature)
+            linear.backward(at, x, dz, dloss.expand(loss.shape)[picked] * temperature)
     return loss, *linear.gradients()

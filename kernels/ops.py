@@ -28,8 +28,10 @@ def _run(backend: str, loss: str, hidden: Tensor, *arguments):
     """
     if backend == "chunked":
         implementation = chunked
-    else:
+    elif loss == "cross_entropy":
         from mvbert.kernels import linear_cross_entropy as implementation
+    else:
+        from mvbert.kernels import linear_kl as implementation
     with torch.autocast(hidden.device.type, enabled=False):
         return getattr(implementation, loss)(hidden, *arguments)
 
@@ -91,7 +93,7 @@ def linear_cross_entropy_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_range("labels", labels, weight.shape[0], ignore_index)
     need = Need(*need)
-    dloss = scale.expand(hidden.shape[0]) if need else None
+    dloss = scale if need else None
     loss, _, *gradients = _run(
         backend,
         "cross_entropy",
@@ -240,7 +242,7 @@ def linear_kl_sum(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     need = Need(*need)
-    dloss = scale.expand(hidden.shape[0]) if need else None
+    dloss = scale if need else None
     loss, *gradients = _run(
         backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
         dloss, need,
@@ -346,7 +348,7 @@ def sparse_linear_kl_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_range("target_ids", target_ids[target_probs > 0], weight.shape[0])
     need = Need(*need)
-    dloss = scale.expand(hidden.shape[0]) if need else None
+    dloss = scale if need else None
     loss, *gradients = _run(
         backend,
         "sparse_kl",

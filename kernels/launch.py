@@ -1,0 +1,84 @@
+"""Choices shared by the launchers: block sizes, row chunks, pitches, precision.
+
+Every choice is a small function of the shape, made without looking at data and without an autotuner
+in the user's first step. Rules that rest on arithmetic say so; none has been timed yet.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Logits are held for at most this many rows at once. Fewer than 1,053 rows would make the sum over
+# chunks into a float32 dweight (8 bytes an element, 2 FLOP a row) bound by memory: 4 x 263 FLOP/byte.
+CHUNK_ROWS = 8192
+
+# Below this width, computing the logits twice is cheaper than writing and reading them: 2 H FLOP
+# against 4 bytes. Equal at H = 527; the accumulator of a whole row of H must also fit in registers.
+FLASH_WIDTH = 256
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def accumulator(x: Tensor) -> tl.dtype:
+    """Triton's name of the dtype sums are kept in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def precision(x: Tensor) -> str:
+    """`input_precision` of float32 products: as torch.set_float32_matmul_precision says."""
+    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
+
+
+def pitch(V: int) -> int:
+    """Elements from one row of logits to the next: whole 128-byte lines, whatever V is.
+
+    A packed row of 30,522 bfloat16 begins on 4 bytes only; neither 16-byte loads nor bulk copies
+    can read that.
+    """
+    return -(-V // 64) * 64
+
+
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product_blocks(M: int, N: int, K: int) -> dict[str, int]:
+    """Tile, warps and stages of an [M, K] x [K, N] product; 3 stages of 128 x 256 x 64 are 144 KiB."""
+    if min(M, N) < 64 or K < 32:
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    if N < 256:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+
+
+def elementwise_blocks(V: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_V, STEPS) of the in-place pass over logits: 64 rows of 512 columns a program."""
+    if V < 512:
+        return 4, 64, 2
+    return 8, 512, 8
+
+
+def flash_fwd_blocks(N: int, V: int, block_h: int, x: Tensor) -> tuple[dict[str, int], int]:
+    """Tile of the narrow forward kernel, and into how many parts V is split to fill the device."""
+    if N < 64 or V < 64:
+        return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
+    blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 3}
+    splits = multiprocessors(x.device) // triton.cdiv(N, 64)
+    return blocks, max(1, min(8, splits))
+
+
+def flash_dweight_blocks(N: int, V: int, block_h: int, x: Tensor) -> tuple[dict[str, int], int]:
+    """Tile of the narrow dweight kernel, and into how many parts the rows are split."""
+    if N < 64 or V < 64:
+        return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
+    blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 3}
+    splits = 2 * multiprocessors(x.device) // triton.cdiv(V, 64)
+    return blocks, max(1, min(8, splits, triton.cdiv(N, 64)))

@@ -1,0 +1,354 @@
+"""A linear layer over the first `count` rows of a list, `count` staying on the device.
+
+    logits = x @ weight.T + bias        [c, V], pitched, with the softmax's sums of every tile
+    dx     = dlogits @ weight           [c, H]
+    dweight (+)= dlogits.T @ x          [V, H]
+
+Rows that carry a loss are gathered to the front once (`gather_rows`), their number is read by the
+kernels themselves: tiles beyond it return at once, loops over rows end at it. Nothing waits for the
+host, every shape is static, and a row without a loss costs nothing but its place in the buffer.
+
+Letters in the products: M, N, K are rows, columns and depth of a tile's matrix product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvbert.kernels import launch
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def list_rows_kernel(
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32, written up to count
+    count_ptr,  # [1], int32, written
+    N,
+    IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: the rows whose label is not IGNORE, in order, and their number."""
+    count = 0
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        kept = (tl.load(labels_ptr + n, mask=n < N, other=IGNORE) != IGNORE).to(tl.int32)
+        place = count + tl.cumsum(kept) - kept
+        tl.store(rows_ptr + place, n, mask=kept != 0)
+        count += tl.sum(kept)
+    tl.store(count_ptr, count)
+
+
+@triton.jit
+def gather_rows_kernel(
+    x_ptr,  # [N, H]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    out_ptr,  # [N, H], written up to count
+    H,
+    stride_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    count = tl.load(count_ptr)
+    if tl.program_id(0) * BLOCK_N >= count:
+        return
+    rows = tl.load(rows_ptr + n, mask=n < count, other=0).to(tl.int64)
+    kept = (n < count)[:, None] & (h < H)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_n + h[None, :], mask=kept, other=0.0)
+    tl.store(out_ptr + n.to(tl.int64)[:, None] * H + h[None, :], x, mask=kept)
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile (m, n) of a program: GROUP rows of tiles share their columns while those are in L2."""
+    in_group = GROUP * tiles_n
+    first = (pid // in_group) * GROUP
+    height = min(tiles_m - first, GROUP)
+    return first + (pid % in_group) % height, (pid % in_group) // height
+
+
+@triton.jit
+def logits_kernel(
+    x_ptr,  # [N, H], gathered
+    weight_ptr,  # [V, H]
+    bias_ptr,  # [V]
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    logits_ptr,  # [c, pitch], written when STORE
+    tile_max_ptr,  # [c, tiles of V], written
+    tile_sum_ptr,  # [c, tiles of V], written
+    target_ptr,  # [N], written when HAS_LABEL
+    start,
+    c,
+    V,
+    H,
+    stride_v,
+    stride_z,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_LABEL: tl.constexpr,
+    STORE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Rows [start, start + c) of logits, and max and sum of exp of every row of every tile."""
+    tiles_m = tl.cdiv(c, BLOCK_M)
+    tiles_n = tl.cdiv(V, BLOCK_N)
+    tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    count = min(tl.load(count_ptr) - start, c)
+    if tile_m * BLOCK_M >= count:
+        return
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    v = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows and columns outside repeat the last one: no mask on them, the results are never stored.
+    x_at = x_ptr + (start + tl.minimum(m, count - 1)).to(tl.int64)[:, None] * H + k[None, :]
+    w_at = weight_ptr + tl.minimum(v, V - 1).to(tl.int64)[None, :] * stride_v + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for h in range(0, H, BLOCK_K):
+        x = tl.load(x_at, mask=(h + k < H)[None, :], other=0.0)
+        w = tl.load(w_at, mask=(h + k < H)[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC)[None, :]
+    acc *= inv_temperature
+    # The sums are of the logits as they are stored, so that probabilities made from them add to 1.
+    z = acc.to(logits_ptr.dtype.element_ty)
+    acc = tl.where((v < V)[None, :], z.to(ACC), -float("inf"))
+    row_max = tl.max(acc, 1)
+    row_sum = tl.sum(tl.exp(acc - row_max[:, None]), 1)
+    at = m.to(tl.int64) * tiles_n + tile_n
+    tl.store(tile_max_ptr + at, row_max, mask=m < count)
+    tl.store(tile_sum_ptr + at, row_sum, mask=m < count)
+    if HAS_LABEL:
+        rows = tl.load(rows_ptr + start + m, mask=m < count, other=0)
+        label = tl.load(labels_ptr + rows, mask=m < count, other=-1)
+        hit = label[:, None] == v[None, :]
+        z_target = tl.sum(tl.where(hit, acc, 0.0), 1)
+        here = (label >= tile_n * BLOCK_N) & (label < min(tile_n * BLOCK_N + BLOCK_N, V))
+        tl.store(target_ptr + rows, z_target, mask=(m < count) & here)
+    if STORE:
+        z_at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
+        tl.store(z_at, z, mask=(m < count)[:, None] & (v < stride_z)[None, :])
+
+
+@triton.jit
+def lse_kernel(
+    tile_max_ptr,  # [c, tiles]
+    tile_sum_ptr,  # [c, tiles]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N], written at rows
+    start,
+    c,
+    tiles,
+    BLOCK_T: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    if m >= min(tl.load(count_ptr) - start, c):
+        return
+    t = tl.arange(0, BLOCK_T)
+    tile_max = tl.load(tile_max_ptr + m * tiles + t, mask=t < tiles, other=-float("inf"))
+    tile_sum = tl.load(tile_sum_ptr + m * tiles + t, mask=t < tiles, other=0.0)
+    row_max = tl.max(tile_max, 0)
+    row_sum = tl.sum(tile_sum * tl.exp(tile_max - row_max), 0)
+    tl.store(lse_ptr + tl.load(rows_ptr + start + m), row_max + tl.log(row_sum))
+
+
+@triton.jit
+def dx_kernel(
+    dlogits_ptr,  # [c, pitch], zero in the columns from V on
+    weight_ptr,  # [V, H]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    scale_ptr,  # [1]
+    dx_ptr,  # [N, H], written at rows
+    start,
+    c,
+    V,
+    H,
+    stride_v,
+    stride_z,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = tile_of(
+        tl.program_id(0), tl.cdiv(c, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP
+    )
+    count = min(tl.load(count_ptr) - start, c)
+    if tile_m * BLOCK_M >= count:
+        return
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    h = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    z_at = dlogits_ptr + tl.minimum(m, count - 1).to(tl.int64)[:, None] * stride_z + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for v in range(0, V, BLOCK_K):
+        dz = tl.load(z_at + v, mask=(v + k < stride_z)[None, :], other=0.0)
+        w_at = weight_ptr + (v + k).to(tl.int64)[:, None] * stride_v + h[None, :]
+        w = tl.load(w_at, mask=(v + k < V)[:, None] & (h < H)[None, :], other=0.0)
+        acc = tl.dot(dz, w, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc *= tl.load(scale_ptr).to(ACC)
+    rows = tl.load(rows_ptr + start + m, mask=m < count, other=0).to(tl.int64)
+    at = dx_ptr + rows[:, None] * H + h[None, :]
+    tl.store(at, acc.to(dx_ptr.dtype.element_ty), mask=(m < count)[:, None] & (h < H)[None, :])
+
+
+@triton.jit
+def dweight_kernel(
+    dlogits_ptr,  # [c, pitch]
+    x_ptr,  # [N, H], gathered
+    count_ptr,  # [1], int32
+    scale_ptr,  # [1]
+    dweight_ptr,  # [V, H], written, or added to when ADD
+    start,
+    c,
+    V,
+    H,
+    stride_z,
+    ADD: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile_m, tile_n = tile_of(
+        tl.program_id(0), tl.cdiv(V, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP
+    )
+    count = min(tl.load(count_ptr) - start, c)
+    if ADD and count <= 0:
+        return
+    v = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    h = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for n in range(0, count, BLOCK_K):
+        z_at = dlogits_ptr + (n + k).to(tl.int64)[:, None] * stride_z + v[None, :]
+        dz = tl.load(z_at, mask=(n + k < count)[:, None] & (v < stride_z)[None, :], other=0.0)
+        x_at = x_ptr + (start + n + k).to(tl.int64)[:, None] * H + h[None, :]
+        x = tl.load(x_at, mask=(n + k < count)[:, None] & (h < H)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc *= tl.load(scale_ptr).to(ACC)
+    inside = (v < V)[:, None] & (h < H)[None, :]
+    at = dweight_ptr + v.to(tl.int64)[:, None] * H + h[None, :]
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0).to(ACC)
+    tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- launchers ---------------------------------------------------------------------------------
+
+
+def list_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(rows [N] int32, count [1] int32): the rows that have a label, first in the list."""
+    N = labels.shape[0]
+    rows = torch.empty(N, dtype=torch.int32, device=labels.device)
+    count = torch.empty(1, dtype=torch.int32, device=labels.device)
+    block = min(4096, triton.next_power_of_2(max(N, 16)))
+    list_rows_kernel[(1,)](labels, rows, count, N, IGNORE=ignore_index, BLOCK=block, num_warps=8)
+    return rows, count
+
+
+def gather_rows(x: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+    """[N, H] whose first `count` rows are x[rows]; the others are never read."""
+    N, H = x.shape
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(N, H)
+    block_n, block_h = 8, min(1024, triton.next_power_of_2(H))
+    grid = (triton.cdiv(N, block_n), triton.cdiv(H, block_h))
+    gather_rows_kernel[grid](
+        x, rows, count, out, H, x.stride(0), BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4
+    )
+    return out
+
+
+class LinearRows:
+    """One linear layer over the listed rows: buffers, and the three products chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows, count):
+        self.rows, self.count = rows, count
+        self.x = gather_rows(hidden, rows, count)
+        weight = weight.to(hidden.dtype)
+        self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.N, self.H = hidden.shape
+        self.V = weight.shape[0]
+        self.chunk = min(launch.CHUNK_ROWS, self.N)
+        self.pitch = launch.pitch(self.V)
+        self.acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
+        self.blocks = launch.product_blocks(self.chunk, self.V, self.H)
+        self.tiles = triton.cdiv(self.V, self.blocks["BLOCK_N"])
+        self.tile_max = hidden.new_empty(self.chunk, self.tiles, dtype=self.acc_dtype)
+        self.tile_sum = torch.empty_like(self.tile_max)
+        self.buffer = None
+
+    def starts(self) -> range:
+        return range(0, self.N, self.chunk)
+
+    def logits(
+        self, start: int, *, lse: Tensor, store: bool, labels=None, target=None, temperature=1.0
+    ) -> Tensor:
+        """Fills the buffer with rows [start, start + chunk) and `lse`, `target` at those rows."""
+        if store and self.buffer is None:
+            self.buffer = self.x.new_empty(self.chunk, self.pitch)
+        logits = self.buffer if store else self.x
+        c = min(self.chunk, self.N - start)
+        grid = (triton.cdiv(c, self.blocks["BLOCK_M"]) * self.tiles,)
+        logits_kernel[grid](
+            self.x, self.weight, self.x if self.bias is None else self.bias,
+            self.rows if labels is None else labels, self.rows, self.count, logits,
+            self.tile_max, self.tile_sum, self.tile_max if target is None else target,
+            start, c, self.V, self.H, self.weight.stride(0), self.pitch, 1.0 / temperature,
+            HAS_BIAS=self.bias is not None, HAS_LABEL=labels is not None, STORE=store,
+            GROUP=8, **self.common, **self.blocks,
+        )  # fmt: skip
+        lse_kernel[(c,)](
+            self.tile_max, self.tile_sum, self.rows, self.count, lse, start, c, self.tiles,
+            BLOCK_T=triton.next_power_of_2(self.tiles), num_warps=1,
+        )  # fmt: skip
+        return logits
+
+    def dx(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
+        """out[rows] = scale * dlogits @ weight, for the rows of this chunk."""
+        c = min(self.chunk, self.N - start)
+        blocks = launch.product_blocks(c, self.H, self.V)
+        grid = (triton.cdiv(c, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
+        dx_kernel[grid](
+            dlogits, self.weight, self.rows, self.count, scale, out, start, c, self.V, self.H,
+            self.weight.stride(0), self.pitch, GROUP=8, **self.common, **blocks,
+        )  # fmt: skip
+
+    def dweight(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
+        """out (+)= scale * dlogits.T @ x, added from the second chunk on."""
+        c = min(self.chunk, self.N - start)
+        blocks = launch.product_blocks(self.V, self.H, c)
+        grid = (triton.cdiv(self.V, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
+        dweight_kernel[grid](
+            dlogits, self.x, self.count, scale, out, start, c, self.V, self.H, self.pitch,
+            ADD=start > 0, GROUP=8, **self.common, **blocks,
+        )  # fmt: skip
+
+    def new_dweight(self, dtype: torch.dtype) -> Tensor:
+        """[V, H] to sum dweight in: the accumulator's dtype, or the final one for a single chunk."""
+        single = self.chunk >= self.N
+        return self.x.new_empty(self.V, self.H, dtype=dtype if single else self.acc_dtype)

@@ -1,0 +1,517 @@
+"""Softmax cross-entropy of a linear layer, logits never whole in memory.
+
+    z = x @ weight.T + bias
+    loss = lse - (1 - s) z[label] - s mean(z),      lse = log sum_v exp(z_v)
+    dz = a (softmax(z) - (1 - s) onehot(label) - s / V) + g softmax(z)
+
+with a = dloss and g = dlse of the row, s the label smoothing. Two strategies behind one function:
+
+    wide rows (H > launch.FLASH_WIDTH)   logits of up to launch.CHUNK_ROWS rows are written once, in
+        the input's dtype and with a pitch that keeps every row aligned; turned into dz in place;
+        multiplied twice. 6 N V H FLOP.
+    narrow rows                          no logits at all. Per block of rows, flash-attention style:
+        the same tile of weight serves z and sum_v exp(z_v) weight[v], which is all that dx needs;
+        a second kernel makes z again for dweight. 8 N V H FLOP, no traffic of size N x V.
+
+The label's own column is left out of the narrow form's running sum: dx = x's expected weight row
+minus the label's row is then a sum of small terms and never a difference of two nearly equal ones.
+
+Where the upstream gradient is one number for all rows (sum, mean), it scales the results rather
+than dz: dz keeps its range in float16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvbert.kernels import launch
+from mvbert.kernels.chunked import Need
+from mvbert.kernels.linear import LinearRows, gather_rows, list_rows
+
+# ---- kernels, wide rows ------------------------------------------------------------------------
+
+
+@triton.jit
+def cross_entropy_dlogits_kernel(
+    logits_ptr,  # [c, pitch], read, then written: dz
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    dloss_ptr,  # [N] when ROWS
+    dlse_ptr,  # [N] when HAS_DLSE
+    dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
+    start,
+    c,
+    V,
+    stride_z,
+    ROWS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """STEPS x BLOCK_M rows of BLOCK_V columns: logits to dz, and the columns' sums."""
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    count = min(tl.load(count_ptr) - start, c)
+    first = tl.program_id(0) * BLOCK_M * STEPS
+    column = tl.zeros((BLOCK_V,), ACC)
+    even = tl.full((1,), SMOOTHING, ACC) / V
+    top = tl.full((1,), 1.0 - SMOOTHING, ACC)
+    for step in range(STEPS):
+        m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = m < count
+        rows = tl.load(rows_ptr + start + m, mask=inside, other=0)
+        label = tl.load(labels_ptr + rows, mask=inside, other=-1)
+        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+        at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
+        both = inside[:, None] & (v < stride_z)[None, :]
+        # Loads are masked by the pitch, not by V, so that they stay 16 bytes wide.
+        z = tl.load(at, mask=both, other=0.0).to(ACC)
+        p = tl.exp(tl.where((v < V)[None, :], z, -float("inf")) - lse[:, None])
+        hard = tl.where(label[:, None] == v[None, :], top, 0.0) + even
+        if ROWS:
+            a = tl.load(dloss_ptr + rows, mask=inside, other=0.0)
+            dz = (p - hard) * a[:, None]
+            if HAS_DLSE:
+                dz += p * tl.load(dlse_ptr + rows, mask=inside, other=0.0)[:, None]
+        else:
+            dz = p - hard
+        dz = tl.where(inside[:, None] & (v < V)[None, :], dz, 0.0)
+        tl.store(at, dz.to(logits_ptr.dtype.element_ty), mask=both)
+        if HAS_BIAS:
+            column += tl.sum(dz, 0)
+    if HAS_BIAS:
+        at = dbias_ptr + tl.program_id(0).to(tl.int64) * stride_z + v
+        tl.store(at, column, mask=v < stride_z)
+
+
+@triton.jit
+def cross_entropy_loss_kernel(
+    x_ptr,  # [N, H], gathered, when SMOOTHING
+    mean_weight_ptr,  # [H], when SMOOTHING
+    mean_bias_ptr,  # [1], when SMOOTHING
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    target_ptr,  # [N]
+    loss_ptr,  # [N], written at rows
+    V,
+    H,
+    SMOOTHING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """loss = lse - z[label] + s (z[label] - mean z); mean z = x . mean weight row + mean bias."""
+    n = tl.program_id(0)
+    if n >= tl.load(count_ptr):
+        return
+    row = tl.load(rows_ptr + n)
+    label = tl.load(labels_ptr + row)
+    target = tl.load(target_ptr + row)
+    loss = tl.load(lse_ptr + row) - target
+    if SMOOTHING > 0:
+        h = tl.arange(0, BLOCK_H)
+        x = tl.load(x_ptr + n.to(tl.int64) * H + h, mask=h < H, other=0.0).to(ACC)
+        mean = tl.sum(x * tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC))
+        loss += SMOOTHING * (target - mean - tl.load(mean_bias_ptr).to(ACC))
+    valid = (label >= 0) & (label < V)
+    tl.store(loss_ptr + row, tl.where(valid, loss, float("nan")))
+
+
+# ---- kernels, narrow rows ----------------------------------------------------------------------
+
+
+@triton.jit
+def flash_fwd_kernel(
+    x_ptr,  # [N, H], gathered
+    weight_ptr,  # [V, H]
+    bias_ptr,  # [V]
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    max_ptr,  # [splits, N], written
+    sum_ptr,  # [splits, N], written
+    other_ptr,  # [splits, N], written: the sum without the label's column
+    expect_ptr,  # [splits, N, H], written when GRAD: sum_{v != label} exp(z_v - max) weight[v]
+    target_ptr,  # [N], written at rows
+    N,
+    V,
+    H,
+    stride_v,
+    V_SPLIT,
+    HAS_BIAS: tl.constexpr,
+    GRAD: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    count = tl.load(count_ptr)
+    first = tl.program_id(0) * BLOCK_M
+    if first >= count:
+        return
+    split = tl.program_id(1)
+    m = first + tl.arange(0, BLOCK_M)
+    h = tl.arange(0, BLOCK_H)
+    inside = m < count
+    rows = tl.load(rows_ptr + m, mask=inside, other=0)
+    label = tl.load(labels_ptr + rows, mask=inside, other=-1)
+    x = tl.load(
+        x_ptr + m.to(tl.int64)[:, None] * H + h[None, :],
+        mask=inside[:, None] & (h < H)[None, :],
+        other=0.0,
+    )
+    row_max = tl.full((BLOCK_M,), -float("inf"), ACC)
+    row_sum = tl.zeros((BLOCK_M,), ACC)
+    row_other = tl.zeros((BLOCK_M,), ACC)
+    target = tl.zeros((BLOCK_M,), ACC)
+    if GRAD:
+        expect = tl.zeros((BLOCK_M, BLOCK_H), ACC)
+    begin = split * V_SPLIT
+    end = min(begin + V_SPLIT, V)
+    for start in range(begin, end, BLOCK_V):
+        v = start + tl.arange(0, BLOCK_V)
+        w = tl.load(
+            weight_ptr + v[:, None] * stride_v + h[None, :],
+            mask=(v < end)[:, None] & (h < H)[None, :],
+            other=0.0,
+        )
+        z = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + v, mask=v < end, other=0.0).to(ACC)[None, :]
+        z = tl.where((v < end)[None, :], z, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(z, 1))
+        fade = tl.exp(row_max - new_max)
+        p = tl.exp(z - new_max[:, None])
+        row_sum = row_sum * fade + tl.sum(p, 1)
+        hit = label[:, None] == v[None, :]
+        target += tl.sum(tl.where(hit, z, 0.0), 1)
+        if GRAD:
+            p = tl.where(hit, 0.0, p)
+            row_other = row_other * fade + tl.sum(p, 1)
+            expect *= fade[:, None]
+            expect = tl.dot(
+                p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC
+            )
+        row_max = new_max
+    at = split.to(tl.int64) * N + m
+    tl.store(max_ptr + at, row_max, mask=inside)
+    tl.store(sum_ptr + at, row_sum, mask=inside)
+    here = (label >= begin) & (label < end)
+    tl.store(target_ptr + rows, target, mask=inside & here)
+    if GRAD:
+        tl.store(other_ptr + at, row_other, mask=inside)
+        tl.store(
+            expect_ptr + at[:, None] * H + h[None, :],
+            expect,
+            mask=inside[:, None] & (h < H)[None, :],
+        )
+
+
+@triton.jit
+def flash_combine_kernel(
+    max_ptr,  # [splits, N]
+    sum_ptr,  # [splits, N]
+    other_ptr,  # [splits, N]
+    expect_ptr,  # [splits, N, H]
+    weight_ptr,  # [V, H]
+    mean_weight_ptr,  # [H], when SMOOTHING
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    dloss_ptr,  # [1], or [N] when ROWS
+    dlse_ptr,  # [N] when HAS_DLSE
+    lse_ptr,  # [N], written at rows
+    dx_ptr,  # [N, H], written at rows when GRAD
+    N,
+    V,
+    H,
+    stride_v,
+    splits,
+    GRAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Joins the splits of a row: its lse, and dx = a (e' - q w_y + s (w_y - mean w)) + g e."""
+    n = tl.program_id(0).to(tl.int64)
+    if n >= tl.load(count_ptr):
+        return
+    row = tl.load(rows_ptr + n).to(tl.int64)
+    split = tl.arange(0, BLOCK_S)
+    at = split.to(tl.int64) * N + n
+    maxima = tl.load(max_ptr + at, mask=split < splits, other=-float("inf"))
+    row_max = tl.max(maxima, 0)
+    fade = tl.exp(maxima - row_max)
+    row_sum = tl.sum(fade * tl.load(sum_ptr + at, mask=split < splits, other=0.0), 0)
+    tl.store(lse_ptr + row, row_max + tl.log(row_sum))
+    if GRAD:
+        h = tl.arange(0, BLOCK_H)
+        other = tl.sum(fade * tl.load(other_ptr + at, mask=split < splits, other=0.0), 0)
+        expect = tl.load(
+            expect_ptr + at[:, None] * H + h[None, :],
+            mask=(split < splits)[:, None] & (h < H)[None, :],
+            other=0.0,
+        )
+        expect = tl.sum(expect * fade[:, None], 0) / row_sum
+        rest = other / row_sum
+        label = tl.load(labels_ptr + row).to(tl.int64)
+        # A label out of range makes the loss NaN; here it must only not be followed.
+        label = tl.minimum(tl.maximum(label, 0), V - 1)
+        w = tl.load(weight_ptr + label * stride_v + h, mask=h < H, other=0.0).to(ACC)
+        dx = expect - rest * w
+        if SMOOTHING > 0:
+            dx += SMOOTHING * (w - tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC))
+        if ROWS:
+            dx *= tl.load(dloss_ptr + row)
+            if HAS_DLSE:
+                dx += (expect + (1.0 - rest) * w) * tl.load(dlse_ptr + row)
+        else:
+            dx *= tl.load(dloss_ptr).to(ACC)
+        tl.store(dx_ptr + row * H + h, dx.to(dx_ptr.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def flash_dweight_kernel(
+    x_ptr,  # [N, H], gathered
+    weight_ptr,  # [V, H]
+    bias_ptr,  # [V]
+    labels_ptr,  # [N]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    dloss_ptr,  # [1], or [N] when ROWS
+    dlse_ptr,  # [N] when HAS_DLSE
+    dweight_ptr,  # [splits, V, H], written
+    dbias_ptr,  # [splits, V], written
+    V,
+    H,
+    stride_v,
+    ROWS_SPLIT,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """BLOCK_V rows of dweight over one share of the rows, z made again."""
+    v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    split = tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)
+    tile = (v < V)[:, None] & (h < H)[None, :]
+    w = tl.load(weight_ptr + v[:, None] * stride_v + h[None, :], mask=tile, other=0.0)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC)
+    dweight = tl.zeros((BLOCK_V, BLOCK_H), ACC)
+    dbias = tl.zeros((BLOCK_V,), ACC)
+    even = tl.full((1,), SMOOTHING, ACC) / V
+    top = tl.full((1,), 1.0 - SMOOTHING, ACC)
+    begin = split * ROWS_SPLIT
+    end = min(begin + ROWS_SPLIT, tl.load(count_ptr))
+    for start in range(begin, end, BLOCK_M):
+        m = start + tl.arange(0, BLOCK_M)
+        inside = m < end
+        rows = tl.load(rows_ptr + m, mask=inside, other=0)
+        label = tl.load(labels_ptr + rows, mask=inside, other=-1)
+        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+        x = tl.load(
+            x_ptr + m.to(tl.int64)[:, None] * H + h[None, :],
+            mask=inside[:, None] & (h < H)[None, :],
+            other=0.0,
+        )
+        # z is made transposed, [BLOCK_V, BLOCK_M]: dz is then the left operand as it stands.
+        z = tl.dot(w, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
+        if HAS_BIAS:
+            z += bias[:, None]
+        p = tl.exp(z - lse[None, :])
+        hard = tl.where(v[:, None] == label[None, :], top, 0.0) + even
+        dz = tl.where(inside[None, :], p - hard, 0.0)
+        if ROWS:
+            dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[None, :]
+            if HAS_DLSE:
+                dz += p * tl.load(dlse_ptr + rows, mask=inside, other=0.0)[None, :]
+        dbias += tl.sum(dz, 1)
+        dweight = tl.dot(dz.to(x.dtype), x, dweight, input_precision=PRECISION, out_dtype=ACC)
+    if not ROWS:
+        scale = tl.load(dloss_ptr).to(ACC)
+        dweight *= scale
+        dbias *= scale
+    at = split.to(tl.int64) * V + v
+    tl.store(dweight_ptr + at[:, None] * H + h[None, :], dweight, mask=tile)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + at, dbias, mask=v < V)
+
+
+# ---- launchers ---------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N]
+    ignore_index: int,
+    label_smoothing: float,
+    dloss: Tensor | None,  # [] or [N]
+    dlse: Tensor | None,  # [N]
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed."""
+    N = hidden.shape[0]
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss = hidden.new_zeros(N, dtype=acc)
+    lse = torch.zeros_like(loss)
+    dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
+    dweight = dbias = None
+    if N == 0:
+        dweight = torch.zeros_like(weight) if need.weight else None
+        dbias = torch.zeros_like(bias) if need.bias else None
+    else:
+        labels = labels.contiguous()
+        rows, count = list_rows(labels, ignore_index)
+        run = flash if hidden.shape[1] <= launch.FLASH_WIDTH else materialised
+        dweight, dbias = run(
+            hidden, weight, bias, labels, label_smoothing, rows, count,
+            dloss if dloss is None else dloss.contiguous(),
+            dlse if dlse is None else dlse.contiguous(),
+            need, loss, lse, dhidden,
+        )  # fmt: skip
+    nothing = hidden.new_empty
+    return (
+        loss,
+        lse,
+        dhidden,
+        nothing(0) if dweight is None else dweight.to(weight.dtype),
+        nothing(0) if dbias is None else dbias.to(bias.dtype),
+    )
+
+
+def means(weight: Tensor, bias: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """(mean row of weight [H], mean bias [1]) for the smoothed loss; not computed without it."""
+    if not label_smoothing:
+        return weight, weight
+    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    mean_bias = torch.zeros(1, dtype=acc, device=weight.device)
+    if bias is not None:
+        mean_bias += bias.mean(dtype=acc)
+    return weight.mean(0, dtype=acc), mean_bias
+
+
+def losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean) -> None:
+    """Writes loss at rows."""
+    N, H = x.shape
+    cross_entropy_loss_kernel[(N,)](
+        x, *mean, labels, rows, count, lse, target, loss, V, H,
+        SMOOTHING=label_smoothing, ACC=launch.accumulator(x),
+        BLOCK_H=triton.next_power_of_2(H), num_warps=1,
+    )  # fmt: skip
+
+
+def materialised(
+    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse, dhidden
+):
+    """(dweight, dbias) or None; fills loss, lse and dhidden."""
+    linear = LinearRows(hidden, weight, bias, rows, count)
+    target = torch.empty_like(loss)
+    dweight = linear.new_dweight(weight.dtype) if need.weight else None
+    dbias = None
+    by_row = dloss is not None and dloss.ndim == 1
+    scale = None if dloss is None else torch.ones_like(lse[:1]) if by_row else dloss
+    for start in linear.starts():
+        z = linear.logits(start, lse=lse, store=bool(need), labels=labels, target=target)
+        if not need:
+            continue
+        column = cross_entropy_dlogits(
+            linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, need.bias
+        )
+        if need.bias:
+            dbias = column * scale if dbias is None else dbias + column * scale
+        if need.hidden:
+            linear.dx(start, z, scale, dhidden)
+        if need.weight:
+            linear.dweight(start, z, scale, dweight)
+    mean = means(linear.weight, bias, label_smoothing)
+    losses(linear.x, labels, rows, count, lse, target, loss, linear.V, label_smoothing, mean)
+    return dweight, dbias
+
+
+def cross_entropy_dlogits(
+    linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, has_bias
+):
+    """Turns the chunk's logits into dz in place; the columns' sums [V] if `has_bias`."""
+    c = min(linear.chunk, linear.N - start)
+    block_m, block_v, steps = launch.elementwise_blocks(linear.V)
+    blocks = triton.cdiv(c, block_m * steps)
+    partial = z.new_empty(blocks if has_bias else 0, linear.pitch, dtype=lse.dtype)
+    cross_entropy_dlogits_kernel[(blocks, triton.cdiv(linear.pitch, block_v))](
+        z, labels, linear.rows, linear.count, lse,
+        dloss if by_row else lse, lse if dlse is None else dlse, partial,
+        start, c, linear.V, linear.pitch,
+        SMOOTHING=label_smoothing, ROWS=by_row, HAS_DLSE=dlse is not None, HAS_BIAS=has_bias, ACC=linear.common["ACC"],
+        BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)[: linear.V] if has_bias else None
+
+
+def flash(
+    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse, dhidden
+):
+    """(dweight, dbias) or None; fills loss, lse and dhidden."""
+    N, H = hidden.shape
+    V = weight.shape[0]
+    x = gather_rows(hidden, rows, count)
+    w = weight.to(hidden.dtype)
+    w = w if w.stride(1) == 1 else w.contiguous()
+    common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
+    block_h = max(16, triton.next_power_of_2(H))
+    mean = means(w, bias, label_smoothing)
+    by_row = dloss is not None and dloss.ndim == 1
+    target = torch.empty_like(loss)
+
+    blocks, splits = launch.flash_fwd_blocks(N, V, block_h, hidden)
+    maxima = lse.new_empty(splits, N)
+    sums, others = torch.empty_like(maxima), torch.empty_like(maxima)
+    expect = lse.new_empty(splits, N if need.hidden else 0, H)
+    v_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
+    flash_fwd_kernel[(triton.cdiv(N, blocks["BLOCK_M"]), splits)](
+        x, w, w if bias is None else bias.contiguous(), labels, rows, count,
+        maxima, sums, others, expect, target, N, V, H, w.stride(0), v_split,
+        HAS_BIAS=bias is not None, GRAD=need.hidden, BLOCK_H=block_h, **common, **blocks,
+    )  # fmt: skip
+    flash_combine_kernel[(N,)](
+        maxima, sums, others, expect, w, mean[0], labels, rows, count,
+        lse if dloss is None else dloss, lse if dlse is None else dlse, lse, dhidden,
+        N, V, H, w.stride(0), splits,
+        GRAD=need.hidden, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
+        ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
+    )  # fmt: skip
+    losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean)
+    if not (need.weight or need.bias):
+        return None, None
+
+    blocks, splits = launch.flash_dweight_blocks(N, V, block_h, hidden)
+    dweight = lse.new_empty(splits, V, H)
+    dbias = lse.new_empty(splits, V)
+    rows_split = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
+    flash_dweight_kernel[(triton.cdiv(V, blocks["BLOCK_V"]), splits)](
+        x, w, w if bias is None else bias.contiguous(), labels, rows, count, lse,
+        dloss, lse if dlse is None else dlse, dweight, dbias,
+        V, H, w.stride(0), rows_split, SMOOTHING=label_smoothing,
+        HAS_BIAS=bias is not None, ROWS=by_row, HAS_DLSE=dlse is not None, BLOCK_H=block_h,
+        **common, **blocks,
+    )  # fmt: skip
+    return dweight.sum(0) if need.weight else None, dbias.sum(0) if need.bias else None

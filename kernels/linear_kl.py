@@ -1,0 +1,388 @@
+"""KL divergence from a teacher's softmax to a linear layer's, neither's logits whole in memory.
+
+    loss = tau^2 sum_v q_v (log q_v - log p_v),   p = softmax(z / tau),   z = x @ weight.T + bias
+    dz   = a tau (p - q)
+
+Dense: q = softmax(y / tau) of the teacher's own linear layer over the same vocabulary. Logits of up to
+launch.CHUNK_ROWS rows of both models are written once, in the input's dtype; one kernel reads the
+two, sums q (y - z) and leaves dz over the student's half. The teacher side has no gradient.
+
+Sparse: q is a list of (id, probability). Its entries are picked from the logits first; then all
+columns become p sum(q), then the listed ones p sum(q) - q. An id may be listed twice.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvbert.kernels import launch
+from mvbert.kernels.chunked import Need
+from mvbert.kernels.linear import LinearRows, list_rows
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def kl_dlogits_kernel(
+    logits_ptr,  # [c, pitch], z / tau; written when GRAD: dz
+    teacher_ptr,  # [c, pitch], y / tau
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    teacher_lse_ptr,  # [N]
+    dloss_ptr,  # [N] when ROWS
+    gap_ptr,  # [c, column blocks], written: sum of q (y - z) / tau
+    dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
+    start,
+    c,
+    V,
+    stride_z,
+    GRAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    block_v = tl.program_id(1)
+    v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    count = min(tl.load(count_ptr) - start, c)
+    first = tl.program_id(0) * BLOCK_M * STEPS
+    column = tl.zeros((BLOCK_V,), ACC)
+    for step in range(STEPS):
+        m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = m < count
+        rows = tl.load(rows_ptr + start + m, mask=inside, other=0)
+        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+        teacher_lse = tl.load(teacher_lse_ptr + rows, mask=inside, other=float("inf"))
+        at = m.to(tl.int64)[:, None] * stride_z + v[None, :]
+        both = inside[:, None] & (v < stride_z)[None, :]
+        z = tl.load(logits_ptr + at, mask=both, other=0.0).to(ACC)
+        y = tl.load(teacher_ptr + at, mask=both, other=0.0).to(ACC)
+        real = inside[:, None] & (v < V)[None, :]
+        p = tl.exp(tl.where(real, z, -float("inf")) - lse[:, None])
+        q = tl.exp(tl.where(real, y, -float("inf")) - teacher_lse[:, None])
+        gap = tl.sum(q * (tl.where(real, y, 0.0) - tl.where(real, z, 0.0)), 1)
+        tl.store(gap_ptr + m.to(tl.int64) * tl.num_programs(1) + block_v, gap, mask=inside)
+        if GRAD:
+            dz = p - q
+            if ROWS:
+                dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[:, None]
+            tl.store(logits_ptr + at, dz.to(logits_ptr.dtype.element_ty), mask=both)
+            if HAS_BIAS:
+                column += tl.sum(dz, 0)
+    if HAS_BIAS:
+        at = dbias_ptr + tl.program_id(0).to(tl.int64) * stride_z + v
+        tl.store(at, column, mask=v < stride_z)
+
+
+@triton.jit
+def kl_loss_kernel(
+    gap_ptr,  # [c, blocks]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    teacher_lse_ptr,  # [N]
+    loss_ptr,  # [N], written at rows
+    start,
+    c,
+    blocks,
+    temperature,
+    BLOCK_T: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    if m >= min(tl.load(count_ptr) - start, c):
+        return
+    t = tl.arange(0, BLOCK_T)
+    gap = tl.sum(tl.load(gap_ptr + m * blocks + t, mask=t < blocks, other=0.0), 0)
+    row = tl.load(rows_ptr + start + m)
+    loss = gap - tl.load(teacher_lse_ptr + row) + tl.load(lse_ptr + row)
+    tl.store(loss_ptr + row, temperature * temperature * loss)
+
+
+@triton.jit
+def sparse_kl_pick_kernel(
+    logits_ptr,  # [c, pitch], z / tau
+    ids_ptr,  # [N, K]
+    probs_ptr,  # [N, K]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    picked_ptr,  # [c, K], written: z / tau at the ids
+    mass_ptr,  # [N], written at rows: sum of q
+    loss_ptr,  # [N], written at rows
+    start,
+    c,
+    V,
+    K,
+    stride_z,
+    temperature,
+    ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    if m >= min(tl.load(count_ptr) - start, c):
+        return
+    row = tl.load(rows_ptr + start + m).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    q = tl.load(probs_ptr + row * K + k, mask=k < K, other=0.0).to(ACC)
+    v = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
+    used = q > 0
+    valid = (v >= 0) & (v < V)
+    z = tl.load(logits_ptr + m * stride_z + v, mask=used & valid, other=0.0).to(ACC)
+    z = tl.where(used & (valid == 0), float("nan"), z)
+    tl.store(picked_ptr + m * K + k, z, mask=k < K)
+    log_q = tl.log(tl.where(used, q, 1.0))
+    mass = tl.sum(q, 0)
+    loss = tl.sum(q * (log_q - z), 0) + mass * tl.load(lse_ptr + row)
+    tl.store(mass_ptr + row, mass)
+    tl.store(loss_ptr + row, temperature * temperature * loss)
+
+
+@triton.jit
+def sparse_kl_dlogits_kernel(
+    logits_ptr,  # [c, pitch], z / tau, then written: a p sum(q)
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    mass_ptr,  # [N]
+    dloss_ptr,  # [N] when ROWS
+    start,
+    c,
+    V,
+    stride_z,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = m < min(tl.load(count_ptr) - start, c)
+    rows = tl.load(rows_ptr + start + m, mask=inside, other=0)
+    lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+    factor = tl.load(mass_ptr + rows, mask=inside, other=0.0)
+    if ROWS:
+        factor *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)
+    at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
+    both = inside[:, None] & (v < stride_z)[None, :]
+    z = tl.load(at, mask=both, other=0.0).to(ACC)
+    p = tl.exp(tl.where((v < V)[None, :], z, -float("inf")) - lse[:, None])
+    tl.store(at, (p * factor[:, None]).to(logits_ptr.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def sparse_kl_targets_kernel(
+    dlogits_ptr,  # [c, pitch], written at the ids: a (p sum(q) - q)
+    ids_ptr,  # [N, K]
+    probs_ptr,  # [N, K]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    lse_ptr,  # [N]
+    mass_ptr,  # [N]
+    picked_ptr,  # [c, K]
+    dloss_ptr,  # [N] when ROWS
+    start,
+    c,
+    V,
+    K,
+    stride_z,
+    ROWS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """An id listed twice gets both shares, from both slots: equal values, so no race matters."""
+    m = tl.program_id(0).to(tl.int64)
+    if m >= min(tl.load(count_ptr) - start, c):
+        return
+    row = tl.load(rows_ptr + start + m).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    q = tl.load(probs_ptr + row * K + k, mask=k < K, other=0.0).to(ACC)
+    v = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
+    used = (q > 0) & (v >= 0) & (v < V)
+    same = (v[:, None] == v[None, :]) & used[None, :]
+    share = tl.sum(tl.where(same, q[None, :], 0.0), 1)
+    z = tl.load(picked_ptr + m * K + k, mask=used, other=-float("inf"))
+    dz = tl.exp(z - tl.load(lse_ptr + row)) * tl.load(mass_ptr + row) - share
+    if ROWS:
+        dz *= tl.load(dloss_ptr + row)
+    tl.store(dlogits_ptr + m * stride_z + v, dz.to(dlogits_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
+def column_sums_kernel(
+    dlogits_ptr,  # [c, pitch]
+    count_ptr,  # [1], int32
+    out_ptr,  # [row blocks, pitch], written
+    start,
+    c,
+    stride_z,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    count = min(tl.load(count_ptr) - start, c)
+    column = tl.zeros((BLOCK_V,), ACC)
+    for step in range(STEPS):
+        m = (tl.program_id(0) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        at = dlogits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
+        inside = (m < count)[:, None] & (v < stride_z)[None, :]
+        column += tl.sum(tl.load(at, mask=inside, other=0.0).to(ACC), 0)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * stride_z + v, column, mask=v < stride_z)
+
+
+# ---- launchers ---------------------------------------------------------------------------------
+
+
+class Gradients:
+    """What both divergences accumulate over chunks."""
+
+    def __init__(self, hidden, weight, bias, dloss, temperature, linear: LinearRows, need: Need):
+        self.need, self.linear = need, linear
+        self.by_row = dloss is not None and dloss.ndim == 1
+        self.dloss = dloss
+        self.dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
+        self.dweight = linear.new_dweight(weight.dtype) if need.weight else None
+        self.dbias = hidden.new_zeros(linear.V, dtype=linear.acc_dtype) if need.bias else None
+        if need:
+            one = torch.ones(1, dtype=linear.acc_dtype, device=hidden.device)
+            self.scale = (one if self.by_row else dloss.to(one.dtype).reshape(1)) * temperature
+        self.dtypes = weight.dtype, None if bias is None else bias.dtype
+
+    def add(self, start: int, dlogits: Tensor, column: Tensor | None) -> None:
+        if self.need.bias:
+            self.dbias += column * self.scale
+        if self.need.hidden:
+            self.linear.dx(start, dlogits, self.scale, self.dhidden)
+        if self.need.weight:
+            self.linear.dweight(start, dlogits, self.scale, self.dweight)
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        nothing = self.dhidden.new_empty
+        return (
+            self.dhidden,
+            nothing(0) if self.dweight is None else self.dweight.to(self.dtypes[0]),
+            nothing(0) if self.dbias is None else self.dbias.to(self.dtypes[1]),
+        )
+
+
+def no_rows(hidden, weight, bias, need: Need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The answer for N = 0."""
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_zeros(0, dtype=acc),
+        hidden.new_zeros(hidden.shape if need.hidden else 0),
+        weight.new_zeros(weight.shape if need.weight else 0),
+        hidden.new_zeros(0) if not need.bias else bias.new_zeros(bias.shape),
+    )
+
+
+def kl(
+    hidden: Tensor,  # [N, H_s]
+    weight: Tensor,  # [V, H_s]
+    bias: Tensor | None,  # [V]
+    teacher_hidden: Tensor,  # [N, H_t]
+    teacher_weight: Tensor,  # [V, H_t]
+    teacher_bias: Tensor | None,  # [V]
+    mask: Tensor,  # [N], bool
+    temperature: float,
+    dloss: Tensor | None,  # [] or [N]
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tau^2 KL(teacher || student) of each row: (loss [N], dhidden, dweight, dbias)."""
+    N = hidden.shape[0]
+    if N == 0:
+        return no_rows(hidden, weight, bias, need)
+    rows, count = list_rows(mask.to(torch.int32), 0)
+    student = LinearRows(hidden, weight, bias, rows, count)
+    teacher = LinearRows(teacher_hidden.to(hidden.dtype), teacher_weight, teacher_bias, rows, count)
+    dloss = None if dloss is None else dloss.contiguous()
+    gradients = Gradients(hidden, weight, bias, dloss, temperature, student, need)
+    loss = hidden.new_zeros(N, dtype=student.acc_dtype)
+    lse, teacher_lse = torch.empty_like(loss), torch.empty_like(loss)
+    block_m, block_v, steps = launch.elementwise_blocks(student.V)
+    column_blocks = triton.cdiv(student.pitch, block_v)
+    for start in student.starts():
+        z = student.logits(start, lse=lse, store=True, temperature=temperature)
+        y = teacher.logits(start, lse=teacher_lse, store=True, temperature=temperature)
+        c = min(student.chunk, N - start)
+        row_blocks = triton.cdiv(c, block_m * steps)
+        gap = lse.new_empty(c, column_blocks)
+        partial = lse.new_empty(row_blocks if need.bias else 0, student.pitch)
+        kl_dlogits_kernel[(row_blocks, column_blocks)](
+            z, y, rows, count, lse, teacher_lse, dloss if gradients.by_row else lse, gap, partial,
+            start, c, student.V, student.pitch,
+            GRAD=bool(need), ROWS=gradients.by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"],
+            BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+        )  # fmt: skip
+        kl_loss_kernel[(c,)](
+            gap, rows, count, lse, teacher_lse, loss, start, c, column_blocks, temperature,
+            BLOCK_T=triton.next_power_of_2(column_blocks), num_warps=1,
+        )  # fmt: skip
+        gradients.add(start, z, partial.sum(0)[: student.V] if need.bias else None)
+    return loss, *gradients.all()
+
+
+def sparse_kl(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    target_ids: Tensor,  # [N, K]
+    target_probs: Tensor,  # [N, K]
+    temperature: float,
+    dloss: Tensor | None,  # [] or [N]
+    need: Need,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tau^2 sum_k q_k (log q_k - log p[id_k]) of each row: (loss [N], dhidden, dweight, dbias)."""
+    N, K = target_ids.shape
+    if N == 0:
+        return no_rows(hidden, weight, bias, need)
+    target_ids, target_probs = target_ids.contiguous(), target_probs.contiguous()
+    rows, count = list_rows((target_probs > 0).any(1).to(torch.int32), 0)
+    linear = LinearRows(hidden, weight, bias, rows, count)
+    dloss = None if dloss is None else dloss.contiguous()
+    gradients = Gradients(hidden, weight, bias, dloss, temperature, linear, need)
+    loss = hidden.new_zeros(N, dtype=linear.acc_dtype)
+    lse, mass = torch.empty_like(loss), torch.empty_like(loss)
+    picked = loss.new_empty(linear.chunk, max(K, 1))
+    block_k = triton.next_power_of_2(max(K, 1))
+    for start in linear.starts():
+        z = linear.logits(start, lse=lse, store=True, temperature=temperature)
+        c = min(linear.chunk, N - start)
+        sparse_kl_pick_kernel[(c,)](
+            z, target_ids, target_probs, rows, count, lse, picked, mass, loss,
+            start, c, linear.V, K, linear.pitch, temperature,
+            ACC=linear.common["ACC"], BLOCK_K=block_k, num_warps=1,
+        )  # fmt: skip
+        if not need:
+            continue
+        block_m, block_v, _ = launch.elementwise_blocks(linear.V)
+        row_dloss = dloss if gradients.by_row else lse
+        options = {"ROWS": gradients.by_row, "ACC": linear.common["ACC"]}
+        sparse_kl_dlogits_kernel[(triton.cdiv(c, block_m), triton.cdiv(linear.pitch, block_v))](
+            z, rows, count, lse, mass, row_dloss, start, c, linear.V, linear.pitch,
+            BLOCK_M=block_m, BLOCK_V=block_v, num_warps=4, **options,
+        )  # fmt: skip
+        sparse_kl_targets_kernel[(c,)](
+            z, target_ids, target_probs, rows, count, lse, mass, picked, row_dloss,
+            start, c, linear.V, K, linear.pitch, BLOCK_K=block_k, num_warps=1, **options,
+        )  # fmt: skip
+        gradients.add(start, z, column_sums(linear, start, z) if need.bias else None)
+    return loss, *gradients.all()
+
+
+def column_sums(linear: LinearRows, start: int, dlogits: Tensor) -> Tensor:
+    """[V]: the sum of dlogits over the rows of the chunk."""
+    c = min(linear.chunk, linear.N - start)
+    block_m, block_v, steps = launch.elementwise_blocks(linear.V)
+    blocks = triton.cdiv(c, block_m * steps)
+    partial = dlogits.new_empty(blocks, linear.pitch, dtype=linear.acc_dtype)
+    column_sums_kernel[(blocks, triton.cdiv(linear.pitch, block_v))](
+        dlogits, linear.count, partial, start, c, linear.pitch,
+        ACC=linear.common["ACC"], BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)[: linear.V]
