@@ -82,3 +82,8 @@ def flash_dweight_blocks(N: int, V: int, block_h: int, x: Tensor) -> tuple[dict[
     blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 3}
     splits = 2 * multiprocessors(x.device) // triton.cdiv(V, 64)
     return blocks, max(1, min(8, splits, triton.cdiv(N, 64)))
+
+
+def bwd_programs(device: torch.device) -> int:
+    """Programs of a backward kernel that sums in registers: four a multiprocessor."""
+    return 4 * multiprocessors(device)

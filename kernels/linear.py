@@ -188,9 +188,7 @@ def dx_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile_m, tile_n = tile_of(
-        tl.program_id(0), tl.cdiv(c, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP
-    )
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(c, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP)
     count = min(tl.load(count_ptr) - start, c)
     if tile_m * BLOCK_M >= count:
         return
@@ -230,9 +228,7 @@ def dweight_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    tile_m, tile_n = tile_of(
-        tl.program_id(0), tl.cdiv(V, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP
-    )
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(V, BLOCK_M), tl.cdiv(H, BLOCK_N), GROUP)
     count = min(tl.load(count_ptr) - start, c)
     if ADD and count <= 0:
         return

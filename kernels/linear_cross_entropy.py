@@ -197,9 +197,7 @@ def flash_fwd_kernel(
             p = tl.where(hit, 0.0, p)
             row_other = row_other * fade + tl.sum(p, 1)
             expect *= fade[:, None]
-            expect = tl.dot(
-                p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC
-            )
+            expect = tl.dot(p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC)
         row_max = new_max
     at = split.to(tl.int64) * N + m
     tl.store(max_ptr + at, row_max, mask=inside)
@@ -422,7 +420,19 @@ def losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean) 
 
 
 def materialised(
-    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse, dhidden
+    hidden,
+    weight,
+    bias,
+    labels,
+    label_smoothing,
+    rows,
+    count,
+    dloss,
+    dlse,
+    need,
+    loss,
+    lse,
+    dhidden,
 ):
     """(dweight, dbias) or None; fills loss, lse and dhidden."""
     linear = LinearRows(hidden, weight, bias, rows, count)
@@ -468,7 +478,19 @@ def cross_entropy_dlogits(
 
 
 def flash(
-    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse, dhidden
+    hidden,
+    weight,
+    bias,
+    labels,
+    label_smoothing,
+    rows,
+    count,
+    dloss,
+    dlse,
+    need,
+    loss,
+    lse,
+    dhidden,
 ):
     """(dweight, dbias) or None; fills loss, lse and dhidden."""
     N, H = hidden.shape

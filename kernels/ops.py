@@ -453,3 +453,113 @@ def _sparse_kl_rows_backward(ctx, dloss):
 
 
 sparse_linear_kl_rows.register_autograd(_sparse_kl_rows_backward, setup_context=_save_kl_rows)
+
+
+# ---- mixed embedding ---------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::mixed_embedding", mutates_args=())
+def mixed_embedding(
+    input_ids: Tensor,  # [B, T]
+    teacher_table: Tensor | None,  # [V_t, H]
+    student_rows: Tensor | None,  # [V_s, H]
+    position_table: Tensor | None,  # [P, H]
+    type_table: Tensor | None,  # [S, H]
+    token_type_ids: Tensor | None,  # [B, T]
+    position_ids: Tensor | None,  # [B, T] or [1, T]
+    ln_weight: Tensor,  # [H]
+    ln_bias: Tensor,  # [H]
+    seed: Tensor | None,  # [1]
+    eps: float,
+    dropout_p: float,
+    padding_id: int,  # -1: none
+    frequent_ids: list[int],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mvbert.kernels import mixed_embedding as kernels
+
+    return kernels.mixed_embedding_fwd(
+        input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+        position_ids, ln_weight, ln_bias, eps, dropout_p, seed,
+    )  # fmt: skip
+
+
+@mixed_embedding.register_fake
+def _(input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+      position_ids, ln_weight, ln_bias, seed, eps, dropout_p, padding_id, frequent_ids,
+      deterministic):  # fmt: skip
+    table = student_rows if teacher_table is None else teacher_table
+    rows = table.new_empty(input_ids.numel(), dtype=accumulator_dtype(table.dtype))
+    return table.new_empty(*input_ids.shape, table.shape[1]), rows, torch.empty_like(rows)
+
+
+@torch.library.custom_op("mvbert::mixed_embedding_backward", mutates_args=())
+def mixed_embedding_backward(
+    dhidden: Tensor,  # [B, T, H]
+    input_ids: Tensor,
+    teacher_table: Tensor | None,
+    student_rows: Tensor | None,
+    position_table: Tensor | None,
+    type_table: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    ln_weight: Tensor,
+    seed: Tensor | None,
+    mean: Tensor,  # [B * T]
+    rstd: Tensor,  # [B * T]
+    dropout_p: float,
+    padding_id: int,
+    frequent_ids: list[int],
+    deterministic: bool,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from mvbert.kernels import mixed_embedding as kernels
+
+    gradients = kernels.mixed_embedding_bwd(
+        dhidden, input_ids, teacher_table, student_rows, position_table, type_table,
+        token_type_ids, position_ids, ln_weight, mean, rstd, dropout_p, seed, padding_id,
+        frequent_ids, deterministic, need,
+    )  # fmt: skip
+    return tuple(dhidden.new_empty(0) if g is None else g for g in gradients)
+
+
+@mixed_embedding_backward.register_fake
+def _(dhidden, input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+      position_ids, ln_weight, seed, mean, rstd, dropout_p, padding_id, frequent_ids,
+      deterministic, need):  # fmt: skip
+    tables = (teacher_table, student_rows, position_table, type_table)
+    return (
+        *(
+            torch.empty_like(t, memory_format=torch.contiguous_format)
+            if n
+            else dhidden.new_empty(0)
+            for t, n in zip(tables, need, strict=True)
+        ),
+        torch.empty_like(ln_weight),
+        torch.empty_like(ln_weight),
+    )
+
+
+def _save_mixed_embedding(ctx, inputs, output):
+    input_ids, *tables, token_type_ids, position_ids, ln_weight, _, seed = inputs[:10]
+    _, ctx.dropout_p, ctx.padding_id, ctx.frequent_ids, ctx.deterministic = inputs[10:]
+    _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        input_ids, *tables, token_type_ids, position_ids, ln_weight, seed, mean, rstd
+    )
+
+
+def _mixed_embedding_backward(ctx, dhidden, dmean, drstd):
+    if dhidden is None:
+        return (None,) * 15
+    need = [bool(n) for n in ctx.needs_input_grad[1:5]]
+    gradients = mixed_embedding_backward(
+        dhidden, *ctx.saved_tensors, ctx.dropout_p, ctx.padding_id, ctx.frequent_ids,
+        ctx.deterministic, need,
+    )  # fmt: skip
+    tables = (g if n else None for g, n in zip(gradients[:4], need, strict=True))
+    return None, *tables, None, None, *gradients[4:], *(None,) * 6
+
+
+mixed_embedding.register_autograd(_mixed_embedding_backward, setup_context=_save_mixed_embedding)

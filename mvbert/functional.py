@@ -115,6 +115,7 @@ def mixed_embedding(
     *,
     position_ids: Tensor | None = None,
     padding_id: int | None = None,
+    frequent_ids: tuple[int, ...] = (),
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -135,6 +136,8 @@ def mixed_embedding(
         training: whether dropout is active.
         position_ids: [B, T] or [1, T]; None: 0 .. T-1.
         padding_id: joint id whose row receives no gradient, as `nn.Embedding(padding_idx=..)`.
+        frequent_ids: up to two joint ids ([MASK] of either vocabulary) that many pieces have; their
+            gradient is summed apart. A matter of speed only.
         deterministic: gradients of the tables summed in a fixed order; None: as
             `torch.are_deterministic_algorithms_enabled()` says.
         backend: see the module's first lines.
@@ -184,6 +187,8 @@ def mixed_embedding(
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if len(frequent_ids) > 2:
+        raise ValueError(f"frequent_ids holds at most two ids, got {len(frequent_ids)}")
     backend = _backend(backend, input_ids)
     if not torch.compiler.is_compiling():
         ops.check_range("input_ids", input_ids, sum(table.shape[0] for table in tables))
@@ -191,15 +196,26 @@ def mixed_embedding(
             ops.check_range("position_ids", position_ids, position_table.shape[0])
         if type_table is not None and token_type_ids is not None:
             ops.check_range("token_type_ids", token_type_ids, type_table.shape[0])
-    if type_table is not None and token_type_ids is None:
-        token_type_ids = input_ids.new_zeros(())
     if backend == "reference":
         hidden = plain.mixed_embedding_reference(
             input_ids, teacher_table, student_rows, position_table, type_table,
-            None if token_type_ids is None else token_type_ids.expand(B, T),
-            position_ids, ln_weight, ln_bias, eps,
+            token_type_ids, position_ids, ln_weight, ln_bias, eps,
         )  # fmt: skip
         return F.dropout(hidden, dropout_p, training)
+    if backend == "triton":
+        dropout_p = dropout_p if training else 0.0
+        seed = None
+        if dropout_p > 0:
+            seed = torch.randint(0, 2**31 - 1, (1,), device=input_ids.device)
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        return ops.mixed_embedding(
+            input_ids, teacher_table, student_rows, position_table, type_table,
+            token_type_ids, position_ids, ln_weight, ln_bias, seed, float(eps), float(dropout_p),
+            -1 if padding_id is None else padding_id, list(frequent_ids), deterministic,
+        )[0]  # fmt: skip
+    if type_table is not None and token_type_ids is None:
+        token_type_ids = input_ids.new_zeros(())
     rows = _gather(input_ids, teacher_table, student_rows, padding_id)
     if position_table is not None:
         if position_ids is None:

@@ -1,0 +1,450 @@
+"""Embedding rows from two tables, plus position and type, normalised, with dropout: one pass.
+
+    s = table[id] + position[t] + type[k],     table = [teacher; student], never joined
+    y = dropout(weight * (s - mean) * rstd + bias)
+
+Forward writes y and keeps mean and rstd of each row in float32, nothing else: backward gathers s
+again (the tables stay in L2 far better than a saved copy) and draws the dropout mask again from its
+seed. With r = rstd, u = (s - mean) r and g = dropout'(dy) weight:
+
+    ds = r (g - mean(g) - u mean(g u))
+
+Backward runs one program per position and share of the batch, so that the position's row, the two
+types' rows, weight and bias sum in registers; so do the rows of `frequent` ids ([MASK] is an eighth
+of all pieces: thousands of additions to one row). All other rows are added to the tables with
+float32 atomics, or, deterministic, written out as ds [N, H] and summed by sorted id.
+
+Philox with 7 rounds gives 4 words a call, each word two 16-bit draws: the chance of dropping is a
+multiple of 2^-16.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvbert.kernels import launch
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def dropout_factor(seed, n, P: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """[ROWS, BLOCK_H]: 0 where dropped, 1 / (1 - p) where kept, of rows n."""
+    group = tl.arange(0, BLOCK_H // 8)
+    offset = n[:, None] * (BLOCK_H // 8) + group[None, :]
+    a, b, c, d = tl.randint4x(seed, offset, n_rounds=7)
+    lane = tl.arange(0, 8)[None, None, :]
+    low = tl.where(lane < 2, a[:, :, None], b[:, :, None])
+    high = tl.where(lane < 6, c[:, :, None], d[:, :, None])
+    word = tl.where(lane < 4, low, high)
+    draw = tl.where(lane % 2 == 0, word, word >> 16) & 0xFFFF
+    THRESHOLD: tl.constexpr = int(P * 65536 + 0.5)
+    KEEP: tl.constexpr = 65536 / (65536 - int(P * 65536 + 0.5))
+    return tl.where(draw.reshape(ROWS, BLOCK_H) >= THRESHOLD, KEEP, 0.0)
+
+
+@triton.jit
+def mixed_embedding_fwd_kernel(
+    ids_ptr,  # [N]
+    types_ptr,  # [N] when TYPES > 0 and HAS_TYPE_IDS
+    positions_ptr,  # [N] or [T] when HAS_POSITION_IDS
+    teacher_ptr,  # [V_t, H]
+    student_ptr,  # [V_s, H]
+    position_ptr,  # [P, H]
+    type_ptr,  # [S, H]
+    weight_ptr,  # [H]
+    bias_ptr,  # [H]
+    seed_ptr,  # [1] when P_DROP > 0
+    out_ptr,  # [N, H], written
+    mean_ptr,  # [N], written
+    rstd_ptr,  # [N], written
+    N,
+    T,
+    H,
+    V_T,
+    V_S,
+    positions,
+    types,
+    position_rows,
+    eps,
+    HAS_POSITION: tl.constexpr,
+    HAS_POSITION_IDS: tl.constexpr,
+    TYPES: tl.constexpr,
+    HAS_TYPE_IDS: tl.constexpr,
+    P_DROP: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    h = tl.arange(0, BLOCK_H)
+    column = (h < H)[None, :]
+    s = table_rows(ids_ptr, teacher_ptr, student_ptr, n, N, H, V_T, V_S, h, ACC)
+    if HAS_POSITION:
+        t = n % T
+        if HAS_POSITION_IDS:
+            t = tl.load(positions_ptr + n % position_rows, mask=n < N, other=0).to(tl.int64)
+        s += side_rows(position_ptr, t, positions, n < N, H, h, ACC)
+    if TYPES:
+        k = tl.zeros((ROWS,), tl.int64)
+        if HAS_TYPE_IDS:
+            k = tl.load(types_ptr + n, mask=n < N, other=0).to(tl.int64)
+        s += side_rows(type_ptr, k, types, n < N, H, h, ACC)
+    mean = tl.sum(tl.where(column, s, 0.0), 1) / H
+    s = tl.where(column, s - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(s * s, 1) / H + eps)
+    weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(ACC)
+    y = s * rstd[:, None] * weight[None, :] + bias[None, :]
+    if P_DROP > 0:
+        y *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
+    tl.store(mean_ptr + n, mean, mask=n < N)
+    tl.store(rstd_ptr + n, rstd, mask=n < N)
+    at = out_ptr + n.to(tl.int64)[:, None] * H + h[None, :]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & column)
+
+
+@triton.jit
+def table_rows(ids_ptr, teacher_ptr, student_ptr, n, N, H, V_T, V_S, h, ACC: tl.constexpr):
+    """[ROWS, BLOCK_H] of [teacher; student]; an id out of range gives NaN and reads nothing."""
+    inside = n < N
+    v = tl.load(ids_ptr + n, mask=inside, other=0).to(tl.int64)
+    column = (h < H)[None, :]
+    of_teacher = inside & (v >= 0) & (v < V_T)
+    of_student = inside & (v >= V_T) & (v < V_T + V_S)
+    x = tl.load(
+        teacher_ptr + v[:, None] * H + h[None, :], mask=of_teacher[:, None] & column, other=0.0
+    ).to(ACC)
+    x += tl.load(
+        student_ptr + (v - V_T)[:, None] * H + h[None, :],
+        mask=of_student[:, None] & column,
+        other=0.0,
+    ).to(ACC)
+    wrong = inside & (of_teacher == 0) & (of_student == 0)
+    return tl.where(wrong[:, None], float("nan"), x)
+
+
+@triton.jit
+def side_rows(table_ptr, at, size, inside, H, h, ACC: tl.constexpr):
+    """[ROWS, BLOCK_H] of a position or type table, NaN where `at` is out of range."""
+    valid = inside & (at >= 0) & (at < size)
+    x = tl.load(
+        table_ptr + at.to(tl.int64)[:, None] * H + h[None, :],
+        mask=valid[:, None] & (h < H)[None, :],
+        other=0.0,
+    ).to(ACC)
+    return tl.where((inside & (valid == 0))[:, None], float("nan"), x)
+
+
+@triton.jit
+def mixed_embedding_bwd_kernel(
+    dy_ptr,  # [N, H]
+    ids_ptr,  # [N]
+    types_ptr,  # [N] when TYPES > 0 and HAS_TYPE_IDS
+    positions_ptr,  # [N] or [T] when HAS_POSITION_IDS
+    teacher_ptr,  # [V_t, H]
+    student_ptr,  # [V_s, H]
+    position_ptr,  # [P, H]
+    type_ptr,  # [S, H]
+    weight_ptr,  # [H]
+    seed_ptr,  # [1] when P_DROP > 0
+    mean_ptr,  # [N]
+    rstd_ptr,  # [N]
+    dteacher_ptr,  # [V_t, H], added to when ADD_TEACHER
+    dstudent_ptr,  # [V_s, H], added to when ADD_STUDENT
+    dposition_ptr,  # [P, H], added to when ADD_POSITION
+    dtype_ptr,  # [S, H], added to when ADD_TYPE
+    ds_ptr,  # [N, H], written when STORE
+    sums_ptr,  # [shares, T, 6, H], written: dweight, dbias, types 0 and 1, frequent ids 0 and 1
+    B,
+    T,
+    H,
+    V_T,
+    V_S,
+    positions,
+    types,
+    position_rows,
+    padding_id,
+    frequent_0,
+    frequent_1,
+    HAS_POSITION: tl.constexpr,
+    HAS_POSITION_IDS: tl.constexpr,
+    TYPES: tl.constexpr,
+    HAS_TYPE_IDS: tl.constexpr,
+    P_DROP: tl.constexpr,
+    ADD_TEACHER: tl.constexpr,
+    ADD_STUDENT: tl.constexpr,
+    ADD_POSITION: tl.constexpr,
+    ADD_TYPE: tl.constexpr,
+    STORE: tl.constexpr,
+    FREQUENT: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    position = tl.program_id(0)
+    share = tl.program_id(1)
+    N = B * T
+    h = tl.arange(0, BLOCK_H)
+    column = (h < H)[None, :]
+    weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(ACC)[None, :]
+    dweight = tl.zeros((ROWS, BLOCK_H), ACC)
+    dbias = tl.zeros((ROWS, BLOCK_H), ACC)
+    type_0 = tl.zeros((ROWS, BLOCK_H), ACC)
+    type_1 = tl.zeros((ROWS, BLOCK_H), ACC)
+    sum_0 = tl.zeros((ROWS, BLOCK_H), ACC)
+    sum_1 = tl.zeros((ROWS, BLOCK_H), ACC)
+    for first in range(share * ROWS, B, tl.num_programs(1) * ROWS):
+        b = first + tl.arange(0, ROWS)
+        inside = b < B
+        n = tl.where(inside, b * T + position, N)
+        s = table_rows(ids_ptr, teacher_ptr, student_ptr, n, N, H, V_T, V_S, h, ACC)
+        if HAS_POSITION:
+            t = tl.zeros((ROWS,), tl.int64) + position
+            if HAS_POSITION_IDS:
+                t = tl.load(positions_ptr + n % position_rows, mask=inside, other=0).to(tl.int64)
+            s += side_rows(position_ptr, t, positions, inside, H, h, ACC)
+        if TYPES:
+            k = tl.zeros((ROWS,), tl.int64)
+            if HAS_TYPE_IDS:
+                k = tl.load(types_ptr + n, mask=inside, other=0).to(tl.int64)
+            s += side_rows(type_ptr, k, types, inside, H, h, ACC)
+        mean = tl.load(mean_ptr + n, mask=inside, other=0.0)
+        rstd = tl.load(rstd_ptr + n, mask=inside, other=0.0)
+        at = n.to(tl.int64)[:, None] * H + h[None, :]
+        both = inside[:, None] & column
+        dy = tl.load(dy_ptr + at, mask=both, other=0.0).to(ACC)
+        if P_DROP > 0:
+            dy *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
+        u = tl.where(both, (s - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += dy * u
+        dbias += dy
+        g = dy * weight
+        ds = g - (tl.sum(g, 1) / H)[:, None] - u * (tl.sum(g * u, 1) / H)[:, None]
+        ds = tl.where(both, ds * rstd[:, None], 0.0)
+        if STORE:
+            tl.store(ds_ptr + at, ds.to(ds_ptr.dtype.element_ty), mask=both)
+        if TYPES == 2:
+            type_1 += tl.where((k == 1)[:, None], ds, 0.0)
+            type_0 += tl.where((k == 0)[:, None], ds, 0.0)
+        else:
+            type_0 += ds
+        if ADD_TYPE:
+            valid = inside & (k >= 0) & (k < types)
+            tl.atomic_add(
+                dtype_ptr + k[:, None] * H + h[None, :],
+                ds,
+                mask=valid[:, None] & column,
+                sem="relaxed",
+            )
+        if ADD_POSITION:
+            valid = inside & (t >= 0) & (t < positions)
+            tl.atomic_add(
+                dposition_ptr + t[:, None] * H + h[None, :],
+                ds,
+                mask=valid[:, None] & column,
+                sem="relaxed",
+            )
+        if ADD_TEACHER or ADD_STUDENT:
+            v = tl.load(ids_ptr + n, mask=inside, other=0).to(tl.int64)
+            wanted = inside & (v != padding_id)
+            if FREQUENT:
+                sum_0 += tl.where((wanted & (v == frequent_0))[:, None], ds, 0.0)
+                sum_1 += tl.where((wanted & (v == frequent_1))[:, None], ds, 0.0)
+                wanted = wanted & (v != frequent_0) & (v != frequent_1)
+            if ADD_TEACHER:
+                tl.atomic_add(
+                    dteacher_ptr + v[:, None] * H + h[None, :],
+                    ds,
+                    mask=(wanted & (v >= 0) & (v < V_T))[:, None] & column,
+                    sem="relaxed",
+                )
+            if ADD_STUDENT:
+                tl.atomic_add(
+                    dstudent_ptr + (v - V_T)[:, None] * H + h[None, :],
+                    ds,
+                    mask=(wanted & (v >= V_T) & (v < V_T + V_S))[:, None] & column,
+                    sem="relaxed",
+                )
+    out = sums_ptr + (share.to(tl.int64) * T + position) * 6 * H + h
+    tl.store(out, tl.sum(dweight, 0), mask=h < H)
+    tl.store(out + H, tl.sum(dbias, 0), mask=h < H)
+    tl.store(out + 2 * H, tl.sum(type_0, 0), mask=h < H)
+    if TYPES == 2:
+        tl.store(out + 3 * H, tl.sum(type_1, 0), mask=h < H)
+    if FREQUENT:
+        tl.store(out + 4 * H, tl.sum(sum_0, 0), mask=h < H)
+        tl.store(out + 5 * H, tl.sum(sum_1, 0), mask=h < H)
+
+
+# ---- launchers ---------------------------------------------------------------------------------
+
+
+def blocks(H: int) -> dict[str, int]:
+    """Rows a program reads at once, and warps: 8 values a thread, one 16-byte load in 16 bit."""
+    block_h = max(8, triton.next_power_of_2(H))
+    rows = max(1, 1024 // block_h) if block_h >= 64 else 2
+    return {"ROWS": rows, "BLOCK_H": block_h, "num_warps": max(1, min(16, rows * block_h // 256))}
+
+
+def _common(ids, teacher_table, student_rows, position_table, type_table, types, position_ids):
+    """(pointers, sizes, flags) shared by both kernels."""
+    dummy = teacher_table if teacher_table is not None else student_rows
+    tables = [
+        dummy if table is None else table
+        for table in (teacher_table, student_rows, position_table, type_table)
+    ]
+    size = [
+        0 if table is None else table.shape[0]
+        for table in (teacher_table, student_rows, position_table, type_table)
+    ]
+    flags = {
+        "HAS_POSITION": position_table is not None,
+        "HAS_POSITION_IDS": position_table is not None and position_ids is not None,
+        "TYPES": min(size[3], 3),
+        "HAS_TYPE_IDS": types is not None,
+        "ACC": launch.accumulator(dummy),
+    }
+    index = (
+        ids,
+        ids if types is None else types.contiguous(),
+        ids if position_ids is None else position_ids.contiguous(),
+    )
+    position_rows = ids.numel() if position_ids is None else position_ids.numel()
+    return index, tables, (*size, position_rows), flags
+
+
+def mixed_embedding_fwd(
+    input_ids: Tensor,  # [B, T]
+    teacher_table: Tensor | None,  # [V_t, H]
+    student_rows: Tensor | None,  # [V_s, H]
+    position_table: Tensor | None,  # [P, H]
+    type_table: Tensor | None,  # [S, H]
+    token_type_ids: Tensor | None,  # [B, T]
+    position_ids: Tensor | None,  # [B, T] or [1, T]
+    ln_weight: Tensor,  # [H]
+    ln_bias: Tensor,  # [H]
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,  # [1], int64
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden [B, T, H], mean [B * T], rstd [B * T])."""
+    (B, T), H = input_ids.shape, ln_weight.shape[0]
+    N = B * T
+    index, tables, size, flags = _common(
+        input_ids.contiguous(), teacher_table, student_rows, position_table, type_table,
+        token_type_ids, position_ids,
+    )  # fmt: skip
+    tables = [table.contiguous() for table in tables]
+    out = tables[0].new_empty(B, T, H)
+    acc = torch.float64 if out.dtype == torch.float64 else torch.float32
+    mean = out.new_empty(N, dtype=acc)
+    rstd = torch.empty_like(mean)
+    if N:
+        tile = blocks(H)
+        mixed_embedding_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
+            *index, *tables, ln_weight, ln_bias, input_ids if seed is None else seed,
+            out, mean, rstd, N, T, H, *size, eps, P_DROP=dropout_p, **flags, **tile,
+        )  # fmt: skip
+    return out, mean, rstd
+
+
+def mixed_embedding_bwd(
+    dhidden: Tensor,  # [B, T, H]
+    input_ids: Tensor,
+    teacher_table: Tensor | None,
+    student_rows: Tensor | None,
+    position_table: Tensor | None,
+    type_table: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    ln_weight: Tensor,
+    mean: Tensor,  # [B * T]
+    rstd: Tensor,  # [B * T]
+    dropout_p: float,
+    seed: Tensor | None,
+    padding_id: int,  # -1: none
+    frequent_ids: list[int],
+    deterministic: bool,
+    need: list[bool],  # teacher_table, student_rows, position_table, type_table
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (teacher_table, student_rows, position_table, type_table, ln_weight, ln_bias)."""
+    (B, T), H = input_ids.shape, ln_weight.shape[0]
+    input_ids = input_ids.contiguous()
+    index, tables, size, flags = _common(
+        input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+        position_ids,
+    )  # fmt: skip
+    tables = [table.contiguous() for table in tables]
+    grads = [
+        mean.new_zeros(rows, H) if wanted else None
+        for rows, wanted in zip(size[:4], need, strict=True)
+    ]
+    dteacher, dstudent, dposition, dtype = grads
+    # Sums whose place depends on data need atomics; a fixed order needs them written out instead.
+    by_position = flags["HAS_POSITION_IDS"] and dposition is not None
+    by_type = flags["TYPES"] == 3 and dtype is not None
+    store = deterministic and (need[0] or need[1] or by_position or by_type)
+    frequent = [*frequent_ids, -1, -1][:2]
+    if store:
+        frequent = [-1, -1]
+    ds = mean.new_empty(B * T if store else 0, H)
+    tile = blocks(H)
+    shares = max(
+        1, min(triton.cdiv(B, tile["ROWS"]), launch.bwd_programs(mean.device) // max(T, 1))
+    )
+    sums = mean.new_zeros(shares, T, 6, H)
+    dummy = sums
+    if B * T:
+        mixed_embedding_bwd_kernel[(T, shares)](
+            dhidden.contiguous(), *index, *tables, ln_weight,
+            input_ids if seed is None else seed, mean, rstd,
+            *(dummy if grad is None else grad for grad in grads), ds, sums,
+            B, T, H, *size, padding_id, *frequent,
+            P_DROP=dropout_p, ADD_TEACHER=need[0] and not store, ADD_STUDENT=need[1] and not store,
+            ADD_POSITION=by_position and not store, ADD_TYPE=by_type and not store,
+            STORE=store, FREQUENT=frequent != [-1, -1], **flags, **tile,
+        )  # fmt: skip
+    total = sums.sum((0, 1))
+    if dposition is not None and not flags["HAS_POSITION_IDS"]:
+        dposition[:T] = sums[:, :, 2:4].sum((0, 2))
+    if dtype is not None and flags["TYPES"] < 3:
+        dtype.copy_(total[2 : 2 + flags["TYPES"]])
+    if store:
+        _sum_sorted(ds, index, size, by_position, by_type, grads, padding_id)
+    else:
+        for which, v in enumerate(frequent):
+            for grad, base, rows in ((dteacher, 0, size[0]), (dstudent, size[0], size[1])):
+                if grad is not None and base <= v < base + rows:
+                    grad[v - base] += total[4 + which]
+    tables = (teacher_table, student_rows, position_table, type_table)
+    return (
+        *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tables, strict=True)),
+        total[0].to(ln_weight.dtype, copy=True),
+        total[1].to(ln_weight.dtype, copy=True),
+    )
+
+
+def _sum_sorted(ds, index, size, by_position, by_type, grads, padding_id) -> None:
+    """Adds rows of ds to the tables in a fixed order: torch sorts the ids."""
+    dteacher, dstudent, dposition, dtype = grads
+    ids, types, positions = (i.reshape(-1).long() for i in index)
+
+    def add(grad, rows, wanted):
+        # Unwanted rows go to a row beyond the table, which is dropped.
+        rows = torch.where(wanted, rows, grad.shape[0])
+        grad.copy_(
+            torch.ops.aten.embedding_dense_backward(ds, rows, grad.shape[0] + 1, -1, False)[:-1]
+        )
+
+    wanted = ids != padding_id
+    if dteacher is not None:
+        add(dteacher, ids, wanted & (ids < size[0]))
+    if dstudent is not None:
+        add(dstudent, ids - size[0], wanted & (ids >= size[0]))
+    if by_position:
+        positions = positions.repeat(ds.shape[0] // positions.numel())
+        add(dposition, positions, positions >= 0)
+    if by_type:
+        add(dtype, types, types >= 0)
