@@ -175,9 +175,9 @@ def c_array(kind: str, name: str, values: list[int]) -> str:
     return f"const {kind} {name}[{len(values)}] = {{\n{body}}};\n"
 
 
-def ranges(predicate) -> list[tuple[int, int]]:
+def ranges(predicate, among=range(LAST)) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
-    for c in range(LAST):
+    for c in among:
         if predicate(c):
             if found and found[-1][1] == c - 1:
                 found[-1] = (found[-1][0], c)
@@ -255,8 +255,9 @@ def write_python() -> None:
     excluded = [f"{c:X}" for c in alive
                 if len(decomposition(c)) == 2 and nfc(nfd(chr(c))) != chr(c)]  # fmt: skip
     classes = []
-    for value in sorted({unicodedata.combining(chr(c)) for c in alive} - {0}):
-        found = ranges(lambda c, v=value: unicodedata.combining(chr(c)) == v)
+    combining = [unicodedata.combining(chr(c)) for c in range(LAST)]
+    for value in sorted(set(combining) - {0}):
+        found = ranges(lambda c, v=value: combining[c] == v, [c for c in alive if combining[c]])
         classes.append(f"{value}:{','.join(f'{a:X}-{b:X}' for a, b in found)}")
     note = "# Inclusive ranges of code points, hexadecimal"
     out = [
@@ -280,8 +281,8 @@ def write_python() -> None:
 if __name__ == "__main__":
     if unicodedata.unidata_version != VERSION:
         sys.exit(
-            f"unicodedata is {unicodedata.unidata_version} here; the tables are pinned to {VERSION}:"
-            " run this with CPython 3.11"
+            f"unicodedata is {unicodedata.unidata_version}; the tables are pinned to {VERSION}:"
+            " run it with CPython 3.11"
         )
     write_cpp()
     write_python()

@@ -48,7 +48,8 @@ class WordBatch {
     return {bytes_.data() + starts_[i], ends_[i] - starts_[i]};
   }
 
-  bool full() const { return byte_count_ >= kTarget; }
+  // Time to use the complete words. (A word still open does not count: it may be any length.)
+  bool full() const { return (open_ ? starts_[word_count_] : byte_count_) >= kTarget; }
 
   // Forgets the complete words; keeps a word that is still being read.
   void Clear();
