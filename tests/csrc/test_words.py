@@ -1,4 +1,4 @@
-"""Word splitting: C++ against the plain definition, literal expectations and Hugging Face's slow one."""
+"""Word splitting: C++ against the plain definition, literals and Hugging Face's slow tokenizer."""
 
 import io
 import lzma
@@ -35,19 +35,20 @@ AWKWARD = [
     ("한국어", ["\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165"], ["한국어"]),
     ("\u1112\u1161\u11ab", ["\u1112\u1161\u11ab"], ["한"]),
     ("zero\u200bwidth soft\u00adhyphen", ["zerowidth", "softhyphen"], ["zerowidth", "softhyphen"]),
-    ("nul\0l \ufffd bell\a vt\x0bff\x0cdel\x7f", ["null", "bell", "vtffdel"], ["null", "bell", "vtffdel"]),
+    ("nul\0l \ufffd bell\a", ["null", "bell"], ["null", "bell"]),
+    ("vt\x0bff\x0cdel\x7f", ["vtffdel"], ["vtffdel"]),
     ("nel\x85x", ["nelx"], ["nelx"]),
     ("a\u2028b\u2029c\u00a0d\u3000e", list("abcde"), list("abcde")),
-    ("private\ue000use \u0378unassigned", ["privateuse", "unassigned"], ["privateuse", "unassigned"]),
+    ("private\ue000use \u0378none", ["privateuse", "none"], ["privateuse", "none"]),
     ("ΣΑΣ", ["σασ"], ["ΣΑΣ"]),  # no final sigma: lower-cased character by character
     ("İstanbul Iı", ["istanbul", "iı"], ["İstanbul", "Iı"]),
     ("ß ẞ ﬁ", ["ß", "ß", "ﬁ"], ["ß", "ẞ", "ﬁ"]),
     ("\u212a\u2126\u212b", ["kωa"], ["KΩÅ"]),
-    ("a\u037eb\u0387c\u1fefd", ["a", ";", "b", "·", "c", "`", "d"], ["a", ";", "b", "·", "c", "`", "d"]),
+    ("a\u037eb\u0387c\u1fefd", list("a;b·c`d"), list("a;b·c`d")),
     ("<\u0338 =\u0338", ["<", "="], ["≮", "≠"]),  # composition takes the punctuation away
     ("<\u200b\u0338x", ["<", "x"], ["≮x"]),
     ("≠", ["="], ["≠"]),
-    ("«quote» “q” …", ["«", "quote", "»", "“", "q", "”", "…"], ["«", "quote", "»", "“", "q", "”", "…"]),
+    ("«q» “r” …", list("«q»“r”…"), list("«q»“r”…")),
     ("😀x🇩🇪 👨‍👩‍👧", ["😀x🇩🇪", "👨👩👧"], ["😀x🇩🇪", "👨👩👧"]),
     ("[MASK] ##ing", ["[", "mask", "]", "#", "#", "ing"], ["[", "MASK", "]", "#", "#", "ing"]),
     ("\u302e\U0001d165 \U0001d165\u302e", ["\U0001d165\u302e"] * 2, ["\U0001d165\u302e"] * 2),
