@@ -576,12 +576,31 @@ class Mixer::Scratch {
 template <bool kTwo>
 void Mixer::ReadRange(std::uint64_t start, std::uint64_t count, std::uint64_t student_threshold,
                       Rows out) const {
+  constexpr std::uint64_t kLine = 64 / sizeof(std::uint32_t);
   Scratch scratch(*this);
   std::uint64_t first[kRowsPerChunk];
+  const PieceTable::Record* const records = table_.records_.data();
+  const auto End = [&](std::uint64_t begin) {
+    return std::min<std::uint64_t>(begin + options_.stride, stream_size_);
+  };
   for (std::uint64_t done = 0; done < count;) {
     const std::uint64_t here = std::min(kRowsPerChunk, count - done);
     Starts(start + done, here, first);
     for (std::uint64_t i = 0; i < here; ++i, ++done) {
+      // Rows start anywhere in the stream and words anywhere in the table: memory is asked for both
+      // before they are needed, the stream's words two rows ahead because the table's places are
+      // read there one row ahead. (In functions of their own, gcc would drop these loops as without
+      // effect.)
+      if (i + 2 < here) {
+        for (std::uint64_t j = first[i + 2], end = End(j); j < end; j += kLine) {
+          Prefetch(stream_ + j);
+        }
+      }
+      if (i + 1 < here) {
+        for (std::uint64_t j = first[i + 1], end = End(j); j < end; ++j) {
+          Prefetch(records + (std::size_t{stream_[j]} << kTwo));
+        }
+      }
       scratch.Make<kTwo>(start + done, first[i], student_threshold, done, out);
     }
   }
