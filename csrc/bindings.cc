@@ -263,10 +263,10 @@ py::tuple SegmentLexicon(const py::buffer& bytes, const Ends& word_ends,
 
 // ---- vocabulary learner -----------------------------------------------------------------
 
-using Uint64Array = py::array_t<std::uint64_t, py::array::c_style | py::array::forcecast>;
-
-py::tuple LearnVocabShim(const py::bytes& bytes, const Uint64Array& ends, const Uint64Array& counts,
-                         std::size_t size, double coverage, int threads) {
+py::tuple LearnVocab(const py::buffer& bytes, const Ends& ends, const Ends& counts,
+                     std::size_t size, double coverage, int threads) {
+  const py::buffer_info info = bytes.request();
+  const std::string_view view = BytesOf(info);
   if (ends.ndim() != 1 || counts.ndim() != 1 || ends.size() != counts.size()) {
     throw std::invalid_argument("ends and counts must be flat and equally long, got " +
                                 std::to_string(ends.size()) + " ends and " +
@@ -276,15 +276,14 @@ py::tuple LearnVocabShim(const py::bytes& bytes, const Uint64Array& ends, const 
   options.size = size;
   options.coverage = coverage;
   options.threads = threads;
-  // The caller holds `bytes` and both arrays until the call returns.
-  const std::string_view text = bytes;
-  const std::uint64_t* ends_data = ends.data();
-  const std::uint64_t* counts_data = counts.data();
+  // The caller holds the buffer and both arrays until the call returns.
+  const std::uint64_t* word_ends = ends.data();
+  const std::uint64_t* word_counts = counts.data();
   const auto words = static_cast<std::size_t>(ends.size());
   mvbert::LearnedVocab vocab;
   {
-    py::gil_scoped_release release;
-    vocab = mvbert::LearnVocab(text, ends_data, counts_data, words, options);
+    const py::gil_scoped_release release;
+    vocab = mvbert::LearnVocab(view, word_ends, word_counts, words, options);
   }
   return py::make_tuple(vocab.pieces, vocab.uses, vocab.alphabet, vocab.threshold);
 }
@@ -440,7 +439,7 @@ PYBIND11_MODULE(_tokenizer, m) {
         py::arg("wordpiece"), py::arg("threads"));
 
   // vocabulary learner
-  m.def("learn_vocab", &LearnVocabShim, py::arg("bytes"), py::arg("ends"), py::arg("counts"),
+  m.def("learn_vocab", &LearnVocab, py::arg("bytes"), py::arg("ends"), py::arg("counts"),
         py::arg("size"), py::arg("coverage"), py::arg("threads"),
         "(pieces, uses, alphabet, threshold): exactly `size` pieces learned top-down.");
 

@@ -47,6 +47,18 @@ def segment_lexicon(
     bytes: Buffer, word_ends: NDArray[np.uint64], wordpiece: WordPiece, threads: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.int32]]: ...
 
+# ---- vocabulary learner ----------------------------------------------------------------------
+
+# pieces, how often each is used, pieces of one character, the count that kept pieces reach
+def learn_vocab(
+    bytes: Buffer,
+    ends: NDArray[np.uint64],
+    counts: NDArray[np.uint64],
+    size: int,
+    coverage: float,
+    threads: int,
+) -> tuple[list[str], list[int], int, int]: ...
+
 # ---- mixer -----------------------------------------------------------------------------------
 
 # ends u32 [W], ids i32, size, cls, sep, mask, special ids
