@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TypedDict
 
 from mvbert.errors import InputError
 from mvbert.files import atomic_write
@@ -48,9 +49,18 @@ def default_teacher() -> Path:
     raise InputError(f"the installed {TEACHER} has no folder that holds {wanted}; {hint}")
 
 
-def docstring_corpus(
-    out_path: str | Path, packages: Sequence[str] = PACKAGES
-) -> dict[str, str | int | dict[str, int]]:
+class TextReport(TypedDict):
+    """What `docstring_corpus` wrote; `packages` has the bytes from each one."""
+
+    path: str
+    documents: int
+    paragraphs: int
+    words: int
+    bytes: int
+    packages: dict[str, int]
+
+
+def docstring_corpus(out_path: str | Path, packages: Sequence[str] = PACKAGES) -> TextReport:
     """Writes the documentation strings of installed packages as a text corpus.
 
     One module is one document: a paragraph a line, a blank line between documents. A paragraph
@@ -60,9 +70,6 @@ def docstring_corpus(
     Args:
         out_path: the file to write, atomically.
         packages: import names; "stdlib" stands for Python's own library.
-
-    Returns:
-        `path`, `documents`, `paragraphs`, `words`, `bytes`, and `packages`: bytes from each one.
 
     Raises:
         InputError: a package is not installed, or the file cannot be written.
