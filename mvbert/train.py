@@ -224,12 +224,14 @@ def _train(
                 paused = time.perf_counter()
                 evaluate()
                 clock += time.perf_counter() - paused
-            if last or step % config.save_every == 0 or stop.asked:
+            # Asked once: a signal that comes later is seen after the next step, which is then saved.
+            stopping = stop.asked
+            if last or step % config.save_every == 0 or stopping:
                 paused = time.perf_counter()
                 save()
                 clock += time.perf_counter() - paused
             progress.advance(step)
-            if stop.asked and not last:
+            if stopping and not last:
                 raise Interrupted(
                     f"stopped at step {step}; run the same command to go on from there"
                 )

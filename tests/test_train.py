@@ -1,0 +1,422 @@
+"""The loop: it learns, it resumes bit for bit, it refuses what does not fit."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvbert import checkpoint, huggingface, train
+from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, to_dict
+from mvbert.corpus import Corpus, build_corpus
+from mvbert.errors import InputError, Interrupted
+from mvbert.model import MaskedLM
+from mvbert.optim import learning_rate
+from mvbert.progress import Progress
+from mvbert.stages import Stage1, Stage2, load_stage1
+from mvbert.vocab import Vocab
+
+ROW = RowConfig(length=16)
+SMALL = {
+    "steps": 6, "rows": 4, "eval_rows": 4, "eval_every": 3, "save_every": 2, "log_every": 2,
+    "dtype": "float32", "threads": 1, "lr": 1e-3,
+}  # fmt: skip
+STAGE1 = Stage1Config(**SMALL, embedding_size=64, dropout=0.1)
+STAGE2 = Stage2Config(**SMALL, shape="1x64", dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, teacher_pieces) -> Path:
+    """A tiny teacher folder with random weights."""
+    folder = tmp_path_factory.mktemp("teacher")
+    vocab = Vocab(tuple(teacher_pieces))
+    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=20))
+    model.init_weights(1)
+    huggingface.write_model(folder, model, vocab, "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, text) -> Corpus:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "text.txt").write_text(text * 4)
+    build_corpus([folder / "text.txt"], folder / "corpus", heldout_share=0.2)
+    return Corpus.open(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def student_vocab(student_pieces) -> Vocab:
+    return Vocab(tuple(student_pieces))
+
+
+class Quiet(Progress):
+    """Collects what it would print; may be told to do something after a step."""
+
+    def __init__(self, after: dict | None = None) -> None:
+        super().__init__("test")
+        self.notes: list[str] = []
+        self.after = after or {}
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def advance(self, step: int) -> None:
+        self.after.pop(step, lambda: None)()
+
+
+@pytest.fixture
+def stage1(corpus, teacher, student_vocab):
+    """A function that runs Stage I in a folder."""
+
+    def run(out: Path, config: Stage1Config = STAGE1, after: dict | None = None):
+        progress = Quiet(after)
+        task = Stage1(config, ROW, corpus, teacher, student_vocab, progress)
+        report = train.train(task, config, out, describe(config), progress)
+        return task, report, progress
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stage1_model(tmp_path_factory, corpus, teacher, student_vocab) -> Path:
+    out = tmp_path_factory.mktemp("stage1")
+    task = Stage1(STAGE1, ROW, corpus, teacher, student_vocab, Quiet())
+    train.train(task, STAGE1, out, describe(STAGE1), Quiet())
+    return out / "model"
+
+
+@pytest.fixture
+def stage2(corpus, stage1_model):
+    """A function that runs Stage II in a folder."""
+
+    def run(out: Path, config: Stage2Config = STAGE2, after: dict | None = None):
+        progress = Quiet(after)
+        task = Stage2(config, ROW, corpus, stage1_model, progress)
+        report = train.train(task, config, out, describe(config), progress)
+        return task, report, progress
+
+    return run
+
+
+def describe(config) -> dict:
+    return {"train": to_dict(config), "row": to_dict(ROW)}
+
+
+def numbers(out: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    clock = ("pieces_per_second", "data_wait")
+    return [{k: v for k, v in r.items() if k not in clock} for r in train.read_log(out)]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (folder / "model").glob("*.safetensors")}
+
+
+# ---- it learns ------------------------------------------------------------------------------
+
+
+def test_every_trained_parameter_moves_in_two_steps(
+    stage1, tmp_path, corpus, teacher, student_vocab
+):
+    config = replace(STAGE1, steps=2)
+    before = Stage1(config, ROW, corpus, teacher, student_vocab, Quiet()).model.state_dict()
+    task, _, _ = stage1(tmp_path, config)
+    after = task.model.state_dict()
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == ["pooler.weight", "pooler.bias"]
+
+
+def test_a_page_of_text_is_learned(stage1, tmp_path):
+    _, report, _ = stage1(tmp_path, replace(STAGE1, steps=60, eval_every=60, lr=3e-3, rows=8))
+    first, last = report["heldout_first"], report["heldout_last"]
+    for name in ("teacher_loss", "student_loss"):
+        assert last[name] < first[name] - 0.5
+
+
+def test_the_student_learns_to_predict(stage2, tmp_path):
+    _, report, _ = stage2(tmp_path, replace(STAGE2, steps=40, eval_every=40, lr=3e-3))
+    assert report["heldout_last"]["loss"] < report["heldout_first"]["loss"] - 0.3
+
+
+@pytest.mark.parametrize("distill", [("logits",), ("hidden",), ("logits", "hidden")])
+def test_the_student_learns_what_the_teacher_says(stage2, tmp_path, distill):
+    # Without its own loss, which pulls elsewhere: this teacher knows next to nothing.
+    config = replace(
+        STAGE2, steps=60, eval_every=60, log_every=20, lr=3e-3, distill=distill, mlm_weight=0.0
+    )
+    task, _, _ = stage2(tmp_path, config)
+    trained = [r for r in numbers(tmp_path) if "heldout" not in r]
+    for name in distill:
+        assert trained[-1][f"{name}_loss"] < 0.8 * trained[0][f"{name}_loss"]
+    assert {f"{n}_loss" for n in distill} == {n for n in trained[0] if n.endswith("_loss")}
+    assert all(p.grad is None and not p.requires_grad for p in task._teacher.parameters())
+
+
+def test_a_student_starts_from_the_stage_one_table(corpus, stage1_model):
+    teacher, _ = load_stage1(stage1_model)
+    started = Stage2(STAGE2, ROW, corpus, stage1_model, Quiet()).model
+    assert torch.equal(started.embeddings.word.weight, teacher.student.table)
+    other = Stage2(replace(STAGE2, start="random"), ROW, corpus, stage1_model, Quiet()).model
+    assert not torch.equal(other.embeddings.word.weight, teacher.student.table)
+    # Only the table and the bias differ: the comparison is about them.
+    for (name, a), b in zip(started.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b) == (name not in ("embeddings.word.weight", "head.bias")), name
+
+
+def test_the_teacher_reads_student_pieces_at_their_joint_ids(corpus, stage1_model):
+    task = Stage2(replace(STAGE2, distill=("logits",)), ROW, corpus, stage1_model, Quiet())
+    from mvbert.model import DeviceBatch
+
+    batch = DeviceBatch.of(task.rows.read(0, 2), torch.device("cpu"))
+    hidden, rows = task._teach(batch)
+    teacher, vocab = load_stage1(stage1_model)
+    assert rows.shape == (vocab.size, 32)
+    expected = teacher.eval().encode(
+        batch.input_ids + teacher.config.vocab_size, batch.token_type_ids
+    )
+    torch.testing.assert_close(hidden, expected.detach())
+
+
+def test_a_student_of_another_width_cannot_start_from_stage_one(corpus, stage1_model):
+    with pytest.raises(InputError, match="embedding_size 128, or choose start = random"):
+        Stage2(replace(STAGE2, shape="1x128"), ROW, corpus, stage1_model, Quiet())
+
+
+def test_rows_longer_than_the_positions_are_refused(corpus, teacher, student_vocab):
+    with pytest.raises(InputError, match="rows of 21 pieces do not fit the model's 20 positions"):
+        Stage1(STAGE1, RowConfig(length=21), corpus, teacher, student_vocab, Quiet())
+
+
+def test_accumulated_micro_batches_give_the_whole_batch(stage2, tmp_path):
+    whole = replace(STAGE2, dropout=0.0, distill=("logits", "hidden"), rows=8)
+    results = []
+    for name, micro in (("a", 0), ("b", 2)):
+        task, _, _ = stage2(tmp_path / name, replace(whole, micro_rows=micro))
+        results.append(torch.nn.utils.parameters_to_vector(task.model.parameters()))
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
+
+
+def test_warm_up_and_decay():
+    config = Stage1Config(steps=100, warmup=0.1, final_lr=0.1, lr=1.0)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(100, config) == pytest.approx(0.1)
+
+
+# ---- it resumes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4])  # the step after it is saved: off and on schedule
+def test_a_stopped_run_goes_on_to_the_same_bits(stage1, tmp_path, stop_at):
+    stage1(tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    with pytest.raises(Interrupted, match="stopped at step"):
+        stage1(
+            broken,
+            after={stop_at - 1: _terminate, stop_at: _terminate}
+            if stop_at > 1
+            else {1: _terminate},
+        )
+    assert not (broken / "model").exists()
+    _, _, progress = stage1(broken)
+    assert any("resuming from step-" in note for note in progress.notes)
+    assert numbers(broken) == numbers(tmp_path / "unbroken")
+    assert weights(broken) == weights(tmp_path / "unbroken")
+
+
+def _terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_distillation_resumes_to_the_same_bits(stage2, tmp_path):
+    config = replace(STAGE2, distill=("hidden", "logits"))
+    stage2(tmp_path / "unbroken", config)
+    with pytest.raises(Interrupted):
+        stage2(tmp_path / "broken", config, after={2: _terminate})
+    stage2(tmp_path / "broken", config)
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "unbroken")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(stage1, tmp_path):
+    stage1(tmp_path / "unbroken")
+    broken = tmp_path / "broken"
+    with pytest.raises(Interrupted):
+        stage1(broken, after={4: _terminate})
+    newest = broken / "checkpoints" / "step-00000005"
+    assert newest.is_dir()
+    data = bytearray((newest / "training.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "training.safetensors").write_bytes(bytes(data))
+    (broken / "checkpoints" / "step-00000009").mkdir()  # no manifest: never finished
+    _, _, progress = stage1(broken)
+    assert any("step-00000005" in n and "SHA-256" in n for n in progress.notes)
+    assert any("step-00000009" in n and "manifest.json" in n for n in progress.notes)
+    assert any("resuming from step-00000004" in n for n in progress.notes)
+    assert numbers(broken) == numbers(tmp_path / "unbroken")
+    assert weights(broken) == weights(tmp_path / "unbroken")
+
+
+def test_only_the_newest_checkpoints_are_kept(stage1, tmp_path):
+    stage1(tmp_path)
+    kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+    assert checkpoint.check_manifest(tmp_path / "model") is None
+
+
+def test_a_finished_run_is_not_run_again(stage1, tmp_path):
+    _, report, _ = stage1(tmp_path)
+    assert train.finished(tmp_path, describe(STAGE1), STAGE1) == report
+    (tmp_path / "model" / "vocab.txt").write_text("spoiled")
+    assert train.finished(tmp_path, describe(STAGE1), STAGE1) is None
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from mvbert import train
+from mvbert.config import RowConfig, Stage2Config, to_dict
+from mvbert.corpus import Corpus
+from mvbert.progress import Progress
+from mvbert.stages import Stage2
+
+corpus, stage1, out, kills = Corpus.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+row = RowConfig(length=16)
+config = Stage2Config(steps=150, rows=4, eval_rows=4, eval_every=30, save_every=7, log_every=5,
+                      dtype="float32", threads=1, shape="1x64", dropout=0.1, distill=("logits", "hidden"))
+
+def child():
+    task = Stage2(config, row, corpus, stage1, Progress("child"))
+    train.train(task, config, out, {"train": to_dict(config), "row": to_dict(row)}, Progress("child"))
+
+random.seed(0)
+done = 0
+while True:
+    started = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        os.close(2)
+        os.open(os.devnull, os.O_WRONLY)
+        child()
+        os._exit(0)
+    if done < kills:
+        # From before the first checkpoint to somewhere in the steps after a resume.
+        time.sleep(random.uniform(0.02, 1.2))
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        done += 1
+        continue
+    if status:
+        sys.exit("the run failed by itself")
+    print(done)
+    sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_leave_the_same_bits(corpus, stage1_model, tmp_path):
+    for name, kills in (("unbroken", 0), ("killed", 25)):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLER, corpus.folder, stage1_model, tmp_path / name, str(kills)],
+            capture_output=True, text=True, timeout=600, check=True,
+        )  # fmt: skip
+        assert int(done.stdout) >= min(kills, 20)
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "unbroken")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "unbroken")
+
+
+# ---- it refuses -----------------------------------------------------------------------------
+
+
+def test_another_runs_folder_is_refused(stage1, tmp_path):
+    stage1(tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(train\.lr: 0\.001 there, 0\.5 now\)"):
+        stage1(tmp_path, replace(STAGE1, lr=0.5))
+
+
+def test_a_run_folder_in_use_is_refused(stage1, tmp_path):
+    with train._lock(tmp_path), pytest.raises(InputError, match="in use by another"):
+        stage1(tmp_path)
+
+
+def test_not_finite_updates_are_skipped_then_stop_the_run(stage2, tmp_path, monkeypatch):
+    config = replace(STAGE2, steps=40, save_every=10, log_every=1)
+    losses = Stage2.losses
+
+    def spoiled(self, batch, masked):
+        loss, sums = losses(self, batch, masked)
+        return (loss * float("nan") if spoil(self) else loss), sums
+
+    calls = {"n": 0}
+
+    def spoil(task) -> bool:
+        calls["n"] += 1
+        return calls["n"] == 5 or calls["n"] > 20
+
+    monkeypatch.setattr(Stage2, "losses", spoiled)
+    with pytest.raises(
+        InputError, match=r"not finite in 10 steps in a row, up to step 30 .*seed 0, rows 80 to 120"
+    ):
+        stage2(tmp_path, config)
+    trained = {r["step"]: r for r in numbers(tmp_path) if "heldout" not in r}
+    assert [step for step, r in trained.items() if r["skipped"]] == [5, *range(21, 31)]
+    assert all(math.isfinite(r["loss"]) for r in trained.values())
+    folder = checkpoint.newest(tmp_path / "checkpoints", print)
+    assert folder is not None
+    state = huggingface.read_tensors(folder / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(stage1, tmp_path, monkeypatch):
+    stage1(tmp_path / "unbroken")
+    original = huggingface.save_file
+    calls = {"n": 0}
+
+    def full(tensors, path, metadata):
+        calls["n"] += 1
+        if calls["n"] > 6:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(
+        InputError, match=r"cannot write .*No space left on device.*free some space"
+    ):
+        stage1(tmp_path / "broken")
+    left = sorted(p.name for p in (tmp_path / "broken" / "checkpoints").iterdir())
+    assert left == ["step-00000000", "step-00000002"]
+    monkeypatch.setattr(huggingface, "save_file", original)
+    stage1(tmp_path / "broken")
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "unbroken")
+
+
+def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path):
+    (tmp_path / "a").write_text("x")
+    checkpoint.write_manifest(tmp_path)
+    assert checkpoint.check_manifest(tmp_path) is None
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["files"]["../b"] = manifest["files"]["a"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert "leaves the folder" in checkpoint.check_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "part"), [("device", "tpu!", "device must be"), ("device", "cuda", "no CUDA")]
+)
+def test_a_device_that_is_not_there_is_named(name, value, part):
+    if value == "cuda" and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    with pytest.raises(InputError, match=part):
+        train.choose_device(replace(STAGE2, **{name: value}))
