@@ -152,15 +152,18 @@ std::unique_ptr<mvbert::CorpusBuilder> MakeCorpusBuilder(bool lowercase, double 
   return std::make_unique<mvbert::CorpusBuilder>(options);
 }
 
-void BeginSource(mvbert::CorpusBuilder& builder, std::uint32_t source, const std::string& part) {
+void BeginSource(mvbert::CorpusBuilder& builder, std::uint32_t source, const std::string& part,
+                 std::uint64_t offset) {
   using mvbert::Destination;
   if (part != "draw" && part != "train" && part != "heldout") {
     throw std::invalid_argument("part must be draw, train or heldout, got " + part);
   }
   const py::gil_scoped_release release;
-  builder.BeginSource(source, part == "draw"    ? Destination::kByDraw
-                              : part == "train" ? Destination::kTrain
-                                                : Destination::kHeldOut);
+  builder.BeginSource(source,
+                      part == "draw"    ? Destination::kByDraw
+                      : part == "train" ? Destination::kTrain
+                                        : Destination::kHeldOut,
+                      offset);
 }
 
 void AddText(mvbert::CorpusBuilder& builder, const py::buffer& text) {
@@ -202,6 +205,7 @@ py::dict Totals(const mvbert::CorpusBuilder& builder) {
   const mvbert::CorpusTotals& totals = builder.totals();
   py::dict result;
   result["bytes"] = totals.bytes;
+  result["documents"] = totals.documents;
   result["train_documents"] = totals.train_documents;
   result["heldout_documents"] = totals.heldout_documents;
   result["train_words"] = totals.train_words;
@@ -210,32 +214,135 @@ py::dict Totals(const mvbert::CorpusBuilder& builder) {
   return result;
 }
 
-// (count, how often) changes to counts, then the lexicon in final order and the map to it.
+// (offset, documents, bytes), or None.
+py::object Pause(mvbert::CorpusBuilder& builder) {
+  mvbert::CorpusBuilder::PausePoint point{};
+  bool paused = false;
+  {
+    const py::gil_scoped_release release;
+    paused = builder.Pause(&point);
+  }
+  if (!paused) return py::none();
+  return py::make_tuple(point.offset, point.documents, point.bytes);
+}
+
+// The words from an id on, each followed by a line break.
+py::bytes NewWords(mvbert::CorpusBuilder& builder, std::uint32_t first) {
+  std::string lines;
+  const mvbert::Lexicon& lexicon = builder.lexicon();
+  for (std::uint32_t id = first; id < lexicon.size(); ++id) {
+    lines.append(lexicon.word(id));
+    lines.push_back('\n');
+  }
+  return lines;
+}
+
+void Restore(mvbert::CorpusBuilder& builder, const py::buffer& words,
+             const py::array_t<std::uint32_t, py::array::c_style>& train, const py::dict& values) {
+  const py::buffer_info info = words.request();
+  const std::string_view view = BytesOf(info);
+  mvbert::CorpusTotals totals;
+  totals.bytes = values["bytes"].cast<std::uint64_t>();
+  totals.documents = values["documents"].cast<std::uint64_t>();
+  totals.train_documents = values["train_documents"].cast<std::uint64_t>();
+  totals.heldout_documents = values["heldout_documents"].cast<std::uint64_t>();
+  totals.train_words = values["train_words"].cast<std::uint64_t>();
+  totals.heldout_words = values["heldout_words"].cast<std::uint64_t>();
+  totals.replaced = values["replaced"].cast<std::uint64_t>();
+  const std::uint32_t* ids = train.data();
+  const auto size = static_cast<std::size_t>(train.size());
+  const py::gil_scoped_release release;
+  builder.Restore(view, ids, size, totals);
+}
+
+// A lexicon in final order as arrays, and the final id of each of its ids.
+struct FinalLexicon {
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::uint64_t> ends, counts;
+  std::vector<std::uint32_t> final_ids;
+};
+
+FinalLexicon Finish(const mvbert::Lexicon& lexicon) {
+  FinalLexicon result;
+  const std::vector<std::uint32_t> order = lexicon.Order();
+  result.final_ids.resize(order.size());
+  result.ends.reserve(order.size());
+  result.counts.reserve(order.size());
+  for (std::uint32_t i = 0; i < order.size(); ++i) {
+    const std::string_view word = lexicon.word(order[i]);
+    result.bytes.insert(result.bytes.end(), word.begin(), word.end());
+    result.ends.push_back(result.bytes.size());
+    result.counts.push_back(lexicon.count(order[i]));
+    result.final_ids[order[i]] = i;
+  }
+  return result;
+}
+
+// The union of lexicons given as (bytes, ends, counts), and the final ids of each one's words.
+py::tuple MergeLexicons(
+    const std::vector<std::tuple<py::buffer, Ends, Ends>>& lexicons) {
+  mvbert::Lexicon merged;
+  std::vector<std::vector<std::uint32_t>> maps;
+  for (const auto& [bytes, ends, counts] : lexicons) {
+    const py::buffer_info info = bytes.request();
+    const std::string_view view = BytesOf(info);
+    if (ends.size() != counts.size()) {
+      throw std::invalid_argument("a lexicon has as many counts as words");
+    }
+    const std::uint64_t* end = ends.data();
+    const std::uint64_t* count = counts.data();
+    const py::ssize_t words = ends.size();
+    const py::gil_scoped_release release;
+    std::vector<std::uint32_t>& map = maps.emplace_back();
+    map.reserve(static_cast<std::size_t>(words));
+    std::uint64_t begin = 0;
+    for (py::ssize_t w = 0; w < words; ++w) {
+      if (end[w] < begin || end[w] > view.size() || (end[w] == begin) != (w == 0)) {
+        throw std::invalid_argument("the words of a lexicon, but the first, must have bytes");
+      }
+      const std::string_view word = view.substr(begin, end[w] - begin);
+      map.push_back(w == 0 ? mvbert::kDocumentMark
+                           : merged.Intern(word, mvbert::HashWord(word)));
+      merged.Count(map.back(), count[w]);
+      begin = end[w];
+    }
+  }
+  FinalLexicon result;
+  {
+    const py::gil_scoped_release release;
+    result = Finish(merged);
+    for (auto& map : maps) {
+      for (std::uint32_t& id : map) id = result.final_ids[id];
+    }
+  }
+  py::list final_ids;
+  for (auto& map : maps) final_ids.append(Own(std::move(map)));
+  return py::make_tuple(Own(std::move(result.bytes)), Own(std::move(result.ends)),
+                        Own(std::move(result.counts)), final_ids);
+}
+
+void CountIds(mvbert::CorpusBuilder& builder,
+              const py::array_t<std::uint32_t, py::array::c_style>& ids) {
+  const std::uint32_t* id = ids.data();
+  const py::ssize_t size = ids.size();
+  const py::gil_scoped_release release;
+  for (py::ssize_t i = 0; i < size; ++i) builder.lexicon().Count(id[i], 1);
+}
+
+// The lexicon in final order and the map to it; the `moved` words leave the train part first.
 py::tuple LexiconArrays(mvbert::CorpusBuilder& builder,
                         const py::array_t<std::uint32_t, py::array::c_style>& moved) {
   const std::uint32_t* moved_ids = moved.data();
   const py::ssize_t moved_count = moved.size();
-  std::vector<std::uint8_t> bytes;
-  std::vector<std::uint64_t> ends, counts;
-  std::vector<std::uint32_t> final_ids;
+  FinalLexicon result;
   {
     const py::gil_scoped_release release;
     mvbert::Lexicon& lexicon = builder.lexicon();
     for (py::ssize_t i = 0; i < moved_count; ++i) lexicon.Uncount(moved_ids[i], 1);
-    const std::vector<std::uint32_t> order = lexicon.Order();
-    final_ids.resize(order.size());
-    ends.reserve(order.size());
-    counts.reserve(order.size());
-    for (std::uint32_t i = 0; i < order.size(); ++i) {
-      const std::string_view word = lexicon.word(order[i]);
-      bytes.insert(bytes.end(), word.begin(), word.end());
-      ends.push_back(bytes.size());
-      counts.push_back(lexicon.count(order[i]));
-      final_ids[order[i]] = i;
-    }
+    result = Finish(lexicon);
   }
-  return py::make_tuple(Own(std::move(bytes)), Own(std::move(ends)), Own(std::move(counts)),
-                        Own(std::move(final_ids)));
+  return py::make_tuple(Own(std::move(result.bytes)), Own(std::move(result.ends)),
+                        Own(std::move(result.counts)), Own(std::move(result.final_ids)));
 }
 
 py::array_t<std::uint32_t> HeldoutDraws(std::uint64_t seed, std::uint64_t documents) {
@@ -427,13 +534,18 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def(py::init(&MakeCorpusBuilder), py::kw_only(), py::arg("lowercase"),
            py::arg("heldout_share"), py::arg("seed"), py::arg("replace"), py::arg("threads"),
            py::arg("block_bytes") = 1 << 20)
-      .def("begin_source", &BeginSource, py::arg("source"), py::arg("part"))
+      .def("begin_source", &BeginSource, py::arg("source"), py::arg("part"), py::arg("offset") = 0)
       .def("add_text", &AddText, py::arg("text"))
       .def("add_documents", &AddDocuments, py::arg("text"), py::arg("ends"))
       .def("flush", &mvbert::CorpusBuilder::Flush, py::call_guard<py::gil_scoped_release>())
+      .def("pause", &Pause)
+      .def("new_words", &NewWords, py::arg("first"))
+      .def("restore", &Restore, py::arg("words"), py::arg("train"), py::arg("totals"))
       .def("take", &Take)
       .def("totals", &Totals)
+      .def("count", &CountIds, py::arg("ids"))
       .def("lexicon", &LexiconArrays, py::arg("moved"));
+  m.def("merge_lexicons", &MergeLexicons, py::arg("lexicons"));
   m.def("heldout_draws", &HeldoutDraws, py::arg("seed"), py::arg("documents"));
   m.def("segment_lexicon", &SegmentLexicon, py::arg("bytes"), py::arg("word_ends"),
         py::arg("wordpiece"), py::arg("threads"));

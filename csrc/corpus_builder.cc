@@ -310,10 +310,11 @@ CorpusBuilder::~CorpusBuilder() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void CorpusBuilder::BeginSource(std::uint32_t source, Destination destination) {
+void CorpusBuilder::BeginSource(std::uint32_t source, Destination destination,
+                                std::uint64_t offset) {
   CloseDocument();
   source_ = source;
-  source_offset_ = 0;
+  source_offset_ = offset;
   destination_ = destination;
   line_is_blank_ = true;
 }
@@ -368,7 +369,7 @@ void CorpusBuilder::AddDocument(std::string_view text) {
 }
 
 void CorpusBuilder::OpenDocument() {
-  const std::uint64_t number = options_.first_document + totals_.documents++;
+  const std::uint64_t number = totals_.documents++;
   const bool heldout = destination_ == Destination::kHeldOut ||
                        (destination_ == Destination::kByDraw && held_out_(number));
   const std::size_t at = open_->text.size();
@@ -433,8 +434,51 @@ void CorpusBuilder::CutBlock() {
 void CorpusBuilder::Flush() {
   CloseDocument();
   if (!open_->segments.empty()) CutBlock();
+  Wait();
+}
+
+void CorpusBuilder::Wait() {
   std::unique_lock<std::mutex> lock(mutex_);
   done_.wait(lock, [this] { return taken_ + results_.size() == submitted_; });
+}
+
+bool CorpusBuilder::Pause(PausePoint* point) {
+  *point = {source_offset_, totals_.documents, totals_.bytes};
+  if (document_is_open_) {
+    const Segment& open = open_->segments.back();
+    if (open.continues) return false;
+    point->offset = open.source_offset;
+    point->documents -= 1;
+    point->bytes -= source_offset_ - open.source_offset;
+    safe_cut_ = open.begin;
+    if (safe_cut_ > 0) CutBlock();
+  } else if (!open_->segments.empty()) {
+    CutBlock();
+  }
+  Wait();
+  return true;
+}
+
+void CorpusBuilder::Restore(std::string_view words, const std::uint32_t* train,
+                            std::size_t train_size, const CorpusTotals& totals) {
+  while (!words.empty()) {
+    const std::size_t size = words.find('\n');
+    if (size == 0 || size == std::string_view::npos) {
+      throw std::invalid_argument("every word must have bytes and a line break after it");
+    }
+    const std::size_t before = lexicon_.size();
+    lexicon_.Intern(words.substr(0, size), HashWord(words.substr(0, size)));
+    if (lexicon_.size() == before) throw std::invalid_argument("a word is there twice");
+    words.remove_prefix(size + 1);
+  }
+  for (std::size_t i = 0; i < train_size; ++i) {
+    if (train[i] >= lexicon_.size()) {
+      throw std::invalid_argument("word id " + std::to_string(train[i]) + " of the stream lies " +
+                                  "outside the lexicon of " + std::to_string(lexicon_.size()));
+    }
+    lexicon_.Count(train[i], 1);
+  }
+  totals_ = totals;
 }
 
 Taken CorpusBuilder::Take() {

@@ -61,7 +61,6 @@ struct CorpusOptions {
   SplitOptions split;
   double heldout_share = 0;
   std::uint64_t seed = 0;
-  std::uint64_t first_document = 0;   // number of the first document, for the draw
   bool replace = false;               // drop bytes that are not UTF-8 instead of throwing
   int threads = 1;                    // workers, at least 1
   std::size_t block_bytes = 1 << 20;  // results do not depend on it
@@ -91,8 +90,9 @@ class CorpusBuilder {
   CorpusBuilder(const CorpusBuilder&) = delete;
   CorpusBuilder& operator=(const CorpusBuilder&) = delete;
 
-  // What follows is a new source (a file): ends the open document. Errors name the source.
-  void BeginSource(std::uint32_t source, Destination destination);
+  // What follows is a new source (a file), from byte `offset` of its text: ends the open document.
+  // Errors name the source.
+  void BeginSource(std::uint32_t source, Destination destination, std::uint64_t offset = 0);
 
   // More of the source's plain text; a line of ASCII white space alone ends a document. Calls need
   // not agree with lines or characters. Waits while all workers are busy and their queue is full.
@@ -105,13 +105,30 @@ class CorpusBuilder {
   // Ends the open document and waits until all text is ids.
   void Flush();
 
+  // Where to go on from: the text before is ids, or will be after the next Take.
+  struct PausePoint {
+    std::uint64_t offset;     // in the text of the source
+    std::uint64_t documents;  // before it, as in CorpusTotals
+    std::uint64_t bytes;      // before it, as in CorpusTotals
+  };
+
+  // Waits until all text up to the last end of a document is ids. After the next Take, what was taken
+  // so far, the lexicon and the totals (but for those of the pause point) are a state for Restore.
+  // False, and nothing is done, while the open document is longer than a block.
+  bool Pause(PausePoint* point);
+
+  // Goes on from a state of an earlier builder, before any text: its words, each followed by a line
+  // break, in the order of their ids from 1; the train stream; its totals.
+  void Restore(std::string_view words, const std::uint32_t* train, std::size_t train_size,
+               const CorpusTotals& totals);
+
   // The ids that are ready, in the order of the text. Throws what a worker threw.
   Taken Take();
 
   // Counts of what Take has handed out (bytes and documents: of what was taken in).
   const CorpusTotals& totals() const { return totals_; }
 
-  // Precondition: Flush was called and nothing added since.
+  // Precondition: Flush was called or Pause returned true, and nothing was added since.
   Lexicon& lexicon() { return lexicon_; }
 
  private:
@@ -124,6 +141,7 @@ class CorpusBuilder {
   void CloseDocument();
   void OpenDocument();
   void CutBlock();
+  void Wait();
   void Work();
 
   const CorpusOptions options_;

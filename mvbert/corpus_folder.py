@@ -1,0 +1,218 @@
+"""The folder that holds a corpus: what is in it, and what is checked when it is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mvbert import _tokenizer
+from mvbert.errors import InputError
+from mvbert.files import Json, read_json_object, sha256_file
+
+if TYPE_CHECKING:
+    from mvbert.vocab import Vocab
+
+FORMAT = "mvbert-corpus"
+VERSION = 1
+MANIFEST = "manifest.json"
+STREAMS = ("train.u32", "heldout.u32")
+LEXICON = ("lexicon.bytes", "lexicon.ends", "lexicon.counts")
+
+
+def cores(threads: int) -> int:
+    """The number of threads that `threads` asks for: 0 is one for each core of this process."""
+    if threads:
+        return threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_stream(path: Path) -> np.ndarray:
+    """Word ids as a read-only memory map (an empty file cannot be mapped)."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, np.uint32)
+    return np.memmap(path, np.dtype("<u4"), "r")
+
+
+class Words(Sequence):
+    """The words of a lexicon by id, as bytes of UTF-8: a view, 0 is the empty word."""
+
+    def __init__(self, data: np.ndarray, ends: np.ndarray):
+        self.data = data  # uint8, the words end to end
+        self.ends = ends  # uint64 [W]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"word id must lie in [0, {count}), got {index}")
+        index = int(index) % count
+        begin = int(self.ends[index - 1]) if index else 0
+        return self.data[begin : int(self.ends[index])].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        begin = 0
+        for end in map(int, self.ends):
+            yield self.data[begin:end].tobytes()
+            begin = end
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The pieces of every word of a lexicon in one vocabulary.
+
+    Word w has pieces ids[ends[w - 1] : ends[w]], with ends[-1] = 0; word 0, the end of a document,
+    has none.
+    """
+
+    ends: np.ndarray  # uint32 [W]
+    ids: np.ndarray  # int32, all pieces end to end
+    vocab: Vocab
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """uint32 [W]: how many pieces each word has."""
+        return np.diff(self.ends, prepend=np.uint32(0))
+
+
+class Corpus:
+    """A corpus folder, opened: streams and lexicon are memory maps, nothing is read in."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Json]):
+        """Use `Corpus.open`."""
+        self.folder = folder
+        self.manifest = manifest
+        self.train = open_stream(folder / "train.u32")
+        self.heldout = open_stream(folder / "heldout.u32")
+        data, ends, counts = (folder / name for name in LEXICON)
+        self.words = Words(np.memmap(data, np.uint8, "r"), np.memmap(ends, np.dtype("<u8"), "r"))
+        self.counts = np.memmap(counts, np.dtype("<u8"), "r")
+
+    @property
+    def lowercase(self) -> bool:
+        return self.manifest["lowercase"]
+
+    def __repr__(self) -> str:
+        return (
+            f"Corpus({str(self.folder)!r}, words={self.manifest['words']}, "
+            f"distinct={self.manifest['distinct']})"
+        )
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: str = "sizes") -> Corpus:
+        """Opens a corpus folder.
+
+        Args:
+            folder: as build_corpus made it.
+            verify: "sizes" compares the sizes of the files with the manifest, "sha256" their bytes
+                too (reads all of them).
+
+        Raises:
+            InputError: not a corpus, of another format version, or a file that is missing or not
+                the one the manifest describes, by name.
+        """
+        if verify not in ("sizes", "sha256"):
+            raise InputError(f'verify must be "sizes" or "sha256", got {verify!r}')
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise InputError(
+                f"{folder} is not a corpus: it has no {MANIFEST}; make one with `mvbert corpus`"
+            )
+        manifest = read_json_object(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"{folder / MANIFEST} is not the manifest of a corpus")
+        if manifest.get("version") != VERSION:
+            raise InputError(
+                f"{folder} is a corpus of format version {manifest.get('version')}, "
+                f"this program reads version {VERSION}; build it again"
+            )
+        _check_manifest(folder / MANIFEST, manifest)
+        for name in (*STREAMS, *LEXICON):
+            _check_file(folder / name, manifest["files"][name], verify)
+        return cls(folder, manifest)
+
+    def segment(self, vocab: Vocab, threads: int = 0) -> Segmentation:
+        """Cuts every word of the lexicon with a vocabulary; takes milliseconds to seconds.
+
+        Raises:
+            InputError: a cased vocabulary for an uncased corpus, or the other way round.
+        """
+        if vocab.lowercase != self.lowercase:
+            cased = {True: "uncased", False: "cased"}
+            raise InputError(
+                f"the vocabulary is {cased[vocab.lowercase]} but the corpus {self.folder} is "
+                f"{cased[self.lowercase]}; build the corpus with lowercase={vocab.lowercase}"
+            )
+        wordpiece = _tokenizer.WordPiece(list(vocab.pieces), vocab.unk)
+        ends, ids = _tokenizer.segment_lexicon(
+            self.words.data, self.words.ends, wordpiece, cores(threads)
+        )
+        return Segmentation(ends, ids, vocab)
+
+
+def _check_manifest(path: Path, manifest: dict[str, Json]) -> None:
+    """Refuses a manifest whose values are not of the kinds that a corpus has."""
+
+    def is_count(value: Json) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    heldout, files = manifest.get("heldout"), manifest.get("files")
+    bad = [k for k in ("documents", "words", "distinct", "bytes") if not is_count(manifest.get(k))]
+    if not isinstance(manifest.get("lowercase"), bool):
+        bad.append("lowercase")
+    sources = manifest.get("sources")
+    if not isinstance(sources, list) or not all(
+        isinstance(source, dict) and {"name", "bytes", "sha256", "heldout"} <= source.keys()
+        for source in sources
+    ):
+        bad.append("sources")
+    if not isinstance(heldout, dict) or not all(
+        is_count(heldout.get(k)) for k in ("documents", "words")
+    ):
+        bad.append("heldout")
+    if not isinstance(files, dict) or not all(
+        isinstance(files.get(name), dict)
+        and is_count(files[name].get("bytes"))
+        and isinstance(files[name].get("sha256"), str)
+        for name in (*STREAMS, *LEXICON)
+    ):
+        bad.append("files")
+    if bad:
+        raise InputError(f"{path} is damaged: {', '.join(bad)} missing or of the wrong kind")
+    W = manifest["distinct"] + 1
+    sizes = {
+        "train.u32": 4 * (manifest["words"] + manifest["documents"]),
+        "heldout.u32": 4 * (heldout["words"] + heldout["documents"]),
+        "lexicon.ends": 8 * W,
+        "lexicon.counts": 8 * W,
+    }
+    for name, size in sizes.items():
+        if files[name]["bytes"] != size:
+            raise InputError(
+                f"{path} is damaged: by its counts {name} has {size} bytes, "
+                f"by its list of files {files[name]['bytes']}"
+            )
+
+
+def _check_file(path: Path, entry: dict[str, Json], verify: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; build the corpus again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise InputError(
+            f"{path} has {size} bytes, its manifest says {entry['bytes']}; build the corpus again"
+        )
+    if verify == "sha256" and sha256_file(path) != entry["sha256"]:
+        raise InputError(
+            f"{path} is not the file of its manifest (another SHA-256); build the corpus again"
+        )

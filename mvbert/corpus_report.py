@@ -1,0 +1,161 @@
+"""What a person and a program are told of a corpus: counts, and how vocabularies cut it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mvbert.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, merge_corpora
+from mvbert.corpus_folder import Corpus
+from mvbert.errors import Interrupted
+from mvbert.files import Json
+
+if TYPE_CHECKING:
+    from mvbert.vocab import Vocab
+
+
+def run_corpus(
+    texts: Iterable[str | Path],
+    out: str | Path,
+    *,
+    vocabs: Mapping[str, Vocab] | None = None,
+    **options,
+) -> dict[str, Json]:
+    """`build_corpus` with a progress bar, then the report: what `mvbert corpus` does.
+
+    Args:
+        texts, out, options: as build_corpus takes them.
+        vocabs: vocabularies by name, for pieces per word and unknown rate in each.
+
+    Raises:
+        InputError: as build_corpus raises it.
+        Interrupted: Ctrl-C.
+    """
+    with _progress_bar("corpus") as progress:
+        try:
+            build_corpus(texts, out, progress=progress, **options)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; {out} was not made; the same command goes on from the last "
+                f"checkpoint, if there is one (every {CHECKPOINT_BYTES >> 20} MiB of text)"
+            ) from None
+    corpus = Corpus.open(out)
+    report = corpus_report(corpus, vocabs or {})
+    print_corpus_report(report)
+    return report
+
+
+def run_merge(
+    corpora: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    vocabs: Mapping[str, Vocab] | None = None,
+) -> dict[str, Json]:
+    """`merge_corpora` with a progress bar, then the report."""
+    with _progress_bar("merge") as progress:
+        merge_corpora(corpora, out, overwrite=overwrite, progress=progress)
+    report = corpus_report(Corpus.open(out), vocabs or {})
+    print_corpus_report(report)
+    return report
+
+
+def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Json]:
+    """Counts of a corpus, and of its train part how each vocabulary cuts it.
+
+    Pieces per word and the unknown rate are over the words of the train stream, each as often as it
+    is there; `unknown` is the share of words with an unknown piece.
+    """
+    manifest = corpus.manifest
+    report: dict[str, Json] = {
+        "output": str(corpus.folder),
+        **{k: manifest[k] for k in ("bytes", "documents", "words", "distinct", "lowercase")},
+        "not_utf8": manifest["not_utf8"],
+        "heldout": manifest["heldout"],
+        "vocabularies": {},
+    }
+    for name, vocab in vocabs.items():
+        cut = corpus.segment(vocab)
+        counts = corpus.counts[1:].astype(np.float64)
+        lengths = cut.lengths[1:]
+        words = max(counts.sum(), 1.0)
+        # A word that cannot be cut is the one unknown piece.
+        first = cut.ids[cut.ends[:-1]]
+        report["vocabularies"][name] = {
+            "size": vocab.size,
+            "pieces_per_word": float(counts @ lengths / words),
+            "unknown": float(counts[first == vocab.unk].sum() / words),
+            "whole_words": float(counts[(lengths == 1) & (first != vocab.unk)].sum() / words),
+        }
+    return report
+
+
+def print_corpus_report(report: dict[str, Json]) -> None:
+    """The report as a table, to stderr (stdout is for the JSON)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    heldout = report["heldout"]
+    table = Table("corpus", "train", "held out")
+    table.add_row("documents", f"{report['documents']:,}", f"{heldout['documents']:,}")
+    table.add_row("words", f"{report['words']:,}", f"{heldout['words']:,}")
+    table.add_row("distinct words", f"{report['distinct']:,}", "")
+    table.add_row("bytes of text", f"{report['bytes']:,}", "")
+    console.print(table)
+    if report["vocabularies"]:
+        table = Table("vocabulary", "pieces", "pieces per word", "whole words", "unknown")
+        for name, cut in report["vocabularies"].items():
+            table.add_row(
+                name,
+                f"{cut['size']:,}",
+                f"{cut['pieces_per_word']:.4f}",
+                f"{cut['whole_words']:.2%}",
+                f"{cut['unknown']:.4%}",
+            )
+        console.print(table)
+    share = heldout.get("share", 0.0)
+    by = {
+        "texts": "texts of their own",
+        "draw": f"a draw of {share:g} of the documents, seed {heldout.get('seed')}",
+        "document": "the one document nearest to being drawn",
+        "tail": f"the last {share:g} of the one document",
+        "merge": "what was held out of the merged corpora",
+        "none": "nothing",
+    }
+    console.print(f"held out: {by[heldout['by']]}", markup=False)
+    if report["not_utf8"]:
+        console.print(f"left out: {report['not_utf8']:,} runs of bytes that are not UTF-8")
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> Iterator[Progress | None]:
+    """A bar over bytes on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
