@@ -84,12 +84,29 @@ class TextView {
   std::string_view view_;
 };
 
-py::list Split(const py::object& text, bool lowercase) {
+const mvbert::AsciiRunChoice& AsciiRunNamed(const std::string& name) {
+  for (const auto& choice : mvbert::AsciiRunChoices()) {
+    if (name == choice.name) return choice;
+  }
+  throw std::invalid_argument("this machine has no instruction set '" + name + "'");
+}
+
+std::vector<std::string> InstructionSets() {
+  std::vector<std::string> names;
+  for (const auto& choice : mvbert::AsciiRunChoices()) names.emplace_back(choice.name);
+  return names;
+}
+
+py::list Split(const py::object& text, bool lowercase,
+               const std::optional<std::string>& instruction_set) {
+  const mvbert::WordSplitter splitter(
+      {lowercase},
+      instruction_set ? AsciiRunNamed(*instruction_set) : mvbert::FastestAsciiRun());
   const TextView view(text);
   mvbert::Words words;
   {
     py::gil_scoped_release release;
-    mvbert::WordSplitter({lowercase}).Split(view.get(), &words);
+    splitter.Split(view.get(), &words);
   }
   py::list result(words.ends.size());
   std::uint32_t begin = 0;
@@ -509,7 +526,10 @@ PYBIND11_MODULE(_tokenizer, m) {
   // words and wordpiece
   m.attr("unicode_version") = std::string(mvbert::UnicodeVersion());
   m.def("split", &Split, py::arg("text"), py::arg("lowercase") = true,
+        py::arg("instruction_set") = py::none(),
         "The normalised words of a str or of UTF-8 bytes.");
+  m.def("instruction_sets", &InstructionSets,
+        "The ways to read ASCII that this machine has; the last is used unless another is named.");
   m.def("utf8_error", &Utf8Error, py::arg("data"),
         "Offset of the first byte that is not well-formed UTF-8, or None.");
   py::class_<mvbert::WordPiece, std::shared_ptr<mvbert::WordPiece>>(m, "WordPiece")

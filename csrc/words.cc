@@ -36,11 +36,18 @@ void WordBatch::Reserve(std::size_t more) {
 template <bool kLowercase>
 class Filler {
  public:
-  Filler(std::string_view text, std::size_t from, WordBatch* batch)
-      : begin_(text.data()), at_(begin_ + from), end_(begin_ + text.size()), batch_(*batch) {}
+  Filler(std::string_view text, std::size_t from, AsciiRunFunction ascii_run, WordBatch* batch)
+      : begin_(text.data()),
+        at_(begin_ + from),
+        end_(begin_ + text.size()),
+        ascii_run_(ascii_run),
+        batch_(*batch) {}
 
   std::size_t Run() {
     while (at_ < end_ && !batch_.full()) {
+      if (AsciiAhead()) ReadAscii();
+      // One code point at a time while there are others than ASCII about.
+      if (at_ == end_ || batch_.full()) break;
       batch_.Reserve(256);
       Step();
     }
@@ -49,6 +56,38 @@ class Filler {
   }
 
  private:
+  // Worth calling ReadAscii for: the next 16 bytes, or the last ones, look plain.
+  bool AsciiAhead() const {
+    if (static_cast<signed char>(*at_) < 0) return false;
+    if (end_ - at_ < 16) return true;
+    std::uint64_t bytes[2];
+    std::memcpy(bytes, at_, 16);
+    return ((bytes[0] | bytes[1]) & 0x8080808080808080u) == 0;
+  }
+
+  void ReadAscii() {
+    constexpr std::size_t kAtLeast = 1024;
+    const std::size_t closed = batch_.open_ ? batch_.starts_[batch_.word_count_] : batch_.byte_count_;
+    const std::size_t limit =
+        closed + kAtLeast < WordBatch::kTarget ? WordBatch::kTarget - closed : kAtLeast;
+    batch_.Reserve(limit + 256);
+    std::uint32_t* starts = batch_.starts_.data();
+    AsciiRun run;
+    run.at = at_;
+    run.end = end_;
+    run.bytes = batch_.bytes_.data() + batch_.byte_count_;
+    run.offset = static_cast<std::uint32_t>(batch_.byte_count_);
+    run.limit = static_cast<std::uint32_t>(limit);
+    run.starts = starts + batch_.word_count_ + (batch_.open_ ? 1 : 0);
+    run.ends = batch_.ends_.data() + batch_.word_count_;
+    run.open = batch_.open_;
+    ascii_run_(&run);
+    at_ = run.at;
+    batch_.byte_count_ = run.offset;
+    batch_.word_count_ = static_cast<std::size_t>(run.ends - batch_.ends_.data());
+    batch_.open_ = run.open;
+  }
+
   void Close() {
     if (!batch_.open_) return;
     batch_.ends_[batch_.word_count_++] = static_cast<std::uint32_t>(batch_.byte_count_);
@@ -184,14 +223,15 @@ class Filler {
   const char* begin_;
   const char* at_;
   const char* end_;
+  AsciiRunFunction ascii_run_;
   WordBatch& batch_;
   std::vector<char32_t> gathered_;
 };
 
 std::size_t WordSplitter::Fill(std::string_view utf8, std::size_t from, WordBatch* batch) const {
   batch->Reserve(256);
-  if (options_.lowercase) return Filler<true>(utf8, from, batch).Run();
-  return Filler<false>(utf8, from, batch).Run();
+  if (options_.lowercase) return Filler<true>(utf8, from, ascii_.lowercase, batch).Run();
+  return Filler<false>(utf8, from, ascii_.cased, batch).Run();
 }
 
 void WordSplitter::Split(std::string_view utf8, Words* out) const {

@@ -17,6 +17,8 @@
 #include <string_view>
 #include <vector>
 
+#include "ascii_run.h"
+
 namespace mvbert {
 
 struct SplitOptions {
@@ -74,7 +76,9 @@ class WordBatch {
 
 class WordSplitter {
  public:
-  explicit WordSplitter(SplitOptions options) : options_(options) {}
+  // `ascii` is how plain text is read: the same words for each, so only tests name another.
+  explicit WordSplitter(SplitOptions options, const AsciiRunChoice& ascii = FastestAsciiRun())
+      : options_(options), ascii_(ascii) {}
 
   const SplitOptions& options() const { return options_; }
 
@@ -102,6 +106,7 @@ class WordSplitter {
 
  private:
   SplitOptions options_;
+  AsciiRunChoice ascii_;
 };
 
 }  // namespace mvbert

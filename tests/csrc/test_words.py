@@ -66,13 +66,35 @@ def test_awkward_text(text, uncased, cased):
         assert _tokenizer.split(text, lowercase) == expected
 
 
-def test_words_do_not_depend_on_place(slow_split):
-    """Every awkward text at every distance from a block boundary, with others around it."""
+@pytest.mark.parametrize("instruction_set", _tokenizer.instruction_sets())
+def test_words_do_not_depend_on_place(instruction_set):
+    """Every awkward text at every distance from a block's boundary, with others around it."""
     texts = [text for text, _, _ in AWKWARD if text]
     for lowercase in (True, False):
-        for shift in range(0, 70):
+        for shift in range(70):
             joined = "x" * shift + "é".join(texts[shift % 7 :])
-            assert _tokenizer.split(joined, lowercase) == basic_split(joined, lowercase)
+            words = _tokenizer.split(joined, lowercase, instruction_set)
+            assert words == basic_split(joined, lowercase)
+
+
+@pytest.mark.parametrize("instruction_set", _tokenizer.instruction_sets())
+def test_every_way_to_read_ascii(instruction_set):
+    """Random ASCII of every length to 200, sometimes with one other byte: all ways agree."""
+    random_ = random.Random(3)
+    usual = "abcXYZ019 \t\n\r.,-'$[]`{~"
+    for length in range(200):
+        for _ in range(10):
+            text = random_.choices(
+                usual if random_.random() < 0.7 else [chr(c) for c in range(128)], k=length
+            )
+            if length and random_.random() < 0.5:
+                text[random_.randrange(length)] = random_.choice("é\u0338\x00\x7f\u200b中")
+            text = "".join(text)
+            for lowercase in (True, False):
+                words = _tokenizer.split(text, lowercase, instruction_set)
+                assert words == basic_split(text, lowercase), ascii(text)
+    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+        _tokenizer.split("", True, "mmx")
 
 
 def test_every_code_point():
