@@ -1,5 +1,6 @@
 """The C++ programs beside this file, plain and under sanitizers, without Python in the process."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -44,3 +45,20 @@ def built(request, root, tmp_path_factory) -> Path:
 def test_check(built, check):
     result = _run(built / check, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_instructions_per_piece(built, tmp_path):
+    """Instructions, unlike time, are the same on a busy machine; valgrind knows AVX2 at most."""
+    if not shutil.which("valgrind"):
+        pytest.skip("needs valgrind")
+    if "SANITIZE:STRING=\n" not in (built / "CMakeCache.txt").read_text():
+        pytest.skip("needs a build without sanitizers")
+    rows = 2000
+    result = _run(
+        "valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path / 'out'}",
+        "--toggle-collect=mvbert::Mixer::Read(*", built / "mixer_check", rows,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    instructions = int(re.search(r"Collected : (\d+)", result.stderr)[1])
+    assert 20 < instructions / (rows * 128) < 62  # 58 when this was written
