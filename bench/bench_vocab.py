@@ -5,9 +5,9 @@
 Every learner gets the same text, BERT's splitting, lower case, and the same number of characters
 for its alphabet. mvbert and sentencepiece learn from counted words, so the time to count them is a
 line of its own; Hugging Face's WordPieceTrainer takes text and counts for itself. All vocabularies
-are measured alike, by greedy cutting of the words of the text. Learners take turns, `--repeats` times;
-the median is shown. One JSON object a line is appended to --output; the last line of stdout is the
-same as one object.
+are measured alike, by greedy cutting of the words of the text. Learners take turns, `--repeats`
+times; the median is shown. The last line of stdout is the result as one JSON object, appended to
+--output too.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mvbert
-from mvbert.corpus import Corpus, build_corpus, cores
+from mvbert.corpus import Corpus, build_corpus
+from mvbert.corpus_folder import cores
 from mvbert.learner import COVERAGE, learn_vocab, vocab_report
 from mvbert.learner_reference import SPECIAL_TOKENS
 from mvbert.readers import documents

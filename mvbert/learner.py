@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mvbert import _tokenizer
-from mvbert.corpus import Corpus, cores
-from mvbert.corpus import Words as CorpusWords
+from mvbert.corpus import Corpus
+from mvbert.corpus_folder import Words as CorpusWords
+from mvbert.corpus_folder import cores
 from mvbert.errors import InputError
 from mvbert.files import Json
 from mvbert.learner_reference import SPECIAL_TOKENS
