@@ -470,22 +470,28 @@ class Learner {
     return counts;
   }
 
-  // Nodes of two symbols or more that reach `threshold` and are not known as unused, by descending
-  // count, ties by spelling.
-  std::vector<std::uint32_t> Ranked(std::uint64_t threshold) const {
-    const std::vector<std::uint64_t> counts = Learn(threshold);
+  // Nodes of two symbols or more that reach `threshold` and are not known as unused, unordered.
+  std::vector<std::uint32_t> Kept(const std::vector<std::uint64_t>& counts,
+                                  std::uint64_t threshold) const {
     std::vector<std::uint32_t> nodes;
-    std::vector<std::string> spelling(trie_.size());
     for (std::uint32_t node = 2; node < trie_.size(); ++node) {
       if (trie_.depth(node) < 2 || counts[node] < threshold) continue;
-      std::string piece = Spell(node);
-      if (unused_.count(piece)) continue;
-      nodes.push_back(node);
-      spelling[node] = std::move(piece);
+      if (unused_.empty() || unused_.count(Spell(node)) == 0) nodes.push_back(node);
     }
-    std::sort(nodes.begin(), nodes.end(), [&](std::uint32_t a, std::uint32_t b) {
-      return counts[a] != counts[b] ? counts[a] > counts[b] : spelling[a] < spelling[b];
+    return nodes;
+  }
+
+  // The same by descending count, ties by spelling.
+  std::vector<std::uint32_t> Ranked(std::uint64_t threshold) const {
+    const std::vector<std::uint64_t> counts = Learn(threshold);
+    std::vector<std::pair<std::string, std::uint32_t>> spelled;
+    for (std::uint32_t node : Kept(counts, threshold)) spelled.emplace_back(Spell(node), node);
+    std::sort(spelled.begin(), spelled.end(), [&](const auto& a, const auto& b) {
+      const std::uint64_t count_a = counts[a.second], count_b = counts[b.second];
+      return count_a != count_b ? count_a > count_b : a.first < b.first;
     });
+    std::vector<std::uint32_t> nodes;
+    for (const auto& [piece, node] : spelled) nodes.push_back(node);
     return nodes;
   }
 
@@ -504,7 +510,7 @@ class Learner {
       }
     }
     if (low == 0) {
-      const std::size_t most = Ranked(1).size() + alphabet_ + kSpecialTokenCount;
+      const std::size_t most = Kept(Learn(1), 1).size() + alphabet_ + kSpecialTokenCount;
       throw std::invalid_argument("size " + std::to_string(size_) + " is above the " +
                                   std::to_string(most) +
                                   " pieces that these words give: ask for fewer, or bring more text");
@@ -517,7 +523,7 @@ class Learner {
     // No round counts a suffix more often than the first: often that is answer enough.
     const auto at = std::lower_bound(sorted_first_.begin(), sorted_first_.end(), threshold);
     if (static_cast<std::size_t>(sorted_first_.end() - at) < need) return false;
-    return Ranked(threshold).size() >= need;
+    return Kept(Learn(threshold), threshold).size() >= need;
   }
 
   // How often each node is used when all words are cut with the single characters and `pieces`.
