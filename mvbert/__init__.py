@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from mvbert.corpus import Corpus
     from mvbert.errors import InputError
-    from mvbert.fuse import fuse, unfuse
+    from mvbert.drop_in import fuse, unfuse
     from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
 
 _HOMES = {
@@ -20,8 +20,8 @@ _HOMES = {
     "InputError": "errors",
     "MixedTokenizer": "tokenizer",
     "WordPieceTokenizer": "tokenizer",
-    "fuse": "fuse",
-    "unfuse": "fuse",
+    "fuse": "drop_in",
+    "unfuse": "drop_in",
 }
 
 __all__ = ["Corpus", "InputError", "MixedTokenizer", "WordPieceTokenizer", "fuse", "unfuse"]

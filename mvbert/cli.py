@@ -6,7 +6,11 @@ done, 2 wrong input (one sentence, no traceback), 130 interrupted after a safe c
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,6 +88,8 @@ class VocabCommand:
     """Pieces, special ones included."""
     learner: Literal["topdown", "bpe", "unigram"] = "topdown"
     """Algorithm; bpe and unigram need sentencepiece."""
+    coverage: float = VocabConfig.coverage
+    """Share of character occurrences whose characters must be pieces of their own."""
     teacher: str | None = None
     """Report the overlap with this teacher: a folder, a vocab.txt, or a name."""
     overwrite: bool = False
@@ -102,6 +108,7 @@ class VocabCommand:
             self.out,
             self.size,
             learner=self.learner,
+            coverage=self.coverage,
             teacher=Path(teacher) if teacher is not None else None,
             overwrite=self.overwrite,
         )
@@ -226,7 +233,21 @@ def parse(arguments: Sequence[str]) -> Any:
     command = VERBS[verb]
     if verb == "train":
         command = _train_command(rest)
-    return tyro.cli(command, prog=f"mvbert {verb}", args=rest, config=(tyro.conf.AvoidSubcommands,))
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                command, prog=f"mvbert {verb}", args=rest, config=(tyro.conf.AvoidSubcommands,)
+            )
+    except SystemExit as leaving:
+        # A value that a config itself refuses is told as everywhere else, not in tyro's box.
+        cause: BaseException | None = leaving
+        while cause is not None:
+            if isinstance(cause, InputError):
+                raise cause from None
+            cause = cause.__context__
+        sys.stderr.write(complaint.getvalue())
+        raise
 
 
 def _train_command(rest: list[str]) -> Any:
@@ -268,11 +289,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(arguments: Sequence[str]) -> None:
     """Parses, runs, and prints the report as the last line of stdout."""
     report = parse(arguments).run()
-    print(json.dumps(report, ensure_ascii=False), flush=True)
+    try:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+    except OSError as error:
+        # What could not be written must not be tried again when Python closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise InputError(f"cannot write the report to stdout: {error.strerror}") from error
 
 
 def guarded(work: Callable[[], None]) -> int:
     """Turns what a user can mend into one sentence and an exit code."""
+    # A verb outside the training loop, which has its own way to stop, ends as on Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()
     except InputError as error:
@@ -283,10 +311,10 @@ def guarded(work: Callable[[], None]) -> int:
             raise
         print(f"mvbert: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("mvbert: interrupted; run the same command to go on", file=sys.stderr)
-        return 130
     except Interrupted as error:
         print(f"mvbert: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("mvbert: interrupted; run the same command to go on", file=sys.stderr)
         return 130
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 import types
@@ -42,6 +43,14 @@ class ModelConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+            "intermediate_size", "max_position_embeddings", "type_vocab_size",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            # The bound keeps a spoiled config.json from asking for terabytes.
+            if not isinstance(value, int) or not 1 <= value < 2**24:
+                raise InputError(f"{name} must be a whole number in [1, 2^24), got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -90,6 +99,14 @@ class RowConfig:
     pair_prob: float = 0.5
     """Share of rows with a second segment (token type 1)."""
 
+    def __post_init__(self) -> None:
+        if not 8 <= self.length <= 65535:
+            raise InputError(f"row length must lie in [8, 65535], got {self.length}")
+        if not 0 < self.mask_prob <= 0.5:
+            raise InputError(f"mask_prob must lie in (0, 0.5], got {self.mask_prob}")
+        if not 0 <= self.pair_prob <= 1:
+            raise InputError(f"pair_prob must lie in [0, 1], got {self.pair_prob}")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -137,6 +154,10 @@ class TrainConfig:
     """CPU threads (0: all cores)."""
 
     def __post_init__(self) -> None:
+        for field_ in fields(self):
+            value = getattr(self, field_.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field_.name} must be finite, got {value}")
         for name in (
             "steps",
             "rows",
@@ -252,6 +273,8 @@ class VocabConfig:
     """Pieces, special ones included."""
     learner: Literal["topdown", "bpe", "unigram"] = "topdown"
     """Algorithm."""
+    coverage: float = 0.9999
+    """Share of character occurrences whose characters must be pieces of their own."""
 
 
 @dataclass(frozen=True)
@@ -356,6 +379,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
         raise InputError(f"{where}: must be {hint.__name__}, got {value!r}")
-    if hint is float and value != value:
-        raise InputError(f"{where}: must be a number, got nan")
+    if hint is float and not math.isfinite(value):
+        raise InputError(f"{where}: must be finite, got {value}")
     return value

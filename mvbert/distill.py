@@ -148,6 +148,7 @@ def _make_vocab(
         vocab_file,
         config.vocab.size,
         learner=config.vocab.learner,
+        coverage=config.vocab.coverage,
         teacher=teacher,
         overwrite=True,
     )
@@ -182,7 +183,7 @@ def run_stage1(
 ) -> dict[str, Json]:
     """Stage I in the run folder `out`; returns its report (see mvbert.train.train)."""
     progress = Progress("stage 1")
-    corpus = Corpus.open(corpus_dir)
+    corpus = Corpus.open(corpus_dir, verify="sha256")
     vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
     description: dict[str, Json] = {
         "stage": 1,
@@ -209,7 +210,7 @@ def run_stage2(
 ) -> dict[str, Json]:
     """Stage II in the run folder `out`, from the result of Stage I; returns its report."""
     progress = Progress(title)
-    corpus = Corpus.open(corpus_dir)
+    corpus = Corpus.open(corpus_dir, verify="sha256")
     description: dict[str, Json] = {
         "stage": 2,
         "corpus": corpus_id(corpus_dir),

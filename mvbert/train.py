@@ -224,7 +224,7 @@ def _train(
                 paused = time.perf_counter()
                 evaluate()
                 clock += time.perf_counter() - paused
-            # Asked once: a signal that comes later is seen after the next step, which is then saved.
+            # Asked once: a signal that comes later is seen after the next step, which is saved.
             stopping = stop.asked
             if last or step % config.save_every == 0 or stopping:
                 paused = time.perf_counter()
