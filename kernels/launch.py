@@ -17,6 +17,9 @@ CHUNK_ROWS = 8192
 # against 4 bytes. Equal at H = 527; the accumulator of a whole row of H must also fit in registers.
 FLASH_WIDTH = 256
 
+# What `capability` says of meta tensors: kernels/aot.py compiles for several.
+META_CAPABILITY = 9
+
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
@@ -46,16 +49,23 @@ def pitch(V: int) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4
+        # meta: kernels/aot.py compiles for an H100. cpu: the interpreter, where few programs are best.
+        return 132 if device.type == "meta" else 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def product_blocks(M: int, N: int, K: int) -> dict[str, int]:
-    """Tile, warps and stages of an [M, K] x [K, N] product; 3 stages of 128 x 256 x 64 are 144 KiB."""
+def product_blocks(M: int, N: int, K: int, *, heavy: bool = False) -> dict[str, int]:
+    """Tile, warps and stages of an [M, K] x [K, N] product.
+
+    128 x 256 x 64 with 3 stages takes 144 KiB and half of the registers for its sums. A kernel whose
+    last part is `heavy` (a softmax, an addition to what is there) spills at that size: 128 x 128.
+    """
     if min(M, N) < 64 or K < 32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
     if N < 256:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    if heavy:
+        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
     return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 
 
@@ -66,22 +76,35 @@ def elementwise_blocks(V: int) -> tuple[int, int, int]:
     return 8, 512, 8
 
 
-def flash_fwd_blocks(N: int, V: int, block_h: int, x: Tensor) -> tuple[dict[str, int], int]:
+def flash_warps(x: Tensor) -> int:
+    """One warp group on Hopper; elsewhere the same tile spills unless two share it."""
+    return 4 if capability(x.device) == 9 else 8
+
+
+def flash_fwd_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
     """Tile of the narrow forward kernel, and into how many parts V is split to fill the device."""
     if N < 64 or V < 64:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
-    blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 3}
-    splits = multiprocessors(x.device) // triton.cdiv(N, 64)
+    blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
+    # Two programs share a multiprocessor: one does its softmax while the other multiplies.
+    splits = 2 * multiprocessors(x.device) // triton.cdiv(N, 64)
     return blocks, max(1, min(8, splits))
 
 
-def flash_dweight_blocks(N: int, V: int, block_h: int, x: Tensor) -> tuple[dict[str, int], int]:
+def flash_dweight_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
     """Tile of the narrow dweight kernel, and into how many parts the rows are split."""
     if N < 64 or V < 64:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
-    blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": 4, "num_stages": 3}
+    blocks = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
     splits = 2 * multiprocessors(x.device) // triton.cdiv(V, 64)
     return blocks, max(1, min(8, splits, triton.cdiv(N, 64)))
+
+
+def capability(device: torch.device) -> int:
+    """Major compute capability of the device: 8 Ampere, 9 Hopper, 10 Blackwell."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0]
+    return META_CAPABILITY
 
 
 def bwd_programs(device: torch.device) -> int:

@@ -292,7 +292,7 @@ class LinearRows:
         self.pitch = launch.pitch(self.V)
         self.acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
-        self.blocks = launch.product_blocks(self.chunk, self.V, self.H)
+        self.blocks = launch.product_blocks(self.chunk, self.V, self.H, heavy=True)
         self.tiles = triton.cdiv(self.V, self.blocks["BLOCK_N"])
         self.tile_max = hidden.new_empty(self.chunk, self.tiles, dtype=self.acc_dtype)
         self.tile_sum = torch.empty_like(self.tile_max)
@@ -337,7 +337,7 @@ class LinearRows:
     def dweight(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
         """out (+)= scale * dlogits.T @ x, added from the second chunk on."""
         c = min(self.chunk, self.N - start)
-        blocks = launch.product_blocks(self.V, self.H, c)
+        blocks = launch.product_blocks(self.V, self.H, c, heavy=start > 0)
         grid = (triton.cdiv(self.V, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
         dweight_kernel[grid](
             dlogits, self.x, self.count, scale, out, start, c, self.V, self.H, self.pitch,

@@ -135,11 +135,9 @@ def flash_fwd_kernel(
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    max_ptr,  # [splits, N], written
-    sum_ptr,  # [splits, N], written
-    other_ptr,  # [splits, N], written: the sum without the label's column
+    max_ptr,  # [splits, N], written: the largest logit, the label's left out
+    sum_ptr,  # [splits, N], written: sum_{v != label} exp(z_v - max)
     expect_ptr,  # [splits, N, H], written when GRAD: sum_{v != label} exp(z_v - max) weight[v]
-    target_ptr,  # [N], written at rows
     N,
     V,
     H,
@@ -147,6 +145,7 @@ def flash_fwd_kernel(
     V_SPLIT,
     HAS_BIAS: tl.constexpr,
     GRAD: tl.constexpr,
+    EVEN_H: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,72 +159,63 @@ def flash_fwd_kernel(
     split = tl.program_id(1)
     m = first + tl.arange(0, BLOCK_M)
     h = tl.arange(0, BLOCK_H)
-    inside = m < count
-    rows = tl.load(rows_ptr + m, mask=inside, other=0)
-    label = tl.load(labels_ptr + rows, mask=inside, other=-1)
-    x = tl.load(
-        x_ptr + m.to(tl.int64)[:, None] * H + h[None, :],
-        mask=inside[:, None] & (h < H)[None, :],
-        other=0.0,
-    )
-    row_max = tl.full((BLOCK_M,), -float("inf"), ACC)
+    label = tl.load(labels_ptr + tl.load(rows_ptr + tl.minimum(m, count - 1))).to(tl.int32)
+    # Rows beyond the end repeat the last one and are not stored.
+    x_at = x_ptr + tl.minimum(m, count - 1).to(tl.int64)[:, None] * H + h[None, :]
+    x = tl.load(x_at) if EVEN_H else tl.load(x_at, mask=(h < H)[None, :], other=0.0)
+    # A finite floor: a part of V that holds the label alone has no other logit.
+    row_max = tl.full((BLOCK_M,), -1e30, ACC)
     row_sum = tl.zeros((BLOCK_M,), ACC)
-    row_other = tl.zeros((BLOCK_M,), ACC)
-    target = tl.zeros((BLOCK_M,), ACC)
     if GRAD:
         expect = tl.zeros((BLOCK_M, BLOCK_H), ACC)
     begin = split * V_SPLIT
     end = min(begin + V_SPLIT, V)
     for start in range(begin, end, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        w = tl.load(
-            weight_ptr + v[:, None] * stride_v + h[None, :],
-            mask=(v < end)[:, None] & (h < H)[None, :],
-            other=0.0,
-        )
+        w_at = weight_ptr + tl.minimum(v, end - 1)[:, None] * stride_v + h[None, :]
+        w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=(h < H)[None, :], other=0.0)
         z = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
         if HAS_BIAS:
-            z += tl.load(bias_ptr + v, mask=v < end, other=0.0).to(ACC)[None, :]
-        z = tl.where((v < end)[None, :], z, -float("inf"))
+            z += tl.load(bias_ptr + tl.minimum(v, end - 1)).to(ACC)[None, :]
+        # Columns beyond the end compare as the label does: both are struck out.
+        z = tl.where((label[:, None] == v[None, :]) | (v >= end)[None, :], -float("inf"), z)
         new_max = tl.maximum(row_max, tl.max(z, 1))
         fade = tl.exp(row_max - new_max)
         p = tl.exp(z - new_max[:, None])
         row_sum = row_sum * fade + tl.sum(p, 1)
-        hit = label[:, None] == v[None, :]
-        target += tl.sum(tl.where(hit, z, 0.0), 1)
         if GRAD:
-            p = tl.where(hit, 0.0, p)
-            row_other = row_other * fade + tl.sum(p, 1)
             expect *= fade[:, None]
-            expect = tl.dot(p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC)
+            expect = tl.dot(
+                p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC
+            )
         row_max = new_max
     at = split.to(tl.int64) * N + m
-    tl.store(max_ptr + at, row_max, mask=inside)
-    tl.store(sum_ptr + at, row_sum, mask=inside)
-    here = (label >= begin) & (label < end)
-    tl.store(target_ptr + rows, target, mask=inside & here)
+    tl.store(max_ptr + at, row_max, mask=m < count)
+    tl.store(sum_ptr + at, row_sum, mask=m < count)
     if GRAD:
-        tl.store(other_ptr + at, row_other, mask=inside)
-        tl.store(
-            expect_ptr + at[:, None] * H + h[None, :],
-            expect,
-            mask=inside[:, None] & (h < H)[None, :],
-        )
+        out = expect_ptr + at[:, None] * H + h[None, :]
+        if EVEN_H:
+            tl.store(out, expect, mask=(m < count)[:, None])
+        else:
+            tl.store(out, expect, mask=(m < count)[:, None] & (h < H)[None, :])
 
 
 @triton.jit
 def flash_combine_kernel(
     max_ptr,  # [splits, N]
     sum_ptr,  # [splits, N]
-    other_ptr,  # [splits, N]
-    expect_ptr,  # [splits, N, H]
+    expect_ptr,  # [splits, N, H] when GRAD
+    x_ptr,  # [N, H], gathered
     weight_ptr,  # [V, H]
-    mean_weight_ptr,  # [H], when SMOOTHING
+    bias_ptr,  # [V]
+    mean_weight_ptr,  # [H], when SMOOTHING > 0
+    mean_bias_ptr,  # [1], when SMOOTHING > 0
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
     dloss_ptr,  # [1], or [N] when ROWS
     dlse_ptr,  # [N] when HAS_DLSE
+    loss_ptr,  # [N], written at rows
     lse_ptr,  # [N], written at rows
     dx_ptr,  # [N, H], written at rows when GRAD
     N,
@@ -233,6 +223,7 @@ def flash_combine_kernel(
     H,
     stride_v,
     splits,
+    HAS_BIAS: tl.constexpr,
     GRAD: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
@@ -241,21 +232,40 @@ def flash_combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Joins the splits of a row: its lse, and dx = a (e' - q w_y + s (w_y - mean w)) + g e."""
+    """Joins the parts of a row and its label's logit: loss, lse, and with w the label's row of weight
+
+    dx = a (expect - rest w + s (w - mean w)) + g (expect + (1 - rest) w),
+    rest the probability of all other pieces.
+    """
     n = tl.program_id(0).to(tl.int64)
     if n >= tl.load(count_ptr):
         return
     row = tl.load(rows_ptr + n).to(tl.int64)
+    h = tl.arange(0, BLOCK_H)
+    x = tl.load(x_ptr + n * H + h, mask=h < H, other=0.0).to(ACC)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    valid = (label >= 0) & (label < V)
+    # A label out of range makes the loss NaN; here it must only not be followed.
+    label = tl.minimum(tl.maximum(label, 0), V - 1)
+    w = tl.load(weight_ptr + label * stride_v + h, mask=h < H, other=0.0).to(ACC)
+    target = tl.sum(x * w)
+    if HAS_BIAS:
+        target += tl.load(bias_ptr + label).to(ACC)
     split = tl.arange(0, BLOCK_S)
     at = split.to(tl.int64) * N + n
-    maxima = tl.load(max_ptr + at, mask=split < splits, other=-float("inf"))
-    row_max = tl.max(maxima, 0)
+    maxima = tl.load(max_ptr + at, mask=split < splits, other=-1e30)
+    row_max = tl.maximum(tl.max(maxima, 0), target)
     fade = tl.exp(maxima - row_max)
-    row_sum = tl.sum(fade * tl.load(sum_ptr + at, mask=split < splits, other=0.0), 0)
-    tl.store(lse_ptr + row, row_max + tl.log(row_sum))
+    other = tl.sum(fade * tl.load(sum_ptr + at, mask=split < splits, other=0.0), 0)
+    row_sum = other + tl.exp(target - row_max)
+    lse = row_max + tl.log(row_sum)
+    loss = lse - target
+    if SMOOTHING > 0:
+        mean_weight = tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC)
+        loss += SMOOTHING * (target - tl.sum(x * mean_weight) - tl.load(mean_bias_ptr).to(ACC))
+    tl.store(lse_ptr + row, lse)
+    tl.store(loss_ptr + row, tl.where(valid, loss, float("nan")))
     if GRAD:
-        h = tl.arange(0, BLOCK_H)
-        other = tl.sum(fade * tl.load(other_ptr + at, mask=split < splits, other=0.0), 0)
         expect = tl.load(
             expect_ptr + at[:, None] * H + h[None, :],
             mask=(split < splits)[:, None] & (h < H)[None, :],
@@ -263,13 +273,9 @@ def flash_combine_kernel(
         )
         expect = tl.sum(expect * fade[:, None], 0) / row_sum
         rest = other / row_sum
-        label = tl.load(labels_ptr + row).to(tl.int64)
-        # A label out of range makes the loss NaN; here it must only not be followed.
-        label = tl.minimum(tl.maximum(label, 0), V - 1)
-        w = tl.load(weight_ptr + label * stride_v + h, mask=h < H, other=0.0).to(ACC)
         dx = expect - rest * w
         if SMOOTHING > 0:
-            dx += SMOOTHING * (w - tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC))
+            dx += SMOOTHING * (w - mean_weight)
         if ROWS:
             dx *= tl.load(dloss_ptr + row)
             if HAS_DLSE:
@@ -300,6 +306,7 @@ def flash_dweight_kernel(
     ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    EVEN_H: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -310,34 +317,35 @@ def flash_dweight_kernel(
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     split = tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
-    tile = (v < V)[:, None] & (h < H)[None, :]
-    w = tl.load(weight_ptr + v[:, None] * stride_v + h[None, :], mask=tile, other=0.0)
+    w_at = weight_ptr + tl.minimum(v, V - 1)[:, None] * stride_v + h[None, :]
+    w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=(h < H)[None, :], other=0.0)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC)
+        bias = tl.load(bias_ptr + tl.minimum(v, V - 1)).to(ACC)
     dweight = tl.zeros((BLOCK_V, BLOCK_H), ACC)
     dbias = tl.zeros((BLOCK_V,), ACC)
-    even = tl.full((1,), SMOOTHING, ACC) / V
-    top = tl.full((1,), 1.0 - SMOOTHING, ACC)
     begin = split * ROWS_SPLIT
     end = min(begin + ROWS_SPLIT, tl.load(count_ptr))
     for start in range(begin, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         inside = m < end
         rows = tl.load(rows_ptr + m, mask=inside, other=0)
-        label = tl.load(labels_ptr + rows, mask=inside, other=-1)
+        label = tl.load(labels_ptr + rows, mask=inside, other=-1).to(tl.int32)
+        # Rows beyond the end have probability 0, no label, and repeat the last row of x.
         lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-        x = tl.load(
-            x_ptr + m.to(tl.int64)[:, None] * H + h[None, :],
-            mask=inside[:, None] & (h < H)[None, :],
-            other=0.0,
-        )
+        x_at = x_ptr + tl.minimum(m, end - 1).to(tl.int64)[:, None] * H + h[None, :]
+        x = tl.load(x_at) if EVEN_H else tl.load(x_at, mask=(h < H)[None, :], other=0.0)
         # z is made transposed, [BLOCK_V, BLOCK_M]: dz is then the left operand as it stands.
         z = tl.dot(w, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
         if HAS_BIAS:
             z += bias[:, None]
         p = tl.exp(z - lse[None, :])
-        hard = tl.where(v[:, None] == label[None, :], top, 0.0) + even
-        dz = tl.where(inside[None, :], p - hard, 0.0)
+        hit = v[:, None] == label[None, :]
+        if SMOOTHING > 0:
+            even = tl.full((1,), SMOOTHING, ACC) / V
+            top = tl.full((1,), 1.0 - SMOOTHING, ACC)
+            dz = p - tl.where(hit, top, 0.0) - tl.where(inside, even, 0.0)[None, :]
+        else:
+            dz = tl.where(hit, p - 1.0, p)
         if ROWS:
             dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[None, :]
             if HAS_DLSE:
@@ -349,7 +357,11 @@ def flash_dweight_kernel(
         dweight *= scale
         dbias *= scale
     at = split.to(tl.int64) * V + v
-    tl.store(dweight_ptr + at[:, None] * H + h[None, :], dweight, mask=tile)
+    out = dweight_ptr + at[:, None] * H + h[None, :]
+    if EVEN_H:
+        tl.store(out, dweight, mask=(v < V)[:, None])
+    else:
+        tl.store(out, dweight, mask=(v < V)[:, None] & (h < H)[None, :])
     if HAS_BIAS:
         tl.store(dbias_ptr + at, dbias, mask=v < V)
 
@@ -500,40 +512,39 @@ def flash(
     w = w if w.stride(1) == 1 else w.contiguous()
     common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
     block_h = max(16, triton.next_power_of_2(H))
+    has_bias = bias is not None
     mean = means(w, bias, label_smoothing)
+    bias = w if bias is None else bias.contiguous()
     by_row = dloss is not None and dloss.ndim == 1
-    target = torch.empty_like(loss)
 
-    blocks, splits = launch.flash_fwd_blocks(N, V, block_h, hidden)
+    blocks, splits = launch.flash_fwd_blocks(N, V, x)
     maxima = lse.new_empty(splits, N)
-    sums, others = torch.empty_like(maxima), torch.empty_like(maxima)
+    sums = torch.empty_like(maxima)
     expect = lse.new_empty(splits, N if need.hidden else 0, H)
     v_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     flash_fwd_kernel[(triton.cdiv(N, blocks["BLOCK_M"]), splits)](
-        x, w, w if bias is None else bias.contiguous(), labels, rows, count,
-        maxima, sums, others, expect, target, N, V, H, w.stride(0), v_split,
-        HAS_BIAS=bias is not None, GRAD=need.hidden, BLOCK_H=block_h, **common, **blocks,
+        x, w, bias, labels, rows, count, maxima, sums, expect, N, V, H, w.stride(0), v_split,
+        HAS_BIAS=has_bias, GRAD=need.hidden, EVEN_H=block_h == H, BLOCK_H=block_h,
+        **common, **blocks,
     )  # fmt: skip
     flash_combine_kernel[(N,)](
-        maxima, sums, others, expect, w, mean[0], labels, rows, count,
-        lse if dloss is None else dloss, lse if dlse is None else dlse, lse, dhidden,
-        N, V, H, w.stride(0), splits,
+        maxima, sums, expect, x, w, bias, *mean, labels, rows, count,
+        lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, dhidden,
+        N, V, H, w.stride(0), splits, HAS_BIAS=has_bias,
         GRAD=need.hidden, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
     )  # fmt: skip
-    losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean)
     if not (need.weight or need.bias):
         return None, None
 
-    blocks, splits = launch.flash_dweight_blocks(N, V, block_h, hidden)
+    blocks, splits = launch.flash_dweight_blocks(N, V, x)
     dweight = lse.new_empty(splits, V, H)
     dbias = lse.new_empty(splits, V)
     rows_split = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     flash_dweight_kernel[(triton.cdiv(V, blocks["BLOCK_V"]), splits)](
-        x, w, w if bias is None else bias.contiguous(), labels, rows, count, lse,
-        dloss, lse if dlse is None else dlse, dweight, dbias,
-        V, H, w.stride(0), rows_split, SMOOTHING=label_smoothing,
-        HAS_BIAS=bias is not None, ROWS=by_row, HAS_DLSE=dlse is not None, BLOCK_H=block_h,
-        **common, **blocks,
+        x, w, bias, labels, rows, count, lse, dloss, lse if dlse is None else dlse,
+        dweight, dbias, V, H, w.stride(0), rows_split,
+        HAS_BIAS=has_bias, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
+        EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip
     return dweight.sum(0) if need.weight else None, dbias.sum(0) if need.bias else None

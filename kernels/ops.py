@@ -141,28 +141,23 @@ def linear_cross_entropy_rows(
     labels: Tensor,
     ignore_index: int,
     label_smoothing: float,
+    need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, and the gradients for an upstream gradient of 1, made on the way if needed)."""
     check_range("labels", labels, weight.shape[0], ignore_index)
-    loss, lse, *_ = _run(
-        backend,
-        "cross_entropy",
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index,
-        label_smoothing,
-        None,
-        None,
-        Need(),
-    )
-    return loss, lse
+    need = Need(*need)
+    one = torch.ones((), dtype=accumulator_dtype(hidden.dtype)) if need else None
+    return _run(
+        backend, "cross_entropy", hidden, weight, bias, labels, ignore_index, label_smoothing,
+        one, None, need,
+    )  # fmt: skip
 
 
 @linear_cross_entropy_rows.register_fake
-def _(hidden, weight, bias, labels, ignore_index, label_smoothing, backend):
-    return _rows_like(hidden), _rows_like(hidden)
+def _(hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend):
+    gradients = _empty_gradients(hidden, weight, bias, need)
+    return _rows_like(hidden), _rows_like(hidden), *gradients
 
 
 @torch.library.custom_op("mvbert::linear_cross_entropy_rows_backward", mutates_args=())
@@ -173,50 +168,50 @@ def linear_cross_entropy_rows_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    unit: list[Tensor],  # the gradients for dloss = 1, empty where there are none
     ignore_index: int,
     label_smoothing: float,
     need: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if dlse is None and any(u.numel() for u in unit):
+        # Rows that are summed or averaged later all have one upstream gradient. On a CPU that can be
+        # looked at: the unit gradients then only need scaling.
+        upstream = dloss[labels != ignore_index]
+        if upstream.numel() == 0 or bool((upstream == upstream[0]).all()):
+            factor = upstream[0] if upstream.numel() else dloss.new_zeros(())
+            return tuple(u * factor.to(u.dtype) for u in unit)
     _, _, *gradients = _run(
-        backend,
-        "cross_entropy",
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index,
-        label_smoothing,
-        dloss,
-        dlse,
-        Need(*need),
-    )
+        backend, "cross_entropy", hidden, weight, bias, labels, ignore_index, label_smoothing,
+        dloss, dlse, Need(*need),
+    )  # fmt: skip
     return tuple(gradients)
 
 
 @linear_cross_entropy_rows_backward.register_fake
-def _(dloss, dlse, hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend):
+def _(dloss, dlse, hidden, weight, bias, labels, unit, ignore_index, smoothing, need, backend):
     return _empty_gradients(hidden, weight, bias, need)
 
 
 def _save_cross_entropy_rows(ctx, inputs, output):
-    hidden, weight, bias, labels, *ctx.options = inputs
+    hidden, weight, bias, labels, ctx.ignore_index, ctx.label_smoothing, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels)
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[2:])
 
 
-def _cross_entropy_rows_backward(ctx, dloss, dlse):
+def _cross_entropy_rows_backward(ctx, dloss, dlse, *dgradients):
+    _refuse_second_order(dgradients)
     if dloss is None and dlse is None:
-        return (None,) * 7
-    hidden, weight, bias, labels = ctx.saved_tensors
-    ignore_index, label_smoothing, backend = ctx.options
+        return (None,) * 8
+    hidden, weight, bias, labels, *unit = ctx.saved_tensors
     if dloss is None:
         dloss = torch.zeros_like(dlse)
     need = [bool(n) for n in ctx.needs_input_grad[:3]]
     gradients = linear_cross_entropy_rows_backward(
-        dloss, dlse, hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend
-    )
-    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 4
+        dloss, dlse, hidden, weight, bias, labels, unit, ctx.ignore_index, ctx.label_smoothing,
+        need, ctx.backend,
+    )  # fmt: skip
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 5
 
 
 linear_cross_entropy_rows.register_autograd(
@@ -563,3 +558,67 @@ def _mixed_embedding_backward(ctx, dhidden, dmean, drstd):
 
 
 mixed_embedding.register_autograd(_mixed_embedding_backward, setup_context=_save_mixed_embedding)
+
+
+# ---- residual + dropout + LayerNorm ------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::residual_layer_norm", mutates_args=())
+def residual_layer_norm(
+    x: Tensor,  # [N, H]
+    residual: Tensor,  # [N, H]
+    ln_weight: Tensor,  # [H]
+    ln_bias: Tensor,  # [H]
+    seed: Tensor | None,  # [1]
+    eps: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mvbert.kernels import layer_norm
+
+    return layer_norm.residual_layer_norm_fwd(x, residual, ln_weight, ln_bias, eps, dropout_p, seed)
+
+
+@residual_layer_norm.register_fake
+def _(x, residual, ln_weight, ln_bias, seed, eps, dropout_p):
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(y), _rows_like(x), _rows_like(x)
+
+
+@torch.library.custom_op("mvbert::residual_layer_norm_backward", mutates_args=())
+def residual_layer_norm_backward(
+    dy: Tensor,
+    total: Tensor,
+    ln_weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from mvbert.kernels import layer_norm
+
+    return layer_norm.residual_layer_norm_bwd(dy, total, ln_weight, mean, rstd, dropout_p, seed)
+
+
+@residual_layer_norm_backward.register_fake
+def _(dy, total, ln_weight, mean, rstd, seed, dropout_p):
+    vectors = torch.empty_like(ln_weight), torch.empty_like(ln_weight)
+    return torch.empty_like(total), torch.empty_like(total), *vectors
+
+
+def _save_residual_layer_norm(ctx, inputs, output):
+    _, _, ln_weight, _, seed, _, ctx.dropout_p = inputs
+    _, total, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, ln_weight, mean, rstd, seed)
+
+
+def _residual_layer_norm_backward(ctx, dy, *others):
+    if dy is None:
+        return (None,) * 7
+    gradients = residual_layer_norm_backward(dy, *ctx.saved_tensors, ctx.dropout_p)
+    return *gradients, None, None, None
+
+
+residual_layer_norm.register_autograd(
+    _residual_layer_norm_backward, setup_context=_save_residual_layer_norm
+)

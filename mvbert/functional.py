@@ -284,8 +284,15 @@ def residual_layer_norm(
             )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    _backend(backend, x)
-    return F.layer_norm(residual + F.dropout(x, dropout_p, training), (H,), ln_weight, ln_bias, eps)
+    dropout_p = dropout_p if training else 0.0
+    if _backend(backend, x) != "triton":
+        return F.layer_norm(residual + F.dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
+    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
+    x = x.to(residual.dtype)
+    return ops.residual_layer_norm(
+        x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, seed, float(eps),
+        float(dropout_p),
+    )[0].reshape(x.shape)  # fmt: skip
 
 
 # ---- losses ------------------------------------------------------------------------------------
@@ -335,8 +342,12 @@ def linear_cross_entropy(
         )
     else:
         hidden = _autocast(hidden)
-        loss, lse = ops.linear_cross_entropy_rows(
-            hidden, weight, bias, labels, ignore_index, label_smoothing, backend
+        # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
+        # looking at the upstream gradient, a GPU: those compute the logits again.
+        ahead = backend == "chunked" and not return_lse
+        need = _need(hidden, weight, bias) if ahead else [False, False, False]
+        loss, lse, *_ = ops.linear_cross_entropy_rows(
+            hidden, weight, bias, labels, ignore_index, float(label_smoothing), need, backend
         )
     loss = reduce_rows(loss, labels != ignore_index, reduction)
     return (loss, lse) if return_lse else loss
@@ -386,17 +397,15 @@ def mixed_linear_cross_entropy(
         "ignore_index": ignore_index,
         "reduction": "none",
         "label_smoothing": label_smoothing,
-        "return_lse": True,
+        "return_lse": return_lse,
         "backend": backend,
     }
-    teacher_loss, teacher_lse = linear_cross_entropy(
-        hidden, teacher_weight, of_teacher, teacher_bias, **options
-    )
-    student_loss, student_lse = linear_cross_entropy(
-        hidden, student_weight, of_student, student_bias, **options
-    )
-    loss = reduce_rows(teacher_loss + student_loss, labels != ignore_index, reduction)
-    return (loss, teacher_lse + student_lse) if return_lse else loss
+    teacher = linear_cross_entropy(hidden, teacher_weight, of_teacher, teacher_bias, **options)
+    student = linear_cross_entropy(hidden, student_weight, of_student, student_bias, **options)
+    kept = labels != ignore_index
+    if not return_lse:
+        return reduce_rows(teacher + student, kept, reduction)
+    return reduce_rows(teacher[0] + student[0], kept, reduction), teacher[1] + student[1]
 
 
 def linear_kl(

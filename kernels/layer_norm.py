@@ -1,0 +1,164 @@
+"""Residual + dropout + LayerNorm in one pass, the end of both halves of a BERT layer.
+
+    s = residual + dropout(x)
+    y = weight * (s - mean) * rstd + bias
+
+Forward writes y and, for backward, s in the input's dtype and mean and rstd in float32. Backward
+draws the dropout mask again; programs stride over the rows and keep the sums for weight and bias in
+registers, so that the final reduction is over hundreds of rows and not over N.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvbert.kernels import launch
+from mvbert.kernels.mixed_embedding import blocks, dropout_factor
+
+# ---- kernels -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def residual_layer_norm_fwd_kernel(
+    x_ptr,  # [N, H]
+    residual_ptr,  # [N, H]
+    weight_ptr,  # [H]
+    bias_ptr,  # [H]
+    seed_ptr,  # [1] when P_DROP > 0
+    y_ptr,  # [N, H], written
+    sum_ptr,  # [N, H], written
+    mean_ptr,  # [N], written
+    rstd_ptr,  # [N], written
+    N,
+    H,
+    eps,
+    P_DROP: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    h = tl.arange(0, BLOCK_H)
+    column = (h < H)[None, :]
+    both = (n < N)[:, None] & column
+    at = n.to(tl.int64)[:, None] * H + h[None, :]
+    x = tl.load(x_ptr + at, mask=both, other=0.0).to(ACC)
+    if P_DROP > 0:
+        x *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
+    s = x + tl.load(residual_ptr + at, mask=both, other=0.0).to(ACC)
+    # The statistics are of the sum as it is kept, so that backward sees the same numbers.
+    kept = s.to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + at, kept, mask=both)
+    s = kept.to(ACC)
+    mean = tl.sum(s, 1) / H
+    s = tl.where(column, s - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(s * s, 1) / H + eps)
+    weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(ACC)
+    bias = tl.load(bias_ptr + h, mask=h < H, other=0.0).to(ACC)
+    y = s * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(mean_ptr + n, mean, mask=n < N)
+    tl.store(rstd_ptr + n, rstd, mask=n < N)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def residual_layer_norm_bwd_kernel(
+    dy_ptr,  # [N, H]
+    sum_ptr,  # [N, H]
+    weight_ptr,  # [H]
+    seed_ptr,  # [1] when P_DROP > 0
+    mean_ptr,  # [N]
+    rstd_ptr,  # [N]
+    dx_ptr,  # [N, H], written when P_DROP > 0
+    dresidual_ptr,  # [N, H], written
+    sums_ptr,  # [programs, 2, H], written: dweight, dbias
+    N,
+    H,
+    P_DROP: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    h = tl.arange(0, BLOCK_H)
+    column = (h < H)[None, :]
+    weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(ACC)[None, :]
+    dweight = tl.zeros((ROWS, BLOCK_H), ACC)
+    dbias = tl.zeros((ROWS, BLOCK_H), ACC)
+    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+        n = first + tl.arange(0, ROWS)
+        both = (n < N)[:, None] & column
+        at = n.to(tl.int64)[:, None] * H + h[None, :]
+        dy = tl.load(dy_ptr + at, mask=both, other=0.0).to(ACC)
+        s = tl.load(sum_ptr + at, mask=both, other=0.0).to(ACC)
+        mean = tl.load(mean_ptr + n, mask=n < N, other=0.0)
+        rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)
+        u = tl.where(both, (s - mean[:, None]) * rstd[:, None], 0.0)
+        dweight += dy * u
+        dbias += dy
+        g = dy * weight
+        ds = g - (tl.sum(g, 1) / H)[:, None] - u * (tl.sum(g * u, 1) / H)[:, None]
+        ds *= rstd[:, None]
+        tl.store(dresidual_ptr + at, ds.to(dresidual_ptr.dtype.element_ty), mask=both)
+        if P_DROP > 0:
+            ds *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
+            tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=both)
+    out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * H + h
+    tl.store(out, tl.sum(dweight, 0), mask=h < H)
+    tl.store(out + H, tl.sum(dbias, 0), mask=h < H)
+
+
+# ---- launchers ---------------------------------------------------------------------------------
+
+
+def residual_layer_norm_fwd(
+    x: Tensor,  # [N, H]
+    residual: Tensor,  # [N, H]
+    ln_weight: Tensor,  # [H]
+    ln_bias: Tensor,  # [H]
+    eps: float,
+    dropout_p: float,
+    seed: Tensor | None,  # [1], int64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [N, H], sum [N, H], mean [N], rstd [N])."""
+    N, H = x.shape
+    x, residual = x.contiguous(), residual.contiguous()
+    y = torch.empty_like(residual)
+    total = torch.empty_like(residual)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = x.new_empty(N, dtype=acc)
+    rstd = torch.empty_like(mean)
+    if N:
+        tile = blocks(H)
+        residual_layer_norm_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
+            x, residual, ln_weight, ln_bias, x if seed is None else seed, y, total, mean, rstd,
+            N, H, eps, P_DROP=dropout_p, ACC=launch.accumulator(x), **tile,
+        )  # fmt: skip
+    return y, total, mean, rstd
+
+
+def residual_layer_norm_bwd(
+    dy: Tensor,  # [N, H]
+    total: Tensor,  # [N, H]
+    ln_weight: Tensor,  # [H]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of (x, residual, ln_weight, ln_bias)."""
+    N, H = total.shape
+    dresidual = torch.empty_like(total)
+    dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
+    tile = blocks(H)
+    programs = max(1, min(triton.cdiv(N, tile["ROWS"]), launch.bwd_programs(total.device)))
+    sums = mean.new_zeros(programs, 2, H)
+    if N:
+        residual_layer_norm_bwd_kernel[(programs,)](
+            dy.contiguous(), total, ln_weight, total if seed is None else seed, mean, rstd,
+            dx, dresidual, sums, N, H, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
+        )  # fmt: skip
+    if dropout_p == 0:
+        dx = dresidual.clone()
+    weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
+    return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)

@@ -1,0 +1,95 @@
+"""What the kernel tests share: the interpreter, the error bar, inputs at unit scale."""
+
+import pytest
+import torch
+
+try:
+    import triton
+except ImportError:
+    collect_ignore_glob = ["test_*.py"]  # Triton is a Linux package
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# bfloat16 in the interpreter is silently wrong in arithmetic; loads cast at once are not, so it is
+# left to a GPU, where the same tests run.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture(params=DTYPES, ids=name)
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def _draw(*shape: int, dtype: torch.dtype, requires_grad: bool = True) -> torch.Tensor:
+    """Standard normal values, representable in `dtype`."""
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    return x.requires_grad_(requires_grad)
+
+
+def _gradients(function, inputs, upstream_seed: int = 1):
+    """[output, gradient of each input] for a random upstream gradient, all float64."""
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(upstream_seed)
+    total = 0.0
+    for output in outputs:
+        weight = torch.rand(output.shape, generator=generator, dtype=torch.float64) + 0.5
+        total = total + (output.double() * weight.to(output.device)).sum()
+    found = torch.autograd.grad(total, [x for x in inputs if x.requires_grad])
+    return [o.detach().double() for o in outputs], [g.double() for g in found]
+
+
+def _error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """|found - truth| relative to |truth|; NaN and a wrong shape never pass."""
+    assert found.shape == truth.shape
+    assert torch.isfinite(found).all()
+    return ((found - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+
+
+def _check_against(kernel, reference, inputs) -> None:
+    """Kernel and reference in the inputs' dtype against the reference in float64.
+
+    The kernel may be as wrong as PyTorch in the same dtype, plus half an ulp of the output dtype;
+    twice that, as the order of additions differs.
+    """
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    truths, true_gradients = _gradients(reference, exact)
+    ours, our_gradients = _gradients(kernel, inputs)
+    theirs, their_gradients = _gradients(reference, inputs)
+    floor = torch.finfo(inputs[0].dtype).eps
+    for found, plain, truth in zip(
+        ours + our_gradients, theirs + their_gradients, truths + true_gradients, strict=True
+    ):
+        assert _error(found, truth) <= 2 * _error(plain, truth) + floor
+
+
+@pytest.fixture
+def draw():
+    """draw(*shape, dtype=..): standard normal values on the device, requiring a gradient."""
+    return _draw
+
+
+@pytest.fixture
+def gradients():
+    """gradients(function, inputs): ([outputs], [gradients]) for a random upstream gradient."""
+    return _gradients
+
+
+@pytest.fixture
+def check_against():
+    """check_against(kernel, reference, inputs): outputs and gradients no worse than PyTorch's."""
+    return _check_against
