@@ -16,6 +16,7 @@ constexpr std::size_t kAppendBytes = 1 << 18;   // text taken in before a look a
 constexpr int kTableBits = 17;
 constexpr std::size_t kTableSlots = 1 << kTableBits;  // of a worker's table, 32 bytes each
 constexpr std::size_t kTableWords = kTableSlots / 2;
+constexpr std::size_t kWordsAhead = 16;
 
 // The ASCII white space of BERT's splitter; it deletes form feeds and vertical tabs without a trace.
 bool IsBlank(char c) { return c == ' ' || c == '\t' || c == '\r'; }
@@ -105,6 +106,8 @@ class CorpusBuilder::Worker {
   std::unique_ptr<Result> Process(const Block& block) {
     auto result = std::make_unique<Result>();
     try {
+      // English has a word for every five bytes; most of a block goes to one of the two.
+      result->train.reserve(block.text.size() / 4);
       for (const Segment& segment : block.segments) Code(block, segment, result.get());
       Commit(result.get());
     } catch (...) {
@@ -119,6 +122,11 @@ class CorpusBuilder::Worker {
     std::uint32_t id;         // 0: the word is in pending_
     std::uint32_t pending;
     std::uint32_t size;  // in bytes; 0: free
+  };
+  struct Key {
+    std::uint64_t low, high;  // as in a slot, but 0 for the place
+    std::uint64_t hash;
+    std::uint32_t size;
   };
   struct Pending {
     std::uint64_t hash;
@@ -168,11 +176,16 @@ class CorpusBuilder::Worker {
     do {
       at = builder_.splitter_.Fill(text, at, &batch_);
       const std::size_t first = ids->size();
-      ids->resize(first + batch_.size());
+      const std::size_t count = batch_.size();
+      ids->resize(first + count);
       std::uint32_t* out = ids->data() + first;
-      for (std::size_t i = 0; i < batch_.size(); ++i) {
-        const std::uint32_t id = Find(batch_.bytes() + batch_.start(i),
-                                      batch_.end(i) - batch_.start(i));
+      // The table lies in the outer caches: its slots are asked for some words ahead.
+      keys_.resize(count);
+      const std::size_t ahead = std::min(count, kWordsAhead);
+      for (std::size_t i = 0; i < ahead; ++i) MakeKey(i);
+      for (std::size_t i = 0; i < count; ++i) {
+        if (i + kWordsAhead < count) MakeKey(i + kWordsAhead);
+        const std::uint32_t id = Find(batch_.bytes() + batch_.start(i), keys_[i]);
         out[i] = id;
         if (id == 0) places->push_back({first + i, last_pending_});
       }
@@ -180,17 +193,26 @@ class CorpusBuilder::Worker {
     } while (at < text.size());
   }
 
-  // The id of a word, or 0 with last_pending_ set. 16 bytes must be readable at `bytes`.
-  std::uint32_t Find(const char* bytes, std::size_t size) {
-    std::uint64_t low, high, hash;
+  // Makes the key of word i of the batch and asks for its slot.
+  void MakeKey(std::size_t i) {
+    const char* bytes = batch_.bytes() + batch_.start(i);
+    std::size_t size = batch_.end(i) - batch_.start(i);
+    Key& key = keys_[i];
     if (size <= 16) {
-      ShortWord(bytes, size, &low, &high);
-      hash = HashShortWord(low, high, size);
+      ShortWord(bytes, size, &key.low, &key.high);
+      key.hash = HashShortWord(key.low, key.high, size);
     } else {
       size = CutWord({bytes, size}).size();
-      hash = low = HashWord({bytes, size});
-      high = 0;
+      key.hash = key.low = HashWord({bytes, size});
+      key.high = 0;
     }
+    key.size = static_cast<std::uint32_t>(size);
+    __builtin_prefetch(&slots_[key.hash >> (64 - kTableBits)]);
+  }
+
+  // The id of a word, or 0 with last_pending_ set.
+  std::uint32_t Find(const char* bytes, const Key& key) {
+    const auto& [low, high, hash, size] = key;
     std::size_t at = hash >> (64 - kTableBits);
     for (; slots_[at].size != 0; at = (at + 1) & (kTableSlots - 1)) {
       const Slot& slot = slots_[at];
@@ -204,17 +226,14 @@ class CorpusBuilder::Worker {
     }
     last_pending_ = static_cast<std::uint32_t>(pending_.size());
     const bool full = words_in_table_ == kTableWords;
-    pending_.push_back({hash, pending_bytes_.size(), static_cast<std::uint32_t>(size),
+    pending_.push_back({hash, pending_bytes_.size(), size,
                         static_cast<std::uint32_t>(full ? kTableSlots : at)});
     pending_bytes_.append(bytes, size);
     if (full) {
       ++turned_away_;
     } else {
-      if (size > 16) {
-        high = long_.size();
-        long_.append(bytes, size);
-      }
-      slots_[at] = {low, high, 0, last_pending_, static_cast<std::uint32_t>(size)};
+      slots_[at] = {low, size > 16 ? long_.size() : high, 0, last_pending_, size};
+      if (size > 16) long_.append(bytes, size);
       ++words_in_table_;
     }
     return 0;
@@ -256,6 +275,7 @@ class CorpusBuilder::Worker {
 
   CorpusBuilder& builder_;
   WordBatch batch_;
+  std::vector<Key> keys_;  // of the words of batch_
   std::vector<Slot> slots_;
   std::string long_;
   std::size_t words_in_table_ = 0;

@@ -457,7 +457,7 @@ def test_words_are_a_sequence(built):
 BUILD = """
 import sys
 from mvbert import corpus_build, readers
-corpus_build.CHECKPOINT_BYTES = 1 << 16
+corpus_build.CHECKPOINT_BYTES = 3 << 16
 readers.CHUNK_BYTES = readers.RECORDS_BYTES = 1 << 13
 corpus_build.build_corpus(sys.argv[2:], sys.argv[1], heldout_share=0.2, threads=2)
 """
@@ -497,7 +497,7 @@ def test_a_killed_build_leaves_nothing_at_its_place_and_goes_on(root, tmp_path):
     else:
         pytest.fail("sixty kills, and no end")
     assert {source for source, _ in reached} == {0, 1}, "killed in both files"
-    assert len(reached) > 3
+    assert len(reached) > 2
     corpus = Corpus.open(tmp_path / "c", verify="sha256")
     assert corpus.manifest == whole
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.jsonl", "c", "whole"]
