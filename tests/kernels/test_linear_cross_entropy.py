@@ -236,7 +236,9 @@ def test_mixed(strategy, draw, check_against, device):
     V_t, V_s = 37, 21
     labels = torch.randint(0, V_t + V_s, (17,))
     labels[:6] = torch.tensor([0, V_t - 1, V_t, V_t + V_s - 1, -100, V_t])
-    inputs = [draw(*s, dtype=torch.float32) for s in ((17, 20), (V_t, 20), (V_s, 20), (V_t,), (V_s,))]
+    inputs = [
+        draw(*s, dtype=torch.float32) for s in ((17, 20), (V_t, 20), (V_s, 20), (V_t,), (V_s,))
+    ]
 
     def of(backend, labels):
         return lambda h, wt, ws, bt, bs: MF.mixed_linear_cross_entropy(

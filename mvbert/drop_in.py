@@ -1,0 +1,232 @@
+"""fuse(model), unfuse(model): the fused layers inside a Hugging Face encoder, and out again.
+
+    from mvbert import fuse
+    fuse(model)          # BertForMaskedLM, RobertaModel, ElectraForMaskedLM, DistilBertModel, ...
+
+Parameters, buffers, state-dict keys and the classes of transformers stay as they are: an instance is
+given a subclass of its own class with another `forward`, and later its own class back. Embeddings
+become one pass; a masked-language model that is given labels computes its loss from the hidden
+states of the labelled pieces, without the logits of the others.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvbert import functional
+from mvbert.errors import InputError
+
+__all__ = ["fuse", "unfuse"]
+
+
+# ---- what differs between the families ---------------------------------------------------------
+
+
+def _bert_head(model: Any, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
+    return model.cls.predictions.transform(hidden), model.cls.predictions.decoder
+
+
+def _roberta_head(model: Any, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
+    head = model.lm_head
+    return head.layer_norm(nn.functional.gelu(head.dense(hidden))), head.decoder
+
+
+def _electra_head(model: Any, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
+    return model.generator_predictions(hidden), model.generator_lm_head
+
+
+def _distilbert_head(model: Any, hidden: Tensor) -> tuple[Tensor, nn.Linear]:
+    hidden = model.vocab_layer_norm(model.activation(model.vocab_transform(hidden)))
+    return hidden, model.vocab_projector
+
+
+def _counted_positions(module: Any, input_ids: Tensor, past: int) -> None:
+    """BERT numbers positions 0, 1, .. itself."""
+
+
+def _positions_after_padding(module: Any, input_ids: Tensor, past: int) -> Tensor:
+    """RoBERTa counts pieces that are no padding, from padding_idx + 1 on."""
+    kept = input_ids.ne(module.padding_idx).int()
+    return (kept.cumsum(1) + past) * kept + module.padding_idx
+
+
+# Key: the class's module below transformers.models, and its name. Value: how positions are numbered.
+EMBEDDINGS: dict[str, Callable] = {
+    "bert.modeling_bert.BertEmbeddings": _counted_positions,
+    "distilbert.modeling_distilbert.Embeddings": _counted_positions,
+    "electra.modeling_electra.ElectraEmbeddings": _counted_positions,
+    "roberta.modeling_roberta.RobertaEmbeddings": _positions_after_padding,
+}
+# Value: the attribute of the encoder, and the way from its last hidden states to the decoder.
+MASKED_LM: dict[str, tuple[str, Callable]] = {
+    "bert.modeling_bert.BertForMaskedLM": ("bert", _bert_head),
+    "distilbert.modeling_distilbert.DistilBertForMaskedLM": ("distilbert", _distilbert_head),
+    "electra.modeling_electra.ElectraForMaskedLM": ("electra", _electra_head),
+    "roberta.modeling_roberta.RobertaForMaskedLM": ("roberta", _roberta_head),
+}
+
+
+# ---- the two fused layers ----------------------------------------------------------------------
+
+
+class FusedEmbeddings:
+    """Mixed into the class of an embedding module: word + position + type, LayerNorm, dropout."""
+
+    _mvbert_original: type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = _arguments(self._mvbert_original, self, args, kwargs)
+        input_ids = given.get("input_ids")
+        past = given.get("past_key_values_length") or 0
+        absolute = getattr(self, "position_embedding_type", "absolute") == "absolute"
+        if input_ids is None or not absolute:
+            return super().forward(*args, **kwargs)
+        position_ids = given.get("position_ids")
+        if position_ids is None:
+            position_ids = EMBEDDINGS[_key(self._mvbert_original)](self, input_ids, past)
+        if position_ids is None and past:
+            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+            position_ids = position_ids[None]
+        types = getattr(self, "token_type_embeddings", None)
+        return functional.mixed_embedding(
+            input_ids,
+            self.word_embeddings.weight,
+            None,
+            _without_padding_gradient(self.position_embeddings),
+            None if types is None else types.weight,
+            given.get("token_type_ids"),
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            eps=self.LayerNorm.eps,
+            dropout_p=self.dropout.p,
+            training=self.training,
+            position_ids=position_ids,
+            padding_id=self.word_embeddings.padding_idx,
+        )
+
+
+class FusedMaskedLM:
+    """Mixed into the class of a masked-language model: with labels, the loss without the logits."""
+
+    _mvbert_original: type
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = _arguments(self._mvbert_original, self, args, kwargs)
+        labels = given.pop("labels", None)
+        if labels is None:
+            return super().forward(*args, **kwargs)
+        attribute, head = MASKED_LM[_key(self._mvbert_original)]
+        return_dict = given.pop("return_dict", None)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        given = {name: value for name, value in given.items() if value is not None}
+        outputs = getattr(self, attribute)(**given, return_dict=True)
+        hidden = outputs[0].flatten(0, 1)
+        labels = labels.reshape(-1).to(hidden.device)
+        if not hidden.is_cuda and not torch.compiler.is_compiling():
+            # The head's transform, too, is only needed where there is a label. A GPU would have to
+            # tell the host how many there are; there the loss alone skips the others.
+            kept = labels != functional.IGNORE_INDEX
+            hidden, labels = hidden[kept], labels[kept]
+        hidden, decoder = head(self, hidden)
+        loss = functional.linear_cross_entropy(hidden, decoder.weight, labels, decoder.bias)
+        from transformers.modeling_outputs import MaskedLMOutput
+
+        output = MaskedLMOutput(
+            loss=loss,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _arguments(original: type, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call of `original.forward` by name, those of its ** included."""
+    signature = _signature(original)
+    bound = dict(signature.bind(module, *args, **kwargs).arguments)
+    bound.pop("self")
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
+
+
+@cache
+def _signature(original: type) -> inspect.Signature:
+    return inspect.signature(original.forward)
+
+
+def _without_padding_gradient(table: nn.Embedding) -> Tensor:
+    """The table's weight; the row that `padding_idx` names, if any, receives no gradient."""
+    if table.padding_idx is None or not table.weight.requires_grad or not torch.is_grad_enabled():
+        return table.weight
+    rows = torch.arange(table.num_embeddings, device=table.weight.device)
+    return torch.where((rows == table.padding_idx)[:, None], table.weight.detach(), table.weight)
+
+
+# ---- in and out --------------------------------------------------------------------------------
+
+
+def _key(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("transformers.models.")
+
+
+@cache
+def _fused_class(cls: type, mixin: type) -> type:
+    """A subclass of `cls` with the forward of `mixin`, of the same name (it is saved in configs)."""
+    return type(cls.__name__, (mixin, cls), {"_mvbert_original": cls, "__module__": cls.__module__})
+
+
+def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
+    """Puts the fused layers into a Hugging Face encoder, in place.
+
+    Args:
+        model: a Bert*, DistilBert*, Electra* or Roberta* model of transformers, or a module that
+            contains one. Unpickling needs the original classes: call `unfuse` before pickling a model
+            whole (state dicts and `save_pretrained` are not concerned).
+        keep_logits: a masked-language model given labels returns logits too, as before (its head is
+            then left alone). Without, its output has `logits=None` whenever there are labels.
+
+    Returns:
+        The names of the modules that were replaced; "" is the model itself.
+
+    Raises:
+        InputError: nothing in the model is known.
+    """
+    replaced = []
+    for name, module in model.named_modules():
+        cls = type(module)
+        if hasattr(cls, "_mvbert_original"):
+            continue
+        if _key(cls) in EMBEDDINGS:
+            module.__class__ = _fused_class(cls, FusedEmbeddings)
+        elif _key(cls) in MASKED_LM and not keep_logits:
+            module.__class__ = _fused_class(cls, FusedMaskedLM)
+        else:
+            continue
+        replaced.append(name)
+    if not replaced and not any(hasattr(type(m), "_mvbert_original") for m in model.modules()):
+        known = ", ".join(sorted(key.rsplit(".", 1)[1] for key in (*EMBEDDINGS, *MASKED_LM)))
+        raise InputError(
+            f"fuse knows no layer of {type(model).__name__}: it replaces {known} of transformers"
+        )
+    return replaced
+
+
+def unfuse(model: nn.Module) -> list[str]:
+    """Gives every fused module its own class back.
+
+    Returns:
+        The names of the modules that were restored.
+    """
+    restored = []
+    for name, module in model.named_modules():
+        original = getattr(type(module), "_mvbert_original", None)
+        if original is not None:
+            module.__class__ = original
+            restored.append(name)
+    return restored
