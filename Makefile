@@ -31,11 +31,9 @@ demo: .venv/.demo
 	@$(BIN)/mvbert distill $(ARGS)
 
 test: .venv/.test
-	@$(BIN)/ruff check .
 	@$(BIN)/pytest -m "not slow" $(ARGS)
 
 test-all: .venv/.dev
-	@$(BIN)/ruff check .
 	@$(BIN)/pytest $(ARGS)
 
 check: .venv/.dev

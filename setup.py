@@ -57,7 +57,7 @@ setup(
     package_dir={"mvbert": "mvbert", "mvbert.kernels": "kernels"},
     package_data={
         "mvbert": ["py.typed", "*.pyi", "presets/*.toml"],
-        "mvbert.kernels": ["*.cu", "*.cuh", "*.md"],
+        "mvbert.kernels": ["*.cu", "*.cuh", "*.json", "*.md"],
     },
     ext_modules=[Extension("mvbert._tokenizer", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

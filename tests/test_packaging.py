@@ -145,6 +145,15 @@ def test_nothing_committed_names_a_private_place(root):
         assert not found, f"{name} holds {found[0].decode()!r}"
 
 
+def test_ruff_finds_nothing(root):
+    """The linter is one of the checks of `make test`; the formatter and mypy are `make check`."""
+    ruff = Path(sys.executable).parent / "ruff"
+    if not ruff.exists():
+        pytest.skip("needs ruff (extra test)")
+    done = subprocess.run([ruff, "check", root], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def readme_commands(root: Path) -> set[str]:
     return set(re.findall(r"^(?:\$ )?make (\w+)", (root / "README.md").read_text(), re.M))
 
