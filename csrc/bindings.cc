@@ -3,6 +3,8 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -23,6 +25,7 @@
 #include "philox.h"
 #include "philox_blocks.h"
 #include "segmentation.h"
+#include "tokenizer.h"
 #include "unicode.h"
 #include "vocab_learner.h"
 #include "wordpiece.h"
@@ -134,6 +137,124 @@ std::vector<std::int32_t> Cut(const mvbert::WordPiece& wordpiece, const py::obje
   std::vector<std::int32_t> ids;
   wordpiece.Cut(view.get(), &ids);
   return ids;
+}
+
+// ---- tokenizer ----------------------------------------------------------------------------------
+
+// A numpy array that owns the buffer's memory.
+py::array_t<std::int32_t> TakeIds(mvbert::IdBuffer* ids) {
+  const auto size = static_cast<py::ssize_t>(ids->size());
+  std::int32_t* data = ids->Release();
+  const py::capsule owner(data == nullptr ? std::malloc(1) : data, &std::free);
+  return py::array_t<std::int32_t>({size}, {sizeof(std::int32_t)}, data, owner);
+}
+
+template <typename T, typename From>
+py::array_t<T> CopyArray(const std::vector<From>& values) {
+  py::array_t<T> array(static_cast<py::ssize_t>(values.size()));
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
+}
+
+mvbert::Coin MakeCoin(std::uint64_t threshold, std::uint64_t seed) {
+  if (threshold > std::uint64_t{1} << 32) {
+    throw std::invalid_argument("the coin's threshold must lie in [0, 2^32]");
+  }
+  mvbert::Coin coin;
+  coin.threshold = threshold;
+  coin.seed = seed;
+  return coin;
+}
+
+std::unique_ptr<mvbert::Tokenizer> MakeTokenizer(
+    bool lowercase, std::shared_ptr<mvbert::WordPiece> teacher,
+    std::shared_ptr<mvbert::WordPiece> student,
+    std::vector<std::pair<std::string, std::int32_t>> special) {
+  mvbert::SplitOptions options;
+  options.lowercase = lowercase;
+  return std::make_unique<mvbert::Tokenizer>(options, std::move(teacher), std::move(student),
+                                             std::move(special));
+}
+
+// The ids of texts, flat, and where each text's ids end.
+py::tuple EncodeTexts(const mvbert::Tokenizer& tokenizer, const py::sequence& texts,
+                      bool find_special, std::uint64_t threshold, std::uint64_t seed,
+                      std::uint64_t first_number, int threads) {
+  std::vector<std::unique_ptr<TextView>> keep;
+  std::vector<std::string_view> views;
+  keep.reserve(texts.size());
+  views.reserve(texts.size());
+  for (const py::handle text : texts) {
+    keep.push_back(std::make_unique<TextView>(text));
+    views.push_back(keep.back()->get());
+  }
+  mvbert::Encoding encoding;
+  {
+    py::gil_scoped_release release;
+    tokenizer.Encode(views, find_special, MakeCoin(threshold, seed), first_number, threads,
+                     &encoding);
+  }
+  py::array_t<std::int64_t> ends = CopyArray<std::int64_t>(encoding.ends);
+  return py::make_tuple(TakeIds(&encoding.ids), ends);
+}
+
+py::array_t<std::int32_t> EncodeText(const mvbert::Tokenizer& tokenizer, const py::object& text,
+                                     bool find_special) {
+  const TextView view(text);
+  mvbert::IdBuffer ids;
+  {
+    py::gil_scoped_release release;
+    tokenizer.EncodeWords(view.get(), find_special, mvbert::Coin(), 0, &ids, nullptr);
+  }
+  return TakeIds(&ids);
+}
+
+py::array_t<std::int32_t> EncodeLong(const mvbert::Tokenizer& tokenizer, const py::buffer& data,
+                                     bool find_special, int threads) {
+  const py::buffer_info info = data.request();
+  const std::string_view text(static_cast<const char*>(info.ptr),
+                              static_cast<std::size_t>(info.size * info.itemsize));
+  mvbert::IdBuffer ids;
+  {
+    py::gil_scoped_release release;
+    mvbert::CheckUtf8(text);
+    tokenizer.EncodeLong(text, find_special, threads, &ids);
+  }
+  return TakeIds(&ids);
+}
+
+// ids, where each word's ids begin, whether the student cut it.
+py::tuple EncodeWords(const mvbert::Tokenizer& tokenizer, const py::object& text, bool find_special,
+                      std::uint64_t threshold, std::uint64_t seed, std::uint64_t number) {
+  const TextView view(text);
+  mvbert::IdBuffer ids;
+  mvbert::WordMap words;
+  {
+    py::gil_scoped_release release;
+    tokenizer.EncodeWords(view.get(), find_special, MakeCoin(threshold, seed), number, &ids,
+                          &words);
+  }
+  return py::make_tuple(TakeIds(&ids), CopyArray<std::int32_t>(words.starts),
+                        CopyArray<bool>(words.from_student));
+}
+
+// ids, and spans [n, 2] in characters of the text.
+py::tuple EncodeSpans(const mvbert::Tokenizer& tokenizer, const py::object& text,
+                      bool find_special) {
+  const TextView view(text);
+  mvbert::IdBuffer ids;
+  std::vector<mvbert::Span> spans;
+  {
+    py::gil_scoped_release release;
+    tokenizer.EncodeSpans(view.get(), find_special, &ids, &spans);
+  }
+  py::array_t<std::int32_t> array({static_cast<py::ssize_t>(spans.size()), py::ssize_t{2}});
+  std::int32_t* out = array.mutable_data();
+  for (const mvbert::Span& span : spans) {
+    *out++ = static_cast<std::int32_t>(span.begin);
+    *out++ = static_cast<std::int32_t>(span.end);
+  }
+  return py::make_tuple(TakeIds(&ids), array);
 }
 
 // ---- lexicon ----------------------------------------------------------------------------
@@ -539,6 +660,22 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def("__len__", &mvbert::WordPiece::size)
       .def_property_readonly("unk_id", &mvbert::WordPiece::unk_id)
       .def_property_readonly("max_chars", &mvbert::WordPiece::max_chars);
+
+  // tokenizer
+  py::class_<mvbert::Tokenizer>(m, "Tokenizer")
+      .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"), py::arg("teacher"),
+           py::arg("student") = nullptr,
+           py::arg("special") = std::vector<std::pair<std::string, std::int32_t>>())
+      .def("encode", &EncodeText, py::arg("text"), py::arg("find_special"))
+      .def("encode_texts", &EncodeTexts, py::arg("texts"), py::arg("find_special"),
+           py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("first_number") = 0,
+           py::arg("threads") = 1)
+      .def("encode_long", &EncodeLong, py::arg("data"), py::arg("find_special"),
+           py::arg("threads") = 1)
+      .def("encode_words", &EncodeWords, py::arg("text"), py::arg("find_special"),
+           py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("number") = 0)
+      .def("encode_spans", &EncodeSpans, py::arg("text"), py::arg("find_special"))
+      .def("forget_words", &mvbert::Tokenizer::ForgetWords);
 
   // lexicon
   static PyObject* not_utf8 =

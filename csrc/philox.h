@@ -14,8 +14,9 @@
 //   kVocabulary      block             purpose               row number, low and high 32 bits
 //   kRow             block             purpose               row number, low and high 32 bits
 //   kHeldOut         document, low     purpose               document, high 32 bits; 0
+//   kText            block             purpose               text number, low and high 32 bits
 //
-// mixer.h says what the numbers of each purpose decide. mvbert/mixing.py is the same in plain Python.
+// mixer.h and tokenizer.h say what the numbers decide. mvbert/mixing.py is the same in plain Python.
 
 #ifndef MVBERT_PHILOX_H_
 #define MVBERT_PHILOX_H_
@@ -31,6 +32,7 @@ enum class Purpose : std::uint32_t {
   kVocabulary = 3,
   kRow = 4,
   kHeldOut = 5,
+  kText = 6,
 };
 
 inline constexpr std::uint32_t kPhiloxM0 = 0xD2511F53u;

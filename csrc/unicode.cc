@@ -122,56 +122,55 @@ int CombiningClass(char32_t c) { return CombiningEntry(c) & 0xFF; }
 
 bool IsNonspacingMark(char32_t c) { return (CombiningEntry(c) & 0x100) != 0; }
 
-void Decompose(char32_t c, std::vector<char32_t>* out) {
-  if (c - kSBase < kSCount) {
-    const char32_t s = c - kSBase;
-    out->push_back(kLBase + s / (kVCount * kTCount));
-    out->push_back(kVBase + s % (kVCount * kTCount) / kTCount);
-    if (s % kTCount != 0) out->push_back(kTBase + s % kTCount);
+void Decompose(const SourceChar& c, std::vector<SourceChar>* out) {
+  const auto push = [&](char32_t code) { out->push_back({code, c.begin, c.end}); };
+  if (c.code - kSBase < kSCount) {
+    const char32_t s = c.code - kSBase;
+    push(kLBase + s / (kVCount * kTCount));
+    push(kVBase + s % (kVCount * kTCount) / kTCount);
+    if (s % kTCount != 0) push(kTBase + s % kTCount);
     return;
   }
   const Decomposition* end = std::end(kDecompositions);
   const Decomposition* at =
-      std::lower_bound(std::begin(kDecompositions), end, c,
+      std::lower_bound(std::begin(kDecompositions), end, c.code,
                        [](const Decomposition& row, char32_t key) { return row.code < key; });
-  if (at == end || at->code != c) {
-    out->push_back(c);
+  if (at == end || at->code != c.code) {
+    push(c.code);
     return;
   }
-  for (std::uint32_t i = 0; i < at->length; ++i) {
-    out->push_back(kDecompositionText[at->offset + i]);
-  }
+  for (std::uint32_t i = 0; i < at->length; ++i) push(kDecompositionText[at->offset + i]);
 }
 
-void CanonicalOrder(std::vector<char32_t>* text) {
+void CanonicalOrder(std::vector<SourceChar>* text) {
   auto it = text->begin();
   while (it != text->end()) {
-    if (CombiningClass(*it) == 0) {
+    if (CombiningClass(it->code) == 0) {
       ++it;
       continue;
     }
     auto run_end = it;
-    while (run_end != text->end() && CombiningClass(*run_end) != 0) ++run_end;
-    std::stable_sort(it, run_end, [](char32_t a, char32_t b) {
-      return CombiningClass(a) < CombiningClass(b);
+    while (run_end != text->end() && CombiningClass(run_end->code) != 0) ++run_end;
+    std::stable_sort(it, run_end, [](const SourceChar& a, const SourceChar& b) {
+      return CombiningClass(a.code) < CombiningClass(b.code);
     });
     it = run_end;
   }
 }
 
-void Compose(std::vector<char32_t>* text) {
+void Compose(std::vector<SourceChar>* text) {
+  constexpr std::size_t kNone = static_cast<std::size_t>(-1);
   std::size_t out = 0;
-  std::size_t starter = static_cast<std::size_t>(-1);
+  std::size_t starter = kNone;
   int last_class = 0;
-  for (const char32_t c : *text) {
-    const int klass = CombiningClass(c);
+  for (const SourceChar c : *text) {
+    const int klass = CombiningClass(c.code);
     // Not blocked: adjacent to the starter, or only lower classes stand between.
-    const bool open = starter != static_cast<std::size_t>(-1) &&
-                      (out == starter + 1 || (last_class < klass && last_class != 0));
-    if (open) {
-      const char32_t composite = ComposePair((*text)[starter], c);
+    if (starter != kNone && (out == starter + 1 || (last_class < klass && last_class != 0))) {
+      SourceChar& first = (*text)[starter];
+      const char32_t composite = ComposePair(first.code, c.code);
       if (composite != 0) {
-        (*text)[starter] = composite;
+        first = {composite, std::min(first.begin, c.begin), std::max(first.end, c.end)};
         continue;
       }
     }

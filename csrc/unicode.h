@@ -111,14 +111,22 @@ int CombiningClass(char32_t c);
 // General category Mn.
 bool IsNonspacingMark(char32_t c);
 
-// Appends the full canonical decomposition of c, not reordered.
-void Decompose(char32_t c, std::vector<char32_t>* out);
+// A code point and the code points [begin, end) of the source that it came from.
+struct SourceChar {
+  char32_t code;
+  std::uint32_t begin;
+  std::uint32_t end;
+};
+
+// Appends the full canonical decomposition of a character, not reordered.
+void Decompose(const SourceChar& c, std::vector<SourceChar>* out);
 
 // Puts runs of combining characters into canonical order. O(n log n).
-void CanonicalOrder(std::vector<char32_t>* text);
+void CanonicalOrder(std::vector<SourceChar>* text);
 
-// Composes canonically ordered, fully decomposed text in place: the last step of NFC. O(n).
-void Compose(std::vector<char32_t>* text);
+// Composes canonically ordered, fully decomposed text in place: the last step of NFC. A composite
+// spans the sources of its parts. O(n).
+void Compose(std::vector<SourceChar>* text);
 
 }  // namespace mvbert
 

@@ -12,6 +12,12 @@ void WordBatch::Clear() {
   if (open_) {
     const std::size_t start = starts_[word_count_];
     std::memmove(bytes_.data(), bytes_.data() + start, byte_count_ - start);
+    if (track_) {
+      std::memmove(source_begins_.data(), source_begins_.data() + start,
+                   (byte_count_ - start) * sizeof(std::uint32_t));
+      std::memmove(source_ends_.data(), source_ends_.data() + start,
+                   (byte_count_ - start) * sizeof(std::uint32_t));
+    }
     byte_count_ -= start;
     starts_[0] = 0;
   } else {
@@ -22,7 +28,7 @@ void WordBatch::Clear() {
 
 void WordBatch::Reserve(std::size_t more) {
   const std::size_t need = byte_count_ + more + kPadding;
-  if (need <= bytes_.size()) return;
+  if (need <= bytes_.size() && (!track_ || need <= source_ends_.size())) return;
   if (need > std::numeric_limits<std::uint32_t>::max()) {
     throw std::length_error("a single word of 4 GiB");
   }
@@ -30,10 +36,14 @@ void WordBatch::Reserve(std::size_t more) {
   bytes_.resize(size);
   starts_.resize(size);
   ends_.resize(size);
+  if (track_) {
+    source_begins_.resize(size);
+    source_ends_.resize(size);
+  }
 }
 
 // One call of WordSplitter::Fill: the cursor in the text and the code-point-wise path.
-template <bool kLowercase>
+template <bool kLowercase, bool kTrack>
 class Filler {
  public:
   Filler(std::string_view text, std::size_t from, AsciiRunFunction ascii_run, WordBatch* batch)
@@ -45,7 +55,7 @@ class Filler {
 
   std::size_t Run() {
     while (at_ < end_ && !batch_.full()) {
-      if (AsciiAhead()) ReadAscii();
+      if (!kTrack && AsciiAhead()) ReadAscii();
       // One code point at a time while there are others than ASCII about.
       if (at_ == end_ || batch_.full()) break;
       batch_.Reserve(256);
@@ -101,6 +111,12 @@ class Filler {
   }
 
   void Copy(const char* s, std::size_t n) {
+    if (kTrack) {
+      for (std::size_t i = 0; i < n; ++i) {
+        batch_.source_begins_[batch_.byte_count_ + i] = source_begin_;
+        batch_.source_ends_[batch_.byte_count_ + i] = source_end_;
+      }
+    }
     std::memcpy(batch_.bytes_.data() + batch_.byte_count_, s, n);
     batch_.byte_count_ += n;
   }
@@ -117,23 +133,39 @@ class Filler {
   }
 
   // A code point of normalised text: a punctuation mark or a letter.
-  void Normalized(char32_t c) {
+  void Normalized(const SourceChar& c) {
     char utf8[4];
-    const std::string_view s(utf8, static_cast<std::size_t>(EncodeUtf8(c, utf8) - utf8));
-    if (KindOf(EntryOf<kLowercase>(c)) == kPunct) {
+    const std::string_view s(utf8, static_cast<std::size_t>(EncodeUtf8(c.code, utf8) - utf8));
+    source_begin_ = c.begin;
+    source_end_ = c.end;
+    if (KindOf(EntryOf<kLowercase>(c.code)) == kPunct) {
       Alone(s);
     } else {
       Letters(s);
     }
   }
 
+  // Reads the code point at the cursor.
+  SourceChar Next() {
+    const std::uint32_t at = batch_.source_at_++;
+    return {DecodeUtf8(&at_), at, at + 1};
+  }
+
+  // Undoes the last Next().
+  void Back(const char* start) {
+    at_ = start;
+    --batch_.source_at_;
+  }
+
   void Step() {
     const char* start = at_;
-    const char32_t c = DecodeUtf8(&at_);
-    const CharEntry entry = EntryOf<kLowercase>(c);
+    const SourceChar c = Next();
+    source_begin_ = c.begin;
+    source_end_ = c.end;
+    const CharEntry entry = EntryOf<kLowercase>(c.code);
     const CharKind kind = KindOf(entry);
     if (!kLowercase && (kind == kLetter || kind == kPunct) && GatherFollows()) {
-      at_ = start;
+      Back(start);
       GatherCased();
       return;
     }
@@ -151,11 +183,11 @@ class Filler {
       case kHangul: {
         gathered_.clear();
         Decompose(c, &gathered_);
-        for (const char32_t letter : gathered_) Normalized(letter);
+        for (const SourceChar& letter : gathered_) Normalized(letter);
         break;
       }
       case kGather:
-        at_ = start;
+        Back(start);
         if (kLowercase) {
           GatherUncased();
         } else {
@@ -181,11 +213,11 @@ class Filler {
     gathered_.clear();
     while (at_ < end_) {
       const char* start = at_;
-      const char32_t c = DecodeUtf8(&at_);
-      const CharKind kind = KindOf(EntryOf<false>(c));
+      const SourceChar c = Next();
+      const CharKind kind = KindOf(EntryOf<false>(c.code));
       if (kind == kDrop) continue;
       if (kind != kGather && !gathered_.empty()) {
-        at_ = start;
+        Back(start);
         break;
       }
       Decompose(c, &gathered_);
@@ -193,7 +225,7 @@ class Filler {
     CanonicalOrder(&gathered_);
     Compose(&gathered_);
     batch_.Reserve(4 * gathered_.size() + 256);
-    for (const char32_t c : gathered_) Normalized(c);
+    for (const SourceChar& c : gathered_) Normalized(c);
   }
 
   // Uncased: brings combining characters that are not accents into canonical order.
@@ -201,22 +233,22 @@ class Filler {
     gathered_.clear();
     while (at_ < end_) {
       const char* start = at_;
-      const char32_t c = DecodeUtf8(&at_);
-      const CharKind kind = KindOf(EntryOf<true>(c));
+      const SourceChar c = Next();
+      const CharKind kind = KindOf(EntryOf<true>(c.code));
       if (kind == kDrop) continue;
       const std::size_t before = gathered_.size();
       if (kind == kGather || kind == kMark) Decompose(c, &gathered_);
       // Nothing moves past a starter. (U+0F73 is one by its class, but not what it decomposes to.)
-      if (kind != kGather && (kind != kMark || CombiningClass(gathered_[before]) == 0)) {
+      if (kind != kGather && (kind != kMark || CombiningClass(gathered_[before].code) == 0)) {
         gathered_.resize(before);
-        at_ = start;
+        Back(start);
         break;
       }
     }
     CanonicalOrder(&gathered_);
     batch_.Reserve(4 * gathered_.size() + 256);
-    for (const char32_t c : gathered_) {
-      if (!IsNonspacingMark(c)) Normalized(c);
+    for (const SourceChar& c : gathered_) {
+      if (!IsNonspacingMark(c.code)) Normalized(c);
     }
   }
 
@@ -225,13 +257,21 @@ class Filler {
   const char* end_;
   AsciiRunFunction ascii_run_;
   WordBatch& batch_;
-  std::vector<char32_t> gathered_;
+  std::uint32_t source_begin_ = 0;  // of what is copied next
+  std::uint32_t source_end_ = 0;
+  std::vector<SourceChar> gathered_;
 };
 
 std::size_t WordSplitter::Fill(std::string_view utf8, std::size_t from, WordBatch* batch) const {
   batch->Reserve(256);
-  if (options_.lowercase) return Filler<true>(utf8, from, ascii_.lowercase, batch).Run();
-  return Filler<false>(utf8, from, ascii_.cased, batch).Run();
+  const bool track = batch->track_;
+  if (options_.lowercase) {
+    const AsciiRunFunction ascii = ascii_.lowercase;
+    return track ? Filler<true, true>(utf8, from, ascii, batch).Run()
+                 : Filler<true, false>(utf8, from, ascii, batch).Run();
+  }
+  return track ? Filler<false, true>(utf8, from, ascii_.cased, batch).Run()
+               : Filler<false, false>(utf8, from, ascii_.cased, batch).Run();
 }
 
 void WordSplitter::Split(std::string_view utf8, Words* out) const {

@@ -50,6 +50,16 @@ class WordBatch {
     return {bytes_.data() + starts_[i], ends_[i] - starts_[i]};
   }
 
+  // Asks for the source of every byte, from the next Fill on; reading is then slower.
+  void TrackSources() { track_ = true; }
+
+  // The code points [begin, end) of the text that the bytes [from, to) of bytes() came from, to > from.
+  // Counted from the start of the text, or from the last RestartSources().
+  std::uint32_t source_begin(std::uint32_t from) const { return source_begins_[from]; }
+  std::uint32_t source_end(std::uint32_t to) const { return source_ends_[to - 1]; }
+  void RestartSources(std::uint32_t at) { source_at_ = at; }
+  std::uint32_t source_at() const { return source_at_; }
+
   // Time to use the complete words. (A word still open does not count: it may be any length.)
   bool full() const { return (open_ ? starts_[word_count_] : byte_count_) >= kTarget; }
 
@@ -58,7 +68,7 @@ class WordBatch {
 
  private:
   friend class WordSplitter;
-  template <bool kLowercase>
+  template <bool kLowercase, bool kTrack>
   friend class Filler;
 
   static constexpr std::size_t kTarget = 16384;  // stays in the first-level cache with its words
@@ -69,6 +79,10 @@ class WordBatch {
   std::vector<char> bytes_;
   std::vector<std::uint32_t> starts_;
   std::vector<std::uint32_t> ends_;
+  std::vector<std::uint32_t> source_begins_;  // a byte each, while tracking
+  std::vector<std::uint32_t> source_ends_;
+  std::uint32_t source_at_ = 0;  // code points read so far
+  bool track_ = false;
   std::size_t byte_count_ = 0;
   std::size_t word_count_ = 0;
   bool open_ = false;  // starts_[word_count_] is the start of a word whose end is not known

@@ -1,0 +1,162 @@
+// Text -> piece ids, under one vocabulary or mixed under two.
+//
+// Words are looked up in a cache whose 32-byte slot holds a word of up to 16 bytes and its pieces under
+// both vocabularies, so a mixed text costs what a plain one does. A word that is not there is cut by
+// the tries and remembered. The cache is bounded (4 MiB, and 4 MiB for longer words), filled with the
+// vocabulary's own whole words at first, and belongs to one call at a time: results never depend on
+// it.
+//
+// A Tokenizer is immutable to its callers: any number of threads may use one. There is no lock and no
+// thread that outlives a call, so a forked child can go on using it.
+
+#ifndef MVBERT_TOKENIZER_H_
+#define MVBERT_TOKENIZER_H_
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "wordpiece.h"
+#include "words.h"
+
+namespace mvbert {
+
+// Which vocabulary cuts which word: word w of text number t is cut by the student's when the w-th
+// number that text t has for Purpose::kText is below `threshold`. The numbers lie as the mixer's do:
+// 64 from 16 Philox blocks, first words first (`drawn` in mvbert/mixing.py).
+struct Coin {
+  std::uint64_t threshold = 0;  // student_prob * 2^32, rounded to nearest: 0 never, 2^32 always
+  std::uint64_t seed = 0;
+};
+
+// A growing array of ids whose new memory is not cleared first.
+class IdBuffer {
+ public:
+  IdBuffer() = default;
+  ~IdBuffer() { std::free(data_); }
+  IdBuffer(IdBuffer&& other) noexcept { *this = std::move(other); }
+  IdBuffer& operator=(IdBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(capacity_, other.capacity_);
+    return *this;
+  }
+
+  std::int32_t* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  std::int32_t* end() const { return data_ + size_; }
+  void SetEnd(const std::int32_t* end) { size_ = static_cast<std::size_t>(end - data_); }
+
+  // Room for `more` ids past the end.
+  void Reserve(std::size_t more) {
+    if (size_ + more <= capacity_) return;
+    const std::size_t capacity = size_ + more + (size_ + more) / 2 + 1024;
+    void* data = std::realloc(data_, capacity * sizeof(std::int32_t));
+    if (data == nullptr) throw std::bad_alloc();
+    data_ = static_cast<std::int32_t*>(data);
+    capacity_ = capacity;
+  }
+  void Append(const std::int32_t* ids, std::size_t count) {
+    if (count == 0) return;
+    Reserve(count);
+    std::memcpy(end(), ids, count * sizeof(std::int32_t));
+    size_ += count;
+  }
+  // The memory, to be freed with std::free; this is then empty.
+  std::int32_t* Release() {
+    std::int32_t* data = data_;
+    data_ = nullptr;
+    size_ = capacity_ = 0;
+    return data;
+  }
+
+ private:
+  std::int32_t* data_ = nullptr;
+  std::size_t size_ = 0;
+  std::size_t capacity_ = 0;
+};
+
+// The ids of several texts, one after another: text i has ids[ends[i - 1], ends[i]).
+struct Encoding {
+  IdBuffer ids;
+  std::vector<std::uint64_t> ends;
+};
+
+// Where words begin, for one text: word w has ids[starts[w], starts[w + 1]), the last one the rest.
+struct WordMap {
+  std::vector<std::uint32_t> starts;
+  std::vector<std::uint8_t> from_student;
+};
+
+// A piece of a text in code points of the text, half-open.
+struct Span {
+  std::uint32_t begin;
+  std::uint32_t end;
+};
+
+class Tokenizer {
+ public:
+  // Ids are the teacher's, or teacher.size() + the student's. `student` may be null. `special` are
+  // the strings that Encode recognises in text when asked to, with their ids.
+  Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teacher,
+            std::shared_ptr<const WordPiece> student,
+            std::vector<std::pair<std::string, std::int32_t>> special);
+  ~Tokenizer();
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
+
+  // Appends the ids of each text, in order, to *out. The texts must be well-formed UTF-8; text i is
+  // number first_number + i for the coin. `threads` >= 1 bounds the threads used; the ids do not
+  // depend on it. No [CLS] or [SEP] is added.
+  void Encode(const std::vector<std::string_view>& texts, bool find_special, const Coin& coin,
+              std::uint64_t first_number, int threads, Encoding* out) const;
+
+  // The same for one text on one thread, with its words.
+  void EncodeWords(std::string_view text, bool find_special, const Coin& coin,
+                   std::uint64_t number, IdBuffer* ids, WordMap* words) const;
+
+  // One long text, plain (teacher's pieces), on several threads: it is cut at spaces, where no word
+  // and no special piece can stretch across.
+  void EncodeLong(std::string_view text, bool find_special, int threads, IdBuffer* ids) const;
+
+  // The ids of one text under the teacher's vocabulary and where each piece lies in the text. A
+  // piece spans from the first to the last character it has letters of. Slower: no cache.
+  void EncodeSpans(std::string_view text, bool find_special, IdBuffer* ids,
+                   std::vector<Span>* spans) const;
+
+  const WordPiece& teacher() const { return *teacher_; }
+  const WordPiece* student() const { return student_.get(); }
+
+  // Lets go of what calls have learnt (not of the vocabulary's own words): for measuring.
+  void ForgetWords() const;
+
+ private:
+  class Cache;
+  class Worker;
+  class Lease;
+
+  // Calls found(text, -1) for stretches between special pieces and found({}, id) for these.
+  template <typename Found>
+  void SplitAtSpecial(std::string_view text, bool find_special, Found&& found) const;
+
+  const WordSplitter splitter_;
+  const std::shared_ptr<const WordPiece> teacher_;
+  const std::shared_ptr<const WordPiece> student_;
+  const std::vector<std::pair<std::string, std::int32_t>> special_;
+  std::string special_bytes_;  // what special pieces begin with
+  std::unique_ptr<const Cache> seeds_;
+  mutable std::array<std::atomic<Worker*>, 64> idle_{};  // workers that no call is using
+};
+
+}  // namespace mvbert
+
+#endif  // MVBERT_TOKENIZER_H_
