@@ -1,10 +1,10 @@
 // The Python face of the core: convert, release the GIL, call. One section a subject, one table of
 // definitions at the bottom.
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdlib>
-#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>

@@ -8,9 +8,67 @@ from numpy.typing import NDArray
 __version__: str
 source_hash: str
 
+Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+# ---- words and pieces ------------------------------------------------------------------------
+
+unicode_version: str
+
+def split(
+    text: str | Buffer, lowercase: bool = True, instruction_set: str | None = None
+) -> list[str]: ...
+def instruction_sets() -> list[str]: ...
+def utf8_error(data: Buffer) -> int | None: ...
+
+class WordPiece:
+    def __init__(self, pieces: Sequence[str], unk_id: int, max_chars: int = 100) -> None: ...
+    def cut(self, word: str | Buffer) -> list[int]: ...
+    def __len__(self) -> int: ...
+    @property
+    def unk_id(self) -> int: ...
+    @property
+    def max_chars(self) -> int: ...
+
+class Tokenizer:
+    def __init__(
+        self,
+        *,
+        lowercase: bool,
+        teacher: WordPiece,
+        student: WordPiece | None = None,
+        special: Sequence[tuple[str, int]] = (),
+    ) -> None: ...
+    def encode(self, text: str | Buffer, find_special: bool) -> NDArray[np.int32]: ...
+    # ids, the end of each text's ids
+    def encode_texts(
+        self,
+        texts: Sequence[str | Buffer],
+        find_special: bool,
+        threshold: int = 0,
+        seed: int = 0,
+        first_number: int = 0,
+        threads: int = 1,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...
+    def encode_long(
+        self, data: Buffer, find_special: bool, threads: int = 1
+    ) -> NDArray[np.int32]: ...
+    # ids, the start of each word's ids, whether the student cut it
+    def encode_words(
+        self,
+        text: str | Buffer,
+        find_special: bool,
+        threshold: int = 0,
+        seed: int = 0,
+        number: int = 0,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]: ...
+    # ids, spans [n, 2]
+    def encode_spans(
+        self, text: str | Buffer, find_special: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
+    def forget_words(self) -> None: ...
+
 # ---- lexicon ---------------------------------------------------------------------------------
 
-Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 class NotUtf8(ValueError):  # args: source, byte offset in its text
     ...

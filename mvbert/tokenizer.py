@@ -1,10 +1,443 @@
-"""Tokenizers over the C++ core, and the files that Hugging Face's tokenizers open."""
+"""Tokenizers over the C++ core, and the files that Hugging Face's tokenizers open.
+
+`WordPieceTokenizer` gives the ids of Hugging Face's slow BertTokenizer (transformers 4.57);
+`MixedTokenizer` cuts each word by one of two vocabularies. Both are immutable: any number of
+threads may use one, a forked child too, and no environment variable is needed.
+"""
 
 import json
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mvbert import _tokenizer
+from mvbert.errors import InputError
 from mvbert.files import Json, atomic_write, write_error, write_json
-from mvbert.vocab import SPECIAL_PIECES, Vocab
+from mvbert.vocab import LIMIT, SPECIAL_PIECES, Vocab
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast
+
+Text = str | bytes | bytearray | memoryview
+
+TRUNCATIONS = ("longest_first", "only_first", "only_second")
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """Rows of different lengths, one after another."""
+
+    ids: NDArray[np.int32]  # [N]; row i is ids[offsets[i] : offsets[i + 1]]
+    offsets: NDArray[np.int64]  # [B + 1]
+    token_type_ids: NDArray[np.uint8]  # [N]; 1 in the second text of a pair
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        row = range(len(self))[row]
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Rows padded to one length T, named as Hugging Face's models want them."""
+
+    input_ids: NDArray[Any]  # [B, T]
+    token_type_ids: NDArray[Any]  # [B, T]
+    attention_mask: NDArray[Any]  # [B, T]; 0 where padded
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class MixedEncoding:
+    """A text cut by two vocabularies. Ids from the teacher's size on are the student's."""
+
+    ids: NDArray[np.int32]  # [n]
+    word_starts: NDArray[np.int32]  # [words]; word w is ids[word_starts[w] : word_starts[w + 1]]
+    from_student: NDArray[np.bool_]  # [words]
+
+
+class WordPieceTokenizer:
+    """BERT's tokenizer.
+
+    >>> tokenizer = WordPieceTokenizer.from_pretrained("folder")
+    >>> tokenizer.encode("Hello, [MASK]!")
+    [101, 7592, 1010, 103, 999, 102]
+
+    Special pieces inside text are recognised, as Hugging Face does; build corpora with
+    `mvbert.corpus`, which does not.
+
+    Args:
+        vocab: the vocabulary; `vocab.lowercase` says whether text is lower-cased.
+    """
+
+    def __init__(self, vocab: Vocab) -> None:
+        self.vocab = vocab
+        self._core = _tokenizer.Tokenizer(
+            lowercase=vocab.lowercase,
+            teacher=_tokenizer.WordPiece(list(vocab.pieces), vocab.unk),
+            special=[(piece, vocab.ids[piece]) for piece in SPECIAL_PIECES],
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, lowercase: bool | None = None
+    ) -> "WordPieceTokenizer":
+        """Opens a folder with a vocabulary, a vocab.txt or a tokenizer.json; see `Vocab.load`."""
+        return cls(Vocab.load(path, lowercase))
+
+    def save_pretrained(self, folder: str | Path) -> tuple[Path, ...]:
+        """Writes the files that `AutoTokenizer` opens; see `save_tokenizer_files`."""
+        return save_tokenizer_files(self.vocab, folder)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.vocab,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.vocab.size} pieces, lowercase={self.vocab.lowercase})"
+
+    def __len__(self) -> int:
+        return self.vocab.size
+
+    def encode(
+        self, text: Text, pair: Text | None = None, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The ids of a text, or of a pair of texts.
+
+        Args:
+            text: str (lone surrogates are deleted) or UTF-8 bytes.
+            pair: a second text, after a [SEP].
+            add_special_tokens: [CLS] at the beginning, [SEP] after each text.
+
+        Raises:
+            ValueError: bytes that are not UTF-8; the message has the offset.
+        """
+        texts = [text] if pair is None else [text, pair]
+        parts = [self._core.encode(text, True).tolist() for text in texts]
+        if not add_special_tokens:
+            return [id for part in parts for id in part]
+        ids = [self.vocab.cls]
+        for part in parts:
+            ids += [*part, self.vocab.sep]
+        return ids
+
+    def offsets(self, text: Text) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The ids of a text, without [CLS] and [SEP], and where each piece lies in it.
+
+        Returns:
+            ids [n] and spans [n, 2]: piece i has its letters in text[spans[i, 0] : spans[i, 1]]
+            (characters, not bytes). Deleted characters and stripped accents at a piece's edge are
+            not in its span.
+        """
+        return self._core.encode_spans(text, True)
+
+    def encode_batch(
+        self,
+        texts: Sequence[Text],
+        pairs: Sequence[Text] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool | str = False,
+        padding: bool | str = False,
+        add_special_tokens: bool = True,
+        threads: int | None = None,
+        dtype: DTypeLike = np.int64,
+    ) -> FlatBatch | PaddedBatch:
+        """The ids of many texts as numpy arrays; the interpreter lock is free meanwhile.
+
+        Args:
+            texts: B texts.
+            pairs: the second text of each row.
+            max_length: the longest row, special tokens counted.
+            truncation: False, or how rows are cut to `max_length`: True or "longest_first" takes
+                from the longer text of a pair, "only_first" and "only_second" from one.
+            padding: False gives a `FlatBatch`; True or "longest" pads to the longest row,
+                "max_length" to `max_length`.
+            add_special_tokens: [CLS] at the beginning, [SEP] after each text.
+            threads: None takes as many as there are CPUs for this process.
+            dtype: of a `PaddedBatch`; int64 is what torch and Hugging Face use.
+
+        Raises:
+            InputError: an option or a combination that has no meaning, rows that cannot be cut.
+            ValueError: bytes that are not UTF-8.
+        """
+        if isinstance(texts, (str, bytes)) or isinstance(pairs, (str, bytes)):
+            raise InputError("encode_batch takes a list of texts; for one text there is encode")
+        if pairs is not None and len(pairs) != len(texts):
+            raise InputError(f"there are {len(texts)} texts and {len(pairs)} pairs")
+        truncation = _truncation(truncation, max_length, pairs is not None)
+        padding = _padding(padding, max_length)
+        threads = _threads(threads)
+        ids, lengths = self._flat(texts, threads)
+        parts = [(ids, lengths)]
+        if pairs is not None:
+            parts.append(self._flat(pairs, threads))
+        special = (1 + len(parts)) if add_special_tokens else 0
+        keep = [lengths for _, lengths in parts]
+        if truncation:
+            keep = _cut_lengths(keep, max_length - special, truncation)
+        return self._assemble(parts, keep, add_special_tokens, padding, max_length, dtype)
+
+    def _flat(self, texts: Sequence[Text], threads: int):
+        """ids [N] of all texts, lengths [B]."""
+        ids, ends = self._core.encode_texts(texts, True, threads=threads)
+        return ids, np.diff(ends, prepend=0)
+
+    def _assemble(self, parts, keep, add_special_tokens, padding, max_length, dtype):
+        """Puts [CLS], the kept beginnings of the texts, and [SEP] into rows."""
+        extra = int(add_special_tokens)
+        row_lengths = sum(keep) + extra * (1 + len(parts))
+        offsets = np.concatenate(([0], np.cumsum(row_lengths))).astype(np.int64)
+        flat = np.zeros(offsets[-1], np.int32)
+        types = np.zeros(offsets[-1], np.uint8)
+        if add_special_tokens:
+            flat[offsets[:-1]] = self.vocab.cls
+        at = offsets[:-1] + extra  # where the next text of each row goes
+        for number, ((ids, lengths), kept) in enumerate(zip(parts, keep, strict=True)):
+            source = np.cumsum(lengths) - lengths
+            within = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
+            target = np.repeat(at, kept) + within
+            flat[target] = ids[np.repeat(source, kept) + within]
+            at = at + kept
+            if add_special_tokens:
+                flat[at] = self.vocab.sep
+                at = at + 1
+            if number == 1:
+                types[target] = 1
+                if add_special_tokens:
+                    types[at - 1] = 1
+        if not padding:
+            return FlatBatch(flat, offsets, types)
+        width = max_length if padding == "max_length" else int(row_lengths.max(initial=0))
+        if (row_lengths > width).any():
+            row = int(row_lengths.argmax())
+            raise InputError(
+                f"row {row} has {row_lengths[row]} pieces, more than max_length {max_length}; "
+                "pass truncation=True"
+            )
+        mask = np.arange(width) < row_lengths[:, None]
+        input_ids = np.full(mask.shape, self.vocab.pad, dtype)
+        input_ids[mask] = flat
+        token_type_ids = np.zeros(mask.shape, dtype)
+        token_type_ids[mask] = types
+        return PaddedBatch(input_ids, token_type_ids, mask.astype(dtype))
+
+    def encode_file(self, path: str | Path, *, threads: int | None = None) -> NDArray[np.int32]:
+        """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
+
+        Raises:
+            InputError: the file cannot be read or is not UTF-8; the message has the offset.
+        """
+        threads = _threads(threads)
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:
+                    return np.zeros(0, np.int32)
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    return self._core.encode_long(data, True, threads)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise InputError(f"{path} is {error}") from None
+
+    def decode(
+        self,
+        ids: Sequence[int] | NDArray[Any],
+        *,
+        skip_special_tokens: bool = False,
+        clean_up: bool = True,
+    ) -> str:
+        """The text of ids: pieces joined, as Hugging Face's slow tokenizer does.
+
+        Args:
+            ids: any integers of [0, size).
+            skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP] and [MASK].
+            clean_up: no space before punctuation and inside English contractions.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        pieces = []
+        for id in np.asarray(ids).tolist():
+            if not isinstance(id, int) or not 0 <= id < self.vocab.size:
+                raise InputError(f"id {id!r} is not in [0, {self.vocab.size})")
+            piece = self.vocab.pieces[id]
+            if not (skip_special_tokens and piece in SPECIAL_PIECES):
+                pieces.append(piece)
+        text = " ".join(pieces).replace(" ##", "").strip()
+        if clean_up:
+            for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+                text = text.replace(before, before.strip())
+        return text
+
+    def as_hf(self) -> "BertTokenizerFast":
+        """This vocabulary as transformers' own fast tokenizer, for code that asks for one.
+
+        It is Hugging Face's implementation: its ids differ from this class's on some 760 characters
+        newer than its Unicode tables, and on cased text with decomposed accents.
+        """
+        try:
+            import tokenizers
+            import transformers
+        except ImportError as error:
+            raise InputError(
+                f"as_hf needs {error.name}; install it with: pip install 'mvbert[hf]'"
+            ) from None
+        return transformers.BertTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
+            do_lower_case=self.vocab.lowercase,
+            model_max_length=512,
+        )
+
+
+class MixedTokenizer:
+    """Cuts each word of a text by the teacher's or by the student's vocabulary.
+
+    Ids are in one space: below `teacher.size` a teacher's piece, `teacher.size + i` the student's
+    piece i. Special pieces in text are not special; no [CLS] or [SEP] is added.
+
+    Args:
+        teacher, student: vocabularies (or tokenizers) with the same lower-casing.
+
+    Raises:
+        InputError: one lower-cases and the other does not, or the ids do not fit into 31 bits.
+    """
+
+    def __init__(
+        self, teacher: Vocab | WordPieceTokenizer, student: Vocab | WordPieceTokenizer
+    ) -> None:
+        self.teacher = teacher.vocab if isinstance(teacher, WordPieceTokenizer) else teacher
+        self.student = student.vocab if isinstance(student, WordPieceTokenizer) else student
+        if self.teacher.lowercase != self.student.lowercase:
+            raise InputError(
+                f"the teacher's vocabulary has lowercase={self.teacher.lowercase} and the "
+                f"student's {self.student.lowercase}; a word must be the same for both"
+            )
+        if self.teacher.size + self.student.size > LIMIT:
+            raise InputError("the two vocabularies have more than 2^31 - 1 pieces together")
+        self._core = _tokenizer.Tokenizer(
+            lowercase=self.teacher.lowercase,
+            teacher=_tokenizer.WordPiece(list(self.teacher.pieces), self.teacher.unk),
+            student=_tokenizer.WordPiece(list(self.student.pieces), self.student.unk),
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.teacher, self.student)
+
+    def encode(
+        self, text: Text, *, student_prob: float = 0.5, seed: int = 0, number: int = 0
+    ) -> MixedEncoding:
+        """Cuts a text; the same arguments always give the same ids.
+
+        Args:
+            text: str or UTF-8 bytes.
+            student_prob: the chance of each word to be cut by the student's vocabulary.
+            seed: of [0, 2^64).
+            number: the text's own number, of [0, 2^64): texts with different numbers have
+                independent coins.
+        """
+        coin = _coin(student_prob, seed, number)
+        return MixedEncoding(*self._core.encode_words(text, False, *coin))
+
+    def encode_batch(
+        self,
+        texts: Sequence[Text],
+        *,
+        student_prob: float = 0.5,
+        seed: int = 0,
+        first_number: int = 0,
+        threads: int | None = None,
+    ) -> FlatBatch:
+        """Cuts texts; text i has number first_number + i. Threads do not change the result."""
+        if isinstance(texts, (str, bytes)):
+            raise InputError("encode_batch takes a list of texts; for one text there is encode")
+        coin = _coin(student_prob, seed, first_number)
+        ids, ends = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
+        return FlatBatch(ids, np.concatenate(([0], ends)), np.zeros(len(ids), np.uint8))
+
+
+def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
+    """The probability as an integer of [0, 2^32], the seed, the number."""
+    if not 0 <= student_prob <= 1:
+        raise InputError(f"student_prob is {student_prob}, expected a number of [0, 1]")
+    for name, value in (("seed", seed), ("number", number)):
+        if not 0 <= value < 2**64:
+            raise InputError(f"{name} is {value}, expected an integer of [0, 2^64)")
+    return round(student_prob * 2**32), seed, number
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if threads < 0:
+        raise InputError(f"threads is {threads}, expected at least 0")
+    return max(threads, 1)
+
+
+def _truncation(truncation: bool | str, max_length: int | None, pairs: bool) -> str | None:
+    if truncation is True:
+        truncation = "longest_first"
+    if truncation is False:
+        return None
+    if truncation not in TRUNCATIONS:
+        raise InputError(
+            f"truncation is {truncation!r}, expected True, False or one of {', '.join(TRUNCATIONS)}"
+        )
+    if max_length is None:
+        raise InputError("truncation needs max_length")
+    if truncation == "only_second" and not pairs:
+        raise InputError("truncation='only_second' needs pairs")
+    return truncation
+
+
+def _padding(padding: bool | str, max_length: int | None) -> str | None:
+    if padding is False:
+        return None
+    if padding is True:
+        padding = "longest"
+    if padding not in ("longest", "max_length"):
+        raise InputError(f"padding is {padding!r}, expected True, False, 'longest' or 'max_length'")
+    if padding == "max_length" and max_length is None:
+        raise InputError("padding='max_length' needs max_length")
+    return padding
+
+
+def _cut_lengths(lengths: list[NDArray[np.int64]], room: int, truncation: str):
+    """How much of each text stays, so that a row's texts have at most `room` pieces together."""
+    if room < 0:
+        raise InputError("max_length leaves no room for the special tokens")
+    first = lengths[0]
+    if len(lengths) == 1:
+        return [np.minimum(first, room)]
+    second = lengths[1]
+    excess = np.maximum(first + second - room, 0)
+    if truncation == "longest_first":
+        # One piece at a time from the longer, from the second where they are equal.
+        short = np.minimum(first, second)
+        half = np.where(2 * short < room, short, room // 2)
+        kept_first = np.where(first > second, room - half, half)
+        tie = (2 * short >= room) & (excess > 0)
+        kept_first = np.where(tie, room - room // 2, kept_first)
+        kept_first = np.where(excess > 0, kept_first, first)
+        return [kept_first, np.where(excess > 0, room - kept_first, second)]
+    cut = first if truncation == "only_first" else second
+    if (excess > cut).any():
+        row = int((excess - cut).argmax())
+        raise InputError(
+            f"row {row} cannot be cut to max_length by truncation={truncation!r}: the other text "
+            "alone is too long; use 'longest_first'"
+        )
+    return [first - excess, second] if truncation == "only_first" else [first, second - excess]
 
 
 def save_tokenizer_files(

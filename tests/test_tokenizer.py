@@ -1,0 +1,383 @@
+"""The tokenizers: ids, batches, offsets and files as Hugging Face's slow BertTokenizer has them."""
+
+import multiprocessing
+import pickle
+import random
+import threading
+import unicodedata
+
+import numpy as np
+import pytest
+
+from mvbert import _tokenizer
+from mvbert.errors import InputError
+from mvbert.mixing import drawn, threshold
+from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer, save_tokenizer_files
+from mvbert.vocab import SPECIAL_PIECES, Vocab
+from mvbert.wordpiece import basic_split, wordpiece
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PIECES = (
+    *SPECIAL_PIECES, *LETTERS, *(f"##{c}" for c in LETTERS), "hello", "wor", "##ld", "##lds",
+    ",", "!", "[", "]", "'", ".", "中", "é", "##é", "слов", "##о", "##ово", "сл", "##ing", "σ",
+    "##σ", "\u1112", "##\u1161", "##\u11ab", "antidisestablish", "##mentarianism",
+)  # fmt: skip
+STUDENT = (*SPECIAL_PIECES, *LETTERS, *(f"##{c}" for c in LETTERS), "he", "##llo", ",", "!", "中")
+
+TEXTS = [
+    "Hello, worlds!", "", "   ", "héllo\u0301 wörld", "слово слово слов", "x中y 한",
+    "antidisestablishmentarianism antidisestablishmentarianisms", "q" * 100, "q" * 101, "q" * 5000,
+    "[MASK] hello[SEP]world [mask] [MASK[MASK]] [PAD][PAD]", "don't. stop.", "zero\u200bwidth\0nul",
+    "hello " * 3000, "!" * 3000, "😀 unknown", "\ud800lone \udc00surrogate", "a\tb\nc\rd\u3000e\u2028f",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["uncased", "cased"])
+def tokenizer(request):
+    return WordPieceTokenizer(Vocab(PIECES, lowercase=request.param))
+
+
+@pytest.fixture
+def mixed():
+    return MixedTokenizer(Vocab(PIECES), Vocab(STUDENT))
+
+
+def plain_ids(vocab: Vocab, text: str) -> list[int]:
+    """The definition, for text without special pieces."""
+    words = basic_split(text, vocab.lowercase)
+    return [vocab.ids[piece] for word in words for piece in wordpiece(word, vocab.ids)]
+
+
+def test_ids_are_the_definitions(tokenizer):
+    for text in TEXTS:
+        if "[" in text:
+            continue
+        expected = plain_ids(tokenizer.vocab, text)
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
+        assert tokenizer.encode(text) == [2, *expected, 3]
+        assert tokenizer.encode(text, text) == [2, *expected, 3, *expected, 3]
+        if not any("\ud800" <= char <= "\udfff" for char in text):
+            assert tokenizer.encode(text.encode()) == [2, *expected, 3]
+
+
+def test_special_pieces_in_text(tokenizer):
+    ids = tokenizer.vocab.ids
+    got = tokenizer.encode("a[MASK]b [mask [SEP]", add_special_tokens=False)
+    expected = [ids["a"], ids["[MASK]"], ids["b"], ids["["], *plain_ids(tokenizer.vocab, "mask")]
+    assert got == [*expected, ids["[SEP]"]]
+
+
+def test_the_cache_changes_nothing():
+    """More distinct words than it holds, of every length, twice over."""
+    vocab = Vocab(PIECES)
+    tokenizer = WordPieceTokenizer(vocab)
+    random_ = random.Random(0)
+    words = [
+        "".join(random_.choices(LETTERS + "é中", k=random_.randint(1, 60))) for _ in range(4000)
+    ]
+    text = " ".join(words)
+    expected = plain_ids(vocab, text)
+    for _ in range(2):
+        assert tokenizer.encode(text, add_special_tokens=False) == expected
+    tokenizer._core.forget_words()
+    assert tokenizer.encode(text, add_special_tokens=False) == expected
+    many = " ".join(f"{n:x}" for n in range(200_000)).translate(
+        str.maketrans("0123456789", "ghijklmnop")
+    )
+    first = tokenizer.encode(many, add_special_tokens=False)
+    assert tokenizer.encode(many, add_special_tokens=False) == first
+    assert first[:2000] == plain_ids(vocab, many[:9000])[:2000]
+
+
+def test_batches(tokenizer):
+    rows = [tokenizer.encode(text) for text in TEXTS]
+    flat = tokenizer.encode_batch(TEXTS)
+    assert [row.tolist() for row in flat] == rows
+    assert flat.ids.dtype == np.int32
+    assert len(flat) == len(TEXTS)
+    padded = tokenizer.encode_batch(TEXTS, padding=True)
+    width = max(map(len, rows))
+    assert padded.input_ids.shape == (len(TEXTS), width)
+    assert padded.input_ids.dtype == np.int64
+    for row, ids, mask in zip(rows, padded.input_ids, padded.attention_mask, strict=True):
+        assert ids.tolist() == row + [0] * (width - len(row))
+        assert mask.tolist() == [1] * len(row) + [0] * (width - len(row))
+    small = tokenizer.encode_batch(TEXTS, padding="max_length", max_length=8, truncation=True,
+                                   dtype=np.int32)  # fmt: skip
+    assert small.input_ids.shape == (len(TEXTS), 8)
+    assert small.input_ids.dtype == np.int32
+    assert len(tokenizer.encode_batch([])) == 0
+    assert tokenizer.encode_batch([], padding=True).input_ids.shape == (0, 0)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 64, None])
+def test_threads_change_nothing(tokenizer, threads):
+    texts = TEXTS * 40
+    expected = tokenizer.encode_batch(texts, threads=1)
+    got = tokenizer.encode_batch(texts, threads=threads)
+    assert np.array_equal(got.ids, expected.ids)
+    assert np.array_equal(got.offsets, expected.offsets)
+
+
+def test_wrong_options(tokenizer):
+    for options, message in [
+        ({"truncation": True}, "needs max_length"),
+        ({"truncation": "shortest", "max_length": 4}, "truncation is 'shortest'"),
+        ({"truncation": "only_second", "max_length": 4}, "needs pairs"),
+        ({"padding": "max_length"}, "needs max_length"),
+        ({"padding": "left"}, "padding is 'left'"),
+        ({"padding": "max_length", "max_length": 3}, "row 0 has .* more than max_length 3"),
+        ({"truncation": True, "max_length": 1}, "no room"),
+        ({"pairs": ["a"]}, "2 texts and 1 pairs"),
+        ({"threads": -1}, "threads is -1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            tokenizer.encode_batch(["hello world", "a"], **options)
+    with pytest.raises(InputError, match="cannot be cut"):
+        tokenizer.encode_batch(["a b c"], ["d e f"], truncation="only_first", max_length=5)
+    with pytest.raises(InputError, match="list of texts"):
+        tokenizer.encode_batch("hello")
+    with pytest.raises(ValueError, match="byte 0xff at offset 1"):
+        tokenizer.encode_batch([b"a", b"b\xff"])
+    with pytest.raises(TypeError, match="expected str or bytes, got int"):
+        tokenizer.encode_batch([1])
+
+
+def test_offsets(tokenizer):
+    text = "Héllo\u0301, wor\u200blds 中한 [MASK]x"
+    ids, spans = tokenizer.offsets(text)
+    assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
+    pieces = [tokenizer.vocab.pieces[id] for id in ids]
+    got = list(zip(pieces, (text[a:b] for a, b in spans), strict=True))
+    if tokenizer.vocab.lowercase:
+        assert got == [
+            ("hello", "Héllo"), (",", ","), ("wor", "wor"), ("##lds", "lds"), ("中", "中"),
+            ("\u1112", "한"), ("##\u1161", "한"), ("##\u11ab", "한"), ("[MASK]", "[MASK]"), ("x", "x"),
+        ]  # fmt: skip
+    else:
+        assert got == [
+            ("[UNK]", "Héllo\u0301"), (",", ","), ("wor", "wor"), ("##lds", "lds"), ("中", "中"),
+            ("[UNK]", "한"), ("[MASK]", "[MASK]"), ("x", "x"),
+        ]  # fmt: skip
+    for text in TEXTS:
+        ids, spans = tokenizer.offsets(text)
+        assert ids.tolist() == tokenizer.encode(text, add_special_tokens=False)
+        assert spans.shape == (len(ids), 2)
+        assert (spans[:, 0] < spans[:, 1]).all()
+        assert spans.max(initial=0) <= len(text)
+        assert (np.diff(spans[:, 0]) >= 0).all()
+
+
+def test_offsets_of_composed_text():
+    vocab = Vocab((*SPECIAL_PIECES, "é", "##é", "한", "x"), lowercase=False)
+    ids, spans = WordPieceTokenizer(vocab).offsets("e\u0301\u200be\u0301 \u1112\u1161\u11abx x")
+    assert [vocab.pieces[id] for id in ids] == ["é", "##é", "[UNK]", "x"]
+    assert spans.tolist() == [[0, 2], [3, 5], [6, 10], [11, 12]]
+
+
+def test_decode(tokenizer):
+    ids = tokenizer.encode("hello, worlds!")
+    assert tokenizer.decode(ids) == "[CLS] hello, worlds! [SEP]"
+    assert tokenizer.decode(np.array(ids), skip_special_tokens=True) == "hello, worlds!"
+    assert tokenizer.decode(ids, skip_special_tokens=True, clean_up=False) == "hello , worlds !"
+    assert tokenizer.decode([]) == ""
+    for bad in (-1, len(PIECES), 1.5):
+        with pytest.raises(InputError, match="is not in"):
+            tokenizer.decode([bad])
+
+
+def test_files(tokenizer, tmp_path):
+    path = tmp_path / "text.txt"
+    text = "\n".join(text for text in TEXTS if "\ud800" not in text) * 130
+    path.write_text(text, encoding="utf-8", newline="")
+    assert path.stat().st_size > 3 << 20  # more than two parts
+    expected = tokenizer.encode(text, add_special_tokens=False)
+    for threads in (1, 3):
+        assert tokenizer.encode_file(path, threads=threads).tolist() == expected
+    path.write_bytes(b"")
+    assert tokenizer.encode_file(path).tolist() == []
+    path.write_bytes(b"x" * (3 << 20))  # one word, no place to cut
+    assert tokenizer.encode_file(path).tolist() == [tokenizer.vocab.unk]
+    path.write_bytes(b"ab\xc3")
+    with pytest.raises(InputError, match=r"text\.txt is not UTF-8: byte 0xc3 at offset 2"):
+        tokenizer.encode_file(path)
+    with pytest.raises(InputError, match="cannot read"):
+        tokenizer.encode_file(tmp_path / "nowhere")
+
+
+def test_many_python_threads(tokenizer):
+    expected = [tokenizer.encode(text) for text in TEXTS]
+    wrong = []
+
+    def work():
+        for _ in range(10):
+            if [tokenizer.encode(text) for text in TEXTS] != expected:
+                wrong.append(1)
+
+    workers = [threading.Thread(target=work) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_goes_on(tokenizer):
+    """A child forked after use, while threads of the parent have workers, encodes the same."""
+    expected = tokenizer.encode_batch(TEXTS * 40, threads=2).ids.tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def child():
+        queue.put(tokenizer.encode_batch(TEXTS * 40, threads=2).ids.tolist())
+
+    process = context.Process(target=child)
+    process.start()
+    assert queue.get(timeout=60) == expected
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_pickles(tokenizer, mixed):
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again.vocab == tokenizer.vocab
+    assert again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    other = pickle.loads(pickle.dumps(mixed))
+    assert other.encode(TEXTS[0]).ids.tolist() == mixed.encode(TEXTS[0]).ids.tolist()
+
+
+# ---- two vocabularies ----------------------------------------------------------------------------
+
+
+def mixed_definition(mixed, text, student_prob, seed, number):
+    ids, starts, from_student = [], [], []
+    for w, word in enumerate(basic_split(text)):
+        student = drawn(seed, 6, number, w) < threshold(student_prob)
+        vocab, base = (mixed.student, mixed.teacher.size) if student else (mixed.teacher, 0)
+        starts.append(len(ids))
+        from_student.append(student)
+        ids += [base + vocab.ids[piece] for piece in wordpiece(word, vocab.ids)]
+    return ids, starts, from_student
+
+
+@pytest.mark.parametrize("student_prob", [0, 0.25, 0.5, 1])
+def test_mixed_ids_are_the_definitions(mixed, student_prob):
+    for number, text in enumerate(TEXTS):
+        for seed in (0, 2**64 - 1):
+            got = mixed.encode(text, student_prob=student_prob, seed=seed, number=number)
+            expected = mixed_definition(mixed, text, student_prob, seed, number)
+            assert (
+                got.ids.tolist(),
+                got.word_starts.tolist(),
+                got.from_student.tolist(),
+            ) == expected
+
+
+def test_mixed_batches(mixed):
+    for threads in (1, 5):
+        batch = mixed.encode_batch(TEXTS * 30, seed=7, first_number=2**40, threads=threads)
+        for i, row in enumerate(batch):
+            expected = mixed.encode((TEXTS * 30)[i], seed=7, number=2**40 + i)
+            assert row.tolist() == expected.ids.tolist()
+
+
+def test_mixed_refuses(mixed):
+    for options, message in [
+        ({"student_prob": 1.5}, "student_prob is 1.5"),
+        ({"student_prob": float("nan")}, "student_prob is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"number": 2**64}, "number is"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            mixed.encode("a", **options)
+    with pytest.raises(InputError, match="lowercase=True and the student's False"):
+        MixedTokenizer(Vocab(PIECES), Vocab(STUDENT, lowercase=False))
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------
+
+SHARED = [("vocab.txt", True), ("vocab-cased.txt", False), ("vocab-multilingual-cased.txt", False)]
+
+
+@pytest.fixture(scope="module", params=SHARED, ids=[name for name, _ in SHARED])
+def pair(request, shared_file):
+    """Our tokenizer and transformers' slow one, of the same vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    if int(transformers.__version__.split(".")[0]) > 4:
+        pytest.skip(f"needs transformers 4 (slow BertTokenizer), found {transformers.__version__}")
+    name, lowercase = request.param
+    path = shared_file(name)
+    slow = transformers.BertTokenizer(str(path), do_lower_case=lowercase)
+    return WordPieceTokenizer.from_pretrained(path, lowercase), slow
+
+
+def test_as_hugging_face(pair, shared_data):
+    ours, slow = pair
+    lines = (shared_data / "small-ccby.txt").read_text(encoding="utf-8").split("\n")[:120]
+    lines += [text for text in TEXTS if len(text) < 1000]
+    for line in lines:
+        ids = ours.encode(line)
+        assert ids == slow.encode(line, verbose=False)
+        assert ours.decode(ids) == slow.decode(ids)
+        assert ours.decode(ids, skip_special_tokens=True) == slow.decode(
+            ids, skip_special_tokens=True
+        )
+        assert ours.offsets(line)[0].tolist() == ids[1:-1]
+
+
+def test_truncation_as_hugging_face(pair, shared_data):
+    ours, slow = pair
+    lines = (shared_data / "small-ccby.txt").read_text(encoding="utf-8").split("\n")[:40]
+    for pairs in (None, lines[::-1]):
+        for max_length in (5, 16, 17, 64):
+            options = {"max_length": max_length, "truncation": True, "padding": "max_length"}
+            got = ours.encode_batch(lines, pairs, **options)
+            expected = slow(lines, pairs, verbose=False, **options)
+            assert got.input_ids.tolist() == expected["input_ids"]
+            assert got.token_type_ids.tolist() == expected["token_type_ids"]
+            assert got.attention_mask.tolist() == expected["attention_mask"]
+
+
+def test_random_text_as_hugging_face(pair):
+    if unicodedata.unidata_version != "14.0.0":
+        pytest.skip("needs Python 3.11 (Unicode 14.0.0)")
+    ours, slow = pair
+    random_ = random.Random(0)
+    usual = list("abcdeé ,.!'-\u0301中한Σ[]") + ["[MASK]", "[SEP]", "##", " the ", "ing"]
+    for _ in range(1500):
+        text = "".join(
+            random_.choice(usual) if random_.random() < 0.9 else chr(random_.randrange(0x110000))
+            for _ in range(random_.randint(1, 40))
+        )
+        assert ours.encode(text) == slow.encode(text), ascii(text)
+
+
+def test_saved_files_open(pair, tmp_path, shared_data):
+    transformers = pytest.importorskip("transformers")
+    ours, _ = pair
+    ours.save_pretrained(tmp_path)
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    as_hf = ours.as_hf()
+    again = WordPieceTokenizer.from_pretrained(tmp_path)
+    assert again.vocab == ours.vocab
+    assert auto.model_max_length == 512
+    lines = (shared_data / "small-ccby.txt").read_text(encoding="utf-8").split("\n")[:60]
+    for line in filter(None, lines):  # transformers takes an empty second text for none
+        expected = ours.encode(line, line[:50])
+        assert auto.encode(line, line[:50], verbose=False) == expected
+        assert as_hf.encode(line, line[:50], verbose=False) == expected
+
+
+def test_core_refuses_special_pieces_with_spaces():
+    wordpiece_ = _tokenizer.WordPiece(["[UNK]", "a"], 0)
+    for special in ([("a b", 0)], [("", 0)], [("x", 2)], [("x", -1)]):
+        with pytest.raises(ValueError, match="special piece"):
+            _tokenizer.Tokenizer(lowercase=True, teacher=wordpiece_, special=special)
+
+
+def test_save_is_atomic(tmp_path):
+    save_tokenizer_files(Vocab(PIECES), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "tokenizer.json", "tokenizer_config.json", "vocab.txt",
+    ]  # fmt: skip
