@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mvbert.corpus import Corpus
-    from mvbert.errors import InputError
     from mvbert.drop_in import fuse, unfuse
+    from mvbert.errors import InputError
     from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
 
 _HOMES = {

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object
-from mvbert.train import read_log
+from mvbert.runs import read_log
 
 
 def print_distill_report(report: dict[str, Any]) -> None:

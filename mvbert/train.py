@@ -1,28 +1,15 @@
 """The loop, the same for both stages; they differ in the task handed to it.
 
-A run is a folder:
-
-    run.json      what was asked for, with which versions, on which device
-    log.jsonl     one object per logged step and per evaluation
-    checkpoints/  step-XXXXXXXX, see mvbert.checkpoint
-    model/        the result: the last checkpoint without its training state
+A run lives in a folder, see mvbert.runs; it resumes from the newest whole checkpoint there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
-import shutil
-import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +17,22 @@ from torch import Tensor, nn
 from mvbert import checkpoint
 from mvbert.batches import Batch, Rows
 from mvbert.config import TrainConfig
-from mvbert.environment import environment
+from mvbert.device import Device, choose_device
 from mvbert.errors import InputError, Interrupted
-from mvbert.files import (
-    Json,
-    atomic_folder,
-    atomic_write,
-    read_json_object,
-    write_error,
-    write_json,
-)
+from mvbert.files import Json, atomic_folder
 from mvbert.model import DeviceBatch
 from mvbert.optim import learning_rate, make_optimizer, set_learning_rate
 from mvbert.progress import Progress
+from mvbert.runs import (
+    Log,
+    Stop,
+    describe_run,
+    lock,
+    make_folder,
+    read_log,
+    refuse_other_run,
+    stop_signals,
+)
 
 # Updates skipped in a row (loss or gradient not finite) after which a run stops.
 MAX_SKIPPED = 10
@@ -74,44 +64,6 @@ class Task(Protocol):
         """Loads what write_model wrote."""
 
 
-@dataclass(frozen=True)
-class Device:
-    """Where and how a run computes, and why."""
-
-    device: torch.device
-    autocast: torch.dtype | None
-    reason: str
-
-    def cast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
-
-
-def choose_device(config: TrainConfig) -> Device:
-    """Reads `device` and `dtype`; `auto` takes CUDA, and bfloat16 where the hardware has it."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name}: this torch sees no CUDA device")
-    if config.dtype == "float32":
-        return Device(device, None, "float32: asked for")
-    if config.dtype == "bfloat16":
-        return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: asked for")
-    if device.type == "cuda":
-        return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: CUDA")
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return Device(
-            device, torch.bfloat16, "bfloat16 products, float32 weights: the CPU has them"
-        )
-    return Device(device, None, "float32: this CPU has no bfloat16 products")
-
-
 def train(
     task: Task, config: TrainConfig, out: Path, description: dict[str, Json], progress: Progress
 ) -> dict[str, Json]:
@@ -128,8 +80,8 @@ def train(
         InputError: `out` holds another run, or a file cannot be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
-    _make_folder(out)
-    with _lock(out), _signals() as stop:
+    make_folder(out)
+    with lock(out), stop_signals() as stop:
         return _train(task, config, out, description, progress, stop)
 
 
@@ -139,11 +91,11 @@ def _train(
     out: Path,
     description: dict[str, Json],
     progress: Progress,
-    stop: _Stop,
+    stop: Stop,
 ) -> dict[str, Json]:
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     where = choose_device(config)
-    _describe(out, description, where)
+    describe_run(out, description, where)
     checkpoints = out / "checkpoints"
     module = task.module.to(where.device)
     optimizer = make_optimizer(module, config)
@@ -163,7 +115,7 @@ def _train(
         step, window = checkpoint.load(resumed, module, optimizer)
         progress.note(f"resuming from {resumed.name}")
     sums = _Sums(where.device, window)
-    log = _Log(out / "log.jsonl", keep_until=step if resumed is not None else -1)
+    log = Log(out / "log.jsonl", keep_until=step if resumed is not None else -1)
 
     def save() -> None:
         checkpoint.save(
@@ -315,106 +267,11 @@ def finished(
     """The report of a run that is already complete in `out`, or None."""
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
-    _refuse_other_run(out, description)
+    refuse_other_run(out, description)
     if checkpoint.check_manifest(out / "model") is not None:
         return None
     length = description["row"]["length"]  # type: ignore[index,call-overload]
     return _report(out, config, config.rows * int(length))  # type: ignore[arg-type]
-
-
-def read_log(out: Path) -> list[dict[str, Any]]:
-    """All records of a run's log, oldest first."""
-    path = out / "log.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: is {out} the folder of a run?") from None
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-# ---- the run folder -------------------------------------------------------------------------
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(out, error) from error
-
-
-def _describe(out: Path, description: dict[str, Json], where: Device) -> None:
-    """Writes run.json on the first start; refuses a folder that another run was made in."""
-    if (out / "run.json").exists():
-        _refuse_other_run(out, description)
-        return
-    write_json(
-        out / "run.json",
-        {"description": description, "environment": environment(where.device, where.reason)},
-    )
-
-
-def _refuse_other_run(out: Path, description: dict[str, Json]) -> None:
-    found = read_json_object(out / "run.json").get("description")
-    wanted = json.loads(json.dumps(description))
-    if found != wanted:
-        names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
-        raise InputError(
-            f"{out} holds a run with other settings ({', '.join(names[:4])}); give another --out, "
-            "or remove that folder"
-        )
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the settings in which two nested objects differ."""
-    names: list[str] = []
-    for key in sorted({*a, *b}):
-        if a.get(key) == b.get(key):
-            continue
-        if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
-            names += _differences(a[key], b[key], f"{prefix}{key}.")
-        else:
-            names.append(f"{prefix}{key}: {a.get(key)!r} there, {b.get(key)!r} now")
-    return names
-
-
-@contextlib.contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    """One process a run folder."""
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{out} is in use by another mvbert process") from None
-        yield
-
-
-class _Stop:
-    asked = False
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Turns SIGINT and SIGTERM into a request that the loop sees after the running step."""
-    stop = _Stop()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        stop.asked = True
-
-    try:
-        old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller deals with signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-# ---- sums and log ---------------------------------------------------------------------------
 
 
 class _Sums:
@@ -439,47 +296,3 @@ class _Sums:
         values = {name: float(value) for name, value in self._sums.items()}
         self._sums.clear()
         return values
-
-
-class _Log:
-    """log.jsonl; on resume, records after the checkpoint's step are dropped first."""
-
-    def __init__(self, path: Path, keep_until: int) -> None:
-        kept = []
-        if keep_until >= 0 and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the line a kill cut off
-                    if json.loads(line)["step"] <= keep_until:
-                        kept.append(line)
-        atomic_write(path, "".join(line + "\n" for line in kept))
-        self._path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    def write(self, record: dict[str, Json]) -> None:
-        try:
-            self._file.write(json.dumps(record, allow_nan=True) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise write_error(self._path, error) from error
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-def remove_checkpoints(out: Path) -> None:
-    """Frees the space of a finished run's training state; its model stays."""
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-
-
-__all__ = [
-    "Device",
-    "Task",
-    "choose_device",
-    "finished",
-    "read_log",
-    "remove_checkpoints",
-    "train",
-]

@@ -62,12 +62,12 @@ def test_mixed_loss_is_two_softmaxes_each_over_its_own_vocabulary():
     model.init_weights(0)
     with torch.no_grad():
         for parameter in model.student.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            noise = torch.Generator().manual_seed(2)
+            parameter.copy_(torch.randn(parameter.shape, generator=noise))
     data = DeviceBatch.of(batch(rng, 80, M=4), torch.device("cpu"))
-    table = torch.cat(
-        [model.embeddings.word.weight, F.linear(model.student.table, model.student.projection.weight,
-                                                model.student.projection.bias)]
-    )  # fmt: skip
+    projection = model.student.projection
+    rows = F.linear(model.student.table, projection.weight, projection.bias)
+    table = torch.cat([model.embeddings.word.weight, rows])
     hidden = model.encode(data.input_ids, data.token_type_ids)
     embedded = (
         F.embedding(data.input_ids.long(), table)

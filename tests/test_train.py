@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvbert import checkpoint, huggingface, train
+from mvbert import checkpoint, device, huggingface, runs, train
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, to_dict
 from mvbert.corpus import Corpus, build_corpus
 from mvbert.errors import InputError, Interrupted
@@ -111,7 +111,7 @@ def describe(config) -> dict:
 def numbers(out: Path) -> list[dict]:
     """The log without what depends on the clock."""
     clock = ("pieces_per_second", "data_wait")
-    return [{k: v for k, v in r.items() if k not in clock} for r in train.read_log(out)]
+    return [{k: v for k, v in r.items() if k not in clock} for r in runs.read_log(out)]
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -290,19 +290,22 @@ from mvbert.corpus import Corpus
 from mvbert.progress import Progress
 from mvbert.stages import Stage2
 
-corpus, stage1, out, kills = Corpus.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+corpus, stage1, out = Corpus.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+kills = int(sys.argv[4])
 row = RowConfig(length=16)
-config = Stage2Config(steps=150, rows=4, eval_rows=4, eval_every=30, save_every=7, log_every=5,
-                      dtype="float32", threads=1, shape="1x64", dropout=0.1, distill=("logits", "hidden"))
+config = Stage2Config(
+    steps=150, rows=4, eval_rows=4, eval_every=30, save_every=7, log_every=5, threads=1,
+    dtype="float32", shape="1x64", dropout=0.1, distill=("logits", "hidden"),
+)
 
 def child():
     task = Stage2(config, row, corpus, stage1, Progress("child"))
-    train.train(task, config, out, {"train": to_dict(config), "row": to_dict(row)}, Progress("child"))
+    description = {"train": to_dict(config), "row": to_dict(row)}
+    train.train(task, config, out, description, Progress("child"))
 
 random.seed(0)
 done = 0
 while True:
-    started = time.monotonic()
     pid = os.fork()
     if pid == 0:
         os.close(2)
@@ -327,10 +330,14 @@ while True:
 @pytest.mark.slow
 def test_twenty_random_kills_leave_the_same_bits(corpus, stage1_model, tmp_path):
     for name, kills in (("unbroken", 0), ("killed", 25)):
+        folders = [corpus.folder, stage1_model, tmp_path / name]
         done = subprocess.run(
-            [sys.executable, "-c", KILLER, corpus.folder, stage1_model, tmp_path / name, str(kills)],
-            capture_output=True, text=True, timeout=600, check=True,
-        )  # fmt: skip
+            [sys.executable, "-c", KILLER, *map(str, folders), str(kills)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=True,
+        )
         assert int(done.stdout) >= min(kills, 20)
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "unbroken")
     assert weights(tmp_path / "killed") == weights(tmp_path / "unbroken")
@@ -346,7 +353,7 @@ def test_another_runs_folder_is_refused(stage1, tmp_path):
 
 
 def test_a_run_folder_in_use_is_refused(stage1, tmp_path):
-    with train._lock(tmp_path), pytest.raises(InputError, match="in use by another"):
+    with runs.lock(tmp_path), pytest.raises(InputError, match="in use by another"):
         stage1(tmp_path)
 
 
@@ -419,4 +426,4 @@ def test_a_device_that_is_not_there_is_named(name, value, part):
     if value == "cuda" and torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
     with pytest.raises(InputError, match=part):
-        train.choose_device(replace(STAGE2, **{name: value}))
+        device.choose_device(replace(STAGE2, **{name: value}))

@@ -1,0 +1,50 @@
+"""Where and how a run computes: the device, and the dtype of its matrix products."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mvbert.config import TrainConfig
+from mvbert.errors import InputError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how a run computes, and why."""
+
+    device: torch.device
+    autocast: torch.dtype | None
+    reason: str
+
+    def cast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+def choose_device(config: TrainConfig) -> Device:
+    """Reads `device` and `dtype`; `auto` takes CUDA, and bfloat16 where the hardware has it."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name}: this torch sees no CUDA device")
+    if config.dtype == "float32":
+        return Device(device, None, "float32: asked for")
+    if config.dtype == "bfloat16":
+        return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: asked for")
+    if device.type == "cuda":
+        return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: CUDA")
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return Device(
+            device, torch.bfloat16, "bfloat16 products, float32 weights: the CPU has them"
+        )
+    return Device(device, None, "float32: this CPU has no bfloat16 products")

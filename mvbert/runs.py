@@ -1,0 +1,140 @@
+"""The folder of a run: what was asked for, the log, one process at a time, and how it is stopped.
+
+run.json      what was asked for, with which versions, on which device
+log.jsonl     one object per logged step and per evaluation
+checkpoints/  step-XXXXXXXX, see mvbert.checkpoint
+model/        the result: the last checkpoint without its training state
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from mvbert.device import Device
+from mvbert.environment import environment
+from mvbert.errors import InputError
+from mvbert.files import Json, atomic_write, read_json_object, write_error, write_json
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(out, error) from error
+
+
+def describe_run(out: Path, description: dict[str, Json], where: Device) -> None:
+    """Writes run.json on the first start; refuses a folder that another run was made in."""
+    if (out / "run.json").exists():
+        refuse_other_run(out, description)
+        return
+    write_json(
+        out / "run.json",
+        {"description": description, "environment": environment(where.device, where.reason)},
+    )
+
+
+def refuse_other_run(out: Path, description: dict[str, Json]) -> None:
+    found = read_json_object(out / "run.json").get("description")
+    wanted = json.loads(json.dumps(description))
+    if found != wanted:
+        names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
+        raise InputError(
+            f"{out} holds a run with other settings ({', '.join(names[:4])}); give another --out, "
+            "or remove that folder"
+        )
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings in which two nested objects differ."""
+    names: list[str] = []
+    for key in sorted({*a, *b}):
+        if a.get(key) == b.get(key):
+            continue
+        if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
+            names += _differences(a[key], b[key], f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}: {a.get(key)!r} there, {b.get(key)!r} now")
+    return names
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """One process a run folder."""
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{out} is in use by another mvbert process") from None
+        yield
+
+
+class Stop:
+    asked = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turns SIGINT and SIGTERM into a request that the loop sees after the running step."""
+    stop = Stop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        stop.asked = True
+
+    try:
+        old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller deals with signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """All records of a run's log, oldest first."""
+    path = out / "log.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: is {out} the folder of a run?") from None
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+class Log:
+    """log.jsonl; on resume, records after the checkpoint's step are dropped first."""
+
+    def __init__(self, path: Path, keep_until: int) -> None:
+        kept = []
+        if keep_until >= 0 and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the line a kill cut off
+                    if json.loads(line)["step"] <= keep_until:
+                        kept.append(line)
+        atomic_write(path, "".join(line + "\n" for line in kept))
+        self._path = path
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Json]) -> None:
+        try:
+            self._file.write(json.dumps(record, allow_nan=True) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise write_error(self._path, error) from error
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
