@@ -99,6 +99,14 @@ def test_importing_mvbert_is_cheap():
     assert done.returncode == 0, f"import mvbert loads {done.stderr.strip()}"
 
 
+@pytest.mark.parametrize("name", mvbert.__all__)
+def test_every_public_name_is_there(name):
+    if name in ("fuse", "unfuse"):
+        pytest.importorskip("torch")
+    assert getattr(mvbert, name).__name__ == name
+    assert getattr(mvbert, name).__name__ == name, "the second time it is another thing"
+
+
 TEXT_HALF = ["errors", "files", "vocab", "wordpiece", "tokenizer", "corpus", "learner", "batches"]
 
 
