@@ -226,6 +226,8 @@ class Stage2Config(TrainConfig):
     """Student layers x hidden size."""
     start: Literal["stage1", "random"] = "stage1"
     """Where the student's embeddings come from."""
+    positions: Literal["sinusoidal", "random"] = "sinusoidal"
+    """Where its position embeddings start; they train either way."""
     distill: tuple[str, ...] = ()
     """Losses against the Stage I teacher: logits, hidden (none: the paper)."""
     temperature: float = 1.0

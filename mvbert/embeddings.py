@@ -60,6 +60,22 @@ class StudentTable(nn.Module):
 
 
 @torch.no_grad()
+def sinusoidal_start(position: Tensor, spread: float) -> None:
+    """Starts a position table [T, H] at sines and cosines with root mean square `spread`.
+
+    Nearness of positions is then there from the start instead of having to be found: a small BERT
+    leaves the plateau of unigram frequencies after far fewer pieces (docs/log.md). The table trains
+    like any other. Frequencies as in Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
+    """
+    T, H = position.shape
+    half = (H + 1) // 2
+    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(T, dtype=torch.float64)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], 1)[:, :H]
+    position.copy_(waves * (spread * 2**0.5))
+
+
+@torch.no_grad()
 def warm_start(student: StudentTable, teacher_rows: Tensor) -> float:
     """Starts the student table at the teacher's rows, as near as E dimensions allow.
 

@@ -22,7 +22,7 @@ from mvbert.batches import Rows
 from mvbert.card import model_card
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, student_shape
 from mvbert.corpus import Corpus, Segmentation
-from mvbert.embeddings import spelled_rows, warm_start
+from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.errors import InputError
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.progress import Progress
@@ -206,6 +206,9 @@ class Stage2:
             with torch.no_grad():
                 self.model.embeddings.word.weight.copy_(teacher.student.table)
                 self.model.head.bias.copy_(teacher.student.bias)
+        if config.positions == "sinusoidal":
+            tables = self.model.embeddings
+            sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
         self.module = nn.ModuleDict({"model": self.model})
         if "hidden" in config.distill:
             generator = torch.Generator().manual_seed(config.seed + 1)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mvbert.batches import Batch
 from mvbert.config import ModelConfig
-from mvbert.embeddings import StudentTable, spelled_rows, warm_start
+from mvbert.embeddings import StudentTable, sinusoidal_start, spelled_rows, warm_start
 from mvbert.encoder import EXPLICIT_LENGTH, attention
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
 
@@ -139,3 +139,14 @@ def test_spelled_rows_take_the_shared_row_or_the_mean_of_the_spelling():
     rows, shared = spelled_rows(("x", "ab", "abc", "##bbc", "zz"), ids, table, 0)
     assert shared == 1
     assert rows[:, 0].tolist() == [4.0, 1.5, 2.0, 2.5, 0.0]
+
+
+@pytest.mark.parametrize("H", [6, 7])
+def test_sinusoidal_positions_have_the_spread_asked_for_and_tell_nearness(H):
+    table = torch.empty(64, H)
+    sinusoidal_start(table, 0.05)
+    assert float(table.square().mean().sqrt()) == pytest.approx(0.05, rel=0.1)
+    distance = (table[:, None] - table).norm(dim=-1)
+    assert (distance[0, 1:4].diff() > 0).all()  # farther is more different
+    if H % 2 == 0:  # a lone sine has no cosine beside it
+        torch.testing.assert_close(distance.diagonal(1), distance[0, 1].expand(63))
