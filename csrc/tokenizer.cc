@@ -571,7 +571,7 @@ void Tokenizer::EncodeSpans(std::string_view text, bool find_special, IdBuffer* 
         std::uint32_t from = batch.start(i);
         for (const std::uint32_t end : ends) {
           const std::uint32_t to = batch.start(i) + end;
-          spans->push_back({batch.source_begin(from), batch.source_end(to)});
+          spans->push_back({batch.source_begin(from, to), batch.source_end(from, to)});
           from = to;
         }
       }

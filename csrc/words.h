@@ -11,6 +11,7 @@
 #ifndef MVBERT_WORDS_H_
 #define MVBERT_WORDS_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -53,10 +54,15 @@ class WordBatch {
   // Asks for the source of every byte, from the next Fill on; reading is then slower.
   void TrackSources() { track_ = true; }
 
-  // The code points [begin, end) of the text that the bytes [from, to) of bytes() came from, to > from.
-  // Counted from the start of the text, or from the last RestartSources().
-  std::uint32_t source_begin(std::uint32_t from) const { return source_begins_[from]; }
-  std::uint32_t source_end(std::uint32_t to) const { return source_ends_[to - 1]; }
+  // The smallest stretch of code points of the text that has all that the bytes [from, to) of
+  // bytes() came from, to > from. (Canonical ordering may have moved them.) Counted from the start
+  // of the text, or from the last RestartSources().
+  std::uint32_t source_begin(std::uint32_t from, std::uint32_t to) const {
+    return *std::min_element(source_begins_.data() + from, source_begins_.data() + to);
+  }
+  std::uint32_t source_end(std::uint32_t from, std::uint32_t to) const {
+    return *std::max_element(source_ends_.data() + from, source_ends_.data() + to);
+  }
   void RestartSources(std::uint32_t at) { source_at_ = at; }
   std::uint32_t source_at() const { return source_at_; }
 

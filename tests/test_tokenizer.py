@@ -28,7 +28,8 @@ TEXTS = [
     "Hello, worlds!", "", "   ", "héllo\u0301 wörld", "слово слово слов", "x中y 한",
     "antidisestablishmentarianism antidisestablishmentarianisms", "q" * 100, "q" * 101, "q" * 5000,
     "[MASK] hello[SEP]world [mask] [MASK[MASK]] [PAD][PAD]", "don't. stop.", "zero\u200bwidth\0nul",
-    "hello " * 3000, "!" * 3000, "😀 unknown", "\ud800lone \udc00surrogate", "a\tb\nc\rd\u3000e\u2028f",
+    "hello " * 3000, "!" * 3000, "😀 unknown", "\ud800lone \udc00surrogate",
+    "a\tb\nc\rd\u3000e\u2028f",
 ]  # fmt: skip
 
 
@@ -152,7 +153,8 @@ def test_offsets(tokenizer):
     if tokenizer.vocab.lowercase:
         assert got == [
             ("hello", "Héllo"), (",", ","), ("wor", "wor"), ("##lds", "lds"), ("中", "中"),
-            ("\u1112", "한"), ("##\u1161", "한"), ("##\u11ab", "한"), ("[MASK]", "[MASK]"), ("x", "x"),
+            ("\u1112", "한"), ("##\u1161", "한"), ("##\u11ab", "한"),
+            ("[MASK]", "[MASK]"), ("x", "x"),
         ]  # fmt: skip
     else:
         assert got == [
@@ -295,7 +297,7 @@ def test_mixed_refuses(mixed):
         MixedTokenizer(Vocab(PIECES), Vocab(STUDENT, lowercase=False))
 
 
-# ---- Hugging Face ----------------------------------------------------------------------------------
+# ---- Hugging Face --------------------------------------------------------------------------------
 
 SHARED = [("vocab.txt", True), ("vocab-cased.txt", False), ("vocab-multilingual-cased.txt", False)]
 
@@ -344,7 +346,7 @@ def test_random_text_as_hugging_face(pair):
         pytest.skip("needs Python 3.11 (Unicode 14.0.0)")
     ours, slow = pair
     random_ = random.Random(0)
-    usual = list("abcdeé ,.!'-\u0301中한Σ[]") + ["[MASK]", "[SEP]", "##", " the ", "ing"]
+    usual = [*"abcdeé ,.!'-\u0301中한Σ[]", "[MASK]", "[SEP]", "##", " the ", "ing"]
     for _ in range(1500):
         text = "".join(
             random_.choice(usual) if random_.random() < 0.9 else chr(random_.randrange(0x110000))
