@@ -8,21 +8,31 @@ again, so the same command resumes where the last one stopped.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from mvbert import demo, huggingface
-from mvbert.config import DistillConfig, RowConfig, Stage1Config, Stage2Config, to_dict
+from mvbert.config import (
+    CorpusConfig,
+    DistillConfig,
+    RowConfig,
+    Stage1Config,
+    Stage2Config,
+    VocabConfig,
+    to_dict,
+)
 from mvbert.corpus import Corpus, run_corpus
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object, sha256_file, write_json
 from mvbert.fill import fill_masks
 from mvbert.learner import run_vocab
 from mvbert.progress import Progress
+from mvbert.runs import describe_run, make_folder
 from mvbert.stages import Stage1, Stage2, load_stage1
 from mvbert.train import finished, train
 from mvbert.vocab import Vocab
+
+_COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
 DOCSTRINGS = "docstrings"  # the embedded text, see mvbert.demo
 
@@ -44,10 +54,13 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     teacher = huggingface.find_teacher(config.teacher)
     progress.note(f"teacher {teacher.name}: {_parameters(teacher) / 1e6:.2f} M parameters")
 
-    corpus_dir = out / "corpus"
-    _make_corpus(config, out, corpus_dir, teacher, progress)
-    vocab_file = out / "student" / "vocab.txt"
-    vocab_report = _make_vocab(config, corpus_dir, vocab_file, teacher, progress)
+    make_folder(out)
+    # Stage II is described by the run of each arm, so that arms can be added later.
+    described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
+    describe_run(out / "distill.json", described)
+    lowercase = Vocab.load(teacher).lowercase
+    corpus_dir = _make_corpus(config.corpus, out, lowercase, progress)
+    vocab_file, vocab_report = _make_vocab(config.vocab, out, corpus_dir, teacher, progress)
 
     stage1 = run_stage1(config.stage1, config.row, corpus_dir, teacher, vocab_file, out / "stage1")
     stage1_model = out / "stage1" / "model"
@@ -97,71 +110,55 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     return report
 
 
-def _make_corpus(
-    config: DistillConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
-) -> None:
-    """Reads the text once, unless a corpus from the same settings is there."""
-    wanted = {"corpus": to_dict(config.corpus), "lowercase": Vocab.load(teacher).lowercase}
-    if _done(corpus_dir / "manifest.json", out / "corpus.json", wanted):
-        progress.note(f"{corpus_dir} is complete")
-        Corpus.open(corpus_dir)
-        return
+def _make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Progress) -> Path:
+    """Reads the text, unless that is done; returns the corpus folder."""
+    folder = out / "corpus"
+    if folder.exists():
+        progress.note(f"{folder} is complete")
+        return folder
     texts = []
-    for text in config.corpus.text:
-        if text == DOCSTRINGS:
-            path = out / "text" / "docstrings.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found = demo.docstring_corpus(path)
-            progress.note(
-                f"text: documentation strings of the installed Python packages, "
-                f"{found['bytes'] / 1e6:.1f} MB"
-            )
-            texts.append(path)
-        else:
+    for text in config.text:
+        if text != DOCSTRINGS:
             texts.append(Path(text))
+            continue
+        texts.append(out / "text" / "docstrings.txt")
+        if not texts[-1].exists():
+            texts[-1].parent.mkdir(parents=True, exist_ok=True)
+            found = demo.docstring_corpus(texts[-1])
+            megabytes = found["bytes"] / 1e6
+            progress.note(f"text: docstrings of the installed packages, {megabytes:.1f} MB")
     run_corpus(
         texts,
-        corpus_dir,
-        lowercase=bool(wanted["lowercase"]),
-        heldout_share=config.corpus.heldout_share,
-        heldout_texts=[Path(text) for text in config.corpus.heldout_text],
-        field=config.corpus.field,
-        errors=config.corpus.errors,
-        overwrite=corpus_dir.exists(),
+        folder,
+        lowercase=lowercase,
+        heldout_share=config.heldout_share,
+        heldout_texts=[Path(text) for text in config.heldout_text],
+        field=config.field,
+        errors=config.errors,
     )
-    write_json(out / "corpus.json", wanted)
+    return folder
 
 
 def _make_vocab(
-    config: DistillConfig, corpus_dir: Path, vocab_file: Path, teacher: Path, progress: Progress
-) -> dict[str, Json]:
-    """Learns the student's vocabulary, unless one from the same corpus and settings is there."""
-    wanted = {"vocab": to_dict(config.vocab), "corpus": corpus_id(corpus_dir)}
-    made_from = vocab_file.parent / "vocab.json"
-    report_file = vocab_file.parent / "report.json"
-    if _done(vocab_file, made_from, wanted) and report_file.is_file():
+    config: VocabConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
+) -> tuple[Path, dict[str, Json]]:
+    """Learns the student's vocabulary, unless that is done; returns its file and its report."""
+    vocab_file = out / "student" / "vocab.txt"
+    report_file = out / "student" / "report.json"  # written after the vocabulary
+    if report_file.is_file():
         progress.note(f"{vocab_file} is complete")
-        return read_json_object(report_file)
-    vocab_file.parent.mkdir(parents=True, exist_ok=True)
+        return vocab_file, read_json_object(report_file)
     report = run_vocab(
         corpus_dir,
         vocab_file,
-        config.vocab.size,
-        learner=config.vocab.learner,
-        coverage=config.vocab.coverage,
+        config.size,
+        learner=config.learner,
+        coverage=config.coverage,
         teacher=teacher,
         overwrite=True,
     )
     write_json(report_file, report)
-    write_json(made_from, wanted)
-    return report
-
-
-def _done(result: Path, made_from: Path, wanted: dict[str, Json]) -> bool:
-    """Whether `result` is there and the note beside it says it was made from `wanted`."""
-    if not result.is_file() or not made_from.is_file():
-        return False
-    return read_json_object(made_from) == json.loads(json.dumps(wanted))
+    return vocab_file, report
 
 
 def _before_after(run: dict[str, Json], name: str) -> list[Json]:

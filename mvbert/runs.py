@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import signal
 from collections.abc import Iterator
@@ -17,8 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from mvbert.device import Device
-from mvbert.environment import environment
 from mvbert.errors import InputError
 from mvbert.files import Json, atomic_write, read_json_object, write_error, write_json
 
@@ -30,25 +29,24 @@ def make_folder(out: Path) -> None:
         raise write_error(out, error) from error
 
 
-def describe_run(out: Path, description: dict[str, Json], where: Device) -> None:
-    """Writes run.json on the first start; refuses a folder that another run was made in."""
-    if (out / "run.json").exists():
-        refuse_other_run(out, description)
+def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> None:
+    """Writes what a run is on its first start; afterwards refuses any other in the same folder.
+
+    Args:
+        path: the file, run.json or distill.json.
+        description: settings and checksums of inputs: what must be the same to go on.
+        facts: written beside it, not compared.
+    """
+    if not path.exists():
+        write_json(path, {"description": description, **facts})
         return
-    write_json(
-        out / "run.json",
-        {"description": description, "environment": environment(where.device, where.reason)},
-    )
-
-
-def refuse_other_run(out: Path, description: dict[str, Json]) -> None:
-    found = read_json_object(out / "run.json").get("description")
+    found = read_json_object(path).get("description")
     wanted = json.loads(json.dumps(description))
     if found != wanted:
         names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
         raise InputError(
-            f"{out} holds a run with other settings ({', '.join(names[:4])}); give another --out, "
-            "or remove that folder"
+            f"{path.parent} holds a run with other settings ({', '.join(names[:4])}); "
+            "give another --out, or remove that folder"
         )
 
 
@@ -113,7 +111,10 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """log.jsonl; on resume, records after the checkpoint's step are dropped first."""
+    """log.jsonl, and TensorBoard's events beside it where tensorboard is installed.
+
+    On resume, records after the checkpoint's step are dropped first.
+    """
 
     def __init__(self, path: Path, keep_until: int) -> None:
         kept = []
@@ -125,6 +126,7 @@ class Log:
         atomic_write(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(path.parent / "tensorboard", keep_until + 1)
 
     def write(self, record: dict[str, Json]) -> None:
         try:
@@ -132,9 +134,27 @@ class Log:
             self._file.flush()
         except OSError as error:
             raise write_error(self._path, error) from error
+        if self._board is not None:
+            prefix, values = "train", record
+            if "heldout" in record:
+                prefix, values = "heldout", record["heldout"]
+            for name, value in values.items():  # type: ignore[union-attr]
+                if name not in ("step", "pieces"):
+                    self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(folder: Path, purge_step: int) -> Any:
+    """A writer of TensorBoard events that hides those from `purge_step` on; None without it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)

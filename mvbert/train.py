@@ -18,6 +18,7 @@ from mvbert import checkpoint
 from mvbert.batches import Batch, Rows
 from mvbert.config import TrainConfig
 from mvbert.device import Device, choose_device
+from mvbert.environment import environment
 from mvbert.errors import InputError, Interrupted
 from mvbert.files import Json, atomic_folder
 from mvbert.model import DeviceBatch
@@ -30,7 +31,6 @@ from mvbert.runs import (
     lock,
     make_folder,
     read_log,
-    refuse_other_run,
     stop_signals,
 )
 
@@ -95,7 +95,8 @@ def _train(
 ) -> dict[str, Json]:
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     where = choose_device(config)
-    describe_run(out, description, where)
+    facts = environment(where.device, where.reason)
+    describe_run(out / "run.json", description, environment=facts)
     checkpoints = out / "checkpoints"
     module = task.module.to(where.device)
     optimizer = make_optimizer(module, config)
@@ -267,7 +268,7 @@ def finished(
     """The report of a run that is already complete in `out`, or None."""
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
-    refuse_other_run(out, description)
+    describe_run(out / "run.json", description)
     if checkpoint.check_manifest(out / "model") is not None:
         return None
     length = description["row"]["length"]  # type: ignore[index,call-overload]

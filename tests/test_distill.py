@@ -121,8 +121,10 @@ def test_another_text_is_not_taken_for_the_first(job, run_cli, text):
     (job / "other.txt").write_text(text.replace("river", "water") * 5)
     other = run_cli("distill", "job.toml", "--text", "other.txt")
     assert other.returncode == 2
-    assert "other settings" in other.stderr
+    assert "other settings (corpus.text" in other.stderr
     assert "Traceback" not in other.stderr
+    again = run_cli("distill", "job.toml")  # and nothing of the first was touched
+    assert again.stderr.count("is complete") == 6, again.stderr
 
 
 def test_the_packaged_settings_are_valid():

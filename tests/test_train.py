@@ -344,6 +344,21 @@ def test_twenty_random_kills_leave_the_same_bits(corpus, stage1_model, tmp_path)
     assert weights(tmp_path / "killed") == weights(tmp_path / "unbroken")
 
 
+def test_tensorboard_gets_the_same_numbers(stage2, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stage2(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for prefix, records in (("train", "loss"), ("heldout", "heldout")):
+        logged = [r for r in numbers(tmp_path) if ("heldout" in r) == (records == "heldout")]
+        told = {e.step: e.value for e in events.Scalars(f"{prefix}/loss")}
+        assert told.keys() == {r["step"] for r in logged}
+        for r in logged:
+            loss = r["heldout"]["loss"] if records == "heldout" else r["loss"]
+            assert told[r["step"]] == pytest.approx(loss)
+
+
 # ---- it refuses -----------------------------------------------------------------------------
 
 
