@@ -154,7 +154,9 @@ def embedding_case(B: int, T: int, H: int, V_t: int, V_s: int):
 
 def layer_norm_case(N: int, H: int):
     x, vector, seed = meta(N, H), meta(H), meta(1, dtype=torch.int64)
-    _, total, mean, rstd = layer_norm.residual_layer_norm_fwd(x, x, vector, vector, 1e-12, 0.1, seed)
+    _, total, mean, rstd = layer_norm.residual_layer_norm_fwd(
+        x, x, vector, vector, 1e-12, 0.1, seed
+    )
     layer_norm.residual_layer_norm_bwd(x, total, vector, mean, rstd, 0.1, seed)
 
 
@@ -196,7 +198,9 @@ def resources(variant: Launch, arch: int) -> dict[str, object]:
         ).stdout  # fmt: skip
     ptx = compiled.asm["ptx"]
     wide = len(re.findall(r"ld\.global[.\w:]*\.v4\.(?:b|u|f|s)32|ld\.global[.\w:]*\.v8\.b32", ptx))
-    copies = len(re.findall(r"cp\.async\.c[ga][^;]*0x10, ", ptx)) + ptx.count("cp.async.bulk.tensor")
+    copies = len(re.findall(r"cp\.async\.c[ga][^;]*0x10, ", ptx)) + ptx.count(
+        "cp.async.bulk.tensor"
+    )
     matrix = "none"
     for name, mark in (("tcgen05", "tcgen05.mma"), ("wgmma", "wgmma.mma"), ("mma", "mma.sync")):
         if mark in ptx:

@@ -163,7 +163,7 @@ def cross_entropy(
             if s:
                 dz -= s / V
         else:
-            # The two upstream gradients weigh the terms differently: scale here, not in the products.
+            # Two upstream gradients weigh the terms differently: scale here, not in the products.
             dz *= (coef + dlse[picked])[:, None]
             dz.scatter_add_(1, target, coef[:, None] * (s - 1))
             if s:

@@ -30,10 +30,11 @@ def mixed_embedding_reference(
     ln_weight: Tensor,  # [H]
     ln_bias: Tensor,  # [H]
     eps: float,
+    padding_id: int | None = None,
 ) -> Tensor:
     """LayerNorm(table[id] + position[t] + type[s]) with table = [teacher; student]. -> [B, T, H]"""
     tables = [table for table in (teacher_table, student_rows) if table is not None]
-    rows = torch.cat(tables)[input_ids.long()]
+    rows = F.embedding(input_ids.long(), torch.cat(tables), padding_idx=padding_id)
     if position_table is not None:
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
@@ -119,7 +120,7 @@ def linear_kl_reference(
     temperature: float = 1.0,
     mask: Tensor | None = None,  # [N], bool
 ) -> Tensor:
-    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)) of each row, 0 where masked out. -> [N]"""
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), 0 where masked out. -> [N]"""
     with torch.no_grad():
         teacher = upcast(linear(teacher_hidden, teacher_weight, teacher_bias)) / temperature
         log_q = F.log_softmax(teacher, 1)
@@ -139,7 +140,7 @@ def sparse_linear_kl_reference(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """tau^2 sum_k q_k (log q_k - log softmax(z / tau)[id_k]); slots with q_k = 0 are unused. -> [N]"""
+    """tau^2 sum_k q_k (log q_k - log softmax(z / tau)[id_k]); q_k = 0: slot not used. -> [N]"""
     log_p = F.log_softmax(upcast(linear(hidden, weight, bias)) / temperature, 1)
     q = target_probs.detach().to(log_p.dtype)
     picked = log_p.gather(1, target_ids.long().where(q > 0, 0))

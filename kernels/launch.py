@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Logits are held for at most this many rows at once. Fewer than 1,053 rows would make the sum over
-# chunks into a float32 dweight (8 bytes an element, 2 FLOP a row) bound by memory: 4 x 263 FLOP/byte.
+# Logits are held for at most this many rows at once. Below 1,053 rows, adding a chunk to a float32
+# dweight (8 bytes an element, 2 FLOP a row) would be bound by memory: 4 x 263 FLOP / byte.
 CHUNK_ROWS = 8192
 
 # Below this width, computing the logits twice is cheaper than writing and reading them: 2 H FLOP
@@ -49,7 +49,7 @@ def pitch(V: int) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        # meta: kernels/aot.py compiles for an H100. cpu: the interpreter, where few programs are best.
+        # meta: kernels/aot.py, as if on an H100. cpu: the interpreter, where few programs are best.
         return 132 if device.type == "meta" else 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -70,7 +70,7 @@ def product_blocks(M: int, N: int, K: int, *, heavy: bool = False) -> dict[str, 
 
 
 def elementwise_blocks(V: int) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_V, STEPS) of the in-place pass over logits: 64 rows of 512 columns a program."""
+    """(BLOCK_M, BLOCK_V, STEPS) of a pass over logits: 64 rows of 512 columns a program."""
     if V < 512:
         return 4, 64, 2
     return 8, 512, 8

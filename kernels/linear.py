@@ -345,6 +345,6 @@ class LinearRows:
         )  # fmt: skip
 
     def new_dweight(self, dtype: torch.dtype) -> Tensor:
-        """[V, H] to sum dweight in: the accumulator's dtype, or the final one for a single chunk."""
+        """[V, H] to sum dweight in: accumulator dtype, or the final one for a single chunk."""
         single = self.chunk >= self.N
         return self.x.new_empty(self.V, self.H, dtype=dtype if single else self.acc_dtype)

@@ -185,9 +185,7 @@ def flash_fwd_kernel(
         row_sum = row_sum * fade + tl.sum(p, 1)
         if GRAD:
             expect *= fade[:, None]
-            expect = tl.dot(
-                p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC
-            )
+            expect = tl.dot(p.to(w.dtype), w, expect, input_precision=PRECISION, out_dtype=ACC)
         row_max = new_max
     at = split.to(tl.int64) * N + m
     tl.store(max_ptr + at, row_max, mask=m < count)

@@ -3,9 +3,9 @@
     loss = tau^2 sum_v q_v (log q_v - log p_v),   p = softmax(z / tau),   z = x @ weight.T + bias
     dz   = a tau (p - q)
 
-Dense: q = softmax(y / tau) of the teacher's own linear layer over the same vocabulary. Logits of up to
-launch.CHUNK_ROWS rows of both models are written once, in the input's dtype; one kernel reads the
-two, sums q (y - z) and leaves dz over the student's half. The teacher side has no gradient.
+Dense: q = softmax(y / tau) of the teacher's own linear layer over the same vocabulary. Logits of up
+to launch.CHUNK_ROWS rows of both models are written once, in the input's dtype; one kernel reads
+the two, sums q (y - z) and leaves dz over the student's. The teacher side has no gradient.
 
 Sparse: q is a list of (id, probability). Its entries are picked from the logits first; then all
 columns become p sum(q), then the listed ones p sum(q) - q. An id may be listed twice.

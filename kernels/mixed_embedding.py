@@ -369,7 +369,7 @@ def mixed_embedding_bwd(
     deterministic: bool,
     need: list[bool],  # teacher_table, student_rows, position_table, type_table
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (teacher_table, student_rows, position_table, type_table, ln_weight, ln_bias)."""
+    """Gradients of the four tables, in the order of the arguments, of ln_weight and of ln_bias."""
     (B, T), H = input_ids.shape, ln_weight.shape[0]
     input_ids = input_ids.contiguous()
     index, tables, size, flags = _common(

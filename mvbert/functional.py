@@ -45,7 +45,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_on_gpu(on: bool) -> None:
-    """Whether ids and labels on a GPU are range-checked: a debugging aid, it waits for the device."""
+    """Whether ids and labels on a GPU are range-checked: for debugging, it waits for the device."""
     ops.CHECK_ON_GPU = bool(on)
 
 
@@ -88,8 +88,8 @@ def project_rows(
         teacher_size: V_t, where student ids begin.
 
     Returns:
-        (student_rows [number of ids, H], input_ids [.., T]) to hand to `mixed_embedding` in place of
-        the projected table and the ids.
+        (student_rows [number of ids, H], input_ids [.., T]) to hand to `mixed_embedding` in place
+        of the projected table and the ids.
     """
     _check_linear("project_rows", student_table, weight, bias, ("V_s", "E"), ("H", "E"))
     is_student = input_ids >= teacher_size
@@ -199,7 +199,7 @@ def mixed_embedding(
     if backend == "reference":
         hidden = plain.mixed_embedding_reference(
             input_ids, teacher_table, student_rows, position_table, type_table,
-            token_type_ids, position_ids, ln_weight, ln_bias, eps,
+            token_type_ids, position_ids, ln_weight, ln_bias, eps, padding_id,
         )  # fmt: skip
         return F.dropout(hidden, dropout_p, training)
     if backend == "triton":
@@ -275,7 +275,8 @@ def residual_layer_norm(
     H = x.shape[-1]
     if residual.shape != x.shape:
         raise ValueError(
-            f"residual_layer_norm needs x and residual [.., H] alike, got {_shape(x)} and {_shape(residual)}"
+            "residual_layer_norm needs x and residual [.., H] alike, "
+            f"got {_shape(x)} and {_shape(residual)}"
         )
     for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
         if vector.shape != (H,):
@@ -453,7 +454,8 @@ def linear_kl(
     if student_weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
             "linear_kl needs student_weight [V, H_s] and teacher_weight [V, H_t] of one V, got "
-            f"{_shape(student_weight)} and {_shape(teacher_weight)}: soft targets need one vocabulary"
+            f"{_shape(student_weight)} and {_shape(teacher_weight)}: "
+            "soft targets need one vocabulary"
         )
     _check_temperature(temperature)
     _check_reduction(reduction)

@@ -45,7 +45,7 @@ class MixedEmbedding(nn.Module):
         self.student = nn.Embedding(student_size, embedding_size)
         self.projection = nn.Linear(embedding_size, hidden_size)
         self.position = nn.Embedding(max_positions, hidden_size)
-        self.type = nn.Embedding(types, hidden_size)
+        self.token_type = nn.Embedding(types, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=eps)
         self.dropout = dropout
         self.frequent_ids = frequent_ids
@@ -77,7 +77,7 @@ class MixedEmbedding(nn.Module):
             else:
                 student_rows = self.student_rows()
         return functional.mixed_embedding(
-            input_ids, self.teacher.weight, student_rows, self.position.weight, self.type.weight,
+            input_ids, self.teacher.weight, student_rows, self.position.weight, self.token_type.weight,
             token_type_ids, self.norm.weight, self.norm.bias, eps=self.norm.eps,
             dropout_p=self.dropout, training=self.training, frequent_ids=self.frequent_ids,
         )  # fmt: skip

@@ -1,0 +1,99 @@
+"""The Triton divergences against their definitions, in the interpreter or on a GPU."""
+
+import pytest
+import torch
+
+from mvbert import functional as MF
+from mvbert.kernels import launch
+
+N, H, H_T, V, K = 13, 20, 12, 37, 5
+
+
+@pytest.fixture
+def student(draw):
+    def make(dtype):
+        return [draw(*s, dtype=dtype) for s in ((N, H), (V, H), (V,))]
+
+    return make
+
+
+@pytest.fixture
+def dense(draw, device):
+    """The two functions of the student's tensors, for one teacher."""
+    teacher = [
+        draw(*s, dtype=torch.float32, requires_grad=False) for s in ((N, H_T), (V, H_T), (V,))
+    ]
+    mask = (torch.arange(N, device=device) % 3) != 1
+
+    def of(backend, mask=mask, **options):
+        def run(h, w, b):
+            given = [t.to(h.dtype) for t in teacher]
+            return MF.linear_kl(
+                h, w, b, *given, temperature=2.0, mask=mask, backend=backend, **options
+            )
+
+        return run
+
+    return of
+
+
+@pytest.fixture
+def sparse(device):
+    """One row without a target, one unused slot, one id listed twice, both ends of V."""
+    ids = torch.randint(0, V, (N, K))
+    ids[0, :2] = torch.tensor([0, V - 1])
+    ids[4, 1] = ids[4, 0]
+    probs = torch.rand(N, K)
+    probs[3] = 0
+    probs[5, 2] = 0
+    ids, probs = ids.to(device), probs.to(device)
+
+    def of(backend, **options):
+        return lambda h, w, b: MF.sparse_linear_kl(
+            h, w, b, ids, probs.to(h.dtype), temperature=2.0, backend=backend, **options
+        )
+
+    return of
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dense(reduction, dtype, student, dense, check_against):
+    options = {"reduction": reduction}
+    check_against(dense("triton", **options), dense("reference", **options), student(dtype))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_sparse(reduction, dtype, student, sparse, check_against):
+    options = {"reduction": reduction}
+    check_against(sparse("triton", **options), sparse("reference", **options), student(dtype))
+
+
+def test_gradcheck(student, dense, sparse):
+    assert torch.autograd.gradcheck(dense("triton"), student(torch.float64), fast_mode=True)
+    assert torch.autograd.gradcheck(sparse("triton"), student(torch.float64), fast_mode=True)
+
+
+def test_chunk_size_does_not_matter(student, dense, sparse, gradients, monkeypatch):
+    inputs = student(torch.float64)
+    for of in (dense, sparse):
+        monkeypatch.setattr(launch, "CHUNK_ROWS", 8192)
+        whole = gradients(of("triton"), inputs)
+        monkeypatch.setattr(launch, "CHUNK_ROWS", 6)
+        split = gradients(of("triton"), inputs)
+        for a, b in zip(whole[0] + whole[1], split[0] + split[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_nothing_counts(student, dense, device):
+    inputs = student(torch.float32)
+    loss = dense("triton", mask=torch.zeros(N, dtype=torch.bool, device=device))(*inputs)
+    assert loss == 0
+    for gradient in torch.autograd.grad(loss, inputs):
+        assert (gradient == 0).all()
+
+
+def test_own_teacher_is_at_distance_zero(student, device):
+    h, w, b = student(torch.float32)
+    loss = MF.linear_kl(h, w, b, h, w, b, temperature=3.0, backend="triton")
+    assert abs(loss.item()) < 1e-6
+    assert all(g.abs().max() < 1e-6 for g in torch.autograd.grad(loss, (h, w, b)))

@@ -1,0 +1,377 @@
+"""The public functions on a CPU: the chunked path against the definitions, checks, torch.compile."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mvbert import functional as MF
+from mvbert import layers
+from mvbert.kernels import chunked
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at most 5 rows, so that few rows make several chunks."""
+    monkeypatch.setattr(chunked, "chunk_rows", lambda V: 5)
+
+
+def parameters(*shapes, dtype=torch.float64):
+    return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+
+def labels_of(N, V):
+    labels = torch.randint(0, V, (N,))
+    labels[2::3] = MF.IGNORE_INDEX
+    labels[:2] = torch.tensor([0, V - 1])
+    return labels
+
+
+def same(function, inputs, rtol=1e-11):
+    """function(backend, *inputs): equal outputs and gradients, chunked and reference."""
+    results = []
+    for backend in ("chunked", "reference"):
+        outputs = function(backend, *inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = sum((o * torch.linspace(0.5, 1.5, o.numel()).view(o.shape)).sum() for o in outputs)
+        results.append((*outputs, *torch.autograd.grad(total, inputs)))
+    for found, truth in zip(*results, strict=True):
+        torch.testing.assert_close(found, truth, rtol=rtol, atol=rtol)
+
+
+# ---- losses ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_linear_cross_entropy(reduction, label_smoothing, return_lse, small_chunks):
+    labels = labels_of(13, 37)
+    options = {
+        "reduction": reduction, "label_smoothing": label_smoothing, "return_lse": return_lse,
+    }  # fmt: skip
+    same(
+        lambda be, h, w, b: MF.linear_cross_entropy(h, w, labels, b, backend=be, **options),
+        parameters((13, 20), (37, 20), (37,)),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_definition_is_torchs(reduction, label_smoothing):
+    hidden, weight, bias = parameters((13, 20), (37, 20), (37,))
+    labels = labels_of(13, 37)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    torch.testing.assert_close(
+        MF.linear_cross_entropy(hidden, weight, labels, bias, backend="reference", **options),
+        F.cross_entropy(hidden @ weight.T + bias, labels, **options),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_mixed_linear_cross_entropy(reduction, return_lse, small_chunks):
+    labels = torch.randint(0, 58, (17,))
+    labels[:6] = torch.tensor([0, 36, 37, 57, -100, 37])
+    same(
+        lambda be, h, wt, ws, bt, bs: MF.mixed_linear_cross_entropy(
+            h, wt, ws, labels, bt, bs, reduction=reduction, return_lse=return_lse, backend=be
+        ),
+        parameters((17, 20), (37, 20), (21, 20), (37,), (21,)),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_kl(reduction, small_chunks):
+    teacher = [torch.randn(s, dtype=torch.float64) for s in ((13, 12), (37, 12), (37,))]
+    mask = torch.arange(13) % 3 != 1
+    same(
+        lambda be, h, w, b: MF.linear_kl(
+            h, w, b, *teacher, temperature=2.5, mask=mask, reduction=reduction, backend=be
+        ),
+        parameters((13, 20), (37, 20), (37,)),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_sparse_linear_kl(reduction, small_chunks):
+    ids, probs = torch.randint(0, 37, (13, 5)), torch.rand(13, 5, dtype=torch.float64)
+    ids[4, 1] = ids[4, 0]
+    probs[3] = 0
+    probs[5, 2] = 0
+    same(
+        lambda be, h, w, b: MF.sparse_linear_kl(
+            h, w, b, ids, probs, temperature=2.5, reduction=reduction, backend=be
+        ),
+        parameters((13, 20), (37, 20), (37,)),
+    )
+
+
+def test_all_sparse_targets_is_dense(small_chunks):
+    hidden, weight, teacher, teacher_weight = parameters((7, 20), (37, 20), (7, 12), (37, 12))
+    q = torch.softmax(teacher @ teacher_weight.T / 2, 1)
+    every = torch.arange(37).expand(7, 37)
+    torch.testing.assert_close(
+        MF.sparse_linear_kl(hidden, weight, None, every, q, temperature=2.0),
+        MF.linear_kl(hidden, weight, None, teacher, teacher_weight, None, temperature=2.0),
+    )
+
+
+@pytest.mark.parametrize("upstream", ["equal", "different", "one row"])
+def test_rows_take_any_upstream_gradient(upstream, monkeypatch):
+    """Equal ones scale what forward made; others compute the logits again. Both are exact."""
+    hidden, weight, bias = parameters((13, 20), (37, 20), (37,))
+    labels = labels_of(13, 37)
+    weights = {
+        "equal": torch.full((13,), 0.3),
+        "different": torch.linspace(0, 1, 13),
+        "one row": F.one_hot(torch.tensor(1), 13),
+    }[upstream].double()
+    passes = []
+    original = chunked.LinearChunks.logits
+    monkeypatch.setattr(
+        chunked.LinearChunks, "logits", lambda self, x: passes.append(1) or original(self, x)
+    )
+    same(
+        lambda be, h, w, b: (
+            MF.linear_cross_entropy(h, w, labels, b, reduction="none", backend=be) * weights
+        ).sum(),
+        (hidden, weight, bias),
+    )
+    assert len(passes) == (1 if upstream == "equal" else 2)
+
+
+@pytest.mark.parametrize("N", [0, 5])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_labels_at_all(N, reduction):
+    inputs = parameters((N, 20), (37, 20), (37,))
+    labels = torch.full((N,), MF.IGNORE_INDEX)
+    loss = MF.linear_cross_entropy(inputs[0], inputs[1], labels, inputs[2], reduction=reduction)
+    assert (loss == 0).all()
+    for gradient in torch.autograd.grad(loss.sum(), inputs):
+        assert (gradient == 0).all()
+
+
+def test_never_holds_the_logits(monkeypatch):
+    """No buffer of N x V: the largest is one chunk."""
+    largest = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *shape, **options):
+        made = original(self, *shape, **options)
+        largest.append(made.numel())
+        return made
+
+    N, V = 500, 600
+    monkeypatch.setattr(chunked, "chunk_rows", lambda V: 64)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    inputs = parameters((N, 20), (V, 20), dtype=torch.float32)
+    MF.linear_cross_entropy(*inputs, torch.randint(0, V, (N,))).backward()
+    assert max(largest) == 64 * V
+
+
+def test_bfloat16_autocast_is_as_good_as_torchs():
+    N, H, V = 200, 64, 503
+    inputs = parameters((N, H), (V, H), (V,), dtype=torch.float32)
+    labels = labels_of(N, V)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = MF.linear_cross_entropy(exact[0], exact[1], labels, exact[2], backend="reference")
+    true_gradients = torch.autograd.grad(truth, exact)
+
+    def errors(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            h, w, b = inputs
+            if backend == "torch":
+                loss = F.cross_entropy(F.linear(h, w, b).float(), labels)
+            else:
+                loss = MF.linear_cross_entropy(h, w, labels, b)
+        found = torch.autograd.grad(loss, inputs)
+        assert [g.dtype for g in found] == [torch.float32] * 3
+        return [
+            ((f.double() - t).norm() / t.norm()).item()
+            for f, t in zip(found, true_gradients, strict=True)
+        ]
+
+    for ours, theirs in zip(errors("ours"), errors("torch"), strict=True):
+        assert ours <= 1.2 * theirs + 1e-6
+
+
+def test_no_second_derivative_in_silence():
+    hidden, weight = parameters((5, 20), (37, 20))
+    loss = MF.linear_cross_entropy(hidden, weight, torch.arange(5))
+    gradient = torch.autograd.grad(loss, hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(gradient.square().sum(), weight)
+
+
+# ---- embeddings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_id", [None, 3, 12])
+@pytest.mark.parametrize("positions", [False, True])
+def test_mixed_embedding(padding_id, positions):
+    ids = torch.randint(0, 16, (3, 7))
+    ids[0, :5] = torch.tensor([0, 10, 11, 15, 3])
+    kinds = torch.randint(0, 2, (3, 7))
+    options = {"padding_id": padding_id}
+    if positions:
+        options["position_ids"] = torch.randint(0, 9, (3, 7))
+    same(
+        lambda be, t, s, p, k, w, b: MF.mixed_embedding(
+            ids, t, s, p, k, kinds, w, b, backend=be, **options
+        ),
+        parameters((11, 20), (5, 20), (9, 20), (2, 20), (20,), (20,)),
+    )
+
+
+def test_projected_rows_are_the_projected_table():
+    table, weight, bias, teacher = parameters((5, 4), (20, 4), (20,), (11, 20))
+    ids = torch.tensor([[0, 10, 11, 15], [11, 3, 12, 15]])
+    one = torch.ones(20, dtype=torch.float64)
+
+    def embed(rows, ids):
+        return MF.mixed_embedding(ids, teacher, rows, None, None, None, one, one)
+
+    whole = embed(MF.project_table(table, weight, bias), ids)
+    few = embed(*MF.project_rows(ids, table, weight, bias, teacher_size=11))
+    torch.testing.assert_close(few, whole)
+    inputs = (table, weight, bias, teacher)
+    upstream = torch.randn_like(whole)
+    for a, b in zip(
+        torch.autograd.grad(few, inputs, upstream),
+        torch.autograd.grad(whole, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+# ---- modules, torch.compile --------------------------------------------------------------------
+
+
+def test_modules_alone():
+    embedding = layers.MixedEmbedding(11, 5, 4, 20, max_positions=9, dropout=0.0).double()
+    ids = torch.randint(0, 16, (2, 7))  # 14 pieces, 5 rows: the table is projected
+    few = torch.tensor([[0, 15, 11]])  # 3 pieces: only they are
+    for one in (ids, few):
+        torch.testing.assert_close(embedding(one), embedding(one, None, embedding.student_rows()))
+    loss = layers.LinearCrossEntropy(20, 37, reduction="none").double()
+    hidden, labels = embedding(ids), torch.randint(0, 37, (2, 7))
+    expected = F.cross_entropy(loss(hidden).flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(loss(hidden, labels).flatten(), expected)
+
+
+def test_compiles_into_one_graph():
+    """A whole mixed step, forward and backward, without a graph break."""
+    inputs = parameters((11, 20), (5, 4), (20, 4), (20,), (20,), (20,))
+    ids, labels = torch.randint(0, 16, (3, 7)), torch.randint(0, 16, (21,))
+    labels[::4] = MF.IGNORE_INDEX
+
+    def step(teacher, table, weight, bias, ln_weight, ln_bias):
+        rows = MF.project_table(table, weight, bias)
+        hidden = MF.mixed_embedding(ids, teacher, rows, None, None, None, ln_weight, ln_bias)
+        hidden = hidden.flatten(0, 1)
+        loss = MF.mixed_linear_cross_entropy(hidden, teacher, rows, labels)
+        loss = (
+            loss
+            + MF.linear_cross_entropy(hidden, teacher, labels.clamp(max=10), reduction="none").sum()
+        )
+        return loss + MF.linear_kl(hidden, teacher, None, hidden + 1, teacher, None)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected, found = step(*inputs), compiled(*inputs)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_operators_are_well_formed():
+    """Schema, fake kernels and autograd registration, by torch's own checker."""
+    from mvbert.kernels import ops
+
+    hidden, weight, bias = parameters((5, 8), (11, 8), (11,), dtype=torch.float32)
+    labels, scale = torch.tensor([0, 10, -100, 3, 4]), torch.tensor(0.25)
+    need, tests = (
+        [True, True, True],
+        ("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    torch.library.opcheck(
+        ops.linear_cross_entropy_sum,
+        (hidden, weight, bias, labels, scale, -100, 0.1, need, "chunked"),
+        test_utils=tests,
+    )
+    torch.library.opcheck(
+        ops.linear_cross_entropy_rows,
+        (hidden, weight, bias, labels, -100, 0.1, need, "chunked"),
+        test_utils=tests,
+    )
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"hidden": torch.randn(4, 3)},
+            r"\[N, H\] and a weight \[V, H\] of one H, got \[4, 3\] and",
+        ),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \[N\] with N = 4"),
+        ({"labels": torch.zeros(4)}, "labels of int32 or int64, got torch.float32"),
+        ({"labels": torch.tensor([0, 1, 7, 2])}, r"labels must lie in \[0, 7\) or be -100, got 7"),
+        (
+            {"labels": torch.tensor([0, -1, 6, 2])},
+            r"labels must lie in \[0, 7\) or be -100, got -1",
+        ),
+        ({"bias": torch.randn(6)}, r"bias \[V\] with V = 7, got \[6\]"),
+        ({"weight": torch.randn(7, 5).half()}, "dtype torch.float32 or float32, got torch.float16"),
+        ({"hidden": torch.ones(4, 5, dtype=torch.long)}, "floating-point input, got torch.int64"),
+        ({"reduction": "average"}, "reduction must be one of mean, sum, none, got 'average'"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\), got 1.5"),
+        (
+            {"backend": "cuda"},
+            "backend must be one of auto, triton, chunked, reference, got 'cuda'",
+        ),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_loss_arguments(change, message):
+    arguments = {
+        "hidden": torch.randn(4, 5), "weight": torch.randn(7, 5),
+        "labels": torch.tensor([0, 1, 6, -100]), "bias": torch.randn(7),
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        MF.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"input_ids \[B, T\], got \[4\]"),
+        ({"input_ids": torch.tensor([[0, 9]])}, r"input_ids must lie in \[0, 9\), got 9"),
+        ({"input_ids": torch.tensor([[0, -1]])}, r"input_ids must lie in \[0, 9\), got -1"),
+        ({"student_rows": torch.randn(3, 4)}, r"student_rows \[V_s, H\] with H = 5, got \[3, 4\]"),
+        ({"teacher_table": None, "student_rows": None}, "or both"),
+        ({"position_table": torch.randn(1, 5)}, "has 1 positions, too few for rows of T = 2"),
+        ({"token_type_ids": torch.tensor([[0, 2]])}, r"token_type_ids must lie in \[0, 2\), got 2"),
+        ({"token_type_ids": torch.tensor([0, 1])}, r"token_type_ids \[B, T\] like input_ids"),
+        ({"ln_weight": torch.ones(4)}, r"ln_weight \[H\] with H = 5, got \[4\]"),
+        ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_bad_embedding_arguments(change, message):
+    arguments = {
+        "input_ids": torch.tensor([[0, 8]]), "teacher_table": torch.randn(6, 5),
+        "student_rows": torch.randn(3, 5), "position_table": torch.randn(4, 5),
+        "type_table": torch.randn(2, 5), "token_type_ids": torch.tensor([[0, 1]]),
+        "ln_weight": torch.ones(5), "ln_bias": torch.ones(5),
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        MF.mixed_embedding(**arguments)
