@@ -1,13 +1,13 @@
 """What the compiler makes of every kernel at the real shapes, without a device.
 
-    python -m mvbert.kernels.aot                       compile, compare with aot.json, print the table
-    python -m mvbert.kernels.aot --write               record the present state
+    python -m mvbert.kernels.aot             compile, print, compare with aot.json
+    python -m mvbert.kernels.aot --write     record the present state
     python -m mvbert.kernels.aot --arch 90 --only flash
 
-The launchers run on `meta` tensors of the real shapes with the launch itself replaced by a recorder, so
-what is compiled is exactly what would be launched: same block sizes, same specialisation of
-arguments. Each kernel is compiled to machine code and read for registers, stack (local memory: a
-spill), shared memory, 16-byte loads and the matrix instruction.
+The launchers run on `meta` tensors of the real shapes with the launch itself replaced by a
+recorder, so what is compiled is exactly what would be launched: same block sizes, same
+specialisation of arguments. Each kernel is compiled to machine code and read for registers, stack
+(local memory: a spill), shared memory, 16-byte loads and the matrix instruction.
 """
 
 import argparse
@@ -40,7 +40,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One compiled variant: a kernel with the types, divisibility and constants of its arguments."""
+    """One variant of a kernel: types, divisibility and constants of its arguments."""
 
     kernel: JITFunction
     signature: tuple[tuple[str, str], ...]
@@ -187,7 +187,7 @@ def tool(name: str) -> str:
 
 
 def resources(variant: Launch, arch: int) -> dict[str, object]:
-    """Registers a thread, stack and shared memory in bytes, loads and stores by width, matrix unit."""
+    """Registers a thread, stack and shared memory in bytes, 16-byte loads, matrix unit."""
     compiled = variant.compile(arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

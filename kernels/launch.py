@@ -57,8 +57,9 @@ def multiprocessors(device: torch.device) -> int:
 def product_blocks(M: int, N: int, K: int, *, heavy: bool = False) -> dict[str, int]:
     """Tile, warps and stages of an [M, K] x [K, N] product.
 
-    128 x 256 x 64 with 3 stages takes 144 KiB and half of the registers for its sums. A kernel whose
-    last part is `heavy` (a softmax, an addition to what is there) spills at that size: 128 x 128.
+    128 x 256 x 64 with 3 stages takes 144 KiB and half of the registers for its sums. A kernel
+    whose last part is `heavy` (a softmax, an addition to what is there) spills at that size and
+    takes 128 x 128.
     """
     if min(M, N) < 64 or K < 32:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}

@@ -230,7 +230,7 @@ def flash_combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Joins the parts of a row and its label's logit: loss, lse, and with w the label's row of weight
+    """Joins the parts of a row and its label's logit: loss, lse, and with w the label's row
 
     dx = a (expect - rest w + s (w - mean w)) + g (expect + (1 - rest) w),
     rest the probability of all other pieces.
@@ -481,8 +481,8 @@ def cross_entropy_dlogits(
         z, labels, linear.rows, linear.count, lse,
         dloss if by_row else lse, lse if dlse is None else dlse, partial,
         start, c, linear.V, linear.pitch,
-        SMOOTHING=label_smoothing, ROWS=by_row, HAS_DLSE=dlse is not None, HAS_BIAS=has_bias, ACC=linear.common["ACC"],
-        BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+        SMOOTHING=label_smoothing, ROWS=by_row, HAS_DLSE=dlse is not None, HAS_BIAS=has_bias,
+        ACC=linear.common["ACC"], BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
     )  # fmt: skip
     return partial.sum(0)[: linear.V] if has_bias else None
 

@@ -7,8 +7,8 @@ Three operators a loss:
     <loss>_rows           the loss of each row, nothing kept
     <loss>_rows_backward  the gradients for given upstream gradients of the rows, recomputing logits
 
-`backend` is "triton" (kernels of this folder) or "chunked" (plain PyTorch, chunked.py). All three are
-opaque to torch.compile, so a compiled model keeps one graph, whichever rows carry a loss.
+`backend` is "triton" (kernels of this folder) or "chunked" (plain PyTorch, chunked.py). All three
+are opaque to torch.compile, so a compiled model keeps one graph, whichever rows carry a loss.
 """
 
 import torch
@@ -175,8 +175,8 @@ def linear_cross_entropy_rows_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if dlse is None and any(u.numel() for u in unit):
-        # Rows that are summed or averaged later all have one upstream gradient. On a CPU that can be
-        # looked at: the unit gradients then only need scaling.
+        # Rows that are summed or averaged later all have one upstream gradient. On a CPU that can
+        # be looked at: the unit gradients then only need scaling.
         upstream = dloss[labels != ignore_index]
         if upstream.numel() == 0 or bool((upstream == upstream[0]).all()):
             factor = upstream[0] if upstream.numel() else dloss.new_zeros(())
@@ -239,8 +239,8 @@ def linear_kl_sum(
     need = Need(*need)
     dloss = scale if need else None
     loss, *gradients = _run(
-        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
-        dloss, need,
+        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask,
+        temperature, dloss, need,
     )  # fmt: skip
     return loss.sum() * scale, *gradients
 
@@ -274,8 +274,8 @@ def linear_kl_rows(
     backend: str,
 ) -> Tensor:
     return _run(
-        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
-        None, Need(),
+        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask,
+        temperature, None, Need(),
     )[0]  # fmt: skip
 
 
@@ -299,8 +299,8 @@ def linear_kl_rows_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, *gradients = _run(
-        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
-        dloss, Need(*need),
+        backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask,
+        temperature, dloss, Need(*need),
     )  # fmt: skip
     return tuple(gradients)
 

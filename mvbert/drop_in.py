@@ -3,10 +3,10 @@
     from mvbert import fuse
     fuse(model)          # BertForMaskedLM, RobertaModel, ElectraForMaskedLM, DistilBertModel, ...
 
-Parameters, buffers, state-dict keys and the classes of transformers stay as they are: an instance is
-given a subclass of its own class with another `forward`, and later its own class back. Embeddings
-become one pass; a masked-language model that is given labels computes its loss from the hidden
-states of the labelled pieces, without the logits of the others.
+Parameters, buffers, state-dict keys and the classes of transformers stay as they are: an instance
+is given a subclass of its own class with another `forward`, and later its own class back.
+Embeddings become one pass; a masked-language model that is given labels computes its loss from the
+hidden states of the labelled pieces, without the logits of the others.
 """
 
 import inspect
@@ -54,7 +54,7 @@ def _positions_after_padding(module: Any, input_ids: Tensor, past: int) -> Tenso
     return (kept.cumsum(1) + past) * kept + module.padding_idx
 
 
-# Key: the class's module below transformers.models, and its name. Value: how positions are numbered.
+# Key: the class below transformers.models. Value: how positions are numbered.
 EMBEDDINGS: dict[str, Callable] = {
     "bert.modeling_bert.BertEmbeddings": _counted_positions,
     "distilbert.modeling_distilbert.Embeddings": _counted_positions,
@@ -177,7 +177,7 @@ def _key(cls: type) -> str:
 
 @cache
 def _fused_class(cls: type, mixin: type) -> type:
-    """A subclass of `cls` with the forward of `mixin`, of the same name (it is saved in configs)."""
+    """A subclass of `cls` with the forward of `mixin`, of the same name (configs save it)."""
     return type(cls.__name__, (mixin, cls), {"_mvbert_original": cls, "__module__": cls.__module__})
 
 
@@ -186,8 +186,8 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
 
     Args:
         model: a Bert*, DistilBert*, Electra* or Roberta* model of transformers, or a module that
-            contains one. Unpickling needs the original classes: call `unfuse` before pickling a model
-            whole (state dicts and `save_pretrained` are not concerned).
+            contains one. Call `unfuse` before pickling a model whole (state dicts and
+            `save_pretrained` are not concerned).
         keep_logits: a masked-language model given labels returns logits too, as before (its head is
             then left alone). Without, its output has `logits=None` whenever there are labels.
 

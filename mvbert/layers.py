@@ -51,7 +51,7 @@ class MixedEmbedding(nn.Module):
         self.frequent_ids = frequent_ids
 
     def student_rows(self) -> Tensor:
-        """The projected student table [V_s, H]: input rows, and the weight of the student's softmax."""
+        """The projected student table [V_s, H]: input rows, and the student softmax's weight."""
         return functional.project_table(
             self.student.weight, self.projection.weight, self.projection.bias
         )
@@ -64,8 +64,8 @@ class MixedEmbedding(nn.Module):
     ) -> Tensor:
         """input_ids [B, T] joint ids, token_type_ids [B, T] -> [B, T, H].
 
-        `student_rows` is what `student_rows()` gave, if the loss needs it too. Otherwise the table is
-        projected here, or, for fewer pieces than it has rows, only the pieces.
+        `student_rows` is what `student_rows()` gave, if the loss needs it too. Otherwise the table
+        is projected here, or, for fewer pieces than it has rows, only the pieces.
         """
         V = self.teacher.num_embeddings
         if student_rows is None:
@@ -77,9 +77,10 @@ class MixedEmbedding(nn.Module):
             else:
                 student_rows = self.student_rows()
         return functional.mixed_embedding(
-            input_ids, self.teacher.weight, student_rows, self.position.weight, self.token_type.weight,
-            token_type_ids, self.norm.weight, self.norm.bias, eps=self.norm.eps,
-            dropout_p=self.dropout, training=self.training, frequent_ids=self.frequent_ids,
+            input_ids, self.teacher.weight, student_rows, self.position.weight,
+            self.token_type.weight, token_type_ids, self.norm.weight, self.norm.bias,
+            eps=self.norm.eps, dropout_p=self.dropout, training=self.training,
+            frequent_ids=self.frequent_ids,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The public functions on a CPU: the chunked path against the definitions, checks, torch.compile."""
+"""The public functions on a CPU: chunked against the definitions, checks, torch.compile."""
 
 import pytest
 import torch

@@ -1,11 +1,11 @@
 """What the kernel tests share: the interpreter, the error bar, inputs at unit scale."""
 
+import importlib.util
+
 import pytest
 import torch
 
-try:
-    import triton
-except ImportError:
+if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]  # Triton is a Linux package
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,8 +63,8 @@ def _error(found: torch.Tensor, truth: torch.Tensor) -> float:
 def _check_against(kernel, reference, inputs) -> None:
     """Kernel and reference in the inputs' dtype against the reference in float64.
 
-    The kernel may be as wrong as PyTorch in the same dtype, plus half an ulp of the output dtype;
-    twice that, as the order of additions differs.
+    The kernel may be as wrong as PyTorch in the same dtype plus one rounding, twice that, as the
+    order of additions differs and a single number's error is a matter of luck.
     """
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     truths, true_gradients = _gradients(reference, exact)
@@ -74,7 +74,7 @@ def _check_against(kernel, reference, inputs) -> None:
     for found, plain, truth in zip(
         ours + our_gradients, theirs + their_gradients, truths + true_gradients, strict=True
     ):
-        assert _error(found, truth) <= 2 * _error(plain, truth) + floor
+        assert _error(found, truth) <= 2 * (_error(plain, truth) + floor)
 
 
 @pytest.fixture

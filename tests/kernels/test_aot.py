@@ -48,7 +48,7 @@ def test_record_has_no_spill_and_uses_the_matrix_units(recorded):
     "only", ["H256 V4928 / flash", "H1024 V30522 / dx", "embedding B256 T128 H256"]
 )
 def test_compiles_as_recorded_on_hopper(root, only):
-    """A few kernels of every kind: spills fail under any compiler, growth under the recorded one."""
+    """A few of every kind: spills fail under any compiler, growth under the recorded one."""
     result = compile_all(root, "--arch", "90", "--only", only)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "sm_90" in result.stdout

@@ -31,7 +31,7 @@ def both(device):
     ids[:, 3] = 4  # one id in every row: additions to one place
 
     def of(types=2, **options):
-        kinds = torch.randint(0, types, (B, T)).to(torch.uint8).to(device)
+        kinds = (torch.arange(B * T).view(B, T) * 5 % 7 % types).to(torch.uint8).to(device)
 
         def run(backend):
             return lambda t, s, p, k, w, b: MF.mixed_embedding(
@@ -48,9 +48,9 @@ def test_widths(width, dtype, tables, both, check_against):
     """One value, odd, a power of two, and just above one."""
     inputs = tables(dtype, width=width)
     if width == 1:
-        # LayerNorm of one value is its bias: no gradient but the bias's is above rounding.
-        kernel, reference = both()
-        torch.testing.assert_close(kernel(*inputs), reference(*inputs))
+        # LayerNorm of one value is its bias; torch's own float16 is 14 % off, at eps = 1e-12.
+        kernel, _ = both()
+        assert torch.equal(kernel(*inputs), inputs[-1].expand(B, T, 1))
         return
     check_against(*both(), inputs)
 
