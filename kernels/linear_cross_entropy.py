@@ -215,6 +215,7 @@ def flash_combine_kernel(
     dlse_ptr,  # [N] when HAS_DLSE
     loss_ptr,  # [N], written at rows
     lse_ptr,  # [N], written at rows
+    rest_ptr,  # [N], written at rows
     dx_ptr,  # [N, H], written at rows when GRAD
     N,
     V,
@@ -256,6 +257,8 @@ def flash_combine_kernel(
     fade = tl.exp(maxima - row_max)
     other = tl.sum(fade * tl.load(sum_ptr + at, mask=split < splits, other=0.0), 0)
     row_sum = other + tl.exp(target - row_max)
+    rest = other / row_sum
+    tl.store(rest_ptr + row, rest)
     lse = row_max + tl.log(row_sum)
     loss = lse - target
     if SMOOTHING > 0:
@@ -270,7 +273,6 @@ def flash_combine_kernel(
             other=0.0,
         )
         expect = tl.sum(expect * fade[:, None], 0) / row_sum
-        rest = other / row_sum
         dx = expect - rest * w
         if SMOOTHING > 0:
             dx += SMOOTHING * (w - mean_weight)
@@ -292,6 +294,7 @@ def flash_dweight_kernel(
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
     lse_ptr,  # [N]
+    rest_ptr,  # [N]: 1 - p[label], of which p[label] - 1 keeps no digit where p is near 1
     dloss_ptr,  # [1], or [N] when ROWS
     dlse_ptr,  # [N] when HAS_DLSE
     dweight_ptr,  # [splits, V, H], written
@@ -336,14 +339,17 @@ def flash_dweight_kernel(
         z = tl.dot(w, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
         if HAS_BIAS:
             z += bias[:, None]
-        p = tl.exp(z - lse[None, :])
         hit = v[:, None] == label[None, :]
+        rest = tl.load(rest_ptr + rows, mask=inside, other=0.0)
+        p = tl.exp(z - lse[None, :])
         if SMOOTHING > 0:
             even = tl.full((1,), SMOOTHING, ACC) / V
             top = tl.full((1,), 1.0 - SMOOTHING, ACC)
-            dz = p - tl.where(hit, top, 0.0) - tl.where(inside, even, 0.0)[None, :]
+            dz = (
+                tl.where(hit, (1.0 - top) - rest[None, :], p) - tl.where(inside, even, 0.0)[None, :]
+            )
         else:
-            dz = tl.where(hit, p - 1.0, p)
+            dz = tl.where(hit, -rest[None, :], p)
         if ROWS:
             dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[None, :]
             if HAS_DLSE:
@@ -525,9 +531,10 @@ def flash(
         HAS_BIAS=has_bias, GRAD=need.hidden, EVEN_H=block_h == H, BLOCK_H=block_h,
         **common, **blocks,
     )  # fmt: skip
+    rest = torch.empty_like(lse)
     flash_combine_kernel[(N,)](
         maxima, sums, expect, x, w, bias, *mean, labels, rows, count,
-        lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, dhidden,
+        lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, rest, dhidden,
         N, V, H, w.stride(0), splits, HAS_BIAS=has_bias,
         GRAD=need.hidden, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
@@ -540,7 +547,7 @@ def flash(
     dbias = lse.new_empty(splits, V)
     rows_split = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     flash_dweight_kernel[(triton.cdiv(V, blocks["BLOCK_V"]), splits)](
-        x, w, bias, labels, rows, count, lse, dloss, lse if dlse is None else dlse,
+        x, w, bias, labels, rows, count, lse, rest, dloss, lse if dlse is None else dlse,
         dweight, dbias, V, H, w.stride(0), rows_split,
         HAS_BIAS=has_bias, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,

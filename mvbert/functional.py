@@ -345,7 +345,7 @@ def linear_cross_entropy(
         hidden = _autocast(hidden)
         # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
         # looking at the upstream gradient, a GPU: those compute the logits again.
-        ahead = backend == "chunked" and not return_lse
+        ahead = backend == "chunked" and not return_lse and hidden.dtype != torch.float16
         need = _need(hidden, weight, bias) if ahead else [False, False, False]
         loss, lse, *_ = ops.linear_cross_entropy_rows(
             hidden, weight, bias, labels, ignore_index, float(label_smoothing), need, backend
@@ -540,6 +540,12 @@ def sparse_linear_kl(
 
 def _cross_entropy_sum(hidden, weight, bias, labels, scale, ignore_index, smoothing, backend):
     hidden = _autocast(hidden)
+    if hidden.dtype == torch.float16:
+        # A scaled loss keeps gradients in float16's range only if they are made after the scaling.
+        loss, *_ = ops.linear_cross_entropy_rows(
+            hidden, weight, bias, labels, ignore_index, float(smoothing), [False] * 3, backend
+        )
+        return loss.sum() * scale
     need = _need(hidden, weight, bias)
     return ops.linear_cross_entropy_sum(
         hidden, weight, bias, labels, scale, ignore_index, float(smoothing), need, backend

@@ -19,6 +19,12 @@ def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if DEVICE == "cpu" and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(params=DTYPES, ids=name)
 def dtype(request) -> torch.dtype:
     return request.param
