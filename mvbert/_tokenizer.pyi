@@ -69,7 +69,6 @@ class Tokenizer:
 
 # ---- lexicon ---------------------------------------------------------------------------------
 
-
 class NotUtf8(ValueError):  # args: source, byte offset in its text
     ...
 
@@ -91,9 +90,7 @@ class CorpusBuilder:
     def flush(self) -> None: ...
     def pause(self) -> tuple[int, int, int] | None: ...  # offset, documents, bytes
     def new_words(self, first: int) -> bytes: ...  # one a line
-    def restore(
-        self, words: Buffer, train: NDArray[np.uint32], totals: dict[str, int]
-    ) -> None: ...
+    def restore(self, words: Buffer, train: NDArray[np.uint32], totals: dict[str, int]) -> None: ...
     # pieces of the train and of the held-out stream, u32, provisional ids
     def take(self) -> tuple[list[NDArray[np.uint32]], list[NDArray[np.uint32]]]: ...
     def totals(self) -> dict[str, int]: ...
@@ -101,16 +98,12 @@ class CorpusBuilder:
     # bytes u8, ends u64 [W], counts u64 [W], final id of each provisional one u32 [W]
     def lexicon(
         self, moved: NDArray[np.uint32]
-    ) -> tuple[
-        NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32]
-    ]: ...
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32]]: ...
 
 # each bytes u8, ends u64 [W], counts u64 [W]; the same of the union, and final ids u32 [W] of each
 def merge_lexicons(
     lexicons: Sequence[tuple[Buffer, NDArray[np.uint64], NDArray[np.uint64]]],
-) -> tuple[
-    NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], list[NDArray[np.uint32]]
-]: ...
+) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], list[NDArray[np.uint32]]]: ...
 def heldout_draws(seed: int, documents: int) -> NDArray[np.uint32]: ...
 
 # ends u32 [W], ids i32
