@@ -7,10 +7,12 @@
 #
 #   PYTHON   the Python that .venv is made from
 #   TORCH    what pip installs as torch, index options included; README.md, "Install", says more
+#   JOBS     test processes side by side
 #   ARGS     further arguments, for `mvbert distill` in demo and for pytest in test
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 ifneq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 TORCH ?= 'torch>=2.11'
 else
@@ -31,10 +33,10 @@ demo: .venv/.demo
 	@$(BIN)/mvbert distill $(ARGS)
 
 test: .venv/.test
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 test-all: .venv/.dev
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: .venv/.dev
 	@$(BIN)/ruff check .

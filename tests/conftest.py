@@ -25,6 +25,10 @@ except ImportError:  # the text half of the package works, and is tested, withou
 if torch is not None and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Test processes side by side share the cores; a thread pool in each would only get in the way.
+if torch is not None and "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # ---- hypothesis: same examples every time, no deadline on a shared machine -------------------
 
 try:
