@@ -46,8 +46,9 @@ softmax; `student_vocab.txt` the student's pieces.
         assert stage2 is not None
         start = {
             "stage1": "Its embeddings started from the table that Stage I made.",
-            "random": "It started from random weights.",
+            "random": "Its embeddings started at random.",
         }[stage2.start]
+        positions = "sine waves" if stage2.positions == "sinusoidal" else "random"
         losses = "masked language modelling"
         if stage2.distill:
             losses += f" and distillation ({' + '.join(stage2.distill)}) from the Stage I teacher"
@@ -56,7 +57,7 @@ softmax; `student_vocab.txt` the student's pieces.
 
 {what}.
 
-{start} It was trained with {losses} for {stage2.steps} steps of {stage2.rows} rows.
+{start} Its positions started at {positions}, the encoder at random. It was trained with {losses} for {stage2.steps} steps of {stage2.rows} rows.
 """
     return f"""{_FRONT}
 {body}

@@ -83,15 +83,20 @@ def save(
     write_model: Callable[[Path], None],
     keep_last: int,
 ) -> Path:
-    """Writes the checkpoint of `step` and then removes all but the newest `keep_last`."""
+    """Writes the checkpoint of `step` and then removes all but the newest `keep_last`.
+
+    Later ones go too: they are damaged, or the run would have gone on from them.
+    """
     folder = step_folder(checkpoints, step)
     with atomic_folder(folder, overwrite=True) as partial:
         write_model(partial)
         write_tensors(partial / TRAINING, _training_tensors(module, optimizer))
         write_json(partial / STATE, {"step": step, "window": window})
         write_manifest(partial)
-    for old in _steps(checkpoints)[:-keep_last]:
-        shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)
+    kept = [old for old in _steps(checkpoints) if old <= step][-keep_last:]
+    for old in _steps(checkpoints):
+        if old not in kept:
+            shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)
     return folder
 
 

@@ -51,6 +51,13 @@ class ModelConfig:
             # The bound keeps a spoiled config.json from asking for terabytes.
             if not isinstance(value, int) or not 1 <= value < 2**24:
                 raise InputError(f"{name} must be a whole number in [1, 2^24), got {value!r}")
+        for name in (
+            "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
+            "initializer_range",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise InputError(f"{name} must be a number in [0, 1), got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise InputError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
@@ -172,13 +179,18 @@ class TrainConfig:
         for name in ("micro_rows", "threads", "weight_decay", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**40:
+            raise InputError(f"seed must lie in [0, 2^40), got {self.seed}")
         if self.micro_rows and self.rows % self.micro_rows:
             raise InputError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise InputError(f"lr must be positive, got {self.lr}")
+        if self.lr <= 0 or self.eps <= 0:
+            raise InputError(f"lr and eps must be positive, got {self.lr} and {self.eps}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -204,6 +216,9 @@ class Stage1Config(TrainConfig):
         super().__post_init__()
         if not 0 <= self.student_prob <= 1:
             raise InputError(f"student_prob must lie in [0, 1], got {self.student_prob}")
+        if not 0 <= self.ramp_start <= 1:
+            raise InputError(f"ramp_start must lie in [0, 1], got {self.ramp_start}")
+        _check_dropout(self.dropout)
         if self.student_prob_end > 1:
             raise InputError(f"student_prob_end must be at most 1, got {self.student_prob_end}")
         if self.embedding_size < 1:
@@ -247,6 +262,10 @@ class Stage2Config(TrainConfig):
         for name in self.distill:
             if name not in DISTILL_LOSSES:
                 raise InputError(f"distill takes {', '.join(DISTILL_LOSSES)}, got {name!r}")
+        for name in ("mlm_weight", "logits_weight", "hidden_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        _check_dropout(self.dropout)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
 
@@ -302,12 +321,30 @@ class DistillConfig:
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"an arm's name is letters, digits, - and _, got {name!r}")
-            self.arm(name)
+        # What would only be found out after Stage I is looked at before it.
+        for name in self.arms or ("student",):
+            arm = self.arm(name)
+            width = student_shape(arm.shape, self.vocab.size).hidden_size
+            if arm.start == "stage1" and width != self.stage1.embedding_size:
+                raise InputError(
+                    f"arm {name}: a {arm.shape} student cannot start from Stage I embeddings of "
+                    f"width {self.stage1.embedding_size}: make stage1.embedding_size {width}"
+                )
+        for sentence in self.sentences:
+            if "[MASK]" not in sentence:
+                raise InputError(f"no [MASK] in the sentence {sentence!r}")
 
     def arm(self, name: str) -> Stage2Config:
         """Stage II of one arm: the common stage2 table with that arm's fields replaced."""
+        if name not in self.arms:
+            return self.stage2
         base = {f.name: getattr(self.stage2, f.name) for f in fields(self.stage2)}
         return from_dict(Stage2Config, {**base, **self.arms[name]}, f"arms.{name}")
+
+
+def _check_dropout(value: float) -> None:
+    if not 0 <= value < 1:
+        raise InputError(f"dropout must lie in [0, 1), got {value}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 
 
+# torch's own questions to the processor; not public, so they may be gone in another version.
+_BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+
 @dataclass(frozen=True)
 class Device:
     """Where and how a run computes, and why."""
@@ -35,15 +39,17 @@ def choose_device(config: TrainConfig) -> Device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name}: this torch sees no CUDA device")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name}: this torch sees {torch.cuda.device_count()} CUDA devices")
     if config.dtype == "float32":
         return Device(device, None, "float32: asked for")
     if config.dtype == "bfloat16":
         return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: asked for")
     if device.type == "cuda":
         return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: CUDA")
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if any(getattr(torch.cpu, name, lambda: False)() for name in _BFLOAT16_CHECKS):
         return Device(
             device, torch.bfloat16, "bfloat16 products, float32 weights: the CPU has them"
         )

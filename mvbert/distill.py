@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from mvbert import demo, huggingface
+from mvbert import checkpoint, demo, huggingface
 from mvbert.config import (
     CorpusConfig,
     DistillConfig,
@@ -66,7 +66,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     stage1_model = out / "stage1" / "model"
     students = {
         name: run_stage2(
-            config.arm(name) if name in config.arms else config.stage2,
+            config.arm(name),
             config.row,
             corpus_dir,
             stage1_model,
@@ -87,7 +87,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         "student_parameters": student.config.encoder_parameters,
         "student_bytes": (best_folder / huggingface.WEIGHTS).stat().st_size,
         "teacher_parameters": _parameters(teacher),
-        "teacher_bytes": _weights(teacher).stat().st_size,
+        "teacher_bytes": sum(path.stat().st_size for path in huggingface.weight_files(teacher)),
         "vocab": vocab_report,
         "stage1_student_loss": _before_after(stage1, "student_loss"),
         "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),
@@ -111,11 +111,10 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
 
 
 def _make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Progress) -> Path:
-    """Reads the text, unless that is done; returns the corpus folder."""
+    """Reads the text, or finds that a corpus of just this text is there; returns its folder."""
     folder = out / "corpus"
     if folder.exists():
         progress.note(f"{folder} is complete")
-        return folder
     texts = []
     for text in config.text:
         if text != DOCSTRINGS:
@@ -166,7 +165,7 @@ def _before_after(run: dict[str, Json], name: str) -> list[Json]:
 
 
 def _parameters(folder: Path) -> int:
-    """Scalars in all tensors of a model folder, as they are on disk."""
+    """Parameters of a model folder's encoder and pooler."""
     return huggingface.read_model_config(folder).encoder_parameters
 
 
@@ -185,7 +184,9 @@ def run_stage1(
     description: dict[str, Json] = {
         "stage": 1,
         "corpus": corpus_id(corpus_dir),
-        "teacher": sha256_file(_weights(teacher)),
+        "teacher": huggingface.weights_id(teacher),
+        "teacher_vocab": Vocab.load(teacher).sha256,
+        "teacher_shape": to_dict(huggingface.read_model_config(teacher)),
         "student_vocab": vocab.sha256,
         "row": to_dict(row),
         "train": to_dict(config),
@@ -211,7 +212,7 @@ def run_stage2(
     description: dict[str, Json] = {
         "stage": 2,
         "corpus": corpus_id(corpus_dir),
-        "stage1": sha256_file(_weights(stage1)),
+        "stage1": stage1_id(stage1),
         "row": to_dict(row),
         "train": to_dict(config),
     }
@@ -222,16 +223,14 @@ def run_stage2(
     return train(task, config, out, description, progress)
 
 
-def _weights(folder: Path) -> Path:
-    path = folder / huggingface.WEIGHTS
-    if not path.exists() and (folder / f"{huggingface.WEIGHTS}.index.json").exists():
-        return folder / f"{huggingface.WEIGHTS}.index.json"
-    if not path.exists():
-        huggingface.read_weights(folder)  # says what is wrong
-        raise InputError(f"{folder}: no {huggingface.WEIGHTS} in it")
-    return path
-
-
 def corpus_id(folder: Path) -> str:
     """The SHA-256 of a corpus's manifest, which holds those of all its files."""
     return sha256_file(folder / "manifest.json")
+
+
+def stage1_id(folder: Path) -> str:
+    """The SHA-256 of a Stage I result's manifest, which holds those of all its files; checked."""
+    problem = checkpoint.check_manifest(folder)
+    if problem is not None:
+        raise InputError(f"not the whole result of Stage I: {problem}")
+    return sha256_file(folder / checkpoint.MANIFEST)

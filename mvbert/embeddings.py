@@ -55,8 +55,15 @@ class StudentTable(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def rows(self) -> Tensor:
-        """The projected table [V_s, H], once per step."""
-        return functional.project_table(self.table, self.projection.weight, self.projection.bias)
+        """The projected table [V_s, H], once per step.
+
+        In the tables' own precision even under autocast: input rows and softmax both add into its
+        gradient, and small as the product is, rounding it would cost more than it saves.
+        """
+        with torch.autocast(self.table.device.type, enabled=False):
+            return functional.project_table(
+                self.table, self.projection.weight, self.projection.bias
+            )
 
 
 @torch.no_grad()
@@ -98,6 +105,10 @@ def warm_start(student: StudentTable, teacher_rows: Tensor) -> float:
     student.table[:, :kept] = (centred @ top).to(student.table.dtype)
     student.projection.weight[:, :kept] = top.to(student.projection.weight.dtype)
     student.projection.bias.copy_(mean)
+    if kept < E:
+        # Were both zero, neither would ever get a gradient.
+        generator = torch.Generator().manual_seed(0)
+        student.table[:, kept:].normal_(0.0, float(student.table.std()), generator=generator)
     return float(variances[-kept:].sum() / variances.sum().clamp_min(1e-300))
 
 

@@ -6,6 +6,7 @@ names. Files are safetensors, JSON and text: no pickle is read or written.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -19,7 +20,14 @@ from torch import Tensor
 from mvbert import demo
 from mvbert.config import ModelConfig, to_dict
 from mvbert.errors import InputError
-from mvbert.files import atomic_write, read_json_object, sync_file, write_error, write_json
+from mvbert.files import (
+    atomic_write,
+    read_json_object,
+    sha256_file,
+    sync_file,
+    write_error,
+    write_json,
+)
 from mvbert.model import MaskedLM
 from mvbert.tokenizer import save_tokenizer_files
 from mvbert.vocab import Vocab
@@ -151,29 +159,45 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise InputError(f"{path}: {error}; is it the configuration of a BERT?") from None
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors file or files, under Hugging Face's names."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors file or files of a model folder.
+
+    Raises:
+        InputError: there are none, or the index names one outside the folder.
+    """
     index = folder / f"{WEIGHTS}.index.json"
     if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif index.is_file():
+        return [folder / WEIGHTS]
+    if index.is_file():
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise InputError(f"{index}: no weight_map in it")
-        files = sorted({str(name) for name in weight_map.values()})
-        for name in files:
+        names = sorted({str(name) for name in weight_map.values()})
+        for name in names:
             if Path(name).name != name:
                 raise InputError(f"{index}: file name {name!r} leaves the folder")
-    elif (folder / "pytorch_model.bin").exists():
+            if not (folder / name).is_file():
+                raise InputError(f"{index} names {name}, which is not there")
+        return [folder / name for name in names]
+    if (folder / "pytorch_model.bin").exists():
         raise InputError(
             f"{folder}: has only pytorch_model.bin, a pickle, which is not read; "
             "save it as safetensors first (model.save_pretrained does)"
         )
-    else:
-        raise InputError(f"{folder}: no {WEIGHTS} in it")
+    raise InputError(f"{folder}: no {WEIGHTS} in it")
+
+
+def weights_id(folder: Path) -> str:
+    """The SHA-256 of a model folder's weights, or of those of its files one after the other."""
+    sums = [sha256_file(path) for path in weight_files(folder)]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors file or files, under Hugging Face's names."""
     weights: dict[str, Tensor] = {}
-    for name in files:
-        weights.update(read_tensors(folder / name))
+    for path in weight_files(folder):
+        weights.update(read_tensors(path))
     return {
         _modern_name(name): value for name, value in weights.items() if not _IGNORED.match(name)
     }
@@ -265,7 +289,13 @@ def write_model(folder: Path, model: MaskedLM, vocab: Vocab, card: str) -> None:
     """
     state = {n: p for n, p in model.named_parameters() if not n.startswith("student.")}
     write_tensors(folder / WEIGHTS, to_hugging_face(state))
-    config = replace(model.config, pad_token_id=vocab.pad)
+    # Dropout is a setting of a run; a folder carries BERT's, for whoever fine-tunes it.
+    config = replace(
+        model.config,
+        pad_token_id=vocab.pad,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
     write_json(
         folder / "config.json",
         {

@@ -30,17 +30,21 @@ class DeviceBatch:
     @staticmethod
     def of(batch, device: torch.device, select: slice = slice(None)) -> DeviceBatch:
         """Carries rows `select` of a `mvbert.batches.Batch` to the device."""
-        ids = torch.from_numpy(batch.input_ids[select])
-        types = torch.from_numpy(batch.token_type_ids[select])
-        positions = torch.from_numpy(batch.masked_positions[select])
-        labels = torch.from_numpy(batch.labels[select])
+
+        def carry(array) -> Tensor:
+            tensor = torch.from_numpy(array[select])
+            # From pinned memory a copy does not wait for the device.
+            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+            return tensor.to(device, non_blocking=True)
+
+        ids = carry(batch.input_ids)
         B, T = ids.shape
-        index = positions.to(device).long() + torch.arange(B, device=device)[:, None] * T
+        index = carry(batch.masked_positions).long() + torch.arange(B, device=device)[:, None] * T
         return DeviceBatch(
-            ids.to(device),
-            types.to(device).int(),
+            ids,
+            carry(batch.token_type_ids).int(),
             index.flatten(),
-            labels.to(device).long().flatten(),
+            carry(batch.labels).long().flatten(),
         )
 
 

@@ -22,7 +22,7 @@ def print_distill_report(report: dict[str, Any]) -> None:
         ("student pieces", "stage1_student_loss"),
     ):
         before, after = report[key]
-        learned.add_row(name, f"{before:.3f}", f"{after:.3f}")
+        learned.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
     console.print(learned)
 
     arms = Table("Stage II student", "held-out loss", "masked pieces right", "pieces seen")

@@ -66,7 +66,11 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
     """One process a run folder."""
-    with open(out / ".lock", "w") as file:
+    try:
+        file = open(out / ".lock", "w")  # noqa: SIM115 (the with-block below closes it)
+    except OSError as error:
+        raise write_error(out / ".lock", error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -107,7 +111,11 @@ def read_log(out: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: is {out} the folder of a run?") from None
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    records = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill or a full disk cut off
+            records.append(json.loads(line))
+    return records
 
 
 class Log:
@@ -139,8 +147,13 @@ class Log:
             if "heldout" in record:
                 prefix, values = "heldout", record["heldout"]
             for name, value in values.items():  # type: ignore[union-attr]
-                if name not in ("step", "pieces"):
+                if name not in ("step", "pieces") and value is not None:
                     self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+    def flush(self) -> None:
+        """Writes out TensorBoard's events (those of log.jsonl are out at once)."""
+        if self._board is not None:
+            self._board.flush()
 
     def __enter__(self) -> Log:
         return self

@@ -10,6 +10,8 @@ EACL 2021, arXiv 1909.11687.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,10 +86,10 @@ class Stage1:
         self.teacher_size = shape.vocab_size
         teacher_cut = corpus.segment(self.teacher_vocab)
         student_cut = corpus.segment(student_vocab)
-        self.rows, self.heldout = (
-            _rows(stream, teacher_cut, student_cut, row, seed, config.student_prob)
-            for stream, seed in ((corpus.train, config.seed), (corpus.heldout, HELDOUT_SEED))
-        )
+        cuts = (teacher_cut, student_cut)
+        self.rows = _rows(corpus.train, *cuts, row, config.seed, config.student_prob)
+        with _about_heldout():
+            self.heldout = _rows(corpus.heldout, *cuts, row, HELDOUT_SEED, config.student_prob)
 
     def student_prob(self, step: int) -> float:
         return self._config.student_prob_at(step)
@@ -99,13 +101,13 @@ class Stage1:
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
         return self._sums(self._losses(batch), batch.labels)
 
-    def summary(self, sums: dict[str, float]) -> dict[str, float]:
+    def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
         both = sums["teacher_sum"] + sums["student_sum"]
         count = sums["teacher_count"] + sums["student_count"]
         return {
-            "loss": both / max(count, 1.0),
-            "teacher_loss": sums["teacher_sum"] / max(sums["teacher_count"], 1.0),
-            "student_loss": sums["student_sum"] / max(sums["student_count"], 1.0),
+            "loss": _mean(both, count),
+            "teacher_loss": _mean(sums["teacher_sum"], sums["teacher_count"]),
+            "student_loss": _mean(sums["student_sum"], sums["student_count"]),
             **_step_means(sums),
         }
 
@@ -133,9 +135,9 @@ class Stage1:
         of_teacher = (labels >= 0) & ~of_student
         losses = losses.detach().double()
         return {
-            "teacher_sum": losses[of_teacher].sum(),
+            "teacher_sum": losses.where(of_teacher, 0.0).sum(),
             "teacher_count": of_teacher.sum(),
-            "student_sum": losses[of_student].sum(),
+            "student_sum": losses.where(of_student, 0.0).sum(),
             "student_count": of_student.sum(),
         }
 
@@ -222,11 +224,11 @@ class Stage2:
         self._teacher_rows: Tensor | None = None
         self._teacher_size = teacher.config.vocab_size
         cut = corpus.segment(self.vocab)
-        self.rows, self.heldout = (
-            _rows(stream, None, cut, row, seed, 1.0)
-            for stream, seed in ((corpus.train, config.seed), (corpus.heldout, HELDOUT_SEED))
-        )
+        self.rows = _rows(corpus.train, None, cut, row, config.seed, 1.0)
+        with _about_heldout():
+            self.heldout = _rows(corpus.heldout, None, cut, row, HELDOUT_SEED, 1.0)
         if self._teacher is not None:
+            _check_lengths(row, teacher.config)
             progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
 
     def student_prob(self, step: int) -> float:
@@ -285,15 +287,15 @@ class Stage2:
         right = (self.model.logits(masked_hidden).argmax(-1) == batch.labels).sum()
         return {"mlm_sum": mlm.double().sum(), "count": (batch.labels >= 0).sum(), "right": right}
 
-    def summary(self, sums: dict[str, float]) -> dict[str, float]:
-        count = max(sums["count"], 1.0)
-        out = {"loss": sums["mlm_sum"] / count}
+    def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
+        count = sums["count"]
+        out = {"loss": _mean(sums["mlm_sum"], count)}
         if "right" in sums:
-            out["accuracy"] = sums["right"] / count
+            out["accuracy"] = _mean(sums["right"], count)
         if "logits_sum" in sums:
-            out["logits_loss"] = sums["logits_sum"] / count
+            out["logits_loss"] = _mean(sums["logits_sum"], count)
         if "hidden_sum" in sums:
-            out["hidden_loss"] = sums["hidden_sum"] / max(sums["steps"], 1.0)
+            out["hidden_loss"] = _mean(sums["hidden_sum"], sums["updates"])
         return {**out, **_step_means(sums)}
 
     def write_model(self, folder: Path) -> None:
@@ -307,12 +309,15 @@ class Stage2:
 # ---- shared by both ---------------------------------------------------------------------------
 
 
-def _step_means(sums: dict[str, float]) -> dict[str, float]:
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _step_means(sums: dict[str, float]) -> dict[str, float | None]:
     """What the loop itself adds to the sums of a training window."""
     if "steps" not in sums:
         return {}
-    steps = max(sums["steps"], 1.0)
-    return {"grad_norm": sums["grad_norm"] / steps, "skipped": sums["skipped"]}
+    return {"grad_norm": _mean(sums["grad_norm"], sums["updates"]), "skipped": sums["skipped"]}
 
 
 def _check_lengths(row: RowConfig, shape: ModelConfig) -> None:
@@ -321,10 +326,21 @@ def _check_lengths(row: RowConfig, shape: ModelConfig) -> None:
             f"rows of {row.length} pieces do not fit the model's "
             f"{shape.max_position_embeddings} positions: choose a smaller row length"
         )
+    if row.pair_prob > 0 and shape.type_vocab_size < 2:
+        raise InputError("the model has one token type, so rows cannot be pairs: make pair_prob 0")
 
 
 def _with_dropout(shape: ModelConfig, dropout: float) -> ModelConfig:
     return replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+@contextlib.contextmanager
+def _about_heldout() -> Iterator[None]:
+    """Says of what Rows refuses that it is the held-out part."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"held-out text: {error}") from None
 
 
 def _rows(

@@ -5,7 +5,7 @@ A run lives in a folder, see mvbert.runs; it resumes from the newest whole check
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from mvbert import checkpoint
 from mvbert.batches import Batch, Rows
 from mvbert.config import TrainConfig
+from mvbert.corpus_folder import cores
 from mvbert.device import Device, choose_device
 from mvbert.environment import environment
 from mvbert.errors import InputError, Interrupted
 from mvbert.files import Json, atomic_folder
+from mvbert.mixing import philox4x32
 from mvbert.model import DeviceBatch
 from mvbert.optim import learning_rate, make_optimizer, set_learning_rate
 from mvbert.progress import Progress
@@ -54,8 +56,8 @@ class Task(Protocol):
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
         """Sums over one held-out batch."""
 
-    def summary(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means out of sums, by the names of the log."""
+    def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
+        """Means out of sums, by the names of the log; None where there was nothing to sum."""
 
     def write_model(self, folder: Path) -> None:
         """Writes the model's files into an existing folder."""
@@ -93,7 +95,7 @@ def _train(
     progress: Progress,
     stop: Stop,
 ) -> dict[str, Json]:
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(cores(config.threads))
     where = choose_device(config)
     facts = environment(where.device, where.reason)
     describe_run(out / "run.json", description, environment=facts)
@@ -134,7 +136,7 @@ def _train(
             evaluate()
             save()
         batch = ahead.submit(_read, task, config, step)
-        clock, waited = time.perf_counter(), 0.0
+        clock, waited, timed = time.perf_counter(), 0.0, step
         while step < config.steps:
             before = time.perf_counter()
             rows = batch.result()
@@ -142,7 +144,7 @@ def _train(
             # The next rows are drawn while this step computes.
             batch = ahead.submit(_read, task, config, min(step + 1, config.steps - 1))
 
-            torch.manual_seed((config.seed << 32) + step)  # dropout is a function of (seed, step)
+            torch.manual_seed(_dropout_seed(config.seed, step))
             set_learning_rate(optimizer, learning_rate(step, config))
             skipped = _update(task, config, where, rows, optimizer, sums, skipped)
             step += 1
@@ -150,17 +152,13 @@ def _train(
             last = step == config.steps
             if last or step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
-                count = max(float(sums.values()["steps"]), 1.0)  # type: ignore[arg-type]
                 record: dict[str, Json] = {
                     "step": step,
                     "pieces": step * pieces_per_step,
                     "lr": learning_rate(step - 1, config),
                     **task.summary(sums.take()),
                 }
-                # A resumed window's earlier steps were timed by the process that ran them.
-                record["pieces_per_second"] = round(
-                    min(count, config.log_every) * pieces_per_step / seconds
-                )
+                record["pieces_per_second"] = round((step - timed) * pieces_per_step / seconds)
                 record["data_wait"] = round(waited / seconds, 4)
                 log.write(record)
                 progress.trained(record)
@@ -172,7 +170,7 @@ def _train(
                         f"{step * config.rows}); the last good checkpoint is in {checkpoints}; "
                         "try a lower lr"
                     )
-                clock, waited = time.perf_counter(), 0.0
+                clock, waited, timed = time.perf_counter(), 0.0, step
             if last or step % config.eval_every == 0:
                 paused = time.perf_counter()
                 evaluate()
@@ -181,6 +179,7 @@ def _train(
             stopping = stop.asked
             if last or step % config.save_every == 0 or stopping:
                 paused = time.perf_counter()
+                log.flush()
                 save()
                 clock += time.perf_counter() - paused
             progress.advance(step)
@@ -189,7 +188,14 @@ def _train(
                     f"stopped at step {step}; run the same command to go on from there"
                 )
     _write_result(task, out)
+    if stop.asked:
+        raise Interrupted(f"{out} is complete; run the same command to go on with what follows")
     return _report(out, config, pieces_per_step)
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    """32 bits of (seed, step): all that torch's generator on a CPU takes in."""
+    return philox4x32((step, 0, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[0]
 
 
 def _read(task: Task, config: TrainConfig, step: int) -> Batch:
@@ -212,12 +218,13 @@ def _update(
     task.module.train()
     masked = int((rows.labels >= 0).sum())
     micro = config.micro_rows or config.rows
+    step_sums = _Sums(where.device, {})
     for first in range(0, config.rows, micro):
         batch = DeviceBatch.of(rows, where.device, slice(first, first + micro))
         with where.cast():
             loss, parts = task.losses(batch, masked)
         loss.backward()
-        sums.add(parts)
+        step_sums.add(parts)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if config.grad_clip:
@@ -227,12 +234,15 @@ def _update(
     optimizer.found_inf = bad  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    sums.add({"steps": torch.ones(()), "grad_norm": norm, "skipped": bad})
+    step_sums.add({"grad_norm": norm, "updates": 1 - bad})
+    # A skipped step counts as skipped and nowhere else.
+    sums.add({name: value.where(bad == 0, 0.0) for name, value in step_sums.tensors.items()})
+    sums.add({"steps": torch.ones_like(bad), "skipped": bad})
     return (skipped + bad) * bad
 
 
 @torch.no_grad()
-def _evaluate(task: Task, config: TrainConfig, where: Device) -> dict[str, float]:
+def _evaluate(task: Task, config: TrainConfig, where: Device) -> dict[str, float | None]:
     """Held-out means over the same rows every time."""
     task.module.eval()
     sums = _Sums(where.device, {})
@@ -242,7 +252,11 @@ def _evaluate(task: Task, config: TrainConfig, where: Device) -> dict[str, float
         rows = task.heldout.read(first, count, student_prob=task.student_prob(0), threads=1)
         with where.cast():
             sums.add(task.evaluate(DeviceBatch.of(rows, where.device)))
-    return task.summary(sums.take())
+    result = task.summary(sums.take())
+    for name, value in result.items():
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"the held-out {name} is {value}: the model's weights are spoiled")
+    return result
 
 
 def _write_result(task: Task, out: Path) -> None:
@@ -280,7 +294,7 @@ class _Sums:
 
     def __init__(self, device: torch.device, values: dict[str, Json]) -> None:
         self._device = device
-        self._sums = {
+        self.tensors = {
             name: torch.tensor(value, dtype=torch.float64, device=device)
             for name, value in values.items()
         }
@@ -288,12 +302,12 @@ class _Sums:
     def add(self, parts: dict[str, Tensor]) -> None:
         for name, value in parts.items():
             value = value.detach().to(self._device, torch.float64)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self.tensors[name] = self.tensors[name] + value if name in self.tensors else value
 
     def values(self) -> dict[str, Json]:
-        return {name: float(value) for name, value in self._sums.items()}
+        return {name: float(value) for name, value in self.tensors.items()}
 
     def take(self) -> dict[str, float]:
-        values = {name: float(value) for name, value in self._sums.items()}
-        self._sums.clear()
+        values = {name: float(value) for name, value in self.tensors.items()}
+        self.tensors.clear()
         return values

@@ -133,7 +133,7 @@ def shared_file(shared_data):
 def run_cli(tmp_path):
     """A function that runs `python -m mvbert ARGS` in an empty folder and returns what came out."""
 
-    def run(*args, timeout: float = 120, **kwargs) -> subprocess.CompletedProcess:
+    def run(*args, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "mvbert", *map(str, args)]
         kwargs.setdefault("cwd", tmp_path)
         return subprocess.run(
