@@ -57,7 +57,9 @@ softmax; `student_vocab.txt` the student's pieces.
 
 {what}.
 
-{start} Its positions started at {positions}, the encoder at random. It was trained with {losses} for {stage2.steps} steps of {stage2.rows} rows.
+{start} Its positions
+started at {positions}, the encoder at random. It was trained with {losses}
+for {stage2.steps} steps of {stage2.rows} rows.
 """
     return f"""{_FRONT}
 {body}

@@ -11,7 +11,6 @@ import torch
 from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 
-
 # torch's own questions to the processor; not public, so they may be gone in another version.
 _BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
 
