@@ -150,10 +150,12 @@ def lse_kernel(
     tile_sum_ptr,  # [c, tiles]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N], written at rows
+    lse_ptr,  # [N], written at rows; when SPLIT: lse - largest logit
+    top_ptr,  # [N], written at rows when SPLIT: the largest logit
     start,
     c,
     tiles,
+    SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
@@ -164,7 +166,12 @@ def lse_kernel(
     tile_sum = tl.load(tile_sum_ptr + m * tiles + t, mask=t < tiles, other=0.0)
     row_max = tl.max(tile_max, 0)
     row_sum = tl.sum(tile_sum * tl.exp(tile_max - row_max), 0)
-    tl.store(lse_ptr + tl.load(rows_ptr + start + m), row_max + tl.log(row_sum))
+    row = tl.load(rows_ptr + start + m)
+    if SPLIT:
+        tl.store(top_ptr + row, row_max)
+        tl.store(lse_ptr + row, tl.log(row_sum))
+    else:
+        tl.store(lse_ptr + row, row_max + tl.log(row_sum))
 
 
 @triton.jit
@@ -302,9 +309,20 @@ class LinearRows:
         return range(0, self.N, self.chunk)
 
     def logits(
-        self, start: int, *, lse: Tensor, store: bool, labels=None, target=None, temperature=1.0
+        self,
+        start: int,
+        *,
+        lse: Tensor,
+        store: bool,
+        top=None,
+        labels=None,
+        target=None,
+        temperature=1.0,
     ) -> Tensor:
-        """Fills the buffer with rows [start, start + chunk) and `lse`, `target` at those rows."""
+        """Fills the buffer with rows [start, start + chunk) and `lse`, `target` at those rows.
+
+        Given `top`, it takes the largest logit of each row and `lse` only what is above that.
+        """
         if store and self.buffer is None:
             self.buffer = self.x.new_empty(self.chunk, self.pitch)
         logits = self.buffer if store else self.x
@@ -319,7 +337,8 @@ class LinearRows:
             GROUP=8, **self.common, **self.blocks,
         )  # fmt: skip
         lse_kernel[(c,)](
-            self.tile_max, self.tile_sum, self.rows, self.count, lse, start, c, self.tiles,
+            self.tile_max, self.tile_sum, self.rows, self.count, lse, lse if top is None else top,
+            start, c, self.tiles, SPLIT=top is not None,
             BLOCK_T=triton.next_power_of_2(self.tiles), num_warps=1,
         )  # fmt: skip
         return logits

@@ -5,10 +5,13 @@
 
 Dense: q = softmax(y / tau) of the teacher's own linear layer over the same vocabulary. Logits of up
 to launch.CHUNK_ROWS rows of both models are written once, in the input's dtype; one kernel reads
-the two, sums q (y - z) and leaves dz over the student's. The teacher side has no gradient.
+the two, sums q (log q - log p) and leaves dz over the student's. The teacher side has no gradient.
 
 Sparse: q is a list of (id, probability). Its entries are picked from the logits first; then all
 columns become p sum(q), then the listed ones p sum(q) - q. An id may be listed twice.
+
+log p = (z / tau - top) - log_sum with top the largest of the row: an lse stored as one number is
+rounded at the size of the logits, which a loss that may be far smaller would inherit.
 """
 
 import torch
@@ -29,10 +32,12 @@ def kl_dlogits_kernel(
     teacher_ptr,  # [c, pitch], y / tau
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N]
-    teacher_lse_ptr,  # [N]
+    top_ptr,  # [N]
+    log_sum_ptr,  # [N]
+    teacher_top_ptr,  # [N]
+    teacher_log_sum_ptr,  # [N]
     dloss_ptr,  # [N] when ROWS
-    gap_ptr,  # [c, column blocks], written: sum of q (y - z) / tau
+    gap_ptr,  # [c, column blocks], written: sum of q (log q - log p)
     dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
     start,
     c,
@@ -55,16 +60,21 @@ def kl_dlogits_kernel(
         m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = m < count
         rows = tl.load(rows_ptr + start + m, mask=inside, other=0)
-        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-        teacher_lse = tl.load(teacher_lse_ptr + rows, mask=inside, other=float("inf"))
+        top = tl.load(top_ptr + rows, mask=inside, other=0.0)
+        log_sum = tl.load(log_sum_ptr + rows, mask=inside, other=0.0)
+        teacher_top = tl.load(teacher_top_ptr + rows, mask=inside, other=0.0)
+        teacher_log_sum = tl.load(teacher_log_sum_ptr + rows, mask=inside, other=0.0)
         at = m.to(tl.int64)[:, None] * stride_z + v[None, :]
         both = inside[:, None] & (v < stride_z)[None, :]
         z = tl.load(logits_ptr + at, mask=both, other=0.0).to(ACC)
         y = tl.load(teacher_ptr + at, mask=both, other=0.0).to(ACC)
+        # Columns from V on may hold anything.
         real = inside[:, None] & (v < V)[None, :]
-        p = tl.exp(tl.where(real, z, -float("inf")) - lse[:, None])
-        q = tl.exp(tl.where(real, y, -float("inf")) - teacher_lse[:, None])
-        gap = tl.sum(q * (tl.where(real, y, 0.0) - tl.where(real, z, 0.0)), 1)
+        log_p = (tl.where(real, z, 0.0) - top[:, None]) - log_sum[:, None]
+        log_q = (tl.where(real, y, 0.0) - teacher_top[:, None]) - teacher_log_sum[:, None]
+        p = tl.exp(tl.where(real, log_p, -float("inf")))
+        q = tl.exp(tl.where(real, log_q, -float("inf")))
+        gap = tl.sum(tl.where(real, q * (log_q - log_p), 0.0), 1)
         tl.store(gap_ptr + m.to(tl.int64) * tl.num_programs(1) + block_v, gap, mask=inside)
         if GRAD:
             dz = p - q
@@ -83,8 +93,6 @@ def kl_loss_kernel(
     gap_ptr,  # [c, blocks]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N]
-    teacher_lse_ptr,  # [N]
     loss_ptr,  # [N], written at rows
     start,
     c,
@@ -98,8 +106,7 @@ def kl_loss_kernel(
     t = tl.arange(0, BLOCK_T)
     gap = tl.sum(tl.load(gap_ptr + m * blocks + t, mask=t < blocks, other=0.0), 0)
     row = tl.load(rows_ptr + start + m)
-    loss = gap - tl.load(teacher_lse_ptr + row) + tl.load(lse_ptr + row)
-    tl.store(loss_ptr + row, temperature * temperature * loss)
+    tl.store(loss_ptr + row, temperature * temperature * gap)
 
 
 @triton.jit
@@ -109,8 +116,9 @@ def sparse_kl_pick_kernel(
     probs_ptr,  # [N, K]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N]
-    picked_ptr,  # [c, K], written: z / tau at the ids
+    top_ptr,  # [N]
+    log_sum_ptr,  # [N]
+    picked_ptr,  # [c, K], written: log p at the ids
     mass_ptr,  # [N], written at rows: sum of q
     loss_ptr,  # [N], written at rows
     start,
@@ -133,11 +141,11 @@ def sparse_kl_pick_kernel(
     valid = (v >= 0) & (v < V)
     z = tl.load(logits_ptr + m * stride_z + v, mask=used & valid, other=0.0).to(ACC)
     z = tl.where(used & (valid == 0), float("nan"), z)
-    tl.store(picked_ptr + m * K + k, z, mask=k < K)
     log_q = tl.log(tl.where(used, q, 1.0))
-    mass = tl.sum(q, 0)
-    loss = tl.sum(q * (log_q - z), 0) + mass * tl.load(lse_ptr + row)
-    tl.store(mass_ptr + row, mass)
+    log_p = (z - tl.load(top_ptr + row)) - tl.load(log_sum_ptr + row)
+    tl.store(picked_ptr + m * K + k, log_p, mask=k < K)
+    loss = tl.sum(q * (log_q - log_p), 0)
+    tl.store(mass_ptr + row, tl.sum(q, 0))
     tl.store(loss_ptr + row, temperature * temperature * loss)
 
 
@@ -146,7 +154,8 @@ def sparse_kl_dlogits_kernel(
     logits_ptr,  # [c, pitch], z / tau, then written: a p sum(q)
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N]
+    top_ptr,  # [N]
+    log_sum_ptr,  # [N]
     mass_ptr,  # [N]
     dloss_ptr,  # [N] when ROWS
     start,
@@ -162,14 +171,16 @@ def sparse_kl_dlogits_kernel(
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < min(tl.load(count_ptr) - start, c)
     rows = tl.load(rows_ptr + start + m, mask=inside, other=0)
-    lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+    top = tl.load(top_ptr + rows, mask=inside, other=0.0)
+    log_sum = tl.load(log_sum_ptr + rows, mask=inside, other=0.0)
     factor = tl.load(mass_ptr + rows, mask=inside, other=0.0)
     if ROWS:
         factor *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)
     at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
     both = inside[:, None] & (v < stride_z)[None, :]
     z = tl.load(at, mask=both, other=0.0).to(ACC)
-    p = tl.exp(tl.where((v < V)[None, :], z, -float("inf")) - lse[:, None])
+    z = tl.where(inside[:, None] & (v < V)[None, :], z, -float("inf"))
+    p = tl.exp((z - top[:, None]) - log_sum[:, None])
     tl.store(at, (p * factor[:, None]).to(logits_ptr.dtype.element_ty), mask=both)
 
 
@@ -180,7 +191,6 @@ def sparse_kl_targets_kernel(
     probs_ptr,  # [N, K]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N]
     mass_ptr,  # [N]
     picked_ptr,  # [c, K]
     dloss_ptr,  # [N] when ROWS
@@ -204,8 +214,8 @@ def sparse_kl_targets_kernel(
     used = (q > 0) & (v >= 0) & (v < V)
     same = (v[:, None] == v[None, :]) & used[None, :]
     share = tl.sum(tl.where(same, q[None, :], 0.0), 1)
-    z = tl.load(picked_ptr + m * K + k, mask=used, other=-float("inf"))
-    dz = tl.exp(z - tl.load(lse_ptr + row)) * tl.load(mass_ptr + row) - share
+    log_p = tl.load(picked_ptr + m * K + k, mask=used, other=-float("inf"))
+    dz = tl.exp(log_p) * tl.load(mass_ptr + row) - share
     if ROWS:
         dz *= tl.load(dloss_ptr + row)
     tl.store(dlogits_ptr + m * stride_z + v, dz.to(dlogits_ptr.dtype.element_ty), mask=used)
@@ -303,24 +313,26 @@ def kl(
     dloss = None if dloss is None else dloss.contiguous()
     gradients = Gradients(hidden, weight, bias, dloss, temperature, student, need)
     loss = hidden.new_zeros(N, dtype=student.acc_dtype)
-    lse, teacher_lse = torch.empty_like(loss), torch.empty_like(loss)
+    top, log_sum = torch.empty_like(loss), torch.empty_like(loss)
+    teacher_top, teacher_log_sum = torch.empty_like(loss), torch.empty_like(loss)
     block_m, block_v, steps = launch.elementwise_blocks(student.V)
     column_blocks = triton.cdiv(student.pitch, block_v)
     for start in student.starts():
-        z = student.logits(start, lse=lse, store=True, temperature=temperature)
-        y = teacher.logits(start, lse=teacher_lse, store=True, temperature=temperature)
+        options = {"store": True, "temperature": temperature}
+        z = student.logits(start, lse=log_sum, top=top, **options)
+        y = teacher.logits(start, lse=teacher_log_sum, top=teacher_top, **options)
         c = min(student.chunk, N - start)
         row_blocks = triton.cdiv(c, block_m * steps)
-        gap = lse.new_empty(c, column_blocks)
-        partial = lse.new_empty(row_blocks if need.bias else 0, student.pitch)
+        gap = loss.new_empty(c, column_blocks)
+        partial = loss.new_empty(row_blocks if need.bias else 0, student.pitch)
         kl_dlogits_kernel[(row_blocks, column_blocks)](
-            z, y, rows, count, lse, teacher_lse, dloss if gradients.by_row else lse, gap, partial,
-            start, c, student.V, student.pitch,
+            z, y, rows, count, top, log_sum, teacher_top, teacher_log_sum,
+            dloss if gradients.by_row else loss, gap, partial, start, c, student.V, student.pitch,
             GRAD=bool(need), ROWS=gradients.by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"],
             BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
         )  # fmt: skip
         kl_loss_kernel[(c,)](
-            gap, rows, count, lse, teacher_lse, loss, start, c, column_blocks, temperature,
+            gap, rows, count, loss, start, c, column_blocks, temperature,
             BLOCK_T=triton.next_power_of_2(column_blocks), num_warps=1,
         )  # fmt: skip
         gradients.add(start, z, partial.sum(0)[: student.V] if need.bias else None)
@@ -347,28 +359,28 @@ def sparse_kl(
     dloss = None if dloss is None else dloss.contiguous()
     gradients = Gradients(hidden, weight, bias, dloss, temperature, linear, need)
     loss = hidden.new_zeros(N, dtype=linear.acc_dtype)
-    lse, mass = torch.empty_like(loss), torch.empty_like(loss)
+    top, log_sum, mass = (torch.empty_like(loss) for _ in range(3))
     picked = loss.new_empty(linear.chunk, max(K, 1))
     block_k = triton.next_power_of_2(max(K, 1))
     for start in linear.starts():
-        z = linear.logits(start, lse=lse, store=True, temperature=temperature)
+        z = linear.logits(start, lse=log_sum, top=top, store=True, temperature=temperature)
         c = min(linear.chunk, N - start)
         sparse_kl_pick_kernel[(c,)](
-            z, target_ids, target_probs, rows, count, lse, picked, mass, loss,
+            z, target_ids, target_probs, rows, count, top, log_sum, picked, mass, loss,
             start, c, linear.V, K, linear.pitch, temperature,
             ACC=linear.common["ACC"], BLOCK_K=block_k, num_warps=1,
         )  # fmt: skip
         if not need:
             continue
         block_m, block_v, _ = launch.elementwise_blocks(linear.V)
-        row_dloss = dloss if gradients.by_row else lse
+        row_dloss = dloss if gradients.by_row else mass
         options = {"ROWS": gradients.by_row, "ACC": linear.common["ACC"]}
         sparse_kl_dlogits_kernel[(triton.cdiv(c, block_m), triton.cdiv(linear.pitch, block_v))](
-            z, rows, count, lse, mass, row_dloss, start, c, linear.V, linear.pitch,
+            z, rows, count, top, log_sum, mass, row_dloss, start, c, linear.V, linear.pitch,
             BLOCK_M=block_m, BLOCK_V=block_v, num_warps=4, **options,
         )  # fmt: skip
         sparse_kl_targets_kernel[(c,)](
-            z, target_ids, target_probs, rows, count, lse, mass, picked, row_dloss,
+            z, target_ids, target_probs, rows, count, mass, picked, row_dloss,
             start, c, linear.V, K, linear.pitch, BLOCK_K=block_k, num_warps=1, **options,
         )  # fmt: skip
         gradients.add(start, z, column_sums(linear, start, z) if need.bias else None)
