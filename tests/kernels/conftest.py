@@ -41,8 +41,13 @@ def seeded():
 
 
 def _draw(*shape: int, dtype: torch.dtype, requires_grad: bool = True) -> torch.Tensor:
-    """Standard normal values, representable in `dtype`."""
-    x = torch.randn(shape, device=DEVICE).to(dtype)
+    """Standard normal values in steps of 1/256, representable in `dtype`.
+
+    Logits of them are exact in float32, in whatever order products are added. The narrow loss makes
+    its logits twice, by x @ weight.T and by weight @ x.T, which the BLAS under the interpreter adds
+    in two orders; the last bit of a logit is several of its probability.
+    """
+    x = ((torch.randn(shape, device=DEVICE) * 256).round() / 256).to(dtype)
     return x.requires_grad_(requires_grad)
 
 
@@ -69,8 +74,7 @@ def _error(found: torch.Tensor, truth: torch.Tensor) -> float:
 def _check_against(kernel, reference, inputs) -> None:
     """Kernel and reference in the inputs' dtype against the reference in float64.
 
-    The kernel may be as wrong as PyTorch in the same dtype plus one rounding, twice that, as the
-    order of additions differs and a single number's error is a matter of luck.
+    The kernel may be as wrong as PyTorch in the same dtype plus one unit in the last place.
     """
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     truths, true_gradients = _gradients(reference, exact)
@@ -80,7 +84,7 @@ def _check_against(kernel, reference, inputs) -> None:
     for found, plain, truth in zip(
         ours + our_gradients, theirs + their_gradients, truths + true_gradients, strict=True
     ):
-        assert _error(found, truth) <= 2 * (_error(plain, truth) + floor)
+        assert _error(found, truth) <= _error(plain, truth) + floor
 
 
 @pytest.fixture
