@@ -59,11 +59,15 @@ class Progress:
 
     def trained(self, record: Mapping[str, Any]) -> None:
         """A line of the log was written."""
-        self._text = (
-            f"loss {record['loss']:.3f}  {record['pieces_per_second'] / 1e3:.1f} K pieces/s"
-        )
+        speed = record["pieces_per_second"] / 1e3
+        self._text = f"loss {_number(record['loss'])}  {speed:.1f} K pieces/s"
 
-    def evaluated(self, step: int, heldout: Mapping[str, float]) -> None:
+    def evaluated(self, step: int, heldout: Mapping[str, float | None]) -> None:
         """A held-out evaluation was made."""
-        parts = "  ".join(f"{name} {value:.4f}" for name, value in heldout.items())
+        parts = "  ".join(f"{name} {_number(value)}" for name, value in heldout.items())
         self.note(f"step {step}: held-out {parts}  ({time.perf_counter() - self._started:.0f} s)")
+
+
+def _number(value: float | None) -> str:
+    """Four digits; a dash where there was nothing to take a mean of."""
+    return "-" if value is None else f"{value:.4f}"
