@@ -217,36 +217,41 @@ def _partial_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
     if out.exists() and not overwrite and any(out.iterdir()):
         raise InputError(f"{out} is not empty; give another folder or allow overwriting")
     folder = out.parent / f".{out.name}{PARTIAL}corpus"
+    ours = not folder.exists()  # to remove: nobody else's, and no checkpoint in it
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "wb")  # noqa: SIM115 (held until the folder has moved)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process is building {out}; wait for it or end it") from None
-        if not resume:
-            _clear(folder)
-        keep = False
-        try:
-            yield folder
-            _clear(folder, {MANIFEST, *STREAMS, *LEXICON})
-            (folder / LOCK).unlink()
-            sync_folder(folder)
-            move_folder(folder, out)
-            keep = True
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / LOCK, "wb")  # noqa: SIM115 (held until the folder has moved)
         except OSError as error:
-            raise write_error(out, error) from error
-        except Exception:
-            raise
-        except BaseException:  # KeyboardInterrupt, and what a handler of SIGTERM raises
-            keep = (folder / CHECKPOINT).is_file()
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+            raise write_error(folder, error) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                ours = False
+                raise InputError(
+                    f"another process is building {out}; wait for it or end it"
+                ) from None
+            ours = True
+            if not resume:
+                _clear(folder)
+            try:
+                yield folder
+                _clear(folder, {MANIFEST, *STREAMS, *LEXICON})
+                (folder / LOCK).unlink()
+                sync_folder(folder)
+                move_folder(folder, out)
+                ours = False
+            except OSError as error:
+                raise write_error(out, error) from error
+    except Exception:
+        raise
+    except BaseException:  # KeyboardInterrupt, and what a handler of SIGTERM raises
+        ours = ours and not (folder / CHECKPOINT).is_file()
+        raise
+    finally:
+        if ours:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear(folder: Path, keep: set[str] | frozenset[str] = frozenset()) -> None:
