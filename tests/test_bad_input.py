@@ -563,6 +563,8 @@ def test_info_about_no_run(ground, refused, name):
 def start(command: list, cwd: Path, **kwargs) -> subprocess.Popen:
     full = [sys.executable, "-m", "mvbert", *map(str, command)]
     pipe = subprocess.PIPE
+    # A shell lets what it starts in the background ignore Ctrl-C, and children inherit that.
+    kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(full, cwd=cwd, stdout=pipe, stderr=pipe, text=True, **kwargs)
 
 
