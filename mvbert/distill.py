@@ -50,7 +50,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     started = time.perf_counter()
     progress = Progress("distill")
     out = Path(config.out)
-    arms = config.arms or {"student": {}}
+    arms = config.arms or ("student",)  # without arms: stage2 as it stands
     teacher = huggingface.find_teacher(config.teacher)
     progress.note(f"teacher {teacher.name}: {_parameters(teacher) / 1e6:.2f} M parameters")
 

@@ -15,7 +15,6 @@ from mvbert import functional
 from mvbert.config import ModelConfig
 from mvbert.embeddings import Embeddings, StudentTable
 from mvbert.encoder import ACTIVATIONS, BertEncoder, init_weights
-from mvbert.functional import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,9 @@ class DeviceBatch:
     input_ids: Tensor  # [B, T] int32, joint ids
     token_type_ids: Tensor  # [B, T] int32
     masked_index: Tensor  # [B * M] int64, into B * T
-    labels: Tensor  # [B * M] int64, joint ids; IGNORE_INDEX where the capacity is not used
+    labels: (
+        Tensor  # [B * M] int64, joint ids; functional.IGNORE_INDEX where the capacity is not used
+    )
 
     @staticmethod
     def of(batch, device: torch.device, select: slice = slice(None)) -> DeviceBatch:
@@ -132,11 +133,3 @@ class MixedMaskedLM(MaskedLM):
     def student_logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the student's vocabulary, [N, V_s]."""
         return nn.functional.linear(masked_hidden, self.student.rows(), self.student.bias)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Number of scalars in all parameters."""
-    return sum(p.numel() for p in model.parameters())
-
-
-__all__ = ["IGNORE_INDEX", "DeviceBatch", "Head", "MaskedLM", "MixedMaskedLM", "count_parameters"]

@@ -76,7 +76,7 @@ def train(
             made with another description is refused.
 
     Returns:
-        The report: first and last held-out evaluation, steps, pieces seen, seconds.
+        The report: the result's folder, steps, pieces seen, first and last held-out evaluation.
 
     Raises:
         InputError: `out` holds another run, or a file cannot be written.
