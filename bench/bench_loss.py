@@ -1,0 +1,249 @@
+"""A linear layer and its cross-entropy, forward and backward: ours beside every peer.
+
+What is measured is the decoder of a BERT's masked-language-model head on the rows that have a
+label: loss, and the gradients of hidden, weight and bias. Every provider gets exactly those rows,
+so none is charged for rows without a label. Peers run at the settings their authors recommend; the
+names say which.
+"""
+
+from dataclasses import dataclass
+
+import harness
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+WIDTHS = ((30522, 1024), (30522, 768), (4928, 256), (4928, 1024), (30522, 384))  # (V, H)
+
+
+@dataclass(frozen=True)
+class Case:
+    """N labelled rows of width H, V classes."""
+
+    N: int
+    V: int
+    H: int
+
+
+@dataclass
+class Inputs:
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor  # [V]
+    labels: Tensor  # [N]
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        """(loss, of hidden, of weight, of bias)"""
+        return loss, *torch.autograd.grad(loss, (self.hidden, self.weight, self.bias))
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Stage I at large and base width, the student's own, its Stage I softmax, the demo's teacher."""
+    if device == "cuda":
+        rows = (4096, 16384) if quick else (1024, 4096, 16384, 32768)
+    else:
+        rows = (1024,) if quick else (1024, 4096)
+    widths = WIDTHS[2:3] + WIDTHS[4:] if quick and device == "cpu" else WIDTHS
+    if quick and device == "cuda":
+        widths = WIDTHS[:3]
+    return [Case(N, V, H) for V, H in widths for N in rows]
+
+
+def inputs(case: Case, device: str, copy: int) -> Inputs:
+    """Random, like a trained head's: hidden after LayerNorm, logits that differ, a real bias."""
+    generator = torch.Generator().manual_seed(copy)
+    dtype = getattr(torch, harness.default_dtype(device))
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(*shape, generator=generator) * scale
+        return x.to(device=device, dtype=dtype).requires_grad_()
+
+    labels = torch.randint(0, case.V, (case.N,), generator=generator).to(device)
+    return Inputs(
+        normal(case.N, case.H), normal(case.V, case.H, scale=case.H**-0.5), normal(case.V), labels
+    )
+
+
+def work(case: Case) -> harness.Work:
+    """Three products; every input read and every gradient written once."""
+    size = 2 if torch.cuda.is_available() else 4
+    tensors = case.N * case.H + case.V * case.H + case.V
+    return harness.Work(flop=6.0 * case.N * case.V * case.H, bytes=2.0 * size * tensors)
+
+
+def truth(x: Inputs, with_bias: bool) -> list[Tensor]:
+    """Loss and gradients in float64, 512 rows at a time."""
+    N = x.hidden.shape[0]
+    hidden, weight, bias = (
+        t.detach().double().requires_grad_() for t in (x.hidden, x.weight, x.bias)
+    )
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for begin in range(0, N, 512):
+        rows = slice(begin, begin + 512)
+        logits = hidden[rows] @ weight.T + (bias if with_bias else 0)
+        part = F.cross_entropy(logits, x.labels[rows], reduction="sum") / N
+        part.backward()
+        total += part.detach()
+    return [total, hidden.grad, weight.grad, *[bias.grad] * with_bias]
+
+
+_truth: dict = {}  # of the last case: the copy that is checked is the same for all providers
+
+
+def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:
+    """Relative errors |out - truth| / |truth| of the loss and of each gradient.
+
+    Wrong is what is off by more than 2 % in bfloat16 or 0.01 % in float32: no choice of summation
+    order does that. How far the rest are apart is in the record. A peer without a bias is held to
+    the problem without one, and its record says so.
+    """
+    with_bias = len(outputs) == 4
+    if (case, with_bias) not in _truth:
+        _truth.clear()
+        _truth[case, with_bias] = truth(x, with_bias)
+    bound = 2e-2 if x.hidden.dtype == torch.bfloat16 else 1e-4
+    errors = {}
+    names = ("loss", "hidden", "weight", "bias")
+    for name, got, true in zip(names, outputs, _truth[case, with_bias], strict=False):
+        error = float((got.detach().double() - true).norm() / true.norm())
+        errors[name] = harness.digits(error, 2)
+        if not error <= bound:
+            raise harness.Wrong(f"{name} is off by {error:.2g} relative, more than {bound:g}")
+    return {"errors": errors} if with_bias else {"errors": errors, "note": "no bias"}
+
+
+BENCH = harness.Bench("loss", cases=cases, inputs=inputs, work=work, check=check)
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+@BENCH.provider("mvbert")
+def _(case, device):
+    from mvbert.functional import linear_cross_entropy
+
+    return lambda x: x.gradients(linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias))
+
+
+# ---- PyTorch -------------------------------------------------------------------------------------
+
+
+def eager(x: Inputs) -> Tensor:
+    """As Hugging Face's head: logits whole, the loss over them in float32."""
+    logits = F.linear(x.hidden, x.weight, x.bias)
+    return F.cross_entropy(logits.float(), x.labels)
+
+
+@BENCH.provider("HF head, eager")
+def _(case, device):
+    return lambda x: x.gradients(eager(x))
+
+
+@BENCH.provider("torch.compile max-autotune")
+def _(case, device):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+
+    def head(hidden, weight, bias, labels):
+        return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
+
+    # Graph capture wants stable addresses, which rotating inputs do not have.
+    compiled = torch.compile(head, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+    return lambda x: x.gradients(compiled(x.hidden, x.weight, x.bias, x.labels))
+
+
+def torch_native(**options):
+    """torch.nn.functional.linear_cross_entropy, in chunks."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise harness.Skip(f"torch {torch.__version__} has none; it came with 2.13")
+    chosen = torch.nn.LinearCrossEntropyOptions(**options)
+    return lambda x: x.gradients(
+        F.linear_cross_entropy(x.hidden, x.weight, x.labels, linear_bias=x.bias, options=chosen)
+    )
+
+
+@BENCH.provider("torch linear_cross_entropy")
+def _(case, device):
+    return torch_native()
+
+
+@BENCH.provider("torch linear_cross_entropy, chunks of 4096")
+def _(case, device):
+    return torch_native(batch_chunk_size=min(4096, case.N))
+
+
+# ---- Liger ---------------------------------------------------------------------------------------
+
+
+def liger(accum_dtype):
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    def run(x: Inputs):
+        result = LigerFusedLinearCrossEntropyFunction.apply(
+            x.hidden, x.weight, x.labels, x.bias, None, -100, 0.0, 0.0, "mean", None, False,
+            accum_dtype,
+        )  # fmt: skip
+        return x.gradients(result[0])
+
+    return run
+
+
+@BENCH.provider("Liger", needs=["liger-kernel"], devices=["cuda"])
+def _(case, device):
+    return liger(None)
+
+
+@BENCH.provider("Liger, float32 accumulation", needs=["liger-kernel"], devices=["cuda"])
+def _(case, device):
+    return liger(torch.float32)
+
+
+# ---- cut cross-entropy ---------------------------------------------------------------------------
+
+
+def cut(**options):
+    """cut_cross_entropy at the options given; versions to 25.1.1 know no bias."""
+    import inspect
+
+    import cut_cross_entropy
+
+    if options["impl"] == "cce_exact" and not hasattr(
+        cut_cross_entropy.LinearCrossEntropyImpl, "CCE_EXACT"
+    ):
+        raise harness.Skip(
+            f"cut-cross-entropy {harness.version('cut-cross-entropy')} has no cce_exact; run: "
+            'pip install --no-deps "git+https://github.com/apple/ml-cross-entropy"'
+        )
+    loss = cut_cross_entropy.linear_cross_entropy
+    if "bias" in inspect.signature(loss).parameters:
+        return lambda x: x.gradients(loss(x.hidden, x.weight, x.labels, bias=x.bias, **options))
+
+    def without_bias(x: Inputs):
+        value = loss(x.hidden, x.weight, x.labels, **options)
+        return value, *torch.autograd.grad(value, (x.hidden, x.weight))
+
+    return without_bias
+
+
+@BENCH.provider("CCE", needs=["cut-cross-entropy"], devices=["cuda"])
+def _(case, device):
+    return cut(impl="cce")
+
+
+@BENCH.provider("CCE without filter", needs=["cut-cross-entropy"], devices=["cuda"])
+def _(case, device):
+    return cut(impl="cce", filter_eps=None)
+
+
+@BENCH.provider("CCE exact", needs=["cut-cross-entropy"], devices=["cuda"])
+def _(case, device):
+    return cut(impl="cce_exact")
+
+
+@BENCH.provider("CCE torch_compile", needs=["cut-cross-entropy"])
+def _(case, device):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    return cut(impl="torch_compile")

@@ -1,0 +1,601 @@
+"""How everything here is measured: cases are data, providers are functions, one loop times them.
+
+A bench is a file `bench_<name>.py` with one `BENCH`:
+
+    BENCH = Bench("loss", cases=cases, inputs=inputs, work=work, check=check)
+
+    @BENCH.provider("mvbert")
+    def _(case, device):
+        from mvbert.functional import linear_cross_entropy   # lazily: a missing peer is a skip
+
+        return lambda x: linear_cross_entropy(x.hidden, x.weight, x.labels)
+
+What the loop does for every case, the same for all providers:
+
+1. Gate. Each provider runs once and `check` compares what came out; what is wrong is not timed.
+2. Warm-up by time, which also says how many calls make one measurement.
+3. Rounds. Providers take turns and every round begins with the next one, so that a busy machine is
+   busy for all. Each measurement is several calls in a row over copies of the inputs that are
+   together larger than the cache. Reported are the 20th, 50th and 80th percentile of the rounds.
+4. Memory. What one call needs beyond its inputs at its peak: the CUDA allocator's own figure, or,
+   on a CPU, the rise of the resident set of a fresh process that does nothing else.
+
+Rates stand beside ceilings measured in the same run (a large copy, a large matrix product); the
+floor of a case is the time its least work takes at those ceilings. Every record is one JSON object
+on a line, appended, never edited; the run it belongs to is described by a line of its own.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+DATA = ROOT.parent / "shared" / "data"
+
+# Distributions whose pip command is more than their name.
+PIP = {
+    "liger-kernel": "pip install --no-deps liger-kernel",
+    "cut-cross-entropy": "pip install --no-deps cut-cross-entropy",
+    "transformers": "pip install 'mvbert[hf]'",
+    "tokenizers": "pip install 'mvbert[hf]'",
+}
+
+
+class Skip(Exception):
+    """A provider cannot run here, for the reason given."""
+
+
+class Wrong(Exception):
+    """What a provider gave is not right, or not right enough to be worth a time."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call has to do at least; the unit of `items` is what people count."""
+
+    flop: float = 0.0
+    bytes: float = 0.0
+    items: float = 0.0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work.
+
+    `make(case, device)` returns a function of one copy of the inputs; it may have a `close`.
+    """
+
+    name: str
+    make: Callable[[Any, str], Callable[[Any], Any]]
+    needs: tuple[str, ...] = ()  # distributions
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+@dataclass
+class Bench:
+    """Cases, inputs, least work, gate and providers of one subject.
+
+    Args:
+        name: the file is bench_<name>.py.
+        cases: (device, quick) -> frozen dataclasses; their `label`, if any, is their name.
+        inputs: (case, device, copy number) -> inputs; the same number gives the same inputs.
+        work: case -> Work.
+        check: (case, inputs, outputs) -> facts for the record; raises Wrong. None: no gate.
+        dtype: (case, device) -> dtype name of the matrix products, for the ceiling.
+        memory: whether peak memory of a call says something.
+        seconds: what one measurement lasts at least, before --quick.
+    """
+
+    name: str
+    cases: Callable[[str, bool], Sequence[Any]]
+    inputs: Callable[[Any, str, int], Any]
+    work: Callable[[Any], Work]
+    check: Callable[[Any, Any, Any], dict] | None = None
+    dtype: Callable[[Any, str], str] = lambda case, device: default_dtype(device)
+    memory: bool = True
+    seconds: float = 0.2
+    providers: list[Provider] = field(default_factory=list)
+
+    def provider(
+        self, name: str, *, needs: Iterable[str] = (), devices: Iterable[str] = ("cpu", "cuda")
+    ):
+        """Registers a provider; see `Provider`."""
+
+        def register(make):
+            self.providers.append(Provider(name, make, tuple(needs), tuple(devices)))
+            return make
+
+        return register
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+# ---- clocks --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement, per call: wall clock, and the device's or the processors' own time."""
+
+    wall: float
+    own: float
+
+
+def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device: str) -> Sample:
+    """Seconds a call, over `calls` calls in a row.
+
+    On a GPU the queue is filled before the first event, so that `own` is the device's time even
+    where launching takes longer; `wall` is from an idle device until it is idle again.
+    """
+    if device != "cuda":
+        wall, own = time.perf_counter(), time.process_time()
+        for call in range(calls):
+            run(copies[call % len(copies)])
+        return Sample((time.perf_counter() - wall) / calls, (time.process_time() - own) / calls)
+    import torch
+
+    torch.cuda.synchronize()
+    wall = time.perf_counter()
+    for call in range(calls):
+        run(copies[call % len(copies)])
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - wall) / calls
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    few = max(1, min(calls, 50))  # what fits into the launch queue
+    torch.cuda._sleep(min(2_000_000 * few, 40_000_000))  # cycles: the host runs ahead
+    first.record()
+    for call in range(few):
+        run(copies[call % len(copies)])
+    last.record()
+    torch.cuda.synchronize()
+    return Sample(wall, first.elapsed_time(last) / 1e3 / few)
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """p20, p50, p80 in milliseconds (linear between neighbours), four digits."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return {f"p{round(100 * share)}": digits(1e3 * at(share)) for share in (0.2, 0.5, 0.8)}
+
+
+def digits(value: float, count: int = 4) -> float:
+    """`value` with so many digits: more would be noise."""
+    return float(f"{value:.{count}g}")
+
+
+_ceilings: dict[tuple[str, str], dict[str, float]] = {}
+
+
+def ceilings(device: str, dtype: str, quick: bool) -> dict[str, float]:
+    """What this machine reaches today: a copy in GB/s (read + written), a product in TFLOP/s."""
+    if (device, dtype) in _ceilings:
+        return _ceilings[device, dtype]
+    import torch
+
+    kind = getattr(torch, dtype)
+    large = device == "cuda"
+    source = torch.randn(2**29 if large else 2**25, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if large else 2048
+    left, right = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
+    found = {"copy_gb_s": 0.0, "matmul_tflop_s": 0.0}
+
+    def product(_):
+        return left @ right
+
+    def copy(_):
+        target.copy_(source)
+
+    rounds = 5 if quick else 9
+    for name, run, amount in (
+        ("copy_gb_s", copy, 2 * source.numel() * source.element_size() / 1e9),
+        ("matmul_tflop_s", product, 2 * n**3 / 1e12),
+    ):
+        calls = 10 if large else 1
+        measure(run, [None], calls, device)
+        seconds = sorted(measure(run, [None], calls, device).own for _ in range(rounds))
+        if not large:  # there `own` is the sum over the cores
+            seconds = sorted(measure(run, [None], calls, device).wall for _ in range(rounds))
+        found[name] = digits(amount / seconds[rounds // 2])
+    _ceilings[device, dtype] = found
+    return found
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def cuda_peak(run: Callable[[Any], Any], x: Any) -> float:
+    """MB that one call needs beyond what is allocated before it, outputs included."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run(x)
+    torch.cuda.synchronize()
+    del kept
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def cpu_peak_here(run: Callable[[Any], Any], x: Any) -> float:
+    """MB by which one call raises this process's resident set at its peak.
+
+    A first call loads code and starts threads. Linux only: the high-water mark is set back through
+    /proc.
+    """
+    run(x)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident()[0]
+    kept = run(x)
+    peak = _resident()[1]
+    del kept
+    return max(0, peak - before) / 1e3
+
+
+def _resident() -> tuple[int, int]:
+    """kB: resident now, and at the high-water mark."""
+    status = Path("/proc/self/status").read_text()
+    return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
+
+
+def cpu_peak(bench: Bench, case_number: int, provider: Provider, quick: bool) -> float | None:
+    """`cpu_peak_here` in a fresh process, where freed memory goes back to the system at once."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    command = [sys.executable, str(ROOT / "bench" / "run.py"), bench.name, "--device", "cpu"]
+    command += ["--peak", str(case_number), provider.name] + ["--quick"] * quick
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    if done.returncode:
+        print(f"    no peak memory: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+# ---- what a run was made with --------------------------------------------------------------------
+
+
+def run_record(benches: Sequence[Bench], device: str, quick: bool) -> dict:
+    """Device, driver, versions, commit, clocks, load: what a reader of a result asks first."""
+    import torch
+
+    from mvbert import environment
+
+    now = datetime.now(timezone.utc)
+    needs = sorted({name for bench in benches for p in bench.providers for name in p.needs})
+    facts = {
+        "record": "run",
+        "run": f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}",
+        "benches": [bench.name for bench in benches],
+        "device": device,
+        "quick": quick,
+        "commit": environment.commit(),
+        "processor": environment.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "peers": {name: version(name) for name in needs if version(name)},
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+        facts["nvidia_smi"] = nvidia_smi()
+    return facts
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def nvidia_smi() -> dict[str, str] | None:
+    """Driver, clocks, power and temperature now, or None where nvidia-smi does not answer."""
+    names = ["driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(names, (v.strip() for v in answer.splitlines()[0].split(",")), strict=False))
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """A provider that runs here, and its measurements of one case."""
+
+    provider: Provider
+    run: Callable[[Any], Any]
+    record: dict
+    calls: int = 1
+    samples: list[Sample] = field(default_factory=list)
+
+
+def run_bench(
+    bench: Bench,
+    *,
+    device: str,
+    quick: bool,
+    emit: Callable[[dict], None],
+    only: Sequence[str] = (),
+    rounds: int | None = None,
+    budget: float | None = None,
+) -> list[dict]:
+    """Measures every case and provider; `emit` gets each record as soon as it is there.
+
+    Args:
+        only: names of providers; empty: all.
+        rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
+        budget: seconds for the rounds of one case; None: 60, or 8 when quick.
+    """
+    budget = budget or (8.0 if quick else 60.0)
+    target = bench.seconds / 4 if quick else bench.seconds
+    records = []
+    for number, case in enumerate(bench.cases(device, quick)):
+        work = bench.work(case)
+        dtype = bench.dtype(case, device)
+        ceiling = ceilings(device, dtype, quick)
+        floor = max(
+            work.flop / (ceiling["matmul_tflop_s"] * 1e12),
+            work.bytes / (ceiling["copy_gb_s"] * 1e9),
+        )
+        base = {
+            "record": "result", "bench": bench.name, "case": label(case), "fields": fields_of(case),
+            "device": device, "dtype": dtype,
+        }  # fmt: skip
+        print(f"{bench.name} {label(case)}", flush=True)
+        copies = input_copies(bench, case, device)
+        entries = []
+        for provider in bench.providers:
+            if only and provider.name not in only:
+                continue
+            record = {**base, "provider": provider.name}
+            entry = prepare(bench, provider, case, copies[0], device, record)
+            if entry is None:
+                records.append(record)
+                emit(record)
+                print(f"  {provider.name:28} {reason(record)}", flush=True)
+            else:
+                entries.append(entry)
+        estimates = {}
+        for entry in entries:
+            estimates[entry.provider.name] = warm_up(entry, copies, device, target, quick)
+        per_round = sum(e.calls * estimates[e.provider.name] for e in entries)
+        turns = rounds or max(5, min(30, int(budget / max(per_round, 1e-9))))
+        for turn in range(turns):
+            shift = turn % max(1, len(entries))
+            for entry in entries[shift:] + entries[:shift]:
+                entry.samples.append(measure(entry.run, copies, entry.calls, device))
+        for entry in entries:
+            finish(entry, work, ceiling, floor, device)
+            if bench.memory:
+                if device == "cuda":
+                    entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
+                elif not quick:
+                    peak = cpu_peak(bench, number, entry.provider, quick)
+                    entry.record["peak_mb"] = None if peak is None else digits(peak)
+            close(entry.run)
+            records.append(entry.record)
+            emit(entry.record)
+            print(f"  {entry.provider.name:28} {summary(entry.record)}", flush=True)
+        del entries, copies
+        gc.collect()
+        if device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+    return records
+
+
+def prepare(bench, provider, case, x, device, record) -> Entry | None:
+    """Makes a provider and holds it to the gate; None, with the reason in the record, if need be."""
+    if device not in provider.devices:
+        record["skipped"] = f"runs on {', '.join(provider.devices)} only"
+        return None
+    missing = [name for name in provider.needs if version(name) is None]
+    if missing:
+        record["skipped"] = f"not installed: {', '.join(missing)}"
+        record["pip"] = "; ".join(dict.fromkeys(PIP.get(n, f"pip install {n}") for n in missing))
+        return None
+    run = None
+    try:
+        run = provider.make(case, device)
+        outputs = run(x)
+        if bench.check is not None:
+            record.update(bench.check(case, x, outputs))
+        return Entry(provider, run, record)
+    except Skip as error:
+        record["skipped"] = str(error)
+    except Wrong as error:
+        record["wrong"] = str(error)
+    except Exception as error:  # a peer may fail in any way: the record says how
+        lines = str(error).strip().splitlines()
+        record["failed"] = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    close(run)
+    return None
+
+
+def close(run) -> None:
+    """Ends what a provider started, if it said how."""
+    if hasattr(run, "close"):
+        run.close()
+
+
+def warm_up(entry: Entry, copies, device: str, target: float, quick: bool) -> float:
+    """Runs for a while, sets how many calls make one measurement, returns seconds a call."""
+    begin = time.perf_counter()
+    seconds = math.inf
+    while True:
+        seconds = min(seconds, measure(entry.run, copies, 1, device).wall)
+        if time.perf_counter() - begin > (0.2 if quick else 0.5):
+            break
+    entry.calls = max(1, min(10_000, round(target / max(seconds, 1e-7))))
+    return seconds
+
+
+def finish(entry: Entry, work: Work, ceiling: dict, floor: float, device: str) -> None:
+    """Turns the measurements into the record's figures."""
+    wall = [sample.wall for sample in entry.samples]
+    own = [sample.own for sample in entry.samples]
+    record = entry.record
+    record["ms"] = percentiles(wall)
+    record["device_ms" if device == "cuda" else "processor_ms"] = percentiles(own)
+    record["rounds"], record["calls"] = len(wall), entry.calls
+    record["ceiling"] = ceiling
+    best = record["device_ms" if device == "cuda" else "ms"]["p50"] / 1e3
+    if work.flop:
+        record["tflop_s"] = digits(work.flop / best / 1e12)
+    if work.bytes:
+        record["gb_s"] = digits(work.bytes / best / 1e9)
+    if floor:
+        record["floor_ms"] = digits(1e3 * floor)
+        record["times_floor"] = digits(best / floor)
+    if work.items:
+        record["items_s"] = digits(1e3 * work.items / record["ms"]["p50"])
+        record["unit"] = work.unit
+
+
+def input_copies(bench: Bench, case: Any, device: str) -> list[Any]:
+    """Copies of the inputs that together outgrow the cache twice; at most 16."""
+    first = bench.inputs(case, device, 0)
+    size = max(1, tensor_bytes(first))
+    count = min(16, max(1, math.ceil(2 * cache_bytes(device) / size)))
+    return [first, *(bench.inputs(case, device, copy) for copy in range(1, count))]
+
+
+def tensor_bytes(x: Any) -> int:
+    """The bytes of every tensor or array in a structure of dataclasses, lists, tuples, dicts."""
+    if hasattr(x, "nbytes"):
+        return int(x.nbytes)
+    if isinstance(x, (str, bytes)):
+        return len(x)
+    if isinstance(x, dict):
+        return sum(map(tensor_bytes, x.values()))
+    if isinstance(x, (list, tuple)):
+        return sum(map(tensor_bytes, x))
+    return sum(map(tensor_bytes, vars(x).values())) if hasattr(x, "__dict__") else 0
+
+
+def cache_bytes(device: str) -> int:
+    """The last cache before memory."""
+    if device == "cuda":
+        import torch
+
+        return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
+    found = 0
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = size.read_text().strip()
+        found = max(found, int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    # A virtual machine may show a large shared cache of which it has a small part.
+    return min(found or 32 << 20, 64 << 20)
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+
+def fields_of(case: Any) -> dict:
+    return {name: value for name, value in vars(case).items() if not name.startswith("_")}
+
+
+def label(case: Any) -> str:
+    """What a case is called in tables: its fields, unless it says better."""
+    own = getattr(case, "label", None)
+    return own or " ".join(f"{name}={value}" for name, value in fields_of(case).items())
+
+
+def reason(record: dict) -> str:
+    for kind in ("skipped", "wrong", "failed"):
+        if kind in record:
+            hint = f" ({record['pip']})" if "pip" in record else ""
+            return f"{kind}: {record[kind]}{hint}"
+    return ""
+
+
+def summary(record: dict) -> str:
+    ms = record["ms"]
+    parts = [f"{ms['p50']:10.4g} ms ({ms['p20']:.4g} .. {ms['p80']:.4g})"]
+    if "items_s" in record:
+        parts.append(f"{record['items_s']:.4g} {record['unit']}/s")
+    if "tflop_s" in record:
+        parts.append(
+            f"{record['tflop_s']:.4g} of {record['ceiling']['matmul_tflop_s']:.4g} TFLOP/s"
+        )
+    if "gb_s" in record:
+        parts.append(f"{record['gb_s']:.4g} of {record['ceiling']['copy_gb_s']:.4g} GB/s")
+    if "times_floor" in record:
+        parts.append(f"{record['times_floor']:.3g} x floor")
+    if record.get("peak_mb") is not None:
+        parts.append(f"peak {record['peak_mb']:.4g} MB")
+    return "  ".join(parts)
+
+
+def appender(output: Path | None, run: dict) -> Callable[[dict], None]:
+    """A function that appends a record to `output`, a .jsonl file or a folder of them.
+
+    Records carry the number of their run; the line that describes it comes first in each file.
+    """
+    begun: set[Path] = set()
+
+    def emit(record: dict) -> None:
+        if output is None:
+            return
+        file = output if output.suffix == ".jsonl" else output / f"{record['bench']}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as out:
+            if file not in begun:
+                begun.add(file)
+                out.write(json.dumps(run) + "\n")
+            out.write(json.dumps({**record, "run": run["run"]}) + "\n")
+
+    return emit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every bench has."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and shorter rounds")
+    parser.add_argument("--only", nargs="+", default=(), metavar="PROVIDER")
+    parser.add_argument("--rounds", type=int, help="measurements of each provider")
+    parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS,
+        help="folder or .jsonl file to append to (default: bench/results)",
+    )  # fmt: skip
+    parser.add_argument("--no-output", action="store_true", help="write nothing")

@@ -1,0 +1,104 @@
+"""Runs benches: ours beside every peer that is installed, each result appended as one JSON line.
+
+    python bench/run.py                              # everything that runs on this machine
+    python bench/run.py loss embedding --quick       # some, in a minute or two
+    python bench/run.py tokenizer --only mvbert "HF encode_batch_fast" --no-output
+    python bench/run.py --list
+
+harness.py says how it measures, bench/results has what was measured, tables.py makes the README's
+tables of it. The last line of stdout is one JSON object: what ran, what was skipped or wrong.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import harness
+
+ORDER = ("tokenizer", "vocab", "rows", "embedding", "loss", "kl", "train_step", "inference")
+
+
+def find() -> dict[str, harness.Bench]:
+    """Every bench_<name>.py beside this file that has a BENCH, in the order of the data's way."""
+    names = sorted(
+        (file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py")),
+        key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
+    )
+    return {
+        name: module.BENCH
+        for name in names
+        if hasattr(module := importlib.import_module(f"bench_{name}"), "BENCH")
+    }
+
+
+def main() -> None:
+    # Before torch or a peer starts its threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    benches = find()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="BENCH", help=", ".join(benches))
+    parser.add_argument("--list", action="store_true", help="cases and providers, nothing is run")
+    parser.add_argument("--peak", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
+    harness.add_arguments(parser)
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in benches]
+    if unknown:
+        parser.error(f"no bench is called {unknown[0]!r}; there are {', '.join(benches)}")
+    chosen = [benches[name] for name in args.names or benches]
+    if args.device is None or args.device == "cuda":
+        import torch
+
+        if args.device == "cuda" and not torch.cuda.is_available():
+            parser.error("torch sees no CUDA device here")
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.list:
+        for bench in chosen:
+            print(bench.name)
+            for case in bench.cases(args.device, args.quick):
+                print(f"    case      {harness.label(case)}")
+            for provider in bench.providers:
+                needs = f"  needs {', '.join(provider.needs)}" if provider.needs else ""
+                print(f"    provider  {provider.name}{needs}")
+        return
+    if args.peak:
+        peak(chosen[0], int(args.peak[0]), args.peak[1], args.quick)
+        return
+    run = harness.run_record(chosen, args.device, args.quick)
+    emit = harness.appender(None if args.no_output else args.output, run)
+    records = []
+    for bench in chosen:
+        records += harness.run_bench(
+            bench, device=args.device, quick=args.quick, emit=emit, only=args.only,
+            rounds=args.rounds, budget=args.budget,
+        )  # fmt: skip
+    print(json.dumps(outcome(run, records)))
+    if any("wrong" in r and r["provider"].startswith("mvbert") for r in records):
+        sys.exit("mvbert is wrong somewhere above")
+
+
+def outcome(run: dict, records: list[dict]) -> dict:
+    """What ran, and what did not and why."""
+    missing = {}
+    for record in records:
+        if "ms" not in record:
+            missing[f"{record['bench']}: {record['provider']}"] = harness.reason(record)
+    return {"run": run["run"], "timed": sum("ms" in r for r in records), "not timed": missing}
+
+
+def peak(bench: harness.Bench, number: int, name: str, quick: bool) -> None:
+    """The child process of `harness.cpu_peak`."""
+    case = bench.cases("cpu", quick)[number]
+    provider = next(provider for provider in bench.providers if provider.name == name)
+    run = provider.make(case, "cpu")
+    mb = harness.cpu_peak_here(run, bench.inputs(case, "cpu", 0))
+    harness.close(run)
+    print(json.dumps({"peak_mb": mb}))
+
+
+if __name__ == "__main__":
+    main()
