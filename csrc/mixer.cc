@@ -337,6 +337,7 @@ class Mixer::Scratch {
         draws_((2 * std::size_t{options_.T} + 4 + 63) / 64 * 64),
         ids_(options_.T + 4),
         starts_(options_.T),
+        long_slots_(options_.T),
         breaks_(options_.T),
         excluded_(options_.T),
         order_(options_.T),
@@ -415,37 +416,29 @@ class Mixer::Scratch {
   // Lays words and [SEP]s into ids_[1, 1 + room) and notes where each slot, word or [SEP], starts.
   template <bool kTwo>
   void Fill(std::uint64_t first, std::uint32_t room) {
-    const PieceTable& table = mixer_.table_;
     const std::size_t end = 1 + room;
     // The next entry of the stream is entry[slot], and the stream ends before entry[wrap].
     const std::uint32_t* entry = mixer_.stream_ + first;
     std::size_t wrap = mixer_.stream_size_ - first;
     std::size_t slot = 0, at = 1, breaks = 0;
     while (true) {
-      const PieceTable::Record* rare = FillInline<kTwo>(entry, wrap, end, &slot, &at);
+      FillWords<kTwo>(entry, wrap, end, &slot, &at);
       if (at >= end) break;
-      if (rare == nullptr) {  // the end of the stream
+      if (slot == wrap) {  // the end of the stream
         entry = mixer_.stream_ - slot;
         wrap = slot + mixer_.stream_size_;
         continue;
       }
-      std::size_t count = 1;
-      if (rare->count != PieceTable::kMark) {
-        count = std::min<std::size_t>(rare->count, end - at);
-        std::memcpy(ids_.data() + at, table.long_ids_.data() + rare->ids[0],
-                    sizeof(std::int32_t) * count);
-      } else if (slot == 0 || (breaks > 0 && breaks_[breaks - 1] + 1 == slot) || at + 1 == end) {
+      // The end of a document.
+      if (slot == 0 || (breaks > 0 && breaks_[breaks - 1] + 1 == slot) || at + 1 == end) {
         // No [SEP] beside another special piece: not first, not twice, not before the last. A mark
         // that is passed over takes no slot.
         ++entry;
         --wrap;
         continue;
-      } else {
-        ids_[at] = SideOf<kTwo>(static_cast<std::uint32_t>(slot) + 1).sep;
-        breaks_[breaks++] = static_cast<std::uint32_t>(slot);
       }
-      ++slot;
-      at += count;
+      ids_[at++] = SideOf<kTwo>(static_cast<std::uint32_t>(slot) + 1).sep;
+      breaks_[breaks++] = static_cast<std::uint32_t>(slot++);
     }
     starts_[slot] = static_cast<std::uint32_t>(end);  // the last word may be cut
     slots_ = static_cast<std::uint32_t>(slot);
@@ -453,37 +446,52 @@ class Mixer::Scratch {
     word_pieces_ = room - breaks_made_;
   }
 
-  // The part of Fill that nearly all words go through, alone so that all it needs stays in
-  // registers. Stops at `wrap` and `end`, and at records that hold no pieces, which it returns.
+  // The part of Fill that words go through, alone so that all it needs stays in registers. Stops at
+  // `wrap`, at `end` and at the end of a document.
   template <bool kTwo>
-  MVBERT_NOINLINE const PieceTable::Record* FillInline(const std::uint32_t* entry, std::size_t wrap,
-                                                       std::size_t end, std::size_t* slot_io,
-                                                       std::size_t* at_io) {
+  MVBERT_NOINLINE void FillWords(const std::uint32_t* entry, std::size_t wrap, std::size_t end,
+                                 std::size_t* slot_io, std::size_t* at_io) {
     const PieceTable::Record* const records = mixer_.table_.records_.data();
     const std::uint32_t* const coins = coins_.data() + 1;
     const std::uint32_t threshold = student_threshold_;
     std::int32_t* const ids = ids_.data();
     std::uint32_t* const starts = starts_.data();
-    std::size_t slot = *slot_io, at = *at_io;
-    const PieceTable::Record* rare = nullptr;
-    for (; at < end && slot != wrap; ++slot) {
+    const auto record_of = [=](std::size_t slot) {
       std::size_t place = entry[slot];
       if (kTwo) place += place + (coins[slot] < threshold);
-      const PieceTable::Record* const record = records + place;
+      return records + place;
+    };
+    std::uint32_t* long_slot = long_slots_.data();
+    std::size_t slot = *slot_io, at = *at_io;
+    for (; at < end && slot != wrap; ++slot) {
+      const PieceTable::Record* const record = record_of(slot);
       // Three pieces and the count, whatever the count: the next word overwrites what is too much,
       // and ids_ has room behind its end.
       std::memcpy(ids + at, record->ids, sizeof(PieceTable::Record));
       starts[slot] = static_cast<std::uint32_t>(at);
       const std::size_t count = record->count;
-      if (MVBERT_UNLIKELY(count > PieceTable::kInline)) {
-        rare = record;
-        break;
-      }
+      if (MVBERT_UNLIKELY(count == PieceTable::kMark)) break;
+      *long_slot = static_cast<std::uint32_t>(slot);
+      long_slot += count > PieceTable::kInline;
       at += count;
+    }
+    // A longer word has only got its place. Which words are long cannot be predicted and their
+    // pieces are often out of cache: here, one after the other, their loads wait together.
+    for (const std::uint32_t* next = long_slots_.data(); next != long_slot; ++next) {
+      constexpr std::size_t kStep = PieceTable::kInline + 1;  // no long word has fewer pieces
+      const PieceTable::Record* const record = record_of(*next);
+      const std::int32_t* const from = mixer_.table_.long_ids_.data() + record->ids[0];
+      std::int32_t* const to = ids + starts[*next];
+      // Only the row's last word is cut; then up to three pieces too many go behind `end`.
+      const std::size_t room = std::max<std::size_t>(end - starts[*next], kStep);
+      const std::size_t last = std::min<std::size_t>(record->count, room) - kStep;
+      for (std::size_t i = 0; i < last; i += kStep) {
+        std::memcpy(to + i, from + i, kStep * sizeof(std::int32_t));
+      }
+      std::memcpy(to + last, from + last, kStep * sizeof(std::int32_t));
     }
     *slot_io = slot;
     *at_io = at;
-    return rare;
   }
 
   // The start, drawn by `bits`, of a word of the row's middle half that follows a word; 0 if there
@@ -606,6 +614,7 @@ class Mixer::Scratch {
   std::vector<std::uint32_t> draws_;     // numbers of purpose kRow, as far as made
   std::vector<std::int32_t> ids_;        // the row, and room for a record behind it
   std::vector<std::uint32_t> starts_;    // positions of slots, and the end of the last
+  std::vector<std::uint32_t> long_slots_;  // words of more than three pieces, and room for one
   std::vector<std::uint32_t> breaks_;    // slots that are the [SEP] of a document
   std::vector<std::uint32_t> excluded_;  // slots where no second part may begin
   std::vector<std::uint32_t> order_;     // 0, 1, 2, ... between rows

@@ -18,7 +18,7 @@
 // Number i of a row's purpose is word (i / 16) % 4 of block 16 * (i / 64) + i % 16: sixteen blocks
 // are made at a time, and their words lie in memory as vector registers hold them.
 //
-// Cost: 58 instructions a piece with AVX2 (callgrind, T = 128, text like English), a third of them
+// Cost: 61 instructions a piece with AVX2 (callgrind, T = 128, text like English), a third of them
 // for the words, a quarter for Philox. What makes it so little:
 //  - A record of 16 bytes holds up to three pieces of a word inline and their count, the two
 //    vocabularies' records side by side: a word costs one cache line, one 16-byte copy (whatever its

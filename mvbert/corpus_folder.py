@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mvbert import _tokenizer
+from mvbert.batches import Batch, Rows
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object, sha256_file
 
@@ -97,6 +98,7 @@ class Corpus:
         data, ends, counts = (folder / name for name in LEXICON)
         self.words = Words(np.memmap(data, np.uint8, "r"), np.memmap(ends, np.dtype("<u8"), "r"))
         self.counts = np.memmap(counts, np.dtype("<u8"), "r")
+        self._rows: tuple[object, Rows] | None = None  # of the last call of `rows`
 
     @property
     def lowercase(self) -> bool:
@@ -158,6 +160,55 @@ class Corpus:
             self.words.data, self.words.ends, wordpiece, cores(threads)
         )
         return Segmentation(ends, ids, vocab)
+
+
+    def rows(
+        self,
+        seed: int,
+        epoch: int,
+        start: int,
+        count: int,
+        *,
+        teacher: Vocab | None = None,
+        student: Vocab | None = None,
+        T: int = 128,
+        student_prob: float = 0.5,
+        mask_prob: float = 0.15,
+        pair_prob: float = 0.5,
+        threads: int = 0,
+        out: Batch | None = None,
+    ) -> Batch:
+        """Rows [start, start + count) of an epoch of the train part: a pure function.
+
+        `mvbert.batches.Rows` says what the arguments and the rows are. The lexicon is cut again
+        when a call differs from the last in more than epoch, start, count, threads and out; who
+        goes back and forth makes a `Rows` of each kind. Rows past the epoch's last are the next
+        epoch's first.
+
+        Raises:
+            InputError: an argument out of range, or a vocabulary that does not fit the corpus.
+        """
+        if epoch < 0 or start < 0:
+            raise InputError(f"epoch and start must be 0 or more, got {epoch} and {start}")
+        key = (teacher, student, seed, T, student_prob, mask_prob, pair_prob)
+        known = self._rows
+        if known is not None and known[0] == key:
+            rows = known[1]
+        else:
+            cuts = [None if v is None else self.segment(v, threads) for v in (teacher, student)]
+            rows = Rows(
+                self.train,
+                teacher=cuts[0],
+                student=cuts[1],
+                T=T,
+                mask_prob=mask_prob,
+                pair_prob=pair_prob,
+                student_prob=student_prob,
+                seed=seed,
+                threads=threads,
+            )
+            self._rows = key, rows
+        return rows.read(epoch * rows.count + start, count, threads=threads, out=out)
 
 
 def _check_manifest(path: Path, manifest: dict[str, Json]) -> None:

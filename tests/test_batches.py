@@ -1,11 +1,13 @@
 """Rows: a pure function of the row number, pure tokenisations at 0 and 1, clear errors."""
 
+import mmap
 import os
 import random
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 from mvbert.batches import IGNORE_INDEX, Batch, Rows
 from mvbert.errors import InputError
@@ -199,6 +201,70 @@ def test_nothing_outside_out_is_written(rows):
         np.testing.assert_array_equal(array[1:5], getattr(rows.read(5, 4), name))
 
 
+def memories(size: int):
+    """(kind, memory, its bytes now) of every kind of memory that a caller may own."""
+    array = np.zeros(size, np.uint8)
+    yield "numpy", array, lambda: array.tobytes()
+    tensor = torch.zeros(size, dtype=torch.uint8).share_memory_()
+    yield "torch", tensor, lambda: bytes(tensor.tolist())
+    plain = bytearray(size)
+    yield "bytearray", plain, lambda: bytes(plain)
+    mapped = mmap.mmap(-1, size)
+    yield "mmap", mapped, lambda: mapped[:]
+
+
+def test_rows_are_written_into_memory_of_any_kind(rows):
+    B, M = 20, rows.capacity
+    expected = rows.read(5, B)
+    order = (expected.input_ids, expected.masked_positions, expected.labels)
+    end_to_end = b"".join(a.tobytes() for a in (*order, expected.token_type_ids))
+    assert len(end_to_end) == Batch.size(B, 48, M)
+    for kind, memory, written in memories(len(end_to_end)):
+        rows.read(5, B, out=Batch.over(memory, B, 48, M))
+        assert written() == end_to_end, kind
+
+
+def test_another_process_reads_rows_from_shared_memory(rows):
+    from multiprocessing.shared_memory import SharedMemory
+
+    size = Batch.size(8, 48, rows.capacity)
+    shared = SharedMemory(create=True, size=size)
+    try:
+        child = os.fork()
+        if child == 0:
+            rows.read(3, 8, out=Batch.over(shared.buf[:size], 8, 48, rows.capacity), threads=2)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert_same(Batch.over(bytearray(shared.buf[:size]), 8, 48, rows.capacity), rows.read(3, 8))
+    finally:
+        shared.close()
+        shared.unlink()
+
+
+def test_at_most_eight_bytes_a_piece(rows):
+    batch = rows.read(0, 10)
+    size = sum(array.nbytes for array in vars(batch).values())
+    assert size == Batch.size(10, 48, rows.capacity) <= 8 * batch.input_ids.size
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        (bytes(640), "read-only"),
+        (bytearray(639), "needs 640 writable bytes"),
+        (bytearray(641), "needs 640 writable bytes"),
+        (memoryview(bytearray(641))[1:], "aligned"),
+        (np.zeros(1280, np.uint8)[::2], "contiguous"),
+        (torch.zeros(640, dtype=torch.uint8, device="meta"), "in this process"),
+        ([0] * 640, "in this process"),
+    ],
+    ids=["read-only", "short", "long", "unaligned", "strided", "elsewhere", "list"],
+)
+def test_memory_that_cannot_hold_a_batch(memory, message):
+    with pytest.raises(InputError, match=message):
+        Batch.over(memory, 2, 48, 10)
+
+
 def test_a_memory_map_is_read_in_place(tmp_path, rows, stream):
     stream.tofile(tmp_path / "train.u32")
     mapped = np.memmap(tmp_path / "train.u32", np.uint32, mode="r")
@@ -309,6 +375,9 @@ def test_bad_reads(rows):
     good = Batch.empty(4, 48, rows.capacity)
     with pytest.raises(InputError, match=r"out\.input_ids"):
         rows.read(0, 5, out=good)
+    tensors = Batch(*map(torch.from_numpy, vars(good).values()))
+    with pytest.raises(InputError, match=r"out\.input_ids must be a numpy array, got Tensor"):
+        rows.read(0, 4, out=tensors)
     frozen = Batch.empty(4, 48, rows.capacity)
     frozen.labels.flags.writeable = False
     with pytest.raises(InputError, match=r"out\.labels must be a writable"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mvbert import _tokenizer, corpus_build, files, readers
+from mvbert.batches import Batch, Rows
 from mvbert.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
 from mvbert.errors import InputError, Interrupted
 from mvbert.readers import documents, text_files
@@ -661,6 +662,28 @@ def test_segmentation_does_not_depend_on_threads(shared_file, tmp_path):
         other = corpus.segment(vocab, threads=threads)
         np.testing.assert_array_equal(one.ends, other.ends)
         np.testing.assert_array_equal(one.ids, other.ids)
+
+
+def test_rows_of_a_corpus_are_a_pure_function(awkward, tmp_path, tiny_vocab):
+    build_corpus([awkward], tmp_path / "corpus", heldout_share=0)
+    corpus = Corpus.open(tmp_path / "corpus")
+    settings = {"T": 16, "mask_prob": 0.2, "student_prob": 0.3}
+    vocabs = {"teacher": tiny_vocab, "student": tiny_vocab}
+    cut = corpus.segment(tiny_vocab)
+    rows = Rows(corpus.train, teacher=cut, student=cut, seed=7, **settings)
+    first = corpus.rows(7, 2, 3, 5, **vocabs, **settings)
+    other = corpus.rows(7, 2, 3, 5, student=tiny_vocab, T=12)
+    for batch in (first, corpus.rows(7, 2, 3, 5, **vocabs, **settings, threads=2)):
+        for name, array in vars(rows.read(2 * rows.count + 3, 5)).items():
+            np.testing.assert_array_equal(getattr(batch, name), array)
+    assert other.input_ids.shape == (5, 12)
+    assert other.input_ids.max() < tiny_vocab.size <= first.input_ids.max()
+    out = Batch.empty(5, 16, rows.capacity)
+    assert corpus.rows(7, 0, 0, 5, **vocabs, **settings, out=out) is out
+    with pytest.raises(InputError, match="teacher segmentation, a student"):
+        corpus.rows(7, 0, 0, 5)
+    with pytest.raises(InputError, match="epoch and start must be 0 or more, got 1 and -1"):
+        corpus.rows(7, 1, -1, 5, **vocabs)
 
 
 def test_a_cased_vocabulary_does_not_fit_an_uncased_corpus(built, tiny_vocab):
