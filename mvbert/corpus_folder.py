@@ -161,7 +161,6 @@ class Corpus:
         )
         return Segmentation(ends, ids, vocab)
 
-
     def rows(
         self,
         seed: int,
