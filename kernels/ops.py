@@ -70,10 +70,15 @@ def _total(loss: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scaled(gradient: Tensor, dtotal: Tensor) -> Tensor | None:
-    """gradient * dtotal, or the gradient itself where dtotal is known to be 1 without waiting."""
+    """gradient * dtotal; the gradient itself where that is 1 and can be looked at (eager, CPU)."""
     if gradient.ndim == 1 and gradient.numel() == 0:
         return None
-    return gradient * dtotal.to(gradient.dtype)
+    if type(dtotal) is Tensor and not (dtotal.is_cuda or torch.compiler.is_compiling()):
+        return gradient if dtotal == 1 else gradient * dtotal
+    if gradient.dtype == dtotal.dtype:
+        return gradient * dtotal
+    # Rounding the factor to 16 bits would scale the whole gradient wrongly by up to 2^-9.
+    return (gradient * dtotal.reshape(1)).to(gradient.dtype)
 
 
 def _refuse_second_order(gradients) -> None:
