@@ -81,7 +81,7 @@ class LinearChunks:
     ):
         self.hidden, self.need, self.rows, self.scale = hidden, need, rows, scale
         N = rows.numel()
-        self.all_rows = N == hidden.shape[0]
+        self.all_rows = hidden.shape[0] == N
         self.weight_dtype = weight.dtype
         self.bias_dtype = None if bias is None else bias.dtype
         self.weight = weight.to(hidden.dtype)
@@ -93,7 +93,7 @@ class LinearChunks:
         # Summing over chunks in a wider dtype than the result's takes 4 V H bytes, and what is
         # held at the end 6: fewer bytes than the logits of all rows only from here on.
         wider = need.weight and weight.dtype != acc
-        if wider and N <= chunk + 2 * H:
+        if wider and chunk + 2 * H >= N:
             chunk = max(N, 1)
         count = -(-N // chunk)
         # Chunks of one size; no small last one.
@@ -133,7 +133,7 @@ class LinearChunks:
             yield slice(start, min(start + step, z.shape[0]))
 
     def wide(self, z: Tensor, temperature: float = 1.0) -> Tensor:
-        """Some rows of logits with their bias, over the temperature, accumulator dtype, in cache."""
+        """Rows of (logits + bias) over the temperature, in the first block."""
         wide = self.blocks[0, : z.shape[0]]
         if self.bias is not None and z.dtype == wide.dtype:
             torch.add(z, self.bias, out=wide)
