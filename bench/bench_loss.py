@@ -38,7 +38,7 @@ class Inputs:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """Stage I at large and base width, the student's own, its Stage I softmax, the demo's teacher."""
+    """Stage I at large and base width, the student, its softmax in Stage I, the demo teacher."""
     if device == "cuda":
         rows = (4096, 16384) if quick else (1024, 4096, 16384, 32768)
     else:

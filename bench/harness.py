@@ -58,6 +58,10 @@ class Skip(Exception):
     """A provider cannot run here, for the reason given."""
 
 
+class NotMeant(Exception):
+    """A provider does not do what this case asks: no record is made."""
+
+
 class Wrong(Exception):
     """What a provider gave is not right, or not right enough to be worth a time."""
 
@@ -76,7 +80,8 @@ class Work:
 class Provider:
     """One way to do the work.
 
-    `make(case, device)` returns a function of one copy of the inputs; it may have a `close`.
+    `make(case, device)` returns a function of one copy of the inputs. It may have a `close`, a
+    `sample` (see `measure`), and, if it does only a part of the case's work, that `share`.
     """
 
     name: str
@@ -142,8 +147,11 @@ def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device
     """Seconds a call, over `calls` calls in a row.
 
     On a GPU the queue is filled before the first event, so that `own` is the device's time even
-    where launching takes longer; `wall` is from an idle device until it is idle again.
+    where launching takes longer; `wall` is from an idle device until it is idle again. A provider
+    that works in another process measures there: its `sample`.
     """
+    if hasattr(run, "sample"):
+        return run.sample(calls)
     if device != "cuda":
         wall, own = time.perf_counter(), time.process_time()
         for call in range(calls):
@@ -387,7 +395,10 @@ def run_bench(
             if only and provider.name not in only:
                 continue
             record = {**base, "provider": provider.name}
-            entry = prepare(bench, provider, case, copies[0], device, record)
+            try:
+                entry = prepare(bench, provider, case, copies[0], device, record)
+            except NotMeant:
+                continue
             if entry is None:
                 records.append(record)
                 emit(record)
@@ -425,7 +436,7 @@ def run_bench(
 
 
 def prepare(bench, provider, case, x, device, record) -> Entry | None:
-    """Makes a provider and holds it to the gate; None, with the reason in the record, if need be."""
+    """Makes a provider and holds it to the gate; or None, the reason in the record."""
     if device not in provider.devices:
         record["skipped"] = f"runs on {', '.join(provider.devices)} only"
         return None
@@ -441,6 +452,8 @@ def prepare(bench, provider, case, x, device, record) -> Entry | None:
         if bench.check is not None:
             record.update(bench.check(case, x, outputs))
         return Entry(provider, run, record)
+    except NotMeant:
+        raise
     except Skip as error:
         record["skipped"] = str(error)
     except Wrong as error:
@@ -472,8 +485,9 @@ def warm_up(entry: Entry, copies, device: str, target: float, quick: bool) -> fl
 
 def finish(entry: Entry, work: Work, ceiling: dict, floor: float, device: str) -> None:
     """Turns the measurements into the record's figures."""
-    wall = [sample.wall for sample in entry.samples]
-    own = [sample.own for sample in entry.samples]
+    share = getattr(entry.run, "share", 1.0)
+    wall = [sample.wall / share for sample in entry.samples]
+    own = [sample.own / share for sample in entry.samples]
     record = entry.record
     record["ms"] = percentiles(wall)
     record["device_ms" if device == "cuda" else "processor_ms"] = percentiles(own)
@@ -561,6 +575,8 @@ def summary(record: dict) -> str:
         parts.append(f"{record['gb_s']:.4g} of {record['ceiling']['copy_gb_s']:.4g} GB/s")
     if "times_floor" in record:
         parts.append(f"{record['times_floor']:.3g} x floor")
+    if record.get("equal") is not None:
+        parts.append(f"{100 * record['equal']:.4g} % of texts equal")
     if record.get("peak_mb") is not None:
         parts.append(f"peak {record['peak_mb']:.4g} MB")
     return "  ".join(parts)

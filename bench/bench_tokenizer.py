@@ -1,0 +1,309 @@
+"""Text to piece ids: ours beside every WordPiece tokenizer that can be had.
+
+Each tokenizer lives in a process of its own with as many processors and threads as the case says;
+they are called in turn. Before any clock the ids of the first texts are compared with those of
+Hugging Face's slow BertTokenizer, the definition, text by text: the share of equal ones is in every
+record, and ours must have all of them. Mixed cutting has no outside definition, since nobody else
+does it: there our ids with student_prob 0 must be the teacher's.
+
+Texts: `documents` are paragraphs joined to about 2,400 bytes, `short` the same cut to 119 bytes.
+The text is the first 12 MB of ../shared/data/openstax.txt.xz where that folder is there, elsewhere
+the documentation strings of Python's standard library; the record names it. Libraries under about
+3 MB/s get a part of it. "Warm" is what a library does with a text that it saw before, "cold"
+empties what it remembers before each call. TF Text runs where bench/.venv-tf has it.
+"""
+
+import atexit
+import json
+import lzma
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import harness
+
+TF_PYTHON = harness.ROOT / "bench" / ".venv-tf" / "bin" / "python"
+TF_INSTALL = "python -m venv bench/.venv-tf && bench/.venv-tf/bin/pip install tensorflow-text"
+SLOW = ("transformers slow", "google-research/bert", "HF twice, spliced", "HF words + dict")
+CHECKED_BYTES = 1_000_000  # compared with the slow tokenizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is cut, on how many threads, from which state of memory."""
+
+    texts: str  # documents or short
+    threads: int
+    state: str  # warm or cold
+    task: str  # plain or mixed
+    megabytes: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.task} {self.texts}, {self.threads} threads, {self.state}"
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    """Plain: one and two threads, warm and cold, long and short; mixed: warm and cold."""
+    size = 3.0 if quick else 12.0
+    found = [Case("documents", 1, "warm", "plain", size)]
+    if not quick:
+        found += [
+            Case("documents", 1, "cold", "plain", size),
+            Case("documents", 2, "warm", "plain", size),
+            Case("short", 1, "warm", "plain", size),
+        ]
+    found.append(Case("documents", 1, "warm", "mixed", size))
+    return found if quick else [*found, Case("documents", 1, "cold", "mixed", size)]
+
+
+@dataclass(frozen=True)
+class Material:
+    """Files every worker reads, and what is known of them."""
+
+    name: str
+    texts: Path
+    vocab: Path
+    sizes: tuple[int, ...]  # bytes of each text
+
+    def prefix(self, limit: float) -> tuple[int, int]:
+        """How many first texts have at most `limit` bytes, and their bytes."""
+        total = 0
+        for count, size in enumerate(self.sizes):
+            if total + size > limit:
+                return max(1, count), max(total, size)
+            total += size
+        return len(self.sizes), total
+
+
+@cache
+def folder() -> Path:
+    made = tempfile.TemporaryDirectory(prefix="mvbert-bench-")
+    atexit.register(made.cleanup)
+    return Path(made.name)
+
+
+@cache
+def text() -> tuple[str, str]:
+    """(name, text): a paragraph a line."""
+    shared = harness.DATA / "openstax.txt.xz"
+    if shared.exists():
+        with lzma.open(shared, "rt", encoding="utf-8") as source:
+            return "openstax", source.read(12_000_000)
+    from mvbert.demo import docstring_corpus
+
+    made = folder() / "stdlib.txt"
+    docstring_corpus(made, ["stdlib"])
+    return "docstrings of Python's standard library", made.read_text(encoding="utf-8")
+
+
+@cache
+def vocabularies() -> Path:
+    """Teacher's vocab.txt with the student's student.txt beside it, learned from the text."""
+    from mvbert.corpus import Corpus, build_corpus
+    from mvbert.learner import learn_vocab
+    from mvbert.vocab import Vocab
+
+    teacher = harness.DATA / "vocab.txt"
+    if not teacher.exists():
+        from mvbert.demo import default_teacher
+
+        teacher = default_teacher() / "vocab.txt"
+    Vocab.load(teacher, lowercase=True).save(folder() / "vocab.txt")
+    (folder() / "text.txt").write_text(text()[1], encoding="utf-8")
+    build_corpus([folder() / "text.txt"], folder() / "corpus")
+    corpus = Corpus.open(folder() / "corpus")
+    import numpy as np
+
+    lexicon = (corpus.words.data.tobytes(), np.asarray(corpus.words.ends))
+    pieces = learn_vocab(lexicon, np.asarray(corpus.counts), 4928)
+    (folder() / "student.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    return folder() / "vocab.txt"
+
+
+@cache
+def material(kind: str, megabytes: float) -> Material:
+    name, whole = text()
+    lines = (line for line in whole.splitlines() if line)
+    if kind == "short":
+        texts = [line[a : a + 119] for line in lines for a in range(0, len(line), 119)]
+    else:
+        texts, block = [], []
+        for line in lines:
+            block.append(line)
+            if sum(map(len, block)) >= 2400:
+                texts.append(" ".join(block))
+                block = []
+    sizes = tuple(len(one.encode()) for one in texts)
+    made = Material(name, folder() / f"{kind}-{megabytes:g}.json", vocabularies(), sizes)
+    count, _ = made.prefix(megabytes * 1e6)
+    made.texts.write_text(json.dumps(texts[:count]), encoding="utf-8")
+    return Material(name, made.texts, made.vocab, sizes[:count])
+
+
+class Worker:
+    """A tokenizer's process."""
+
+    def __init__(self, peer: str, case: Case, python: str = sys.executable) -> None:
+        self.material = material(case.texts, case.megabytes)
+        self.case = case
+        self.texts = 0  # how many first texts a call gets; 0: all
+        self.share = 1.0  # their share of the bytes
+        threads = str(case.threads)
+        pools = ("RAYON", "OMP", "OPENBLAS", "MKL")
+        environment = {
+            **os.environ,
+            **{f"{pool}_NUM_THREADS": threads for pool in pools},
+            "MVBERT_BENCH_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "true" if case.threads > 1 else "false",
+            "HF_HUB_OFFLINE": "1",
+        }
+        worker = Path(__file__).with_name("tokenizer_worker.py")
+        self.process = subprocess.Popen(
+            [python, str(worker), peer, str(self.material.vocab), str(self.material.texts)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env=environment,
+        )  # fmt: skip
+        self.remembers = self.answer()["remembers"]
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process ended with {self.process.wait()}")
+        facts = json.loads(line)
+        if "failed" in facts:
+            raise RuntimeError(facts["failed"])
+        return facts
+
+    def ask(self, **command) -> dict:
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def use(self, limit: float) -> None:
+        """Calls get the first texts of at most so many bytes."""
+        self.texts, size = self.material.prefix(limit)
+        self.share = size / sum(self.material.sizes)
+
+    def __call__(self, _) -> "Worker":
+        return self
+
+    def sample(self, calls: int) -> harness.Sample:
+        facts = self.ask(do="time", calls=calls, cold=self.case.state == "cold", texts=self.texts)
+        return harness.Sample(facts["wall"], facts["own"])
+
+    def digests(self) -> list[str]:
+        count, _ = self.material.prefix(CHECKED_BYTES)
+        return self.ask(do="digests", texts=count)["digests"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
+
+
+@cache
+def definition(kind: str, megabytes: float) -> list[str]:
+    """What transformers' slow tokenizer makes of the first texts; [] where it is not installed."""
+    version = harness.version("transformers")
+    if version is None or int(version.split(".")[0]) >= 5:
+        return []
+    worker = Worker("transformers slow", Case(kind, 1, "warm", "plain", megabytes))
+    found = worker.digests()
+    worker.close()
+    return found
+
+
+def inputs(case: Case, device: str, copy: int) -> Material:
+    return material(case.texts, case.megabytes)
+
+
+def work(case: Case) -> harness.Work:
+    size = sum(material(case.texts, case.megabytes).sizes)
+    return harness.Work(items=size / 1e6, unit="MB")
+
+
+def check(case: Case, x: Material, worker: Worker) -> dict:
+    """The share of texts whose ids are those of the definition; ours must have all."""
+    facts: dict = {"text": x.name}
+    if worker.texts:
+        facts["megabytes"] = harness.digits(worker.share * sum(x.sizes) / 1e6)
+    if case.task == "mixed":
+        return facts
+    wanted = definition(case.texts, case.megabytes)
+    if not wanted:
+        return {**facts, "equal": None}
+    got = worker.digests()
+    equal = sum(a == b for a, b in zip(got, wanted, strict=True))
+    facts |= {"equal": harness.digits(equal / len(wanted), 6), "checked": len(wanted)}
+    if worker.ours and equal < len(wanted):
+        raise harness.Wrong(f"{len(wanted) - equal} of {len(wanted)} texts have other ids")
+    return facts
+
+
+BENCH = harness.Bench(
+    "tokenizer", cases=cases, inputs=inputs, work=work, check=check, memory=False, seconds=0.5
+)
+
+
+def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
+    """Registers the worker's peer `name` for cases of `task`."""
+
+    def make(case: Case, device: str) -> Worker:
+        if case.task != task:
+            raise harness.NotMeant
+        python = sys.executable
+        if name.startswith("TF Text"):
+            if not TF_PYTHON.exists():
+                raise harness.Skip(f"not installed; run: {TF_INSTALL}")
+            python = str(TF_PYTHON)
+        if name == "transformers slow" and int(harness.version("transformers").split(".")[0]) >= 5:
+            raise harness.Skip("gone from transformers 5; run: pip install 'transformers<5'")
+        if name == "mvbert mixed":
+            gate_mixed(case)
+        worker = Worker(name, case, python)
+        worker.ours = name.startswith("mvbert")
+        if case.state == "cold" and not worker.remembers:
+            worker.close()
+            raise harness.NotMeant
+        if name in SLOW:
+            worker.use(0.5e6)
+        elif name.startswith(("HF", "transformers")):
+            worker.use(2e6)
+        return worker
+
+    BENCH.provider(name, needs=needs, devices=("cpu",))(make)
+
+
+def gate_mixed(case: Case) -> None:
+    """Stops unless mixed cutting with student_prob 0 is plain cutting."""
+    from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
+    from mvbert.vocab import Vocab
+
+    x = material(case.texts, case.megabytes)
+    teacher = Vocab.load(x.vocab, lowercase=True)
+    student = Vocab.load(x.vocab.with_name("student.txt"), lowercase=True)
+    texts = json.loads(x.texts.read_text(encoding="utf-8"))[:200]
+    plain = WordPieceTokenizer(teacher).encode_batch(texts, add_special_tokens=False)
+    mixed = MixedTokenizer(teacher, student).encode_batch(texts, student_prob=0.0)
+    if plain.ids.tolist() != mixed.ids.tolist():
+        raise harness.Wrong("with student_prob 0 the ids are not the teacher's")
+
+
+add("mvbert")
+add("nanotoken", needs=("nanotoken",))
+add("tokie", needs=("tokie", "transformers"))
+add("TF Text FastBertTokenizer")
+add("flash-tokenizer", needs=("flash-tokenizer",))
+add("BlingFire", needs=("blingfire",))
+add("HF encode_batch_fast", needs=("transformers", "tokenizers"))
+add("transformers fast", needs=("transformers",))
+add("google-research/bert", needs=("flash-tokenizer",))
+add("transformers slow", needs=("transformers",))
+add("mvbert mixed", task="mixed")
+add("HF words + dict", task="mixed", needs=("transformers", "tokenizers"))
+add("HF twice, spliced", task="mixed", needs=("transformers", "tokenizers"))

@@ -1,0 +1,336 @@
+"""One tokenizer in a process of its own, for bench_tokenizer.py: commands in, JSON lines out.
+
+    python bench/tokenizer_worker.py PEER VOCAB TEXTS.json
+
+Needs neither torch nor (but for ours) mvbert, so that a peer with needs of its own can run under
+the Python of its own environment. The number of threads is set by the parent, before anything is
+imported: variables of thread pools, and the processors this process may use.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+PEERS = {}
+
+
+def peer(name):
+    """Registers a function (vocab file, threads) -> (encode, ids of the result, forget or None).
+
+    `encode` takes a list of str and is what is timed; `ids` makes lists of its result, without
+    [CLS] and [SEP]; `forget` empties what the tokenizer remembers of earlier texts.
+    """
+
+    def register(function):
+        PEERS[name] = function
+        return function
+
+    return register
+
+
+def flat_lists(ids, offsets):
+    return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+@peer("mvbert")
+def _(vocab, threads):
+    from mvbert.tokenizer import WordPieceTokenizer
+    from mvbert.vocab import Vocab
+
+    pieces = Vocab.load(vocab, lowercase=True)
+    tokenizer = [WordPieceTokenizer(pieces)]
+
+    def forget():
+        tokenizer[0] = WordPieceTokenizer(pieces)
+
+    return (
+        lambda texts: tokenizer[0].encode_batch(texts, add_special_tokens=False, threads=threads),
+        lambda batch: flat_lists(batch.ids, batch.offsets),
+        forget,
+    )
+
+
+@peer("mvbert mixed")
+def _(vocab, threads, student_prob=0.5):
+    from mvbert.tokenizer import MixedTokenizer
+    from mvbert.vocab import Vocab
+
+    teacher = Vocab.load(vocab, lowercase=True)
+    student = Vocab.load(Path(vocab).with_name("student.txt"), lowercase=True)
+    tokenizer = [MixedTokenizer(teacher, student)]
+
+    def forget():
+        tokenizer[0] = MixedTokenizer(teacher, student)
+
+    return (
+        lambda texts: tokenizer[0].encode_batch(texts, student_prob=student_prob, threads=threads),
+        lambda batch: flat_lists(batch.ids, batch.offsets),
+        forget,
+    )
+
+
+# ---- Hugging Face --------------------------------------------------------------------------------
+
+
+def hugging_face_fast(vocab):
+    import transformers
+
+    tokenizer = transformers.BertTokenizerFast(vocab, do_lower_case=True)
+    tokenizer.model_max_length = 10**9
+    return tokenizer
+
+
+@peer("HF encode_batch_fast")
+def _(vocab, threads):
+    tokenizer = hugging_face_fast(vocab).backend_tokenizer
+    return (
+        lambda texts: [
+            row.ids for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ],
+        lambda rows: rows,
+        None,
+    )
+
+
+@peer("transformers fast")
+def _(vocab, threads):
+    tokenizer = hugging_face_fast(vocab)
+    return (
+        lambda texts: tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"],
+        lambda rows: rows,
+        None,
+    )  # fmt: skip
+
+
+@peer("transformers slow")
+def _(vocab, threads):
+    import transformers
+
+    tokenizer = transformers.BertTokenizer(vocab, do_lower_case=True)
+    tokenizer.model_max_length = 10**9
+    return (
+        lambda texts: [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts],
+        lambda rows: rows,
+        None,
+    )
+
+
+@peer("HF twice, spliced")
+def _(vocab, threads):
+    """Mixed cutting with what there is: ids by both vocabularies, chosen word by word."""
+    teacher = hugging_face_fast(vocab).backend_tokenizer
+    student = hugging_face_fast(str(Path(vocab).with_name("student.txt"))).backend_tokenizer
+    size = teacher.get_vocab_size()
+    coin = random.Random(0)
+
+    def encode(texts):
+        rows = []
+        pairs = (
+            tokenizer.encode_batch(texts, add_special_tokens=False)
+            for tokenizer in (teacher, student)
+        )
+        for ours, theirs in zip(*pairs, strict=True):
+            words = {}
+            for word, id in zip(theirs.word_ids, theirs.ids, strict=True):
+                words.setdefault(word, []).append(id + size)
+            row, last, keep = [], None, True
+            for word, id in zip(ours.word_ids, ours.ids, strict=True):
+                if word != last:
+                    last, keep = word, coin.random() < 0.5
+                    if not keep:
+                        row += words[word]
+                if keep:
+                    row.append(id)
+            rows.append(row)
+        return rows
+
+    return encode, lambda rows: rows, None
+
+
+@peer("HF words + dict")
+def _(vocab, threads):
+    """Hugging Face's normaliser and word splitter, then a Python dict of both cuts of each word."""
+    teacher = hugging_face_fast(vocab).backend_tokenizer
+    student = hugging_face_fast(str(Path(vocab).with_name("student.txt"))).backend_tokenizer
+    normalize, split = teacher.normalizer.normalize_str, teacher.pre_tokenizer.pre_tokenize_str
+    size = teacher.get_vocab_size()
+    draw = random.Random(0).random
+    known = [{}, {}]
+
+    def cut(word, side):
+        tokenizer = (teacher, student)[side]
+        ids = [id + side * size for id in tokenizer.encode(word, add_special_tokens=False).ids]
+        known[side][word] = ids
+        return ids
+
+    def encode(texts):
+        rows = []
+        for text in texts:
+            row = []
+            for word, _ in split(normalize(text)):
+                side = draw() < 0.5
+                row += known[side].get(word) or cut(word, side)
+            rows.append(row)
+        return rows
+
+    def forget():
+        known[:] = {}, {}
+
+    return encode, lambda rows: rows, forget
+
+
+# ---- others --------------------------------------------------------------------------------------
+
+
+@peer("google-research/bert")
+def _(vocab, threads):
+    """Its tokenization.py, as flash-tokenizer ships it."""
+    from flash_tokenizer.bert_tokenizer_original import OriginalBertTokenizer
+
+    tokenizer = OriginalBertTokenizer(vocab, True, 10**9)
+    return (
+        lambda texts: [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts],
+        lambda rows: [[id for id in row if id not in (101, 102)] for row in rows],
+        None,
+    )
+
+
+@peer("nanotoken")
+def _(vocab, threads):
+    import nanotoken
+
+    tokenizer = nanotoken.Tokenizer.from_vocab(vocab)
+    return (
+        lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False, parallel=threads > 1),
+        lambda batch: flat_lists(batch.ids, batch.offsets),
+        tokenizer.clear_cache,
+    )
+
+
+@peer("tokie")
+def _(vocab, threads):
+    import tempfile
+
+    import numpy as np
+    import tokie
+
+    with tempfile.TemporaryDirectory() as folder:
+        hugging_face_fast(vocab).backend_tokenizer.save(f"{folder}/tokenizer.json")
+        tokenizer = tokie.Tokenizer.from_json(f"{folder}/tokenizer.json")
+
+    def ids(result):
+        flat, lengths = result
+        return flat_lists(flat, np.concatenate(([0], np.cumsum(lengths.astype(np.int64)))))
+
+    return lambda texts: tokenizer.encode_batch_flat(texts, add_special_tokens=False), ids, None
+
+
+@peer("BlingFire")
+def _(vocab, threads):
+    """With the model it ships for BERT's uncased vocabulary: the ids are those of its vocab.txt."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import blingfire
+
+    model = blingfire.load_model(str(Path(blingfire.__file__).with_name("bert_base_tok.bin")))
+    pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def one(text):
+        return blingfire.text_to_ids(model, text, len(text) + 2, 100, True)
+
+    def encode(texts):
+        return list(pool.map(one, texts, chunksize=64)) if pool else [one(text) for text in texts]
+
+    return encode, lambda rows: [row.tolist() for row in rows], None
+
+
+@peer("flash-tokenizer")
+def _(vocab, threads):
+    import flash_tokenizer
+
+    tokenizer = flash_tokenizer.BertTokenizerFlash(vocab, model_max_length=10**7).tokenizer
+    return (
+        lambda texts: tokenizer.batch_encode(texts, "do_not_pad", -1, threads > 1),
+        lambda rows: [row[1:-1] for row in rows],
+        None,
+    )
+
+
+@peer("TF Text FastBertTokenizer")
+def _(vocab, threads):
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import tensorflow as tf
+    import tensorflow_text
+
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
+    pieces = Path(vocab).read_text(encoding="utf-8").splitlines()
+    tokenizer = tensorflow_text.FastBertTokenizer(
+        pieces, token_out_type=tf.int32, lower_case_nfd_strip_accents=True
+    )
+
+    def encode(texts):
+        return [
+            tokenizer.tokenize(tf.constant(texts[a : a + 1024])).merge_dims(1, -1)
+            for a in range(0, len(texts), 1024)
+        ]
+
+    return encode, lambda parts: [row for part in parts for row in part.to_list()], None
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def digest(ids):
+    return hashlib.sha1(json.dumps([int(id) for id in ids]).encode()).hexdigest()[:12]
+
+
+def main():
+    name, vocab, texts_file = sys.argv[1:]
+    threads = int(os.environ["MVBERT_BENCH_THREADS"])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints must not get among the answers
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+
+    def answer(**facts):
+        print(json.dumps(facts), file=out, flush=True)
+
+    try:
+        begin = time.perf_counter()
+        encode, ids, forget = PEERS[name](vocab, threads)
+        answer(load=time.perf_counter() - begin, remembers=forget is not None)
+        texts = json.loads(Path(texts_file).read_text(encoding="utf-8"))
+        for line in sys.stdin:
+            command = json.loads(line)
+            some = texts[: command["texts"]] if command.get("texts") else texts
+            if command["do"] == "digests":
+                rows = ids(encode(some))
+                answer(digests=[digest(row) for row in rows], pieces=sum(map(len, rows)))
+                continue
+            wall = own = 0.0
+            for _ in range(command["calls"]):
+                if command["cold"] and forget is not None:
+                    forget()
+                begin, begin_own = time.perf_counter(), time.process_time()
+                encode(some)
+                own += time.process_time() - begin_own
+                wall += time.perf_counter() - begin
+            answer(wall=wall / command["calls"], own=own / command["calls"])
+    except Exception as error:  # whatever a peer does, the parent hears of it
+        answer(failed=f"{type(error).__name__}: {error}"[:300])
+
+
+if __name__ == "__main__":
+    main()
