@@ -21,7 +21,7 @@ else:
 
 C = TypeVar("C")
 
-DISTILL_LOSSES = ("logits", "hidden")
+DISTILL_LOSSES = ("logits", "hidden", "relations")
 
 
 @dataclass(frozen=True)
@@ -244,15 +244,37 @@ class Stage2Config(TrainConfig):
     positions: Literal["sinusoidal", "random"] = "sinusoidal"
     """Where its position embeddings start; they train either way."""
     distill: tuple[str, ...] = ()
-    """Losses against the Stage I teacher: logits, hidden (none: the paper)."""
+    """Losses against the Stage I teacher: logits, hidden, relations (none: the paper)."""
     temperature: float = 1.0
     """Of the logits loss."""
+    logits_at: Literal["masked", "all"] = "masked"
+    """Pieces that the logits loss is about."""
+    logits_top_k: int = 0
+    """Learn only the teacher's likeliest pieces, renormalised (0: the whole vocabulary)."""
+    hidden_layers: tuple[int, ...] = ()
+    """Student layers of the hidden loss, from 1; 0: the embeddings (none: the last)."""
+    hidden_map: Literal["linear", "none"] = "linear"
+    """What brings the student's states to the teacher's width (none: they are as wide)."""
+    relations_layer: int = 0
+    """Teacher layer of the relations loss (0: the last; 7/8 of the depth above 12 layers)."""
+    relation_heads: int = 32
+    """Heads that queries, keys and values are re-cut into; divides both widths."""
     mlm_weight: float = 1.0
     """Weight of the masked-language-model loss."""
+    mlm_weight_end: float = -1.0
+    """Its value at the last step, reached in a straight line (negative: constant)."""
     logits_weight: float = 1.0
     """Weight of the logits loss."""
+    logits_weight_end: float = -1.0
+    """Its value at the last step (negative: constant)."""
     hidden_weight: float = 1.0
     """Weight of the hidden-state loss."""
+    hidden_weight_end: float = -1.0
+    """Its value at the last step (negative: constant)."""
+    relations_weight: float = 1.0
+    """Weight of the relations loss."""
+    relations_weight_end: float = -1.0
+    """Its value at the last step (negative: constant)."""
     dropout: float = 0.0
     """Dropout of the student."""
 
@@ -262,12 +284,29 @@ class Stage2Config(TrainConfig):
         for name in self.distill:
             if name not in DISTILL_LOSSES:
                 raise InputError(f"distill takes {', '.join(DISTILL_LOSSES)}, got {name!r}")
-        for name in ("mlm_weight", "logits_weight", "hidden_weight"):
+        for name in (
+            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "logits_top_k",
+            "relations_layer",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
+        if len({*self.hidden_layers}) < len(self.hidden_layers) or any(
+            layer < 0 for layer in self.hidden_layers
+        ):
+            raise InputError(f"hidden_layers must be different layers, got {self.hidden_layers}")
+        if self.relation_heads < 1:
+            raise InputError(f"relation_heads must be at least 1, got {self.relation_heads}")
         _check_dropout(self.dropout)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
+
+    def weight_at(self, loss: str, step: int) -> float:
+        """Weight of a loss (mlm, logits, hidden, relations) at `step`, from 0."""
+        start, end = getattr(self, f"{loss}_weight"), getattr(self, f"{loss}_weight_end")
+        if end < 0 or self.steps <= 1:
+            return start
+        return start + (end - start) * step / (self.steps - 1)
 
 
 @dataclass(frozen=True)

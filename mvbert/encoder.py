@@ -4,6 +4,8 @@ Devlin et al. 2019, arXiv 1810.04805. Query, key and value are one matrix produc
 torch's scaled_dot_product_attention, or two plain products where those are faster.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +46,29 @@ def attention(qkv: Tensor, attention_mask: Tensor | None, dropout_p: float) -> T
     return torch.matmul(F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
 
 
+class Taps:
+    """What to keep of a pass through an encoder's layers, and, after the pass, what was kept.
+
+    Layers count from 1; 0 is what goes into the first.
+
+    Args:
+        hidden: layers whose hidden states [B, T, H] are wanted.
+        qkv: layers whose queries, keys and values [B, T, 3 H] are wanted.
+        last: whether the encoder's result is wanted; if not, layers above the others are not run.
+    """
+
+    def __init__(
+        self, hidden: Iterable[int] = (), qkv: Iterable[int] = (), last: bool = True
+    ) -> None:
+        self.hidden: dict[int, Tensor] = dict.fromkeys(hidden)  # type: ignore[arg-type]
+        self.qkv: dict[int, Tensor] = dict.fromkeys(qkv)  # type: ignore[arg-type]
+        self._last = last
+
+    def depth(self, layers: int) -> int:
+        """How many of `layers` layers have to be run."""
+        return layers if self._last else max([0, *self.hidden, *self.qkv])
+
+
 class BertLayer(nn.Module):
     """Self-attention and feed-forward, each followed by residual and LayerNorm."""
 
@@ -61,11 +86,22 @@ class BertLayer(nn.Module):
         self.output = nn.Linear(I, H)
         self.output_norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """hidden [B, T, H]; attention_mask bool [B, T] or None (all positions count)."""
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None = None,
+        kept: list[Tensor] | None = None,
+    ) -> Tensor:
+        """hidden [B, T, H]; attention_mask bool [B, T] or None (all positions count).
+
+        Appends queries, keys and values [B, T, 3 H] to `kept`, if given.
+        """
         B, T, H = hidden.shape
+        flat = self.qkv(hidden)
+        if kept is not None:
+            kept.append(flat)
         # (3, B, A, T, H/A)
-        qkv = self.qkv(hidden).view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = flat.view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
         context = attention(qkv, attention_mask, self.attention_dropout if self.training else 0.0)
         context = context.transpose(1, 2).reshape(B, T, H)
         hidden = self.attention_norm(hidden + self._drop(self.attention_output(context)))
@@ -83,10 +119,22 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """hidden [B, T, H] -> [B, T, H]."""
-        for layer in self.layers:
-            hidden = layer(hidden, attention_mask)
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None = None, taps: Taps | None = None
+    ) -> Tensor:
+        """hidden [B, T, H] -> [B, T, H] of the last layer run; fills `taps`."""
+        if taps is None:
+            for layer in self.layers:
+                hidden = layer(hidden, attention_mask)
+            return hidden
+        for number in range(taps.depth(len(self.layers)) + 1):
+            if number:
+                kept: list[Tensor] | None = [] if number in taps.qkv else None
+                hidden = self.layers[number - 1](hidden, attention_mask, kept)
+                if kept is not None:
+                    taps.qkv[number] = kept[0]
+            if number in taps.hidden:
+                taps.hidden[number] = hidden
         return hidden
 
 

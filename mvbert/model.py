@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvbert import functional
 from mvbert.config import ModelConfig
 from mvbert.embeddings import Embeddings, StudentTable
-from mvbert.encoder import ACTIVATIONS, BertEncoder, init_weights
+from mvbert.encoder import ACTIVATIONS, BertEncoder, Taps, init_weights
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class MaskedLM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         init_weights(self, self.config.initializer_range, generator)
 
-    def encode(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        """input_ids, token_type_ids [B, T] -> last hidden states [B, T, H]."""
-        return self.encoder(self.embeddings(input_ids, token_type_ids))
+    def encode(self, input_ids: Tensor, token_type_ids: Tensor, taps: Taps | None = None) -> Tensor:
+        """input_ids, token_type_ids [B, T] -> last hidden states [B, T, H]; fills `taps`."""
+        return self.encoder(self.embeddings(input_ids, token_type_ids), taps=taps)
 
     def masked_hidden(self, hidden: Tensor, masked_index: Tensor) -> Tensor:
         """Gathers the masked rows of hidden [B, T, H] and transforms them: [N, H]."""
@@ -111,7 +111,7 @@ class MixedMaskedLM(MaskedLM):
         super().__init__(config)
         self.student = StudentTable(student_vocab_size, embedding_size, config.hidden_size)
 
-    def encode(
+    def encode(  # type: ignore[override]
         self, input_ids: Tensor, token_type_ids: Tensor, student_rows: Tensor | None = None
     ) -> Tensor:
         """As in MaskedLM; `student_rows` [V_s, H] if the projected table is at hand already."""

@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvbert import functional, huggingface
+from mvbert import huggingface
 from mvbert.batches import Rows
 from mvbert.card import model_card
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, student_shape
 from mvbert.corpus import Corpus, Segmentation
+from mvbert.distillation import Distillation, Teacher, encoder_flops
 from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.errors import InputError
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
@@ -93,6 +93,9 @@ class Stage1:
 
     def student_prob(self, step: int) -> float:
         return self._config.student_prob_at(step)
+
+    def begin(self, step: int) -> None:
+        pass
 
     def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self._losses(batch)
@@ -193,7 +196,7 @@ class Stage2:
         teacher, self.vocab = load_stage1(stage1)
         shape = student_shape(config.shape, self.vocab.size, config.dropout)
         _check_lengths(row, shape)
-        self._config = config
+        self._config, self._row = config, row
         self.model = MaskedLM(shape)
         self.model.init_weights(config.seed)
         self.model.pooler.requires_grad_(False)
@@ -212,73 +215,56 @@ class Stage2:
             tables = self.model.embeddings
             sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
         self.module = nn.ModuleDict({"model": self.model})
-        if "hidden" in config.distill:
-            generator = torch.Generator().manual_seed(config.seed + 1)
-            hidden_map = nn.Linear(shape.hidden_size, teacher.config.hidden_size)
-            with torch.no_grad():
-                hidden_map.weight.normal_(0.0, shape.hidden_size**-0.5, generator=generator)
-                hidden_map.bias.zero_()
-            self.module["hidden_map"] = hidden_map
-        # Not part of `module`: the teacher takes no gradient and is not saved with the student.
-        self._teacher = teacher.requires_grad_(False).eval() if config.distill else None
-        self._teacher_rows: Tensor | None = None
-        self._teacher_size = teacher.config.vocab_size
+        # A buffer, so that weights may change from step to step inside one CUDA graph.
+        self._losses = ("mlm", *config.distill)
+        self.module.register_buffer("weights", torch.zeros(len(self._losses)), persistent=False)
+        self._weights: list[float] = []
+        self.distillation: Distillation | None = None
+        if config.distill:
+            _check_lengths(row, teacher.config)
+            self.distillation = Distillation(config, shape, Teacher(teacher))
+            self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
         self.rows = _rows(corpus.train, None, cut, row, config.seed, 1.0)
         with _about_heldout():
             self.heldout = _rows(corpus.heldout, None, cut, row, HELDOUT_SEED, 1.0)
-        if self._teacher is not None:
-            _check_lengths(row, teacher.config)
+        if self.distillation is not None:
             progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
+            costs = self._costs()
+            progress.note(
+                f"MFLOP a piece: student {costs['student_mflop']:.1f} (forward and backward), "
+                f"teacher {costs['teacher_mflop']:.1f} (forward)"
+            )
 
     def student_prob(self, step: int) -> float:
         return 1.0
 
-    def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self._config
-        hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
-        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        mlm = self.model.losses(masked_hidden, batch.labels)
-        total = config.mlm_weight * mlm.sum() / masked
-        sums = {"mlm_sum": mlm.detach().double().sum(), "count": (batch.labels >= 0).sum()}
-        if self._teacher is None:
-            return total, sums
-        teacher_hidden, teacher_rows = self._teach(batch)
-        if "logits" in config.distill:
-            kl = functional.linear_kl(
-                masked_hidden,
-                self.model.embeddings.word.weight,
-                self.model.head.bias,
-                self._teacher.masked_hidden(teacher_hidden, batch.masked_index),
-                teacher_rows,
-                self._teacher.student.bias,
-                temperature=config.temperature,
-                mask=batch.labels >= 0,
-                reduction="none",
-            )
-            total = total + config.logits_weight * kl.sum() / masked
-            sums["logits_sum"] = kl.detach().double().sum()
-        if "hidden" in config.distill:
-            target = F.layer_norm(teacher_hidden.float(), teacher_hidden.shape[-1:])
-            error = (self.module["hidden_map"](hidden).float() - target).square().mean()
-            # The mean over a part of the batch counts for that part's share of it.
-            share = len(batch.input_ids) / config.rows
-            total = total + config.hidden_weight * error * share
-            sums["hidden_sum"] = error.detach().double() * share
-        return total, sums
+    def begin(self, step: int) -> None:
+        weights = [self._config.weight_at(loss, step) for loss in self._losses]
+        if weights != self._weights:
+            for slot, weight in zip(self.module.weights, weights, strict=True):
+                slot.fill_(weight)
+            self._weights = weights
 
-    @torch.no_grad()
-    def _teach(self, batch: DeviceBatch) -> tuple[Tensor, Tensor]:
-        """The frozen teacher's last hidden states [B, T, H] and its student rows [V_s, H]."""
-        teacher = self._teacher
-        assert teacher is not None
-        if self._teacher_rows is None:
-            teacher.to(batch.input_ids.device)
-            self._teacher_rows = teacher.student.rows()
-        hidden = teacher.encode(
-            batch.input_ids + self._teacher_size, batch.token_type_ids, self._teacher_rows
-        )
-        return hidden, self._teacher_rows
+    def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
+        distillation = self.distillation
+        taps = distillation.student_taps() if distillation is not None else None
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, taps=taps)
+        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
+        mlm = self.model.losses(masked_hidden, batch.labels).sum()
+        sums = {"mlm_sum": mlm.detach().double(), "count": (batch.labels >= 0).sum()}
+        losses = {"mlm": mlm / masked}
+        if distillation is not None:
+            assert taps is not None
+            # The mean over a part of the step's rows counts for that part's share of them.
+            share = len(batch.input_ids) / self._config.rows
+            more, more_sums = distillation(
+                batch, masked, share, self.model, hidden, masked_hidden, taps
+            )
+            losses |= more
+            sums |= more_sums
+        values = torch.stack([losses[name].float() for name in self._losses])
+        return (self.module.weights * values).sum(), sums
 
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
@@ -293,10 +279,26 @@ class Stage2:
         if "right" in sums:
             out["accuracy"] = _mean(sums["right"], count)
         if "logits_sum" in sums:
-            out["logits_loss"] = _mean(sums["logits_sum"], count)
-        if "hidden_sum" in sums:
-            out["hidden_loss"] = _mean(sums["hidden_sum"], sums["updates"])
+            out["logits_loss"] = _mean(sums["logits_sum"], sums["logits_count"])
+        for name in ("hidden", "relations"):
+            if f"{name}_sum" in sums:
+                out[f"{name}_loss"] = _mean(sums[f"{name}_sum"], sums["updates"])
+        if "steps" in sums and self.distillation is not None:
+            out.update(self._costs())
         return {**out, **_step_means(sums)}
+
+    def _costs(self) -> dict[str, float | None]:
+        """What a piece costs the student and what it costs the teacher."""
+        assert self.distillation is not None
+        T, H, V = self.rows.T, self.model.config.hidden_size, self.vocab.size
+        head = self._row.mask_prob * 2.0 * (H * H + H * V)
+        student = 3.0 * (encoder_flops(self.model.config, T) + head)
+        teacher = self.distillation.teacher_flops(T, self._row.mask_prob)
+        return {
+            "student_mflop": round(student / 1e6, 3),
+            "teacher_mflop": round(teacher / 1e6, 3),
+            "teacher_us_per_piece": self.distillation.teacher.microseconds,
+        }
 
     def write_model(self, folder: Path) -> None:
         card = model_card("stage2", self.model.config, self._config)

@@ -50,6 +50,9 @@ class Task(Protocol):
     def student_prob(self, step: int) -> float:
         """Chance of a student-cut word in the rows of `step`."""
 
+    def begin(self, step: int) -> None:
+        """Sets what changes from step to step, in memory that `losses` reads."""
+
     def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to differentiate, already divided by `masked`, and sums to report."""
 
@@ -146,6 +149,7 @@ def _train(
 
             torch.manual_seed(_dropout_seed(config.seed, step))
             set_learning_rate(optimizer, learning_rate(step, config))
+            task.begin(step)
             skipped = _update(task, config, where, rows, optimizer, sums, skipped)
             step += 1
 

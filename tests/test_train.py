@@ -28,7 +28,7 @@ SMALL = {
     "dtype": "float32", "threads": 1, "lr": 1e-3,
 }  # fmt: skip
 STAGE1 = Stage1Config(**SMALL, embedding_size=64, dropout=0.1)
-STAGE2 = Stage2Config(**SMALL, shape="1x64", dropout=0.1)
+STAGE2 = Stage2Config(**SMALL, shape="1x64", dropout=0.1, relation_heads=8)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def describe(config) -> dict:
 
 def numbers(out: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    clock = ("pieces_per_second", "data_wait")
+    clock = ("pieces_per_second", "data_wait", "teacher_us_per_piece")
     return [{k: v for k, v in r.items() if k not in clock} for r in runs.read_log(out)]
 
 
@@ -144,7 +144,9 @@ def test_the_student_learns_to_predict(stage2, tmp_path):
     assert report["heldout_last"]["loss"] < report["heldout_first"]["loss"] - 0.3
 
 
-@pytest.mark.parametrize("distill", [("logits",), ("hidden",), ("logits", "hidden")])
+@pytest.mark.parametrize(
+    "distill", [("logits",), ("hidden",), ("relations",), ("logits", "hidden", "relations")]
+)
 def test_the_student_learns_what_the_teacher_says(stage2, tmp_path, distill):
     # Without its own loss, which pulls elsewhere: this teacher knows next to nothing.
     config = replace(
@@ -155,7 +157,9 @@ def test_the_student_learns_what_the_teacher_says(stage2, tmp_path, distill):
     for name in distill:
         assert trained[-1][f"{name}_loss"] < 0.8 * trained[0][f"{name}_loss"]
     assert {f"{n}_loss" for n in distill} == {n for n in trained[0] if n.endswith("_loss")}
-    assert all(p.grad is None and not p.requires_grad for p in task._teacher.parameters())
+    for parameter in task.distillation.teacher.model.parameters():
+        assert parameter.grad is None
+        assert not parameter.requires_grad
 
 
 def test_a_student_starts_from_the_stage_one_table(corpus, stage1_model):
@@ -170,20 +174,6 @@ def test_a_student_starts_from_the_stage_one_table(corpus, stage1_model):
         assert torch.equal(a, b) == (name not in told_apart), name
 
 
-def test_the_teacher_reads_student_pieces_at_their_joint_ids(corpus, stage1_model):
-    task = Stage2(replace(STAGE2, distill=("logits",)), ROW, corpus, stage1_model, Quiet())
-    from mvbert.model import DeviceBatch
-
-    batch = DeviceBatch.of(task.rows.read(0, 2), torch.device("cpu"))
-    hidden, rows = task._teach(batch)
-    teacher, vocab = load_stage1(stage1_model)
-    assert rows.shape == (vocab.size, 32)
-    expected = teacher.eval().encode(
-        batch.input_ids + teacher.config.vocab_size, batch.token_type_ids
-    )
-    torch.testing.assert_close(hidden, expected.detach())
-
-
 def test_a_student_of_another_width_cannot_start_from_stage_one(corpus, stage1_model):
     with pytest.raises(InputError, match="embedding_size 128, or choose start = random"):
         Stage2(replace(STAGE2, shape="1x128"), ROW, corpus, stage1_model, Quiet())
@@ -194,8 +184,11 @@ def test_rows_longer_than_the_positions_are_refused(corpus, teacher, student_voc
         Stage1(STAGE1, RowConfig(length=21), corpus, teacher, student_vocab, Quiet())
 
 
-def test_accumulated_micro_batches_give_the_whole_batch(stage2, tmp_path):
-    whole = replace(STAGE2, dropout=0.0, distill=("logits", "hidden"), rows=8)
+@pytest.mark.parametrize("at", ["masked", "all"])
+def test_accumulated_micro_batches_give_the_whole_batch(stage2, tmp_path, at):
+    whole = replace(
+        STAGE2, dropout=0.0, distill=("logits", "hidden", "relations"), logits_at=at, rows=8
+    )
     results = []
     for name, micro in (("a", 0), ("b", 2)):
         task, _, _ = stage2(tmp_path / name, replace(whole, micro_rows=micro))
@@ -238,7 +231,14 @@ def _terminate() -> None:
 
 
 def test_distillation_resumes_to_the_same_bits(stage2, tmp_path):
-    config = replace(STAGE2, distill=("hidden", "logits"))
+    config = replace(
+        STAGE2,
+        distill=("hidden", "logits", "relations"),
+        hidden_layers=(0, 1),
+        mlm_weight_end=0.2,
+        logits_weight=0.5,
+        logits_weight_end=2.0,
+    )
     stage2(tmp_path / "unbroken", config)
     with pytest.raises(Interrupted):
         stage2(tmp_path / "broken", config, after={2: _terminate})
