@@ -156,14 +156,16 @@ py::array_t<T> CopyArray(const std::vector<From>& values) {
   return array;
 }
 
-mvbert::Coin MakeCoin(std::uint64_t threshold, std::uint64_t seed) {
+mvbert::TextOptions MakeTextOptions(bool find_special, std::uint64_t threshold = 0,
+                                    std::uint64_t seed = 0) {
   if (threshold > std::uint64_t{1} << 32) {
     throw std::invalid_argument("the coin's threshold must lie in [0, 2^32]");
   }
-  mvbert::Coin coin;
-  coin.threshold = threshold;
-  coin.seed = seed;
-  return coin;
+  mvbert::TextOptions options;
+  options.find_special = find_special;
+  options.coin.threshold = threshold;
+  options.coin.seed = seed;
+  return options;
 }
 
 std::unique_ptr<mvbert::Tokenizer> MakeTokenizer(
@@ -191,7 +193,7 @@ py::tuple EncodeTexts(const mvbert::Tokenizer& tokenizer, const py::sequence& te
   mvbert::Encoding encoding;
   {
     py::gil_scoped_release release;
-    tokenizer.Encode(views, find_special, MakeCoin(threshold, seed), first_number, threads,
+    tokenizer.Encode(views, MakeTextOptions(find_special, threshold, seed), first_number, threads,
                      &encoding);
   }
   py::array_t<std::int64_t> ends = CopyArray<std::int64_t>(encoding.ends);
@@ -204,7 +206,7 @@ py::array_t<std::int32_t> EncodeText(const mvbert::Tokenizer& tokenizer, const p
   mvbert::IdBuffer ids;
   {
     py::gil_scoped_release release;
-    tokenizer.EncodeWords(view.get(), find_special, mvbert::Coin(), 0, &ids, nullptr);
+    tokenizer.EncodeWords(view.get(), MakeTextOptions(find_special), 0, &ids, nullptr);
   }
   return TakeIds(&ids);
 }
@@ -231,7 +233,7 @@ py::tuple EncodeWords(const mvbert::Tokenizer& tokenizer, const py::object& text
   mvbert::WordMap words;
   {
     py::gil_scoped_release release;
-    tokenizer.EncodeWords(view.get(), find_special, MakeCoin(threshold, seed), number, &ids,
+    tokenizer.EncodeWords(view.get(), MakeTextOptions(find_special, threshold, seed), number, &ids,
                           &words);
   }
   return py::make_tuple(TakeIds(&ids), CopyArray<std::int32_t>(words.starts),

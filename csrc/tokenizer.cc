@@ -7,6 +7,9 @@
 #include <system_error>
 #include <thread>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -18,15 +21,61 @@
 namespace mvbert {
 namespace {
 
-// The pieces of a word in one number: up to two ids beside each other, or a place in a pool.
-//   bits 62-63: how many ids, or kInPool; bits 31-61 and 0-30: ids, or length and offset in the pool.
+// The pieces of a word in one number: a few ids, or a place in a pool of ids. Narrow: up to four ids
+// below 2^16 - 1 in 16 bits each, the unused ones all ones; of a place the first 16 bits are all ones.
+// Wide, for large vocabularies: up to three ids below 2^20, their count in the top bits; zero there
+// means a place. Both write ids in one go, whatever their count: no branch to guess wrong.
 using Pieces = std::uint64_t;
-constexpr std::uint64_t kInPool = 3;
-constexpr std::uint64_t kLow31 = 0x7FFFFFFF;
 
-Pieces PackPieces(std::uint64_t count, std::uint64_t high, std::uint64_t low) {
-  return count << 62 | high << 31 | low;
-}
+struct Narrow {
+  static constexpr std::size_t kMost = 4;
+  static constexpr std::uint64_t kLimit = 0xFFFF;  // ids must be below
+
+  static Pieces Pack(const std::int32_t* ids, std::size_t count) {
+    Pieces packed = ~Pieces{0};
+    for (std::size_t i = count; i-- > 0;) packed = packed << 16 | static_cast<std::uint64_t>(ids[i]);
+    return packed;
+  }
+  static Pieces Place(std::size_t offset, std::size_t count) {
+    return std::uint64_t{count} << 48 | std::uint64_t{offset} << 16 | 0xFFFF;
+  }
+  static bool IsPlace(Pieces pieces) { return (pieces & 0xFFFF) == 0xFFFF; }
+  static std::size_t Offset(Pieces place) { return place >> 16 & 0xFFFFFFFF; }
+  static std::size_t Count(Pieces place) { return place >> 48; }
+  // Writes kMost ids and returns how many count.
+  static std::size_t Unpack(Pieces pieces, std::int32_t* out) {
+#ifdef __SSE2__
+    const __m128i ids = _mm_cvtsi64_si128(static_cast<long long>(pieces));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi16(ids, _mm_setzero_si128()));
+#else
+    for (std::size_t i = 0; i < kMost; ++i) out[i] = static_cast<std::uint16_t>(pieces >> 16 * i);
+#endif
+    return (63 - static_cast<std::size_t>(__builtin_clzll(~pieces))) / 16 + 1;
+  }
+};
+
+struct Wide {
+  static constexpr std::size_t kMost = 3;
+  static constexpr std::uint64_t kLimit = std::uint64_t{1} << 20;
+
+  static Pieces Pack(const std::int32_t* ids, std::size_t count) {
+    Pieces packed = std::uint64_t{count} << 62;
+    for (std::size_t i = 0; i < count; ++i) packed |= static_cast<std::uint64_t>(ids[i]) << 20 * i;
+    return packed;
+  }
+  static Pieces Place(std::size_t offset, std::size_t count) {
+    return std::uint64_t{count} << 32 | std::uint64_t{offset};
+  }
+  static bool IsPlace(Pieces pieces) { return pieces >> 62 == 0; }
+  static std::size_t Offset(Pieces place) { return place & 0xFFFFFFFF; }
+  static std::size_t Count(Pieces place) { return place >> 32; }
+  static std::size_t Unpack(Pieces pieces, std::int32_t* out) {
+    for (std::size_t i = 0; i < kMost; ++i) {
+      out[i] = static_cast<std::int32_t>(pieces >> 20 * i & (kLimit - 1));
+    }
+    return pieces >> 62;
+  }
+};
 
 constexpr std::size_t kPoolLimit = std::size_t{1} << 22;  // ids; more means the cache starts again
 
@@ -41,7 +90,7 @@ class ZeroedTable {
 #ifdef __linux__
     madvise(data_, size * sizeof(T), MADV_HUGEPAGE);  // before the first touch; a hint only
 #endif
-    std::memset(static_cast<void*>(data_), 0, size * sizeof(T));
+    Clear();
   }
   ZeroedTable(const ZeroedTable&) = delete;
   ZeroedTable& operator=(const ZeroedTable&) = delete;
@@ -66,7 +115,10 @@ class ZeroedTable {
 class Tokenizer::Cache {
  public:
   Cache(const WordPiece& teacher, const WordPiece* student)
-      : teacher_(teacher), student_(student), buckets_(kBuckets) {
+      : teacher_(teacher),
+        student_(student),
+        narrow_(teacher.size() + (student == nullptr ? 0 : student->size()) <= Narrow::kLimit),
+        sets_(kSets) {
     // The vocabularies' own words first: most of any text.
     for (const WordPiece* vocabulary : {&teacher, student}) {
       if (vocabulary == nullptr) continue;
@@ -77,9 +129,9 @@ class Tokenizer::Cache {
         std::memcpy(padded, word.data(), word.size());
         std::uint64_t low, high;
         ShortWord(padded, word.size(), &low, &high);
-        Bucket& bucket = buckets_[BucketOf(low, high, word.size())];
-        if (bucket.slots[1].low == 0 && Find(bucket, low, high) == nullptr) {
-          Insert(&bucket, low, high, {padded, word.size()});
+        Set& set = sets_[SetOf(low, high, word.size())];
+        if (set.slots[kWays - 1].low == 0 && Find(set, low, high) == nullptr) {
+          Insert(&set, low, high, {padded, word.size()});
         }
       }
     }
@@ -87,17 +139,42 @@ class Tokenizer::Cache {
 
   // A copy that can grow by itself.
   explicit Cache(const Cache& seeds)
-      : teacher_(seeds.teacher_), student_(seeds.student_), pool_(seeds.pool_), buckets_(kBuckets) {
-    buckets_.CopyFrom(seeds.buckets_);
+      : teacher_(seeds.teacher_),
+        student_(seeds.student_),
+        narrow_(seeds.narrow_),
+        pool_(seeds.pool_),
+        sets_(kSets) {
+    sets_.CopyFrom(seeds.sets_);
   }
 
-  // Appends the pieces of a batch's words to *ids; choices[i] is 1 where the student cuts word i.
-  // With `words`, tells where each begins.
-  void Look(const WordBatch& batch, const std::uint8_t* choices, IdBuffer* ids, WordMap* words) {
-    if (choices == nullptr) {
-      LookUp<false>(batch, choices, ids, words);
+  // Appends the pieces of a batch's words to *ids. Texts end after text_ends[i] of the batch's words,
+  // ascending; each time the size of *ids goes to *ends. choices[w] is 1 where the student cuts word w,
+  // null where it cuts none. With `words`, tells where each begins.
+  void Look(const WordBatch& batch, const std::uint8_t* choices,
+            const std::vector<std::uint32_t>& text_ends, IdBuffer* ids,
+            std::vector<std::uint64_t>* ends, WordMap* words) {
+    std::uint32_t* starts = nullptr;
+    if (words != nullptr) {
+      if (choices == nullptr) {
+        words->from_student.resize(words->from_student.size() + batch.size(), 0);
+      } else {
+        words->from_student.insert(words->from_student.end(), choices, choices + batch.size());
+      }
+      words->starts.resize(words->starts.size() + batch.size());
+      starts = words->starts.data() + words->starts.size() - batch.size();
+    }
+    const auto look = [&](auto format) {
+      using Format = decltype(format);
+      if (choices == nullptr) {
+        LookUp<Format, false>(batch, choices, text_ends, ids, ends, starts);
+      } else {
+        LookUp<Format, true>(batch, choices, text_ends, ids, ends, starts);
+      }
+    };
+    if (narrow_) {
+      look(Narrow());
     } else {
-      LookUp<true>(batch, choices, ids, words);
+      look(Wide());
     }
   }
 
@@ -105,100 +182,121 @@ class Tokenizer::Cache {
 
  private:
   static constexpr int kBits = 16;
-  static constexpr std::size_t kBuckets = std::size_t{1} << kBits;
+  static constexpr std::size_t kSets = std::size_t{1} << kBits;
+  static constexpr std::size_t kWays = 4;
   static constexpr std::size_t kLongest = 48;  // bytes of a word that is remembered
 
   struct Slot {
     std::uint64_t low, high;  // the word, padded with zeros
     Pieces pieces[2];         // the teacher's, the student's
   };
-  struct alignas(64) Bucket {
-    Slot slots[2];
+  // Two cache lines. Words that are met again move to the first, the only one that is prefetched.
+  struct alignas(128) Set {
+    Slot slots[kWays];
   };
   struct alignas(64) LongSlot {
     char word[kLongest];
     Pieces pieces[2];
   };
 
-  static std::size_t BucketOf(std::uint64_t low, std::uint64_t high, std::size_t size) {
+  static std::size_t SetOf(std::uint64_t low, std::uint64_t high, std::size_t size) {
     return HashShortWord(low, high, size) >> (64 - kBits);
   }
 
-  static const Slot* Find(const Bucket& bucket, std::uint64_t low, std::uint64_t high) {
-    for (const Slot& slot : bucket.slots) {
+  static Slot* Find(Set& set, std::uint64_t low, std::uint64_t high) {
+    for (Slot& slot : set.slots) {
       if (slot.low == low && slot.high == high) return &slot;
     }
     return nullptr;
   }
 
-  template <bool kMixed>
-  void LookUp(const WordBatch& batch, const std::uint8_t* choices, IdBuffer* ids, WordMap* words) {
+  template <typename Format, bool kMixed>
+  void LookUp(const WordBatch& batch, const std::uint8_t* choices,
+              const std::vector<std::uint32_t>& text_ends, IdBuffer* ids,
+              std::vector<std::uint64_t>* ends, std::uint32_t* word_starts) {
     // Two passes over 64 words at a time: the first finds their places and asks for the memory, so
     // that the second need not wait for it.
     constexpr std::size_t kGroup = 64;
     std::uint64_t lows[kGroup], highs[kGroup];
     std::uint32_t places[kGroup];
     const std::size_t count = batch.size();
+    auto text_end = text_ends.begin();
     for (std::size_t first = 0; first < count; first += kGroup) {
       const std::size_t n = std::min(kGroup, count - first);
       for (std::size_t i = 0; i < n; ++i) {
         const std::uint32_t start = batch.start(first + i);
         const std::uint32_t size = batch.end(first + i) - start;
         ShortWord(batch.bytes() + start, std::min<std::uint32_t>(size, 16), &lows[i], &highs[i]);
-        const std::size_t place = BucketOf(lows[i], highs[i], size);
-        __builtin_prefetch(&buckets_[place]);
+        const std::size_t place = SetOf(lows[i], highs[i], size);
+        __builtin_prefetch(&sets_[place]);
         places[i] = size <= 16 ? static_cast<std::uint32_t>(place) : kNoPlace;
       }
-      ids->Reserve(2 * n + 2);
+      ids->Reserve(kStride * n + kStride);
       std::int32_t* out = ids->end();
-      for (std::size_t i = 0; i < n; ++i) {
-        const std::size_t which = kMixed ? choices[first + i] : 0;
-        if (words != nullptr) {
-          words->starts.push_back(static_cast<std::uint32_t>(out - ids->data()));
-          words->from_student.push_back(static_cast<std::uint8_t>(which));
+      for (std::size_t i = 0; i < n;) {
+        for (; text_end != text_ends.end() && *text_end == first + i; ++text_end) {
+          ends->push_back(static_cast<std::uint64_t>(out - ids->data()));
         }
-        Pieces pieces;
-        if (places[i] != kNoPlace) {
-          Bucket& bucket = buckets_[places[i]];
-          const bool at0 = (bucket.slots[0].low == lows[i]) & (bucket.slots[0].high == highs[i]);
-          const bool at1 = (bucket.slots[1].low == lows[i]) & (bucket.slots[1].high == highs[i]);
-          if (__builtin_expect(at0 | at1, 1)) {
-            pieces = bucket.slots[at0 ? 0 : 1].pieces[which];
-          } else {
-            pieces = Insert(&bucket, lows[i], highs[i], batch[first + i])->pieces[which];
+        const std::size_t stop =
+            text_end == text_ends.end() ? n : std::min<std::size_t>(n, *text_end - first);
+        for (; i < stop; ++i) {
+          const std::size_t which = kMixed ? choices[first + i] : 0;
+          if (word_starts != nullptr) {
+            word_starts[first + i] = static_cast<std::uint32_t>(out - ids->data());
           }
-        } else {
-          pieces = LongWord(batch[first + i], which);
-        }
-        const std::uint64_t number = pieces >> 62;
-        if (__builtin_expect(number != kInPool, 1)) {
-          out[0] = static_cast<std::int32_t>(pieces & kLow31);
-          out[1] = static_cast<std::int32_t>(pieces >> 31 & kLow31);
-          out += number;
-        } else {
-          const std::size_t length = pieces >> 31 & kLow31;
-          ids->SetEnd(out);
-          ids->Reserve(length + 2 * n + 2);
-          out = ids->end();
-          std::memcpy(out, pool_.data() + (pieces & kLow31), length * sizeof(std::int32_t));
-          out += length;
+          Pieces pieces;
+          if (__builtin_expect(places[i] != kNoPlace, 1)) {
+            const Set& set = sets_[places[i]];
+            const bool at0 = (set.slots[0].low == lows[i]) & (set.slots[0].high == highs[i]);
+            const bool at1 = (set.slots[1].low == lows[i]) & (set.slots[1].high == highs[i]);
+            if (__builtin_expect(at0 | at1, 1)) {
+              pieces = set.slots[at1].pieces[which];  // no branch on which of them
+            } else {
+              pieces = Further(places[i], lows[i], highs[i], batch[first + i])->pieces[which];
+            }
+          } else {
+            pieces = LongWord(batch[first + i], which);
+          }
+          if (__builtin_expect(!Format::IsPlace(pieces), 1)) {
+            out += Format::Unpack(pieces, out);
+          } else {
+            const std::size_t length = Format::Count(pieces);
+            const std::int32_t* from = pool_.data() + Format::Offset(pieces);
+            if (length <= kStride) {
+              std::memcpy(out, from, kStride * sizeof(std::int32_t));
+            } else {
+              ids->SetEnd(out);
+              ids->Reserve(length + kStride * n + kStride);
+              out = ids->end();
+              std::memcpy(out, from, length * sizeof(std::int32_t));
+            }
+            out += length;
+          }
         }
       }
       ids->SetEnd(out);
     }
+    for (; text_end != text_ends.end(); ++text_end) ends->push_back(ids->size());
+  }
+
+  Pieces Pack(const std::int32_t* cut, std::size_t count) {
+    bool fits = count <= (narrow_ ? Narrow::kMost : Wide::kMost);
+    for (std::size_t i = 0; fits && i < count; ++i) {
+      fits = static_cast<std::uint64_t>(cut[i]) < (narrow_ ? Narrow::kLimit : Wide::kLimit);
+    }
+    if (fits) return narrow_ ? Narrow::Pack(cut, count) : Wide::Pack(cut, count);
+    if (count >= kMostInPool) throw std::length_error("a word of 2^16 pieces");
+    const std::size_t offset = pool_.size();
+    pool_.insert(pool_.end(), cut, cut + count);
+    pool_.resize((pool_.size() + kStride - 1) / kStride * kStride);  // for reading them at once
+    return narrow_ ? Narrow::Place(offset, count) : Wide::Place(offset, count);
   }
 
   Pieces Cut(const WordPiece& vocabulary, std::string_view word, std::int32_t base) {
     cut_.clear();
     vocabulary.Cut(word, &cut_);
     for (std::int32_t& id : cut_) id += base;
-    if (cut_.size() == 1) return PackPieces(1, 0, static_cast<std::uint64_t>(cut_[0]));
-    if (cut_.size() == 2) {
-      return PackPieces(2, static_cast<std::uint64_t>(cut_[1]), static_cast<std::uint64_t>(cut_[0]));
-    }
-    const std::size_t offset = pool_.size();
-    pool_.insert(pool_.end(), cut_.begin(), cut_.end());
-    return PackPieces(kInPool, cut_.size(), offset);
+    return Pack(cut_.data(), cut_.size());
   }
 
   void CutBoth(std::string_view word, Pieces pieces[2]) {
@@ -208,12 +306,27 @@ class Tokenizer::Cache {
                     : Cut(*student_, word, static_cast<std::int32_t>(teacher_.size()));
   }
 
-  // Puts a word into the free slot, or else into the second, and gives the slot.
-  Slot* Insert(Bucket* bucket, std::uint64_t low, std::uint64_t high, std::string_view word) {
-    Slot* slot = bucket->slots[0].low == 0 ? &bucket->slots[0] : &bucket->slots[1];
+  // A word that is not in the first line of its set, brought there.
+  __attribute__((noinline)) const Slot* Further(std::uint32_t place, std::uint64_t low,
+                                                std::uint64_t high, std::string_view word) {
+    Set& set = sets_[place];
+    for (std::size_t way = 2; way < kWays; ++way) {
+      if (set.slots[way].low != low || set.slots[way].high != high) continue;
+      std::swap(set.slots[way], set.slots[1]);
+      return &set.slots[1];
+    }
+    return Insert(&set, low, high, word);
+  }
+
+  // Puts a word into the first free slot, or else into one of the second line.
+  Slot* Insert(Set* set, std::uint64_t low, std::uint64_t high, std::string_view word) {
+    std::size_t way = 0;
+    while (way < kWays && set->slots[way].low != 0) ++way;
+    if (way == kWays) way = 2 + (next_victim_++ & 1);
+    Slot* slot = &set->slots[way];
+    CutBoth(word, slot->pieces);
     slot->low = low;
     slot->high = high;
-    CutBoth(word, slot->pieces);
     return slot;
   }
 
@@ -225,7 +338,7 @@ class Tokenizer::Cache {
       return Cut(student ? *student_ : teacher_, word,
                  student ? static_cast<std::int32_t>(teacher_.size()) : 0);
     }
-    if (long_ == nullptr) long_ = std::make_unique<ZeroedTable<LongSlot>>(kBuckets);
+    if (long_ == nullptr) long_ = std::make_unique<ZeroedTable<LongSlot>>(kSets);
     char key[kLongest] = {};
     std::memcpy(key, word.data(), word.size());
     LongSlot& slot = (*long_)[HashWord(word) >> (64 - kBits)];
@@ -237,12 +350,16 @@ class Tokenizer::Cache {
   }
 
   static constexpr std::uint32_t kNoPlace = 0xFFFFFFFF;
+  static constexpr std::size_t kStride = 8;  // room for each word's ids
+  static constexpr std::size_t kMostInPool = std::size_t{1} << 16;
 
   const WordPiece& teacher_;
   const WordPiece* student_;
+  const bool narrow_;  // how pieces are packed
   std::vector<std::int32_t> cut_;
   std::vector<std::int32_t> pool_;
-  mutable ZeroedTable<Bucket> buckets_;
+  ZeroedTable<Set> sets_;
+  std::size_t next_victim_ = 0;
   std::unique_ptr<ZeroedTable<LongSlot>> long_;
 };
 
@@ -253,71 +370,108 @@ class Tokenizer::Worker {
   explicit Worker(const Tokenizer& tokenizer)
       : tokenizer_(tokenizer), cache_(std::make_unique<Cache>(*tokenizer.seeds_)) {}
 
-  void Encode(std::string_view text, bool find_special, const Coin& coin, std::uint64_t number,
-              IdBuffer* ids, WordMap* words) {
-    coin_ = coin;
-    number_ = number;
-    word_ = 0;
-    tokenizer_.SplitAtSpecial(text, find_special, [&](std::string_view part, std::int32_t id) {
-      if (id < 0) {
-        EncodePart(part, ids, words);
-        return;
-      }
-      const std::uint8_t student = Choices(1)[0];
-      if (words != nullptr) {
-        words->starts.push_back(static_cast<std::uint32_t>(ids->size()));
-        words->from_student.push_back(student);
-      }
-      ids->Append(&id, 1);
-      if (student) ids->end()[-1] = StudentSpecial(id);
-    });
+  // Words of several texts are looked up together, so short texts cost what long ones do.
+  void Encode(const std::string_view* texts, std::size_t count, const TextOptions& options,
+              std::uint64_t first_number, IdBuffer* ids, std::vector<std::uint64_t>* ends,
+              WordMap* words) {
+    mixed_ = options.coin.threshold != 0;
+    threshold_ = options.coin.threshold;
+    if (key_seed_ != options.coin.seed) group_ = kNoGroup;
+    key_seed_ = options.coin.seed;
+    for (std::size_t i = 0; i < count; ++i) {
+      number_ = first_number + i;
+      word_ = 0;
+      tokenizer_.SplitAtSpecial(
+          texts[i], options.find_special, [&](std::string_view part, std::int32_t id) {
+            if (id < 0) return Read(part, options.limit, ids, ends, words);
+            Look(ids, ends, words);
+            AddSpecial(id, ids, words);
+            return word_ < options.limit;
+          });
+      text_ends_.push_back(static_cast<std::uint32_t>(batch_.size()));
+      if (batch_.full()) Look(ids, ends, words);
+    }
+    Look(ids, ends, words);
   }
 
  private:
-  void EncodePart(std::string_view text, IdBuffer* ids, WordMap* words) {
+  static constexpr std::uint64_t kNoGroup = ~std::uint64_t{0};
+
+  // Takes the words of a part of a text; false when the text has enough.
+  bool Read(std::string_view text, std::uint64_t limit, IdBuffer* ids,
+            std::vector<std::uint64_t>* ends, WordMap* words) {
+    // A word has an id at least. English has five or six bytes a word.
+    const std::size_t most =
+        limit > WordBatch::kTarget ? WordBatch::kTarget : static_cast<std::size_t>(8 * limit + 64);
     std::size_t at = 0;
     do {
-      at = tokenizer_.splitter_.Fill(text, at, &batch_);
-      if (batch_.size() > 0) {
-        const bool mixed = coin_.threshold != 0;
-        cache_->Look(batch_, mixed ? Choices(batch_.size()) : nullptr, ids, words);
-        if (cache_->overfull()) cache_ = std::make_unique<Cache>(*tokenizer_.seeds_);
+      const std::size_t before = batch_.size();
+      at = tokenizer_.splitter_.Fill(text, at, &batch_, most);
+      Draw(batch_.size() - before);
+      if (word_ >= limit) {
+        batch_.DropOpen();
+        return false;
       }
-      batch_.Clear();
+      if (batch_.full()) Look(ids, ends, words);
     } while (at < text.size());
+    return true;
+  }
+
+  // Looks up all words that are waiting.
+  void Look(IdBuffer* ids, std::vector<std::uint64_t>* ends, WordMap* words) {
+    if (batch_.size() == 0 && text_ends_.empty()) return;
+    cache_->Look(batch_, mixed_ ? choices_.data() : nullptr, text_ends_, ids, ends, words);
+    if (cache_->overfull()) cache_ = std::make_unique<Cache>(*tokenizer_.seeds_);
+    batch_.Clear();
+    text_ends_.clear();
+    choices_.clear();
+  }
+
+  void AddSpecial(std::int32_t id, IdBuffer* ids, WordMap* words) {
+    Draw(1);
+    const bool student = mixed_ && choices_[0] != 0;
+    choices_.clear();
+    if (words != nullptr) {
+      words->starts.push_back(static_cast<std::uint32_t>(ids->size()));
+      words->from_student.push_back(student);
+    }
+    if (student) id = StudentSpecial(id);
+    ids->Append(&id, 1);
   }
 
   // The coin's results for the next words of the text.
-  const std::uint8_t* Choices(std::size_t count) {
-    choices_.resize(count + 64);
-    if (coin_.threshold == 0) {
-      choices_[0] = 0;
+  void Draw(std::size_t count) {
+    if (!mixed_) {
       word_ += count;
-      return choices_.data();
+      return;
     }
     const PhiloxBlocksFunction blocks = PhiloxBlocks();
-    const std::array<std::uint32_t, 3> rest = {static_cast<std::uint32_t>(Purpose::kText),
-                                               static_cast<std::uint32_t>(number_),
-                                               static_cast<std::uint32_t>(number_ >> 32)};
-    const std::array<std::uint32_t, 2> key = PhiloxKey(coin_.seed);
-    for (std::size_t done = 0; done < count;) {
+    std::size_t done = choices_.size();
+    choices_.resize(done + count);
+    for (const std::size_t end = choices_.size(); done < end;) {
       const std::uint64_t group = word_ / 64;
-      if (group != group_ || number_ != group_number_ || coin_.seed != group_seed_) {
+      if (group != group_ || number_ != group_number_) {
         std::uint32_t first[16];
         for (std::uint32_t i = 0; i < 16; ++i) first[i] = static_cast<std::uint32_t>(16 * group) + i;
-        blocks(first, rest, key, drawn_);
+        blocks(first,
+               {static_cast<std::uint32_t>(Purpose::kText), static_cast<std::uint32_t>(number_),
+                static_cast<std::uint32_t>(number_ >> 32)},
+               PhiloxKey(key_seed_), drawn_);
         group_ = group;
         group_number_ = number_;
-        group_seed_ = coin_.seed;
       }
       const std::size_t from = word_ % 64;
-      const std::size_t n = std::min<std::size_t>(64 - from, count - done);
-      const std::uint64_t threshold = coin_.threshold;
-      for (std::size_t i = 0; i < n; ++i) choices_[done + i] = drawn_[from + i] < threshold;
+      const std::size_t n = std::min<std::size_t>(64 - from, end - done);
+      std::uint8_t* const choices = choices_.data() + done;
+      if (threshold_ >> 32 != 0) {
+        std::memset(choices, 1, n);
+      } else {
+        const auto threshold = static_cast<std::uint32_t>(threshold_);  // (local: so it vectorises)
+        for (std::size_t i = 0; i < n; ++i) choices[i] = drawn_[from + i] < threshold;
+      }
       done += n;
       word_ += n;
     }
-    return choices_.data();
   }
 
   std::int32_t StudentSpecial(std::int32_t id) const {
@@ -333,12 +487,14 @@ class Tokenizer::Worker {
   const Tokenizer& tokenizer_;
   std::unique_ptr<Cache> cache_;
   WordBatch batch_;
-  Coin coin_;
-  std::uint64_t number_ = 0;
-  std::uint64_t word_ = 0;
-  std::vector<std::uint8_t> choices_;
-  std::uint32_t drawn_[64];
-  std::uint64_t group_ = ~std::uint64_t{0}, group_number_ = 0, group_seed_ = 0;
+  std::vector<std::uint32_t> text_ends_;  // texts that end within the batch, in its words
+  std::vector<std::uint8_t> choices_;     // of the batch's words, if there is a coin
+  bool mixed_ = false;
+  std::uint64_t threshold_ = 0;
+  std::uint64_t number_ = 0;  // of the text being read
+  std::uint64_t word_ = 0;    // words of it so far
+  std::uint32_t drawn_[64];   // the coin's numbers for words [64 * group_, 64 * (group_ + 1))
+  std::uint64_t group_ = kNoGroup, group_number_ = 0, key_seed_ = 0;
 };
 
 // A worker for the length of a call. There is no lock: a worker is in exactly one place, the array
@@ -437,54 +593,30 @@ void Tokenizer::SplitAtSpecial(std::string_view text, bool find_special, Found&&
       ++at;
       continue;
     }
-    if (at > begin) found(text.substr(begin, at - begin), -1);
-    found(std::string_view(), id);
+    if (at > begin && !found(text.substr(begin, at - begin), -1)) return;
+    if (!found(std::string_view(), id)) return;
     begin = at += length;
   }
   if (begin < text.size()) found(text.substr(begin), -1);
 }
 
-void Tokenizer::Encode(const std::vector<std::string_view>& texts, bool find_special,
-                       const Coin& coin, std::uint64_t first_number, int threads,
-                       Encoding* out) const {
+void Tokenizer::CheckCoin(const Coin& coin) const {
   if (coin.threshold != 0 && student_ == nullptr) {
     throw std::invalid_argument("student_prob needs a second vocabulary");
   }
-  // Parts of about 256 KiB, so that threads stay busy to the end; less is not worth a thread.
-  constexpr std::size_t kPart = std::size_t{1} << 18;
-  std::vector<std::size_t> part_ends;
-  std::size_t bytes = 0;
-  for (std::size_t i = 0; i < texts.size(); ++i) {
-    bytes += texts[i].size();
-    if (bytes >= kPart || i + 1 == texts.size()) {
-      part_ends.push_back(i + 1);
-      bytes = 0;
-    }
-  }
-  const auto encode = [&](std::size_t begin, std::size_t end, Worker* worker, Encoding* result) {
-    for (std::size_t i = begin; i < end; ++i) {
-      worker->Encode(texts[i], find_special, coin, first_number + i, &result->ids, nullptr);
-      result->ends.push_back(result->ids.size());
-    }
-  };
-  const std::size_t workers =
-      std::min(part_ends.size(), static_cast<std::size_t>(std::max(threads, 1)));
-  if (workers <= 1) {
-    Lease worker(*this);
-    encode(0, texts.size(), worker.operator->(), out);
-    worker.Finish();
-    return;
-  }
-  std::vector<Encoding> parts(part_ends.size());
-  std::vector<std::exception_ptr> errors(workers);
+}
+
+// Runs work(next) on up to `threads` threads, this one among them; next(&part) hands out the parts
+// [0, parts), each to one thread, and is false when there is none left. Throws what the first thread
+// that failed threw.
+template <typename Work>
+void Tokenizer::Share(std::size_t parts, int threads, Work&& work) {
+  const std::size_t workers = std::min(parts, static_cast<std::size_t>(std::max(threads, 1)));
+  std::vector<std::exception_ptr> errors(std::max<std::size_t>(workers, 1));
   std::atomic<std::size_t> next{0};
-  const auto work = [&](std::size_t w) {
+  const auto run = [&](std::size_t w) {
     try {
-      Lease worker(*this);
-      for (std::size_t p = next++; p < parts.size(); p = next++) {
-        encode(p == 0 ? 0 : part_ends[p - 1], part_ends[p], worker.operator->(), &parts[p]);
-      }
-      worker.Finish();
+      work([&next, parts](std::size_t* part) { return (*part = next++) < parts; });
     } catch (...) {
       errors[w] = std::current_exception();
     }
@@ -492,33 +624,76 @@ void Tokenizer::Encode(const std::vector<std::string_view>& texts, bool find_spe
   std::vector<std::thread> pool;
   for (std::size_t w = 1; w < workers; ++w) {
     try {
-      pool.emplace_back(work, w);
+      pool.emplace_back(run, w);
     } catch (const std::system_error&) {
       break;  // no more threads to be had: the others do the work
     }
   }
-  work(0);
+  run(0);
   for (std::thread& thread : pool) thread.join();
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }
-  std::size_t total = 0;
-  for (const Encoding& part : parts) total += part.ids.size();
-  out->ids.Reserve(total);
-  for (const Encoding& part : parts) {
-    const std::size_t base = out->ids.size();
-    out->ids.Append(part.ids.data(), part.ids.size());
-    for (const std::uint64_t end : part.ends) out->ends.push_back(base + end);
+}
+
+Tokenizer::Parts Tokenizer::EncodeParts(const std::vector<std::string_view>& texts,
+                                        const TextOptions& options, std::uint64_t first_number,
+                                        int threads) const {
+  CheckCoin(options.coin);
+  // Parts of about 256 KiB, so that threads stay busy to the end; less is not worth a thread.
+  constexpr std::size_t kPart = std::size_t{1} << 18;
+  std::vector<std::size_t> begins = {0};
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; threads > 1 && i + 1 < texts.size(); ++i) {
+    bytes += texts[i].size();
+    if (bytes >= kPart) {
+      begins.push_back(i + 1);
+      bytes = 0;
+    }
+  }
+  begins.push_back(texts.size());
+  Parts parts(begins.size() - 1);
+  Share(parts.size(), threads, [&](auto&& next) {
+    Lease worker(*this);
+    for (std::size_t p; next(&p);) {
+      parts[p].ends.reserve(begins[p + 1] - begins[p]);
+      worker->Encode(texts.data() + begins[p], begins[p + 1] - begins[p], options,
+                     first_number + begins[p], &parts[p].ids, &parts[p].ends, nullptr);
+    }
+    worker.Finish();
+  });
+  return parts;
+}
+
+void Tokenizer::Encode(const std::vector<std::string_view>& texts, const TextOptions& options,
+                       std::uint64_t first_number, int threads, Encoding* out) const {
+  Parts parts = EncodeParts(texts, options, first_number, threads);
+  if (parts.size() == 1 && out->ids.size() == 0 && out->ends.empty()) {
+    *out = std::move(parts[0]);
+    return;
+  }
+  std::vector<std::size_t> bases = {out->ids.size()};
+  for (const Encoding& part : parts) bases.push_back(bases.back() + part.ids.size());
+  out->ids.Reserve(bases.back() - bases.front());
+  std::int32_t* ids = out->ids.data();
+  Share(parts.size(), threads, [&](auto&& next) {
+    for (std::size_t p; next(&p);) {
+      if (parts[p].ids.size() == 0) continue;
+      std::memcpy(ids + bases[p], parts[p].ids.data(), parts[p].ids.size() * sizeof(std::int32_t));
+    }
+  });
+  out->ids.SetEnd(ids + bases.back());
+  for (std::size_t p = 0; p < parts.size(); ++p) {
+    for (const std::uint64_t end : parts[p].ends) out->ends.push_back(bases[p] + end);
   }
 }
 
-void Tokenizer::EncodeWords(std::string_view text, bool find_special, const Coin& coin,
+void Tokenizer::EncodeWords(std::string_view text, const TextOptions& options,
                             std::uint64_t number, IdBuffer* ids, WordMap* words) const {
-  if (coin.threshold != 0 && student_ == nullptr) {
-    throw std::invalid_argument("student_prob needs a second vocabulary");
-  }
+  CheckCoin(options.coin);
+  std::vector<std::uint64_t> ends;
   Lease worker(*this);
-  worker->Encode(text, find_special, coin, number, ids, words);
+  worker->Encode(&text, 1, options, number, ids, &ends, words);
   worker.Finish();
 }
 
@@ -533,8 +708,10 @@ void Tokenizer::EncodeLong(std::string_view text, bool find_special, int threads
     text.remove_prefix(end);
   }
   parts.push_back(text);
+  TextOptions options;
+  options.find_special = find_special;
   Encoding encoding;
-  Encode(parts, find_special, Coin(), 0, threads, &encoding);
+  Encode(parts, options, 0, threads, &encoding);
   if (ids->size() == 0) {
     *ids = std::move(encoding.ids);
   } else {
@@ -557,7 +734,7 @@ void Tokenizer::EncodeSpans(std::string_view text, bool find_special, IdBuffer* 
       ids->Append(&id, 1);
       spans->push_back({at_char, at_char + size});
       at_char += size;
-      return;
+      return true;
     }
     batch.RestartSources(at_char);
     std::size_t at = 0;
@@ -578,6 +755,7 @@ void Tokenizer::EncodeSpans(std::string_view text, bool find_special, IdBuffer* 
       batch.Clear();
     } while (at < part.size());
     at_char = batch.source_at();
+    return true;
   });
 }
 

@@ -2,7 +2,7 @@
 //
 // Words are looked up in a cache whose 32-byte slot holds a word of up to 16 bytes and its pieces under
 // both vocabularies, so a mixed text costs what a plain one does. A word that is not there is cut by
-// the tries and remembered. The cache is bounded (4 MiB, and 4 MiB for longer words), filled with the
+// the tries and remembered. The cache is bounded (8 MiB, and 4 MiB for longer words), filled with the
 // vocabulary's own whole words at first, and belongs to one call at a time: results never depend on
 // it.
 //
@@ -36,6 +36,13 @@ namespace mvbert {
 struct Coin {
   std::uint64_t threshold = 0;  // student_prob * 2^32, rounded to nearest: 0 never, 2^32 always
   std::uint64_t seed = 0;
+};
+
+struct TextOptions {
+  bool find_special = false;  // recognise special pieces inside text
+  // Enough ids of a text: reading may stop there. Its first `limit` ids are right.
+  std::uint64_t limit = ~std::uint64_t{0};
+  Coin coin;
 };
 
 // A growing array of ids whose new memory is not cleared first.
@@ -117,12 +124,12 @@ class Tokenizer {
   // Appends the ids of each text, in order, to *out. The texts must be well-formed UTF-8; text i is
   // number first_number + i for the coin. `threads` >= 1 bounds the threads used; the ids do not
   // depend on it. No [CLS] or [SEP] is added.
-  void Encode(const std::vector<std::string_view>& texts, bool find_special, const Coin& coin,
+  void Encode(const std::vector<std::string_view>& texts, const TextOptions& options,
               std::uint64_t first_number, int threads, Encoding* out) const;
 
-  // The same for one text on one thread, with its words.
-  void EncodeWords(std::string_view text, bool find_special, const Coin& coin,
-                   std::uint64_t number, IdBuffer* ids, WordMap* words) const;
+  // The same for one text on one thread, with its words unless `words` is null.
+  void EncodeWords(std::string_view text, const TextOptions& options, std::uint64_t number,
+                   IdBuffer* ids, WordMap* words) const;
 
   // One long text, plain (teacher's pieces), on several threads: it is cut at spaces, where no word
   // and no special piece can stretch across.
@@ -143,8 +150,18 @@ class Tokenizer {
   class Cache;
   class Worker;
   class Lease;
+  using Parts = std::vector<Encoding>;  // of consecutive texts; ends count from a part's first id
 
-  // Calls found(text, -1) for stretches between special pieces and found({}, id) for these.
+  void CheckCoin(const Coin& coin) const;
+
+  template <typename Work>
+  static void Share(std::size_t parts, int threads, Work&& work);
+
+  Parts EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
+                    std::uint64_t first_number, int threads) const;
+
+  // Calls found(text, -1) for stretches between special pieces and found({}, id) for these, until it
+  // gives false.
   template <typename Found>
   void SplitAtSpecial(std::string_view text, bool find_special, Found&& found) const;
 

@@ -20,72 +20,72 @@ bool TooLong(std::string_view word, int max_chars) {
 }  // namespace
 
 void WordPiece::Trie::Build(const std::vector<std::pair<std::string_view, std::int32_t>>& sorted) {
-  // Breadth first over ranges of the sorted keys; each node's children are placed at the first base
-  // where all their cells are free (a double array, Aoe 1989).
-  struct Todo {
-    std::uint32_t node;
-    std::size_t begin, end, depth;
+  // Breadth first over ranges of the sorted keys: range n holds the keys below node n.
+  struct Range {
+    std::size_t begin, end;
   };
-  std::vector<Todo> queue;
-  bases_.assign(1, 0);
-  values_.assign(1, -1);
-  queue.push_back({0, 0, sorted.size(), 0});
-  std::size_t first_free = 0;
-  std::vector<std::pair<unsigned char, std::size_t>> children;  // byte, first key
-  for (std::size_t q = 0; q < queue.size(); ++q) {
-    const Todo todo = queue[q];
-    std::size_t i = todo.begin;
-    if (i < todo.end && sorted[i].first.size() == todo.depth) {
-      values_[todo.node] = sorted[i].second;
+  std::vector<Range> ranges = {{0, sorted.size()}};
+  nodes_.assign(1, Node());
+  std::size_t level_end = 1;  // one past the last node of `depth` bytes
+  std::size_t depth = 0;
+  for (std::size_t n = 0; n < nodes_.size(); ++n) {
+    if (n == level_end) {
+      ++depth;
+      level_end = nodes_.size();
+    }
+    auto [i, end] = ranges[n];
+    if (i < end && sorted[i].first.size() == depth) {
+      nodes_[n].value = sorted[i].second;
       ++i;
     }
-    if (i == todo.end) continue;
-    children.clear();
-    for (; i < todo.end; ++i) {
-      const auto byte = static_cast<unsigned char>(sorted[i].first[todo.depth]);
-      if (children.empty() || children.back().first != byte) children.emplace_back(byte, i);
+    nodes_[n].first_child = static_cast<std::uint32_t>(nodes_.size());
+    while (i < end) {
+      const std::size_t begin = i;
+      const char byte = sorted[i].first[depth];
+      while (i < end && sorted[i].first[depth] == byte) ++i;
+      Node child;
+      child.byte = static_cast<std::uint8_t>(byte);
+      nodes_.push_back(child);
+      ranges.push_back({begin, i});
     }
-    while (first_free < cells_.size() && cells_[first_free].owner != 0xFFFFFFFF) ++first_free;
-    std::size_t base = first_free > children[0].first ? first_free - children[0].first : 0;
-    for (int tries = 0;; ++base, ++tries) {
-      if (tries == 64) base = cells_.size();  // bounds the search; costs some empty cells
-      if (cells_.size() < base + 256) cells_.resize(base + 256);
-      bool free = true;
-      for (const auto& child : children) {
-        free = free && cells_[base + child.first].owner == 0xFFFFFFFF;
-      }
-      if (free) break;
-    }
-    if (base + 256 > std::numeric_limits<std::uint32_t>::max()) {
+    if (nodes_.size() > std::numeric_limits<std::uint32_t>::max()) {
       throw std::length_error("the vocabulary is too large for its trie");
     }
-    bases_[todo.node] = static_cast<std::uint32_t>(base);
-    for (std::size_t k = 0; k < children.size(); ++k) {
-      const auto node = static_cast<std::uint32_t>(bases_.size());
-      cells_[base + children[k].first] = {todo.node, node};
-      bases_.push_back(0);
-      values_.push_back(-1);
-      const std::size_t end = k + 1 < children.size() ? children[k + 1].second : todo.end;
-      queue.push_back({node, children[k].second, end, todo.depth + 1});
-    }
+    nodes_[n].children = static_cast<std::uint16_t>(nodes_.size() - nodes_[n].first_child);
   }
-  // A leaf's base stays 0; its lookups must stay inside the array and find other owners.
-  if (cells_.size() < 256) cells_.resize(256);
+  std::fill(std::begin(roots_), std::end(roots_), 0);
+  for (std::size_t n = 1; n <= nodes_[0].children; ++n) {
+    roots_[nodes_[n].byte] = static_cast<std::uint32_t>(n);
+  }
 }
 
 std::size_t WordPiece::Trie::LongestPrefix(std::string_view text, std::int32_t* id) const {
-  std::uint32_t node = 0;
+  if (text.empty()) return 0;
+  std::uint32_t at = roots_[static_cast<unsigned char>(text[0])];
+  if (at == 0) return 0;
   std::size_t best = 0;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const Cell cell = cells_[bases_[node] + static_cast<unsigned char>(text[i])];
-    if (cell.owner != node) break;
-    node = cell.child;
-    if (values_[node] >= 0) {
-      best = i + 1;
-      *id = values_[node];
+  for (std::size_t i = 1;; ++i) {
+    const Node& node = nodes_[at];
+    if (node.value >= 0) {
+      best = i;
+      *id = node.value;
     }
+    if (i == text.size()) return best;
+    const auto byte = static_cast<unsigned char>(text[i]);
+    std::uint32_t child = node.first_child;
+    std::uint32_t end = child + node.children;
+    while (end - child > 8) {
+      const std::uint32_t middle = child + (end - child) / 2;
+      if (nodes_[middle].byte <= byte) {
+        child = middle;
+      } else {
+        end = middle;
+      }
+    }
+    while (child < end && nodes_[child].byte < byte) ++child;
+    if (child == end || nodes_[child].byte != byte) return best;
+    at = child;
   }
-  return best;
 }
 
 WordPiece::WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int max_chars)

@@ -38,22 +38,24 @@ class WordPiece {
   const std::string& piece(std::int32_t id) const { return pieces_[static_cast<std::size_t>(id)]; }
 
  private:
-  // A byte trie. Children of node n for byte b: a node has a dense row of 256 or a short sorted list;
-  // kept as one hash-free array of (row base + byte) with a check value, built once.
+  // A byte trie, its nodes in breadth-first order: the children of a node lie side by side, sorted, so
+  // that a step down a narrow path costs one cache line.
   class Trie {
    public:
+    // Keys must be distinct, sorted and not empty.
     void Build(const std::vector<std::pair<std::string_view, std::int32_t>>& sorted);
     // The longest key that begins `text`: its length (0: none), its id through *id.
     std::size_t LongestPrefix(std::string_view text, std::int32_t* id) const;
 
    private:
-    struct Cell {
-      std::uint32_t owner = 0xFFFFFFFF;  // the node this cell belongs to
-      std::uint32_t child = 0;           // the node it leads to
+    struct Node {
+      std::uint32_t first_child = 0;
+      std::int32_t value = -1;  // the id of the key that ends here, or -1
+      std::uint16_t children = 0;
+      std::uint8_t byte = 0;  // that leads here
     };
-    std::vector<Cell> cells_;             // cell of (node n, byte b): cells_[bases_[n] + b]
-    std::vector<std::uint32_t> bases_;    // per node
-    std::vector<std::int32_t> values_;    // per node: the id of the key that ends here, or -1
+    std::vector<Node> nodes_;
+    std::uint32_t roots_[256];  // the node of each first byte, or 0 (the root: leads nowhere)
   };
 
   std::vector<std::string> pieces_;

@@ -46,18 +46,20 @@ void WordBatch::Reserve(std::size_t more) {
 template <bool kLowercase, bool kTrack>
 class Filler {
  public:
-  Filler(std::string_view text, std::size_t from, AsciiRunFunction ascii_run, WordBatch* batch)
+  Filler(std::string_view text, std::size_t from, AsciiRunFunction ascii_run, WordBatch* batch,
+         std::size_t most)
       : begin_(text.data()),
         at_(begin_ + from),
         end_(begin_ + text.size()),
         ascii_run_(ascii_run),
-        batch_(*batch) {}
+        batch_(*batch),
+        target_(std::min(batch->closed_bytes() + most, WordBatch::kTarget)) {}
 
   std::size_t Run() {
-    while (at_ < end_ && !batch_.full()) {
+    while (at_ < end_ && !Done()) {
       if (!kTrack && AsciiAhead()) ReadAscii();
       // One code point at a time while there are others than ASCII about.
-      if (at_ == end_ || batch_.full()) break;
+      if (at_ == end_ || Done()) break;
       batch_.Reserve(256);
       Step();
     }
@@ -66,6 +68,8 @@ class Filler {
   }
 
  private:
+  bool Done() const { return batch_.closed_bytes() >= target_; }
+
   // Worth calling ReadAscii for: the next 16 bytes, or the last ones, look plain.
   bool AsciiAhead() const {
     if (static_cast<signed char>(*at_) < 0) return false;
@@ -76,10 +80,9 @@ class Filler {
   }
 
   void ReadAscii() {
-    constexpr std::size_t kAtLeast = 1024;
-    const std::size_t closed = batch_.open_ ? batch_.starts_[batch_.word_count_] : batch_.byte_count_;
-    const std::size_t limit =
-        closed + kAtLeast < WordBatch::kTarget ? WordBatch::kTarget - closed : kAtLeast;
+    // (A word longer than the rest is read on in steps of this size.)
+    constexpr std::size_t kAtLeast = 256;
+    const std::size_t limit = std::max(target_ - batch_.closed_bytes(), kAtLeast);
     batch_.Reserve(limit + 256);
     std::uint32_t* starts = batch_.starts_.data();
     AsciiRun run;
@@ -257,21 +260,23 @@ class Filler {
   const char* end_;
   AsciiRunFunction ascii_run_;
   WordBatch& batch_;
+  const std::size_t target_;  // bytes of complete words
   std::uint32_t source_begin_ = 0;  // of what is copied next
   std::uint32_t source_end_ = 0;
   std::vector<SourceChar> gathered_;
 };
 
-std::size_t WordSplitter::Fill(std::string_view utf8, std::size_t from, WordBatch* batch) const {
+std::size_t WordSplitter::Fill(std::string_view utf8, std::size_t from, WordBatch* batch,
+                               std::size_t most) const {
   batch->Reserve(256);
   const bool track = batch->track_;
   if (options_.lowercase) {
     const AsciiRunFunction ascii = ascii_.lowercase;
-    return track ? Filler<true, true>(utf8, from, ascii, batch).Run()
-                 : Filler<true, false>(utf8, from, ascii, batch).Run();
+    return track ? Filler<true, true>(utf8, from, ascii, batch, most).Run()
+                 : Filler<true, false>(utf8, from, ascii, batch, most).Run();
   }
-  return track ? Filler<false, true>(utf8, from, ascii_.cased, batch).Run()
-               : Filler<false, false>(utf8, from, ascii_.cased, batch).Run();
+  return track ? Filler<false, true>(utf8, from, ascii_.cased, batch, most).Run()
+               : Filler<false, false>(utf8, from, ascii_.cased, batch, most).Run();
 }
 
 void WordSplitter::Split(std::string_view utf8, Words* out) const {

@@ -37,6 +37,7 @@ struct Words {
 class WordBatch {
  public:
   static constexpr std::size_t kPadding = 64;
+  static constexpr std::size_t kTarget = 16384;  // stays in the first-level cache with its words
 
   WordBatch() = default;
   WordBatch(const WordBatch&) = delete;
@@ -67,17 +68,23 @@ class WordBatch {
   std::uint32_t source_at() const { return source_at_; }
 
   // Time to use the complete words. (A word still open does not count: it may be any length.)
-  bool full() const { return (open_ ? starts_[word_count_] : byte_count_) >= kTarget; }
+  bool full() const { return closed_bytes() >= kTarget; }
 
   // Forgets the complete words; keeps a word that is still being read.
   void Clear();
+
+  // Forgets the word that is still being read: the caller wants no more of its text.
+  void DropOpen() {
+    if (open_) byte_count_ = starts_[word_count_];
+    open_ = false;
+  }
 
  private:
   friend class WordSplitter;
   template <bool kLowercase, bool kTrack>
   friend class Filler;
 
-  static constexpr std::size_t kTarget = 16384;  // stays in the first-level cache with its words
+  std::size_t closed_bytes() const { return open_ ? starts_[word_count_] : byte_count_; }
 
   // Makes room for `more` bytes and as many words, and the padding.
   void Reserve(std::size_t more);
@@ -119,10 +126,12 @@ class WordSplitter {
     } while (at < utf8.size());
   }
 
-  // Reads words of utf8[from, size) into *batch until it is full or the text ends, and returns where
-  // it stopped. When that is the end of the text, the last word is complete too. Otherwise the caller
-  // uses the words, calls batch->Clear() and calls again with the returned position.
-  std::size_t Fill(std::string_view utf8, std::size_t from, WordBatch* batch) const;
+  // Appends the words of utf8[from, size) to *batch until it is full, or has about `most` bytes more,
+  // or the text ends, and returns where it stopped. When that is the end of the text, the last word is
+  // complete too. Otherwise the caller calls again with the returned position, after using the words
+  // and batch->Clear() if it is full.
+  std::size_t Fill(std::string_view utf8, std::size_t from, WordBatch* batch,
+                   std::size_t most = WordBatch::kTarget) const;
 
  private:
   SplitOptions options_;

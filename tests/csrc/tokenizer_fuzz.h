@@ -86,13 +86,15 @@ inline void CheckText(std::string_view bytes, const FuzzTokenizers& all, bool lo
   };
   for (int round = 0; round < 2; ++round) {  // the second time from the cache
     Encoding encoding;
-    all.mixed.Encode({bytes, bytes, bytes}, false, Coin(), 0, 1 + 2 * round, &encoding);
+    all.mixed.Encode({bytes, bytes, bytes}, TextOptions(), 0, 1 + 2 * round, &encoding);
     Require(encoding.ends.size() == 3 && encoding.ends[0] == cut.size(), "wrong ends");
     equal(encoding.ids, 2 * cut.size());
   }
   IdBuffer with_special, with_spans, mixed, mixed_again;
   std::vector<Span> spans;
-  all.mixed.EncodeWords(bytes, true, Coin(), 0, &with_special, nullptr);
+  TextOptions special;
+  special.find_special = true;
+  all.mixed.EncodeWords(bytes, special, 0, &with_special, nullptr);
   all.mixed.EncodeSpans(bytes, true, &with_spans, &spans);
   Require(with_spans.size() == spans.size(), "a piece without a span");
   cut.assign(with_spans.data(), with_spans.end());
@@ -100,12 +102,12 @@ inline void CheckText(std::string_view bytes, const FuzzTokenizers& all, bool lo
   for (const Span& span : spans) {
     Require(span.begin < span.end && span.end <= bytes.size(), "a span outside the text");
   }
-  Coin coin;
-  coin.threshold = std::uint64_t{1} << 31;
-  coin.seed = bytes.size();
+  TextOptions coin;
+  coin.coin.threshold = std::uint64_t{1} << 31;
+  coin.coin.seed = bytes.size();
   WordMap map;
-  all.mixed.EncodeWords(bytes, false, coin, 5, &mixed, &map);
-  all.mixed.EncodeWords(bytes, false, coin, 5, &mixed_again, nullptr);
+  all.mixed.EncodeWords(bytes, coin, 5, &mixed, &map);
+  all.mixed.EncodeWords(bytes, coin, 5, &mixed_again, nullptr);
   Require(map.starts.size() == words.ends.size(), "another number of words");
   cut.assign(mixed.data(), mixed.end());
   equal(mixed_again, 0);
