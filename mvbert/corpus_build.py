@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -42,12 +44,13 @@ from mvbert.files import (
 )
 from mvbert.readers import TextFile, text_files
 
-STREAM_IDS = 1 << 20  # renumbered at a time
-CHECKPOINT_BYTES = 1 << 28  # of text between two notes of how far a build is
+STREAM_IDS = 1 << 18  # renumbered at a time
+CHECKPOINT_BYTES = 1 << 30  # of text between two notes of how far a build is
 CHECKPOINT = "checkpoint.json"
 NEW_WORDS = "words.provisional"  # in the order of their provisional ids, one a line
 LOCK = "lock"
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # bytes on the disk read so far, and in all
 
 
@@ -175,7 +178,7 @@ def merge_corpora(
         ):
             with _writing(folder / name) as file:
                 for stream, final_ids in zip(streams, maps, strict=True):
-                    for ids in _renumbered(stream, final_ids):
+                    for ids in _ahead(_renumbered(stream, final_ids)):
                         file.write(ids)
                         done += ids.nbytes
                         if progress is not None:
@@ -302,12 +305,17 @@ class _Writer:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, mode: str = "wb", hashed: bool = True) -> Iterator[_Writer]:
+def _writing(path: Path) -> Iterator[_Writer]:
     """A file to write, forced to the disk at the end."""
-    writer = _Writer(path, mode, hashed)
-    try:
+    with _closing(_Writer(path)) as writer:
         yield writer
         writer.sync()
+
+
+@contextlib.contextmanager
+def _closing(writer: _Writer) -> Iterator[_Writer]:
+    try:
+        yield writer
     except BaseException:
         with contextlib.suppress(InputError):  # the first error is the one to tell
             writer.close()
@@ -326,7 +334,16 @@ def _header(lowercase: bool) -> dict[str, Json]:
 
 def _renumbered(stream: np.ndarray, final_ids: np.ndarray) -> Iterator[np.ndarray]:
     for at in range(0, len(stream), STREAM_IDS):
-        yield final_ids[stream[at : at + STREAM_IDS]]
+        yield final_ids.take(stream[at : at + STREAM_IDS])
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, none of them None; while one is used, another thread makes the next."""
+    with ThreadPoolExecutor(1) as worker:
+        coming = worker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = worker.submit(next, items, None)
+            yield item
 
 
 def _write_lexicon(
@@ -436,10 +453,12 @@ class _Build:
         train_part = "train" if self.first_heldout < len(self.paths) else "draw"
         with contextlib.ExitStack() as stack:
             streams = [
-                stack.enter_context(_writing(self.provisional(name), "ab", hashed=False))
+                stack.enter_context(_closing(_Writer(self.provisional(name), "ab", hashed=False)))
                 for name in STREAMS
             ]
-            new_words = stack.enter_context(_writing(self.folder / NEW_WORDS, "ab", hashed=False))
+            new_words = stack.enter_context(
+                _closing(_Writer(self.folder / NEW_WORDS, "ab", hashed=False))
+            )
             noted = self.builder.totals()["bytes"]
             for number in range(len(self.sources), len(self.paths)):
                 path = self.paths[number]
@@ -473,7 +492,7 @@ class _Build:
     def _feed(self, file: TextFile, skip: int) -> Iterator[None]:
         """Hands a file to the builder piece by piece, but for what is in already."""
         if file.is_plain:
-            for text in file.chunks():
+            for text in _ahead(file.chunks()):
                 if skip < len(text):
                     self.builder.add_text(memoryview(text)[skip:])
                     skip = 0
@@ -481,7 +500,7 @@ class _Build:
                     skip -= len(text)
                 yield
         else:
-            for text, ends in file.records():
+            for text, ends in _ahead(file.records()):
                 if skip < len(ends):
                     begin = int(ends[skip - 1]) if skip else 0
                     self.builder.add_documents(memoryview(text)[begin:], ends[skip:] - begin)
@@ -578,7 +597,7 @@ class _Build:
         ):
             with _writing(self.folder / name) as file:
                 for part in parts:
-                    for ids in _renumbered(part, final_ids):
+                    for ids in _ahead(_renumbered(part, final_ids)):
                         file.write(ids)
             files[name] = file.entry()
         files |= _write_lexicon(self.folder, data, ends, counts)

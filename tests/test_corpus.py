@@ -292,6 +292,27 @@ def test_bad_arguments(awkward, tmp_path, monkeypatch, options, message):
     assert os.listdir(tmp_path) == ["awkward.txt"]
 
 
+def test_ahead_hands_on_items_errors_and_the_end():
+    ended = []
+
+    def items(stop):
+        try:
+            yield from range(stop)
+            raise InputError("no more")
+        finally:
+            ended.append(stop)
+
+    ahead = corpus_build._ahead(items(3))
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError, match="no more"):
+        next(ahead)
+    left = corpus_build._ahead(items(9))
+    assert next(left) == 0
+    left.close()
+    assert list(corpus_build._ahead(iter([]))) == []
+    assert ended == [3, 9]
+
+
 @pytest.mark.parametrize("data", [b" \n\t\r\n", b"\x00\x01", b"\xef\xbf\xbd"])
 def test_a_text_without_a_word_is_refused(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
