@@ -4,7 +4,7 @@ A checkpoint is a Hugging Face folder with the training state beside the model:
 
     step-00000200/   config.json, model.safetensors, vocab.txt ...   the model, usable as it is
                      training.safetensors   optimiser moments and parameters outside the model
-                     training.json          step and the running sums of the log
+                     training.json          step, held-out loss, running sums of the log
                      manifest.json          size and SHA-256 of every other file, written last
 
 There is no generator state: rows, masks and dropout are functions of (seed, step).
@@ -12,6 +12,7 @@ There is no generator state: rows, masks and dropout are functions of (seed, ste
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mvbert import optim
+from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 from mvbert.files import (
     PARTIAL,
@@ -30,7 +33,6 @@ from mvbert.files import (
     write_json,
 )
 from mvbert.huggingface import read_tensors, write_tensors
-from mvbert.optim import trained_parameters
 
 MANIFEST = "manifest.json"
 TRAINING = "training.safetensors"
@@ -76,28 +78,68 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def save(
     checkpoints: Path,
-    step: int,
+    state: dict[str, Json],
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    window: dict[str, Json],
     write_model: Callable[[Path], None],
-    keep_last: int,
-) -> Path:
-    """Writes the checkpoint of `step` and then removes all but the newest `keep_last`.
+    config: TrainConfig,
+) -> None:
+    """Writes a checkpoint and then removes those that `config` does not keep.
 
     Later ones go too: they are damaged, or the run would have gone on from them.
+
+    Args:
+        state: what training.json holds: the step, its held-out loss if there is one, and what else
+            the loop needs to go on.
     """
-    folder = step_folder(checkpoints, step)
-    with atomic_folder(folder, overwrite=True) as partial:
+    step = int(state["step"])  # type: ignore[arg-type]
+    with atomic_folder(step_folder(checkpoints, step), overwrite=True) as partial:
         write_model(partial)
         write_tensors(partial / TRAINING, _training_tensors(module, optimizer))
-        write_json(partial / STATE, {"step": step, "window": window})
+        write_json(partial / STATE, state)
         write_manifest(partial)
-    kept = [old for old in _steps(checkpoints) if old <= step][-keep_last:]
-    for old in _steps(checkpoints):
+    steps = _steps(checkpoints)
+    earlier = [old for old in steps if old <= step]
+    losses = {old: _heldout(checkpoints, old) for old in earlier}
+    kept = earlier[-config.keep_last :] + _best(losses)[: config.keep_best]
+    for old in steps:
         if old not in kept:
             shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)
-    return folder
+
+
+def is_best(checkpoints: Path, heldout: float | None, keep_best: int) -> bool:
+    """Whether a model of this held-out loss is one of the best, so that it should be saved."""
+    if heldout is None or not keep_best:
+        return False
+    losses = {step: _heldout(checkpoints, step) for step in _steps(checkpoints)}
+    best = _best(losses)[:keep_best]
+    return len(best) < keep_best or heldout < max(losses[step] for step in best)
+
+
+def best(checkpoints: Path) -> str | None:
+    """The name of the checkpoint with the lowest held-out loss."""
+    found = _best({step: _heldout(checkpoints, step) for step in _steps(checkpoints)})
+    return step_folder(checkpoints, found[0]).name if found else None
+
+
+def _best(losses: dict[int, float]) -> list[int]:
+    """Steps by their held-out loss, lowest first; those without one are left out."""
+    return sorted((s for s, loss in losses.items() if loss < math.inf), key=lambda s: losses[s])
+
+
+def _heldout(checkpoints: Path, step: int) -> float:
+    """Held-out loss of a checkpoint, infinite where it has none."""
+    try:
+        loss = read_json_object(step_folder(checkpoints, step) / STATE).get("heldout")
+    except InputError:
+        return math.inf
+    return float(loss) if isinstance(loss, (int, float)) else math.inf
+
+
+def newest_name(checkpoints: Path, warn: Callable[[str], None]) -> str | None:
+    """The name of the newest whole checkpoint."""
+    folder = newest(checkpoints, warn)
+    return None if folder is None else folder.name
 
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
@@ -116,31 +158,30 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
 def load(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, Json]]:
-    """Puts the training state back (the task has loaded the model); returns step and window."""
+    """Puts the training state back (the task has loaded the model); returns step and state."""
     state = read_json_object(folder / STATE)
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("window"), dict):
+        raise InputError(f"{folder / STATE}: no step and window in it")
     tensors = read_tensors(folder / TRAINING)
     with torch.no_grad():
-        for name, parameter in trained_parameters(module):
+        for name, parameter in optim.trained_parameters(module):
             if f"parameter.{name}" in tensors:
                 parameter.copy_(tensors[f"parameter.{name}"])
             slot = optimizer.state[parameter]
-            for key in ("exp_avg", "exp_avg_sq", "step"):
+            for key in optim.STATE:
                 if f"{key}.{name}" not in tensors:
                     raise InputError(f"{folder / TRAINING}: no {key} of {name} in it")
                 value = tensors[f"{key}.{name}"]
                 slot[key] = (
                     value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
                 )
-    window = state.get("window")
-    if not isinstance(state.get("step"), int) or not isinstance(window, dict):
-        raise InputError(f"{folder / STATE}: no step and window in it")
-    return state["step"], window  # type: ignore[return-value]
+    return state["step"], state  # type: ignore[return-value]
 
 
 def _training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimiser moments by parameter name, and the parameters that the model files do not hold."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in trained_parameters(module):
+    for name, parameter in optim.trained_parameters(module):
         if not name.startswith("model."):
             tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
         # A parameter that has had no update yet (a run saved at step 0) has zero moments.
@@ -149,7 +190,7 @@ def _training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
             "exp_avg_sq": torch.zeros_like(parameter),
             "step": torch.zeros(()),
         }
-        for key in ("exp_avg", "exp_avg_sq", "step"):
+        for key in optim.STATE:
             tensors[f"{key}.{name}"] = slot[key].detach().cpu().contiguous()
     return tensors
 

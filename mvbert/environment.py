@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,17 +14,18 @@ from mvbert import __version__
 from mvbert.files import Json
 
 
-def environment(device: torch.device, reason: str) -> dict[str, Json]:
+def environment(device: torch.device, reason: str, processes: int = 1) -> dict[str, Json]:
     """Facts that tell a reader of a run folder, or of a result, what made it."""
     facts: dict[str, Json] = {
         "mvbert": __version__,
         "commit": commit(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": str(device),
         "dtype": reason,
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "processor": processor(),
     }
     if device.type == "cuda":

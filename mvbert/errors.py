@@ -1,4 +1,4 @@
-"""The one exception for wrong input."""
+"""What a command ends with, other than being done."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,18 @@ class InputError(ValueError):
 
     The command line prints the message as one sentence and exits with code 2.
     """
+
+
+class FailedElsewhere(InputError):
+    """Another process of this run met wrong input and has told the user."""
+
+
+class OutOfTime(Exception):
+    """The hours of a command are used up; the run was saved and the same command goes on."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class Interrupted(Exception):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvbert import functional
+from mvbert.batches import Batch
 from mvbert.config import ModelConfig
 from mvbert.embeddings import Embeddings, StudentTable
 from mvbert.encoder import ACTIVATIONS, BertEncoder, Taps, init_weights
@@ -29,23 +30,22 @@ class DeviceBatch:
     )
 
     @staticmethod
-    def of(batch, device: torch.device, select: slice = slice(None)) -> DeviceBatch:
-        """Carries rows `select` of a `mvbert.batches.Batch` to the device."""
+    def of(batch: Batch, device: torch.device, select: slice = slice(None)) -> DeviceBatch:
+        """Carries rows `select` of a batch to the device."""
+        carried = {name: torch.from_numpy(a[select]).to(device) for name, a in vars(batch).items()}
+        return DeviceBatch.part(carried, slice(None))
 
-        def carry(array) -> Tensor:
-            tensor = torch.from_numpy(array[select])
-            # From pinned memory a copy does not wait for the device.
-            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-            return tensor.to(device, non_blocking=True)
-
-        ids = carry(batch.input_ids)
+    @staticmethod
+    def part(rows: dict[str, Tensor], select: slice) -> DeviceBatch:
+        """Rows `select` of tensors on the device, by the names and of the types in Batch."""
+        ids, positions = rows["input_ids"][select], rows["masked_positions"][select].long()
         B, T = ids.shape
-        index = carry(batch.masked_positions).long() + torch.arange(B, device=device)[:, None] * T
+        index = positions + torch.arange(B, device=ids.device)[:, None] * T
         return DeviceBatch(
             ids,
-            carry(batch.token_type_ids).int(),
+            rows["token_type_ids"][select].int(),
             index.flatten(),
-            carry(batch.labels).long().flatten(),
+            rows["labels"][select].long().flatten(),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,12 +19,17 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 
+def leads() -> bool:
+    """Whether this process is the one of its run that people hear from (rank 0 of torchrun)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Progress:
-    """Writes to stderr; the bar appears only where stderr is a terminal."""
+    """Writes to stderr, of rank 0 alone; the bar appears only where stderr is a terminal."""
 
     def __init__(self, title: str) -> None:
         self.title = title
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not leads())
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._text = ""
@@ -37,7 +43,7 @@ class Progress:
     def steps(self, total: int, done: int) -> Iterator[None]:
         """A bar over optimiser steps."""
         self._started = time.perf_counter()
-        if not sys.stderr.isatty():
+        if not (sys.stderr.isatty() and leads()):
             yield
             return
         with RichProgress(
@@ -60,7 +66,9 @@ class Progress:
     def trained(self, record: Mapping[str, Any]) -> None:
         """A line of the log was written."""
         speed = record["pieces_per_second"] / 1e3
-        self._text = f"loss {_number(record['loss'])}  {speed:.1f} K pieces/s"
+        self._text = (
+            f"loss {_number(record['loss'])}  {speed:.1f} K pieces/s  MFU {record['mfu']:.1%}"
+        )
 
     def evaluated(self, step: int, heldout: Mapping[str, float | None]) -> None:
         """A held-out evaluation was made."""

@@ -143,10 +143,10 @@ class Log:
         except OSError as error:
             raise write_error(self._path, error) from error
         if self._board is not None:
-            prefix, values = "train", record
-            if "heldout" in record:
-                prefix, values = "heldout", record["heldout"]
-            for name, value in values.items():  # type: ignore[union-attr]
+            heldout = record.get("heldout")
+            prefix, values = ("heldout", heldout) if heldout else ("train", record)
+            assert isinstance(values, dict)
+            for name, value in values.items():
                 if name not in ("step", "pieces") and value is not None:
                     self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 

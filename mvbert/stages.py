@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,11 +24,12 @@ from mvbert.batches import Rows
 from mvbert.card import model_card
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, student_shape
 from mvbert.corpus import Corpus, Segmentation
-from mvbert.distillation import Distillation, Teacher, encoder_flops
+from mvbert.distillation import Distillation, Teacher
 from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.errors import InputError
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.progress import Progress
+from mvbert.speed import encoder_flops, head_flops
 from mvbert.vocab import Vocab
 
 STUDENT_TABLE = "student.safetensors"
@@ -84,6 +86,7 @@ class Stage1:
         self.module = nn.ModuleDict({"model": model})
         model.pooler.requires_grad_(False)  # no masked-language-model loss reaches it
         self.teacher_size = shape.vocab_size
+        self._row = row
         teacher_cut = corpus.segment(self.teacher_vocab)
         student_cut = corpus.segment(student_vocab)
         cuts = (teacher_cut, student_cut)
@@ -97,7 +100,7 @@ class Stage1:
     def begin(self, step: int) -> None:
         pass
 
-    def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self._losses(batch)
         return losses.sum() / masked, self._sums(losses, batch.labels)
 
@@ -113,6 +116,16 @@ class Stage1:
             "student_loss": _mean(sums["student_sum"], sums["student_count"]),
             **_step_means(sums),
         }
+
+    def flops(self) -> float:
+        shape, V, p = self.model.config, self.student_vocab.size, self._config.student_prob
+        pieces = self._config.rows * self.rows.T
+        forward = (
+            pieces * encoder_flops(shape, self.rows.T)
+            + self._row.mask_prob * pieces * head_flops(shape, p * V + (1 - p) * self.teacher_size)
+            + 2.0 * V * self._config.embedding_size * shape.hidden_size
+        )
+        return 3.0 * forward
 
     def write_model(self, folder: Path) -> None:
         """The teacher as a Hugging Face folder, the student's table and vocabulary beside it."""
@@ -246,7 +259,7 @@ class Stage2:
                 slot.fill_(weight)
             self._weights = weights
 
-    def losses(self, batch: DeviceBatch, masked: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         distillation = self.distillation
         taps = distillation.student_taps() if distillation is not None else None
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids, taps=taps)
@@ -290,8 +303,8 @@ class Stage2:
     def _costs(self) -> dict[str, float | None]:
         """What a piece costs the student and what it costs the teacher."""
         assert self.distillation is not None
-        T, H, V = self.rows.T, self.model.config.hidden_size, self.vocab.size
-        head = self._row.mask_prob * 2.0 * (H * H + H * V)
+        T = self.rows.T
+        head = self._row.mask_prob * head_flops(self.model.config, self.vocab.size)
         student = 3.0 * (encoder_flops(self.model.config, T) + head)
         teacher = self.distillation.teacher_flops(T, self._row.mask_prob)
         return {
@@ -299,6 +312,19 @@ class Stage2:
             "teacher_mflop": round(teacher / 1e6, 3),
             "teacher_us_per_piece": self.distillation.teacher.microseconds,
         }
+
+    def flops(self) -> float:
+        shape = self.model.config
+        pieces = self._config.rows * self.rows.T
+        masked = self._row.mask_prob * pieces
+        trained = pieces * encoder_flops(shape, self.rows.T) + masked * head_flops(
+            shape, self.vocab.size
+        )
+        if self.distillation is None:
+            return 3.0 * trained
+        mapped = self.distillation.map_flops()
+        teacher = self.distillation.teacher_flops(self.rows.T, self._row.mask_prob)
+        return 3.0 * trained + pieces * (3.0 * mapped + teacher)
 
     def write_model(self, folder: Path) -> None:
         card = model_card("stage2", self.model.config, self._config)
@@ -346,7 +372,7 @@ def _about_heldout() -> Iterator[None]:
 
 
 def _rows(
-    stream,
+    stream: np.ndarray,
     teacher: Segmentation | None,
     student: Segmentation,
     row: RowConfig,

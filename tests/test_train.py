@@ -20,6 +20,7 @@ from mvbert.model import MaskedLM
 from mvbert.optim import learning_rate
 from mvbert.progress import Progress
 from mvbert.stages import Stage1, Stage2, load_stage1
+from mvbert.step import dropout_seed
 from mvbert.vocab import Vocab
 
 ROW = RowConfig(length=16)
@@ -110,7 +111,7 @@ def describe(config) -> dict:
 
 def numbers(out: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    clock = ("pieces_per_second", "data_wait", "teacher_us_per_piece")
+    clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
     return [{k: v for k, v in r.items() if k not in clock} for r in runs.read_log(out)]
 
 
@@ -288,9 +289,14 @@ def test_a_signal_in_the_last_step_is_heard(stage1, tmp_path):
     assert train.finished(tmp_path, describe(STAGE1), STAGE1) is not None
 
 
-def test_dropout_is_drawn_by_seed_and_step():
-    seeds = {train._dropout_seed(seed, step) for seed in (0, 1, 2**32, 2**39) for step in range(9)}
-    assert len(seeds) == 36
+def test_dropout_is_drawn_by_seed_step_and_rank():
+    seeds = {
+        dropout_seed(seed, step, rank)
+        for seed in (0, 1, 2**32, 2**39)
+        for step in range(9)
+        for rank in range(2)
+    }
+    assert len(seeds) == 72
     for seed in seeds:
         torch.manual_seed(seed)  # within what the generator takes
     with pytest.raises(InputError, match=r"seed must lie in \[0, 2\^40\)"):
@@ -413,7 +419,8 @@ def test_not_finite_updates_are_skipped_then_stop_the_run(stage2, tmp_path, monk
 
     monkeypatch.setattr(Stage2, "losses", spoiled)
     with pytest.raises(
-        InputError, match=r"not finite in 10 steps in a row, up to step 30 .*seed 0, rows 80 to 120"
+        InputError,
+        match=r"not finite in 10 steps in a row, steps 20 to 30 .*epoch 1, rows 80 to 120\)",
     ):
         stage2(tmp_path, config)
     trained = {r["step"]: r for r in numbers(tmp_path) if "heldout" not in r}

@@ -1,0 +1,176 @@
+"""A run of several processes: the same losses, one log, and an end when one of them dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mvbert import checkpoint, huggingface, runs
+from mvbert.config import ModelConfig, RowConfig, Stage1Config
+from mvbert.corpus import Corpus, build_corpus
+from mvbert.model import MaskedLM
+from mvbert.progress import Progress
+from mvbert.ranks import Ranks
+from mvbert.stages import Stage1
+from mvbert.vocab import Vocab
+
+SETTINGS = [
+    "--steps", 6, "--rows", 8, "--eval-rows", 10, "--eval-every", 3, "--save-every", 2,
+    "--log-every", 2, "--dtype", "float32", "--device", "cpu", "--threads", 1, "--lr", 1e-3,
+    "--row.length", 16, "--shape", "1x64", "--distill", "hidden", "logits",
+]  # fmt: skip
+
+# Python as torchrun starts it: one process ends itself as a broken machine would.
+DIE = """
+import os, signal, sys
+from mvbert import cli, step
+first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+update = step.Step.__call__
+
+def dying(self, feed, number):
+    if number == 3 and os.environ["RANK"] == "1" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, feed, number)
+
+step.Step.__call__ = dying
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, text, teacher_pieces, student_pieces) -> Path:
+    """A folder with a corpus and the result of a Stage I that did not train."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "text.txt").write_text(text * 4)
+    build_corpus([folder / "text.txt"], folder / "corpus", heldout_share=0.2)
+    vocab = Vocab(tuple(teacher_pieces))
+    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=20))
+    model.init_weights(1)
+    (folder / "teacher").mkdir()
+    huggingface.write_model(folder / "teacher", model, vocab, "")
+    task = Stage1(
+        Stage1Config(embedding_size=64),
+        RowConfig(length=16),
+        Corpus.open(folder / "corpus"),
+        folder / "teacher",
+        Vocab(tuple(student_pieces)),
+        Progress("test"),
+    )
+    (folder / "stage1").mkdir()
+    task.write_model(folder / "stage1")
+    checkpoint.write_manifest(folder / "stage1")
+    return folder
+
+
+@pytest.fixture
+def start(inputs, tmp_path):
+    """A function that runs Stage II in N processes; returns what came out."""
+
+    def run(
+        out: str, processes: int, *options, torchrun: tuple = (), program: tuple = ("-m", "mvbert")
+    ) -> subprocess.CompletedProcess:
+        command = [sys.executable]
+        if processes > 1:
+            torchrun = ("--standalone", "--nproc-per-node", processes, *torchrun)
+            command += ["-m", "torch.distributed.run", *torchrun]
+        command += [
+            *program, "train", "--stage", 2, "--corpus", inputs / "corpus",
+            "--stage1", inputs / "stage1", "-o", tmp_path / out, *SETTINGS, *options,
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
+        return subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            cwd=tmp_path,
+            env={**environment, "OMP_NUM_THREADS": "1"},
+        )
+
+    return run
+
+
+def losses(out: Path) -> list[float]:
+    """Every number of the log that does not depend on the clock, in order."""
+    numbers = []
+    for record in runs.read_log(out):
+        values = record.pop("heldout", record)
+        clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
+        numbers += [value for name, value in values.items() if name not in clock]
+    return numbers
+
+
+def assert_the_same(out: Path, reference: Path) -> None:
+    """Logs alike to rounding, with as many lines; the same checkpoints."""
+    assert losses(out) == pytest.approx(losses(reference), rel=2e-5, abs=1e-6)
+    names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (out, reference)]
+    assert names[0] == names[1]
+
+
+def test_two_processes_learn_what_one_learns(start, tmp_path):
+    one = start("one", 1)
+    assert one.returncode == 0, one.stderr
+    two = start("two", 2, "--micro-rows", 2)  # so that gradients are accumulated as well
+    assert two.returncode == 0, two.stderr
+    assert_the_same(tmp_path / "two", tmp_path / "one")
+    reports = [json.loads(done.stdout) for done in (one, two)]  # one line: rank 0's
+    assert reports[0]["steps"] == reports[1]["steps"]
+    run = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert run["environment"]["processes"] == 2
+    assert two.stderr.count("step 6: held-out") == 1
+
+    other = start("two", 2, "--micro-rows", 2, "--lr", 1)
+    assert other.returncode != 0
+    assert other.stderr.count("holds a run with other settings") == 1
+
+
+@pytest.mark.slow
+def test_four_processes_learn_what_one_learns(start, tmp_path):
+    for out, processes in (("one", 1), ("four", 4)):
+        done = start(out, processes)
+        assert done.returncode == 0, done.stderr
+    assert_the_same(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_run_and_it_resumes(start, tmp_path):
+    assert start("whole", 2).returncode == 0
+    program = tmp_path / "dying.py"
+    program.write_text(DIE)
+    before = time.monotonic()
+    died = start("died", 2, program=(program,))
+    assert died.returncode != 0
+    assert time.monotonic() - before < 60
+    assert checkpoint.newest(tmp_path / "died" / "checkpoints", print).name == "step-00000003"
+    assert not (tmp_path / "died" / "model").exists()
+
+    # torchrun starts all of them again by itself where it is told to.
+    again = start("elastic", 2, torchrun=("--max-restarts", 1), program=(program,))
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step-00000003" in again.stderr
+    assert losses(tmp_path / "elastic") == losses(tmp_path / "whole")
+
+    # One process takes up what two have begun.
+    alone = start("died", 1)
+    assert alone.returncode == 0, alone.stderr
+    assert_the_same(tmp_path / "died", tmp_path / "whole")
+
+
+def test_shares_are_all_rows_once():
+    for count in (1, 2, 3, 7):
+        shares = [Ranks(rank, count).share(20) for rank in range(count)]
+        assert [row for share in shares for row in share] == list(range(20))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_needs_no_other():
+    alone = Ranks()
+    assert alone.lead
+    assert alone.first(lambda: 5) == 5
+    assert alone.any(True)
+    assert not alone.any(False)
