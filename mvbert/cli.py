@@ -38,7 +38,8 @@ DEMO = Path(__file__).parent / "presets" / "demo.toml"
 class CorpusCommand:
     """Read text once into a word stream and a lexicon.
 
-    Takes .txt, .jsonl (both also .gz, .xz, .zst), .parquet and folders of them.
+    Takes .txt, .jsonl (both also .gz, .xz, .zst), .parquet and folders of them; with --merge,
+    corpora. The same command, after an interruption, goes on where the last one was.
     """
 
     text: Positional[tuple[Path, ...]]
@@ -59,20 +60,49 @@ class CorpusCommand:
     """CPU threads (0: all cores)."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
+    resume: bool = True
+    """Go on where the same command was killed or interrupted, not from the start."""
+    merge: bool = False
+    """The folders are corpora: join them into one, without their texts."""
+    vocab: tuple[Path, ...] = ()
+    """Vocabularies to report on: pieces per word, unknown words, overlap."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.corpus import run_corpus
+        if self.merge:
+            return self._merge()
+        from mvbert.corpus import load_vocabs, run_corpus
 
+        lowercase = not self.cased
         return run_corpus(
             list(self.text),
             self.out,
-            lowercase=not self.cased,
+            vocabs=load_vocabs(self.vocab, lowercase),
+            lowercase=lowercase,
             heldout_share=self.heldout_share,
             heldout_texts=list(self.heldout_text),
             field=self.field,
             errors=self.errors,
             threads=self.threads,
             overwrite=self.overwrite,
+            resume=self.resume,
+        )
+
+    def _merge(self) -> dict[str, Json]:
+        from mvbert.corpus import Corpus, load_vocabs, run_merge
+
+        of_texts = ("cased", "heldout_text", "heldout_share", "field", "errors", "resume")
+        for option in of_texts:
+            if getattr(self, option) != getattr(CorpusCommand, option):
+                raise InputError(
+                    f"--{option.replace('_', '-')} is about reading text; --merge joins corpora "
+                    "as they are"
+                )
+        lowercase = Corpus.open(self.text[0]).lowercase if self.text else True
+        return run_merge(
+            list(self.text),
+            self.out,
+            overwrite=self.overwrite,
+            vocabs=load_vocabs(self.vocab, lowercase),
         )
 
 
@@ -207,12 +237,16 @@ class DistillCommand:
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Tell where a run stands."""
+    """Tell where a run stands; check a corpus and tell what is in it."""
 
     run_folder: Positional[Path]
-    """Folder of a Stage I or Stage II run."""
+    """Folder of a Stage I or Stage II run, or of a corpus."""
 
     def run(self) -> dict[str, Json]:
+        if (self.run_folder / "lexicon.bytes").is_file():
+            from mvbert.corpus import run_corpus_info
+
+            return run_corpus_info(self.run_folder)
         from mvbert.report import run_info
 
         return run_info(self.run_folder)

@@ -18,7 +18,14 @@ more than 100 characters, which WordPiece turns into [UNK], is kept cut to 101.
 
 from mvbert.corpus_build import build_corpus, merge_corpora
 from mvbert.corpus_folder import Corpus, Segmentation, Words
-from mvbert.corpus_report import corpus_report, print_corpus_report, run_corpus, run_merge
+from mvbert.corpus_report import (
+    corpus_report,
+    load_vocabs,
+    print_corpus_report,
+    run_corpus,
+    run_corpus_info,
+    run_merge,
+)
 
 __all__ = [
     "Corpus",
@@ -26,8 +33,10 @@ __all__ = [
     "Words",
     "build_corpus",
     "corpus_report",
+    "load_vocabs",
     "merge_corpora",
     "print_corpus_report",
     "run_corpus",
+    "run_corpus_info",
     "run_merge",
 ]

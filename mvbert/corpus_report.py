@@ -12,7 +12,7 @@ import numpy as np
 
 from mvbert.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, merge_corpora
 from mvbert.corpus_folder import Corpus
-from mvbert.errors import Interrupted
+from mvbert.errors import InputError, Interrupted
 from mvbert.files import Json
 
 if TYPE_CHECKING:
@@ -65,11 +65,47 @@ def run_merge(
     return report
 
 
+def run_corpus_info(folder: str | Path) -> dict[str, Json]:
+    """Reads all of a corpus and compares it with its manifest, then the report.
+
+    Raises:
+        InputError: not a corpus, or a file is not the one that was written, by name.
+    """
+    corpus = Corpus.open(folder, verify="sha256")
+    report = corpus_report(corpus, {})
+    print_corpus_report(report)
+    print("every file has the SHA-256 of the manifest", file=sys.stderr)
+    return report
+
+
+def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab]:
+    """Vocabularies by their paths, to report on.
+
+    Raises:
+        InputError: no vocabulary, or its own configuration says that it is of the other case.
+    """
+    from mvbert.vocab import Vocab
+
+    vocabs = {}
+    for path in map(Path, paths):
+        # A bare vocab.txt does not say of which case it is.
+        vocab = Vocab.load(path, lowercase=None if path.is_dir() else lowercase)
+        if vocab.lowercase != lowercase:
+            cased = {True: "uncased", False: "cased"}
+            raise InputError(
+                f"the vocabulary {path} is {cased[vocab.lowercase]} but the corpus is "
+                f"{cased[lowercase]}"
+            )
+        vocabs[str(path)] = vocab
+    return vocabs
+
+
 def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Json]:
     """Counts of a corpus, and of its train part how each vocabulary cuts it.
 
     Pieces per word and the unknown rate are over the words of the train stream, each as often as it
-    is there; `unknown` is the share of words with an unknown piece.
+    is there; `unknown` is the share of words with an unknown piece. `shared` is the share of a
+    vocabulary's pieces that are in each of the others.
     """
     manifest = corpus.manifest
     report: dict[str, Json] = {
@@ -91,6 +127,11 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Json
             "pieces_per_word": float(counts @ lengths / words),
             "unknown": float(counts[first == vocab.unk].sum() / words),
             "whole_words": float(counts[(lengths == 1) & (first != vocab.unk)].sum() / words),
+            "shared": {
+                other: len(set(vocab.pieces) & set(others.pieces)) / vocab.size
+                for other, others in vocabs.items()
+                if other != name
+            },
         }
     return report
 
@@ -119,6 +160,9 @@ def print_corpus_report(report: dict[str, Json]) -> None:
                 f"{cut['unknown']:.4%}",
             )
         console.print(table)
+        for name, cut in report["vocabularies"].items():
+            for other, share in cut["shared"].items():
+                console.print(f"{share:.1%} of the pieces of {name} are in {other}", markup=False)
     share = heldout.get("share", 0.0)
     by = {
         "texts": "texts of their own",

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mvbert import _tokenizer, corpus_build, files, readers
+from mvbert import _tokenizer, cli, corpus_build, files, readers
 from mvbert.batches import Batch, Rows
 from mvbert.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
 from mvbert.errors import InputError, Interrupted
@@ -637,6 +637,54 @@ def test_merged_corpora_are_the_corpus_of_all_texts(awkward, tmp_path):
     assert corpus.manifest["heldout"] == {"documents": 2, "words": 5, "by": "merge"}
     with pytest.raises(InputError, match="m holds another corpus"):
         build_corpus([awkward], tmp_path / "m")
+
+
+def test_the_verb_merges_and_reports(awkward, tmp_path, capsys, student_pieces):
+    more = texts_of(tmp_path, 30)
+    vocab, other = tmp_path / "vocab.txt", tmp_path / "other.txt"
+    vocab.write_text("".join(f"{piece}\n" for piece in student_pieces), encoding="utf-8")
+    other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    a, b, m = (str(tmp_path / name) for name in "abm")
+    assert cli.main(["corpus", str(awkward), "-o", a, "--heldout-share", "0"]) == 0
+    assert cli.main(["corpus", str(more), "--out", b, "--no-resume"]) == 0
+    capsys.readouterr()
+    assert cli.main(["corpus", "--merge", a, b, "-o", m, "--vocab", str(vocab), str(other)]) == 0
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    corpus = Corpus.open(m, verify="sha256")
+    assert report["words"] == sum(Corpus.open(part).manifest["words"] for part in (a, b))
+    assert report["vocabularies"][str(vocab)]["shared"] == {str(other): 5 / len(student_pieces)}
+    assert report["vocabularies"][str(other)]["shared"] == {str(vocab): 1.0}
+    assert report["vocabularies"][str(other)]["unknown"] == 1.0
+    assert f"100.0% of the pieces of {other} are in {vocab}" in printed.err
+
+    assert cli.main(["info", m]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == corpus_report(corpus, {})
+    assert "every file has the SHA-256" in printed.err
+    for wrong, message in (
+        (["--merge", a, b, "--field", "body"], "--field is about reading text"),
+        (["--merge", a, b, "--no-resume"], "--resume is about reading text"),
+        (["--merge", a], "at least two corpora, got 1"),
+        (["--merge"], "at least two corpora, got 0"),
+        ([str(awkward), "--vocab", str(tmp_path / "none")], "none"),
+    ):
+        assert cli.main(["corpus", *wrong, "-o", str(tmp_path / "x")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_corpus_is_not_merged_and_info_names_its_file(awkward, tmp_path, capsys):
+    build_corpus([awkward], tmp_path / "a")
+    build_corpus([texts_of(tmp_path, 5)], tmp_path / "b")
+    stream = np.memmap(tmp_path / "b" / "train.u32", np.uint32, "r+")
+    stream[3] = 2 if stream[3] == 1 else 1
+    stream.flush()
+    with pytest.raises(InputError, match=r"train\.u32 is not the file of its manifest"):
+        merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    assert cli.main(["info", str(tmp_path / "b")]) == 2
+    assert "train.u32 is not the file of its manifest" in capsys.readouterr().err
 
 
 def test_corpora_that_do_not_fit_together(awkward, tmp_path):
