@@ -248,12 +248,12 @@ def test_the_wheel_works_in_a_clean_environment(distributions, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", distributions[1]]
-    subprocess.run(install, check=True)
+    env = {"PATH": os.environ["PATH"]}  # no PYTHONPATH: pip would find the tree's mvbert there
+    subprocess.run(install, check=True, env=env)
     code = (
         "import mvbert, mvbert.kernels, mvbert._tokenizer as t; from importlib import metadata;"
         "assert t.__version__ == mvbert.__version__ == metadata.version('mvbert')"
     )
-    env = {"PATH": os.environ["PATH"]}
     done = subprocess.run(
         [python, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
