@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import harness
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 E = 256  # the student's own width in mixed cases
@@ -166,9 +166,7 @@ def _(case, device):
 
 @BENCH.provider("torch.compile max-autotune")
 def _(case, device):
-    import torch._dynamo
-
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False)
     return lambda x: x.gradients(compiled(x.input_ids, x.token_type_ids, *x.parameters()))
 
@@ -192,11 +190,11 @@ def _(case, device):
             "word_embeddings.weight", "position_embeddings.weight",
             "token_type_embeddings.weight", "LayerNorm.weight", "LayerNorm.bias",
         )  # fmt: skip
-        out = nn.utils.stateless.functional_call(
-            module, dict(zip(names, values, strict=True)),
+        out = torch.func.functional_call(
+            module,
+            dict(zip(names, values, strict=True)),
             kwargs={"input_ids": x.input_ids, "token_type_ids": x.token_type_ids},
-            args=(),
-        )  # fmt: skip
+        )
         return x.gradients(out)
 
     return run

@@ -143,9 +143,7 @@ def _(case, device):
 
 @BENCH.provider("torch.compile max-autotune")
 def _(case, device):
-    import torch._dynamo
-
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
     return lambda x: x.gradients(compiled(*vars(x).values()))
 

@@ -141,9 +141,7 @@ def _(case, device):
 
 @BENCH.provider("torch.compile max-autotune")
 def _(case, device):
-    import torch._dynamo
-
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
     def head(hidden, weight, bias, labels):
         return F.cross_entropy(F.linear(hidden, weight, bias).float(), labels)
@@ -243,7 +241,5 @@ def _(case, device):
 
 @BENCH.provider("CCE torch_compile", needs=["cut-cross-entropy"])
 def _(case, device):
-    import torch._dynamo
-
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return cut(impl="torch_compile")

@@ -68,7 +68,7 @@ def main() -> None:
     if args.peak:
         peak(chosen[0], int(args.peak[0]), args.peak[1], args.quick)
         return
-    run = harness.run_record(chosen, args.device, args.quick)
+    run = harness.run_record(chosen, args.device, args.quick, args.only)
     emit = harness.appender(None if args.no_output else args.output, run)
     records = []
     for bench in chosen:
@@ -92,6 +92,9 @@ def outcome(run: dict, records: list[dict]) -> dict:
 
 def peak(bench: harness.Bench, number: int, name: str, quick: bool) -> None:
     """The child process of `harness.cpu_peak`."""
+    import torch
+
+    torch.set_num_threads(bench.threads or torch.get_num_threads())
     case = bench.cases("cpu", quick)[number]
     provider = next(provider for provider in bench.providers if provider.name == name)
     run = provider.make(case, "cpu")

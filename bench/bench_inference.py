@@ -1,0 +1,217 @@
+"""Size against latency: the student beside teachers of BERT's shapes, as people run them.
+
+Hugging Face folders with random weights (speed and size do not depend on them), written by mvbert;
+hidden states of all positions out, on one thread where it is a CPU. Batches of 1 and 32 rows. ONNX
+graphs are exported from the same folders by torch.onnx; int8 is ONNX Runtime's dynamic quantisation
+of the weights. `megabytes` in the records is the size of the file that is loaded.
+"""
+
+import atexit
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import harness
+import torch
+
+SHAPES = {  # (layers, H, heads, V)
+    "student 6x256": (6, 256, 4, 4928),
+    "student 12x256": (12, 256, 4, 4928),
+    "MiniLM 6x384": (6, 384, 12, 30522),
+    "BERT-base": (12, 768, 12, 30522),
+    "BERT-large": (24, 1024, 16, 30522),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a batch of B rows of T pieces."""
+
+    model: str
+    B: int
+    T: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}, {self.B} x {self.T}"
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    batches = (1,) if quick else (1, 32)
+    models = list(SHAPES)[:1] + list(SHAPES)[3:4] if quick else list(SHAPES)
+    return [Case(model, B, 128) for B in batches for model in models]
+
+
+@cache
+def folder(model: str) -> Path:
+    """A Hugging Face folder of that shape, weights random."""
+    from mvbert.config import ModelConfig
+    from mvbert.huggingface import write_model
+    from mvbert.model import MaskedLM
+    from mvbert.vocab import Vocab
+
+    made = tempfile.TemporaryDirectory(prefix="mvbert-bench-")
+    atexit.register(made.cleanup)
+    layers, H, heads, V = SHAPES[model]
+    bert = MaskedLM(ModelConfig(V, H, layers, heads, 4 * H))
+    bert.init_weights(0)
+    out = Path(made.name) / "model"
+    out.mkdir()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    lines = Path(made.name) / "vocab.txt"
+    lines.write_text("\n".join([*specials, *(f"w{i}" for i in range(V - 5))]) + "\n")
+    write_model(out, bert, Vocab.load(lines, lowercase=True), "")
+    return out
+
+
+@cache
+def exported(model: str) -> Path:
+    """model.onnx and int8.onnx of the folder's encoder."""
+    import onnxruntime.quantization
+    from transformers import AutoModel
+
+    out = folder(model)
+    bert = AutoModel.from_pretrained(out, attn_implementation="sdpa").eval()
+    bert.config.use_cache = False
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
+    dynamic = {0: batch, 1: length}
+
+    class Encoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = bert
+
+        def forward(self, input_ids, attention_mask):
+            return self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+
+    logging.disable(logging.WARNING)  # the exporter's notes on what else it could export
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Encoder().eval(), (ids, torch.ones_like(ids)), str(out / "model.onnx"), dynamo=True,
+            external_data=False, verbose=False, input_names=["input_ids", "attention_mask"],
+            output_names=["hidden"],
+            dynamic_shapes={"input_ids": dynamic, "attention_mask": dynamic},
+        )  # fmt: skip
+        onnxruntime.quantization.quantize_dynamic(
+            out / "model.onnx", out / "int8.onnx",
+            weight_type=onnxruntime.quantization.QuantType.QUInt8,
+        )  # fmt: skip
+    logging.disable(logging.NOTSET)
+    return out
+
+
+def inputs(case: Case, device: str, copy: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(copy)
+    V = SHAPES[case.model][3]
+    return torch.randint(5, V, (case.B, case.T), generator=generator).to(device)
+
+
+def work(case: Case) -> harness.Work:
+    """Products of the layers, attention's included; the weights read once."""
+    layers, H, _, _ = SHAPES[case.model]
+    pieces = case.B * case.T
+    flop = layers * (2.0 * pieces * 12 * H * H + 4.0 * pieces * case.T * H)
+    return harness.Work(flop=flop, bytes=4.0 * layers * 12 * H * H, items=case.B, unit="rows")
+
+
+_truth: dict = {}
+
+
+def check(case: Case, x: torch.Tensor, outputs) -> dict:
+    """Relative error of the hidden states against float64; int8 is only reported."""
+    if case not in _truth:
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(folder(case.model)).double().eval()
+        with torch.no_grad():
+            _truth.clear()
+            _truth[case] = model(x[:1].cpu()).last_hidden_state
+    hidden, megabytes, bound = outputs
+    error = float((hidden[:1].double().cpu() - _truth[case]).norm() / _truth[case].norm())
+    if not error <= bound:
+        raise harness.Wrong(f"hidden states are off by {error:.2g} relative, more than {bound:g}")
+    return {"errors": {"hidden": harness.digits(error, 2)}, "megabytes": harness.digits(megabytes)}
+
+
+BENCH = harness.Bench(
+    "inference", cases=cases, inputs=inputs, work=work, check=check, memory=False, threads=1
+)
+
+
+def megabytes(file: Path) -> float:
+    return file.stat().st_size / 1e6
+
+
+def torch_provider(case: Case, device: str, compiled: bool, dtype: torch.dtype):
+    from transformers import AutoModel
+
+    out = folder(case.model)
+    model = AutoModel.from_pretrained(out, attn_implementation="sdpa").eval().to(device, dtype)
+    size = megabytes(out / "model.safetensors") * dtype.itemsize / 4
+    call = model
+    if compiled:
+        torch.compiler.reset()
+        call = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False)
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
+
+    def run(ids):
+        with torch.inference_mode():
+            return call(ids).last_hidden_state, size, bound
+
+    return run
+
+
+@BENCH.provider("torch eager", needs=["transformers"], devices=["cpu"])
+def _(case, device):
+    return torch_provider(case, device, False, torch.float32)
+
+
+@BENCH.provider("torch.compile max-autotune", needs=["transformers"], devices=["cpu"])
+def _(case, device):
+    return torch_provider(case, device, True, torch.float32)
+
+
+@BENCH.provider("torch eager bf16", needs=["transformers"], devices=["cuda"])
+def _(case, device):
+    return torch_provider(case, device, False, torch.bfloat16)
+
+
+@BENCH.provider("torch.compile max-autotune bf16", needs=["transformers"], devices=["cuda"])
+def _(case, device):
+    return torch_provider(case, device, True, torch.bfloat16)
+
+
+def onnx_provider(case: Case, name: str, bound: float):
+    import onnxruntime
+
+    file = exported(case.model) / name
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    size = megabytes(file)
+
+    def run(ids):
+        feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        return torch.from_numpy(session.run(None, feed)[0]), size, bound
+
+    return run
+
+
+ONNX = ("onnxruntime", "onnx", "onnxscript", "transformers")
+
+
+@BENCH.provider("ONNX Runtime", needs=ONNX, devices=["cpu"])
+def _(case, device):
+    return onnx_provider(case, "model.onnx", 1e-4)
+
+
+@BENCH.provider("ONNX Runtime int8", needs=ONNX, devices=["cpu"])
+def _(case, device):
+    return onnx_provider(case, "int8.onnx", float("inf"))
