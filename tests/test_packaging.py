@@ -125,7 +125,7 @@ def test_the_text_half_works_without_torch(root, name):
 def test_extras_are_imported_lazily(root):
     """Optional packages are imported where they are used, so that none is needed to start."""
     optional = {"transformers", "tokenizers", "huggingface_hub", "tensorboard", "sentencepiece"}
-    optional |= {"pyarrow", "zstandard", "sympy", "networkx", "hypothesis", "pytest"}
+    optional |= {"pyarrow", "zstandard", "sympy", "networkx", "hypothesis", "pytest", "matplotlib"}
     for path in sorted((root / "mvbert").glob("*.py")):
         early = {name.split(".")[0] for name in imported_at_load(path)} & optional
         assert not early, f"{path.name} imports {early} at load"

