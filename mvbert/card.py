@@ -49,6 +49,9 @@ softmax; `student_vocab.txt` the student's pieces.
             "random": "Its embeddings started at random.",
         }[stage2.start]
         positions = "sine waves" if stage2.positions == "sinusoidal" else "random"
+        began = f"Its positions\nstarted at {positions}, the encoder at random."
+        if stage2.encoder_start == "teacher":
+            began = "Its positions\nand its encoder started at the Stage I teacher's, projected."
         losses = "masked language modelling"
         if stage2.distill:
             losses += f" and distillation ({' + '.join(stage2.distill)}) from the Stage I teacher"
@@ -57,8 +60,7 @@ softmax; `student_vocab.txt` the student's pieces.
 
 {what}.
 
-{start} Its positions
-started at {positions}, the encoder at random. It was trained with {losses}
+{start} {began} It was trained with {losses}
 for {stage2.steps} steps of {stage2.rows} rows.
 """
     return f"""{_FRONT}

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ def reader(mixed: MixedMaskedLM) -> MaskedLM:
             attention_probs_dropout_prob=0.0,
         )
     )
-    source = dict(mixed.named_parameters())
+    source: dict[str, Tensor] = dict(mixed.named_parameters())
     source["embeddings.word.weight"] = mixed.student.rows()
     source["head.bias"] = mixed.student.bias
     for name, parameter in model.named_parameters():
@@ -340,7 +341,7 @@ class _RelationKl(torch.autograd.Function):
     ELEMENTS = 1 << 22  # of relations at a time, so that they stay near the processor
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, heads: int) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, heads: int) -> Tensor:
         B, T, _ = student.shape
         dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
         loss = student.new_zeros((), dtype=dtype)
@@ -368,7 +369,7 @@ class _RelationKl(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, upstream: Tensor):
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         return ctx.gradient * upstream.to(ctx.gradient.dtype), None, None
 
 

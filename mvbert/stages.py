@@ -29,6 +29,7 @@ from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.errors import InputError
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.progress import Progress
+from mvbert.projected_start import project_start
 from mvbert.speed import encoder_flops, head_flops
 from mvbert.vocab import Vocab
 
@@ -227,6 +228,8 @@ class Stage2:
         if config.positions == "sinusoidal":
             tables = self.model.embeddings
             sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
+        if config.encoder_start == "teacher":
+            project_start(self.model, teacher)
         self.module = nn.ModuleDict({"model": self.model})
         # A buffer, so that weights may change from step to step inside one CUDA graph.
         self._losses = ("mlm", *config.distill)
@@ -255,7 +258,7 @@ class Stage2:
     def begin(self, step: int) -> None:
         weights = [self._config.weight_at(loss, step) for loss in self._losses]
         if weights != self._weights:
-            for slot, weight in zip(self.module.weights, weights, strict=True):
+            for slot, weight in zip(self.module.get_buffer("weights"), weights, strict=True):
                 slot.fill_(weight)
             self._weights = weights
 
@@ -277,7 +280,7 @@ class Stage2:
             losses |= more
             sums |= more_sums
         values = torch.stack([losses[name].float() for name in self._losses])
-        return (self.module.weights * values).sum(), sums
+        return (self.module.get_buffer("weights") * values).sum(), sums
 
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
