@@ -1,8 +1,10 @@
 """What every test shares: a clean import path, poisoned memory, real data, tiny inputs."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +145,57 @@ def run_cli(tmp_path):
     return run
 
 
+# ---- children that are killed ----------------------------------------------------------------
+
+# What Python tells audit hooks of before it happens; fsync is told of below.
+FILE_OPERATIONS = {
+    "open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate",
+    "shutil.rmtree", "tempfile.mkdtemp", "tempfile.mkstemp", "ctypes.dlopen", "fsync",
+}  # fmt: skip
+
+
+def _in_child(work: Callable[[], object], kill_at: int) -> bool:
+    """Runs work in a fork that kills itself before its file operation number `kill_at`.
+
+    Returns:
+        Whether it was killed; False: it had fewer operations and is done.
+    """
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the work failed by itself"
+        return os.WIFSIGNALED(status)
+    count = 0
+
+    def told(event: str, _: object) -> None:
+        nonlocal count
+        if event in FILE_OPERATIONS:
+            count += 1
+            if count > kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+
+    def told_fsync(handle: int) -> None:
+        told("fsync", None)
+        fsync(handle)
+
+    code = 1
+    try:
+        os.fsync = told_fsync
+        sys.addaudithook(told)
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def in_child():
+    """A function that runs work in a fork and kills it before a file operation of its own."""
+    return _in_child
+
+
 # ---- tiny inputs -----------------------------------------------------------------------------
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -213,3 +266,36 @@ def text_file(tmp_path, text) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def training_inputs(tmp_path_factory, text, teacher_pieces, student_pieces) -> Path:
+    """A folder with corpus/, teacher/ and stage1/, the result of a Stage I that did not train."""
+    from mvbert import checkpoint, huggingface
+    from mvbert.config import ModelConfig, RowConfig, Stage1Config
+    from mvbert.corpus import Corpus, build_corpus
+    from mvbert.model import MaskedLM
+    from mvbert.progress import Progress
+    from mvbert.stages import Stage1
+    from mvbert.vocab import Vocab
+
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "text.txt").write_text(text * 4)
+    build_corpus([folder / "text.txt"], folder / "corpus", heldout_share=0.2)
+    vocab = Vocab(tuple(teacher_pieces))
+    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=20))
+    model.init_weights(1)
+    (folder / "teacher").mkdir()
+    huggingface.write_model(folder / "teacher", model, vocab, "")
+    task = Stage1(
+        Stage1Config(embedding_size=64),
+        RowConfig(length=16),
+        Corpus.open(folder / "corpus"),
+        folder / "teacher",
+        Vocab(tuple(student_pieces)),
+        Progress("test"),
+    )
+    (folder / "stage1").mkdir()
+    task.write_model(folder / "stage1")
+    checkpoint.write_manifest(folder / "stage1")
+    return folder

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mvbert import checkpoint, huggingface, runs
-from mvbert.config import ModelConfig, RowConfig, Stage1Config
-from mvbert.corpus import Corpus, build_corpus
-from mvbert.model import MaskedLM
-from mvbert.progress import Progress
+from mvbert import checkpoint, runs
 from mvbert.ranks import Ranks
-from mvbert.stages import Stage1
-from mvbert.vocab import Vocab
 
 SETTINGS = [
     "--steps", 6, "--rows", 8, "--eval-rows", 10, "--eval-every", 3, "--save-every", 2,
@@ -41,33 +35,8 @@ sys.exit(cli.main())
 """
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory, text, teacher_pieces, student_pieces) -> Path:
-    """A folder with a corpus and the result of a Stage I that did not train."""
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "text.txt").write_text(text * 4)
-    build_corpus([folder / "text.txt"], folder / "corpus", heldout_share=0.2)
-    vocab = Vocab(tuple(teacher_pieces))
-    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=20))
-    model.init_weights(1)
-    (folder / "teacher").mkdir()
-    huggingface.write_model(folder / "teacher", model, vocab, "")
-    task = Stage1(
-        Stage1Config(embedding_size=64),
-        RowConfig(length=16),
-        Corpus.open(folder / "corpus"),
-        folder / "teacher",
-        Vocab(tuple(student_pieces)),
-        Progress("test"),
-    )
-    (folder / "stage1").mkdir()
-    task.write_model(folder / "stage1")
-    checkpoint.write_manifest(folder / "stage1")
-    return folder
-
-
 @pytest.fixture
-def start(inputs, tmp_path):
+def start(training_inputs, tmp_path):
     """A function that runs Stage II in N processes; returns what came out."""
 
     def run(
@@ -78,8 +47,8 @@ def start(inputs, tmp_path):
             torchrun = ("--standalone", "--nproc-per-node", processes, *torchrun)
             command += ["-m", "torch.distributed.run", *torchrun]
         command += [
-            *program, "train", "--stage", 2, "--corpus", inputs / "corpus",
-            "--stage1", inputs / "stage1", "-o", tmp_path / out, *SETTINGS, *options,
+            *program, "train", "--stage", 2, "--corpus", training_inputs / "corpus",
+            "--stage1", training_inputs / "stage1", "-o", tmp_path / out, *SETTINGS, *options,
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
         return subprocess.run(

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +18,8 @@ import torch
 from mvbert import checkpoint, device, huggingface, runs, train
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, to_dict
 from mvbert.corpus import Corpus, build_corpus
-from mvbert.errors import InputError, Interrupted
-from mvbert.model import MaskedLM
+from mvbert.errors import InputError, Interrupted, OutOfTime
+from mvbert.model import DeviceBatch, MaskedLM
 from mvbert.optim import learning_rate
 from mvbert.progress import Progress
 from mvbert.stages import Stage1, Stage2, load_stage1
@@ -96,10 +99,15 @@ def stage1_model(tmp_path_factory, corpus, teacher, student_vocab) -> Path:
 def stage2(corpus, stage1_model):
     """A function that runs Stage II in a folder."""
 
-    def run(out: Path, config: Stage2Config = STAGE2, after: dict | None = None):
+    def run(
+        out: Path,
+        config: Stage2Config = STAGE2,
+        after: dict | None = None,
+        description: dict | None = None,
+    ):
         progress = Quiet(after)
         task = Stage2(config, ROW, corpus, stage1_model, progress)
-        report = train.train(task, config, out, describe(config), progress)
+        report = train.train(task, config, out, description or describe(config), progress)
         return task, report, progress
 
     return run
@@ -389,6 +397,55 @@ def test_tensorboard_gets_the_same_numbers(stage2, tmp_path):
             assert told[r["step"]] == pytest.approx(loss)
 
 
+# ---- it stops -------------------------------------------------------------------------------
+
+
+def test_a_number_of_pieces_is_a_number_of_steps(stage2, tmp_path):
+    config = replace(STAGE2, pieces=4 * 16 * 4 + 1).counted(ROW.length)
+    assert config.steps == 5  # the last one is not cut
+    _, report, _ = stage2(tmp_path, config)
+    assert report["steps"] == 5
+    assert report["pieces"] == 5 * 4 * 16
+    assert STAGE2.counted(ROW.length) == STAGE2
+
+
+def test_hours_that_are_over_save_and_end_the_command(stage2, tmp_path, monkeypatch):
+    stage2(tmp_path / "unbroken")
+    hours = replace(STAGE2, max_hours=1.0)
+    assert hours.described() == STAGE2.described()  # another limit is the same run
+    broken = tmp_path / "broken"
+
+    def pass_time() -> None:
+        monkeypatch.setattr(train, "STARTED", time.monotonic() - 3601)
+
+    with pytest.raises(OutOfTime, match="1 hours are over at step 4") as over:
+        stage2(broken, hours, after={3: pass_time}, description=STAGE2.described())
+    assert over.value.step == 4
+    stage2(broken, description=STAGE2.described())
+    assert numbers(broken) == numbers(tmp_path / "unbroken")
+    assert weights(broken) == weights(tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_a_kill_anywhere_in_saving_leaves_the_same_bits(stage2, in_child, tmp_path):
+    """From the middle of a run to its end: log, checkpoints, result, before each file operation."""
+    torch.set_num_threads(1)
+    stage2(tmp_path / "unbroken")
+    with pytest.raises(Interrupted):
+        stage2(tmp_path / "start", after={2: _terminate})
+    kills, killed = 0, True
+    while killed:
+        out = tmp_path / str(kills)
+        shutil.copytree(tmp_path / "start", out)
+        killed = in_child(lambda out=out: stage2(out), kills)
+        stage2(out)
+        assert numbers(out) == numbers(tmp_path / "unbroken"), kills
+        assert weights(out) == weights(tmp_path / "unbroken"), kills
+        shutil.rmtree(out)
+        kills += 1
+    assert kills > 100
+
+
 # ---- it refuses -----------------------------------------------------------------------------
 
 
@@ -434,6 +491,47 @@ def test_not_finite_updates_are_skipped_then_stop_the_run(stage2, tmp_path, monk
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
+def test_skipped_updates_in_a_row_are_counted_across_a_resume(stage2, tmp_path, monkeypatch):
+    config = replace(STAGE2, steps=40, save_every=40, log_every=40)
+    losses = Stage2.losses
+
+    def spoiled(self, batch, masked):
+        loss, sums = losses(self, batch, masked)
+        return loss * float("nan"), sums
+
+    monkeypatch.setattr(Stage2, "losses", spoiled)
+    with pytest.raises(Interrupted):
+        stage2(tmp_path, config, after={5: _terminate})
+    state = json.loads((tmp_path / "checkpoints" / "step-00000006" / "training.json").read_text())
+    assert (state["skipped_in_a_row"], state["skipped_last"]) == (6, 5)
+    with pytest.raises(InputError, match=r"not finite in 40 steps in a row, steps 0 to 40 "):
+        stage2(tmp_path, config)
+
+
+def test_the_rows_that_a_skipped_update_names_reproduce_it(stage2, tmp_path, monkeypatch):
+    """A loss that is spoiled by what is in the rows is spoiled by the rows that are named."""
+    config = replace(STAGE2, steps=12, log_every=3)
+    losses = Stage2.losses
+    task, _, _ = stage2(tmp_path / "whole", config)
+    marked = torch.from_numpy(task.rows.read(7 * 4 + 2, 1).input_ids)  # a row of step 7
+
+    def spoiled(self, batch, masked):
+        loss, sums = losses(self, batch, masked)
+        hit = (batch.input_ids == marked).all(1).any()
+        return loss * torch.where(hit, float("nan"), 1.0), sums
+
+    monkeypatch.setattr(Stage2, "losses", spoiled)
+    task, _, progress = stage2(tmp_path / "spoiled", config)
+    (note,) = [note for note in progress.notes if "skipped" in note]
+    named = re.search(r"seed 0, epoch 0, rows (\d+) to (\d+)", note)
+    assert named, note
+    first, end = map(int, named.groups())
+    rows = task.rows.read(first, end - first)
+    batch = DeviceBatch.of(rows, torch.device("cpu"))
+    assert (first, end) == (28, 32)
+    assert torch.isnan(task.losses(batch, (batch.labels >= 0).sum())[0])
+
+
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(stage1, tmp_path, monkeypatch):
     stage1(tmp_path / "unbroken")
     original = huggingface.save_file
@@ -456,16 +554,6 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(stage1, tmp_pa
     monkeypatch.setattr(huggingface, "save_file", original)
     stage1(tmp_path / "broken")
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "unbroken")
-
-
-def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path):
-    (tmp_path / "a").write_text("x")
-    checkpoint.write_manifest(tmp_path)
-    assert checkpoint.check_manifest(tmp_path) is None
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["files"]["../b"] = manifest["files"]["a"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert "leaves the folder" in checkpoint.check_manifest(tmp_path)
 
 
 @pytest.mark.parametrize(
