@@ -25,6 +25,7 @@
 #include "philox.h"
 #include "philox_blocks.h"
 #include "segmentation.h"
+#include "token_rows.h"
 #include "tokenizer.h"
 #include "unicode.h"
 #include "vocab_learner.h"
@@ -39,11 +40,14 @@ namespace {
 
 // The UTF-8 of a str, bytes or other contiguous buffer, valid while this object lives. Lone
 // surrogates of a str, which have no UTF-8, become U+FFFD (the splitter deletes both alike). Bytes
-// must be UTF-8: std::invalid_argument otherwise. Made and destroyed with the GIL held; the view may
-// be read without it.
+// must be UTF-8: std::invalid_argument otherwise, now or from Check(). Made and destroyed with the
+// GIL held; the view may be read and checked without it.
 class TextView {
  public:
-  explicit TextView(const py::handle& text) {
+  explicit TextView(const py::handle& text) : TextView(text, kUnchecked) { Check(); }
+
+  enum Unchecked { kUnchecked };
+  TextView(const py::handle& text, Unchecked) {
     if (PyUnicode_Check(text.ptr())) {
       Py_ssize_t size = 0;
       const char* utf8 = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
@@ -76,12 +80,17 @@ class TextView {
       throw py::type_error("expected contiguous bytes, got a buffer of another shape");
     }
     view_ = {static_cast<const char*>(info_.ptr), static_cast<std::size_t>(info_.size)};
-    mvbert::CheckUtf8(view_);
+    checked_ = false;
   }
 
   std::string_view get() const { return view_; }
+  bool checked() const { return checked_; }
+  void Check() const {
+    if (!checked_) mvbert::CheckUtf8(view_);
+  }
 
  private:
+  bool checked_ = true;
   py::object keep_;
   py::buffer_info info_;
   std::string_view view_;
@@ -178,37 +187,177 @@ std::unique_ptr<mvbert::Tokenizer> MakeTokenizer(
                                              std::move(special));
 }
 
-// The ids of texts, flat, and where each text's ids end.
-py::tuple EncodeTexts(const mvbert::Tokenizer& tokenizer, const py::sequence& texts,
+// The UTF-8 of several texts, valid while this object lives. Made and destroyed with the GIL held.
+class TextViews {
+ public:
+  explicit TextViews(const py::iterable& texts)
+      : keep_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(texts.ptr()))) {
+    if (!keep_) throw py::error_already_set();
+    views_.reserve(keep_.size());
+    for (const py::handle text : keep_) {
+      Py_ssize_t size = 0;
+      const char* utf8 =
+          PyUnicode_Check(text.ptr()) ? PyUnicode_AsUTF8AndSize(text.ptr(), &size) : nullptr;
+      if (utf8 != nullptr) {  // nearly always; the tuple keeps it
+        views_.emplace_back(utf8, static_cast<std::size_t>(size));
+        continue;
+      }
+      PyErr_Clear();
+      others_.emplace_back(views_.size(), std::make_unique<TextView>(text, TextView::kUnchecked));
+      views_.push_back(others_.back().second->get());
+    }
+  }
+
+  const std::vector<std::string_view>& get() const { return views_; }
+
+  // Throws std::invalid_argument for the first that is not UTF-8. Needs no GIL.
+  void Check(const char* what) const {
+    for (const auto& [number, view] : others_) {
+      try {
+        view->Check();
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument(std::string(what) + " " + std::to_string(number) + " is " +
+                                    error.what());
+      }
+    }
+  }
+
+ private:
+  py::tuple keep_;
+  std::vector<std::pair<std::size_t, std::unique_ptr<TextView>>> others_;  // with their numbers
+  std::vector<std::string_view> views_;
+};
+
+// The ids of texts, flat, and offsets: text i has ids[offsets[i] : offsets[i + 1]].
+py::tuple EncodeTexts(const mvbert::Tokenizer& tokenizer, const py::iterable& texts,
                       bool find_special, std::uint64_t threshold, std::uint64_t seed,
                       std::uint64_t first_number, int threads) {
-  std::vector<std::unique_ptr<TextView>> keep;
-  std::vector<std::string_view> views;
-  keep.reserve(texts.size());
-  views.reserve(texts.size());
-  for (const py::handle text : texts) {
-    keep.push_back(std::make_unique<TextView>(text));
-    views.push_back(keep.back()->get());
-  }
+  const TextViews views(texts);
   mvbert::Encoding encoding;
   {
     py::gil_scoped_release release;
-    tokenizer.Encode(views, MakeTextOptions(find_special, threshold, seed), first_number, threads,
-                     &encoding);
+    views.Check("text");
+    tokenizer.Encode(views.get(), MakeTextOptions(find_special, threshold, seed), first_number,
+                     threads, &encoding);
   }
-  py::array_t<std::int64_t> ends = CopyArray<std::int64_t>(encoding.ends);
-  return py::make_tuple(TakeIds(&encoding.ids), ends);
+  py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(encoding.ends.size() + 1));
+  offsets.mutable_data()[0] = 0;
+  std::copy(encoding.ends.begin(), encoding.ends.end(), offsets.mutable_data() + 1);
+  return py::make_tuple(TakeIds(&encoding.ids), offsets);
 }
 
-py::array_t<std::int32_t> EncodeText(const mvbert::Tokenizer& tokenizer, const py::object& text,
-                                     bool find_special) {
-  const TextView view(text);
-  mvbert::IdBuffer ids;
+mvbert::Truncation TruncationNamed(const std::optional<std::string>& name) {
+  if (!name) return mvbert::Truncation::kNone;
+  if (*name == "longest_first") return mvbert::Truncation::kLongestFirst;
+  if (*name == "only_first") return mvbert::Truncation::kOnlyFirst;
+  if (*name == "only_second") return mvbert::Truncation::kOnlySecond;
+  throw std::invalid_argument("there is no truncation '" + *name + "'");
+}
+
+template <typename T>
+py::tuple PaddedArrays(const mvbert::TokenRows& rows, std::size_t width, int threads) {
+  const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(rows.size()),
+                                          static_cast<py::ssize_t>(width)};
+  py::array_t<T> ids(shape), types(shape), mask(shape);
+  T *ids_data = ids.mutable_data(), *types_data = types.mutable_data(),
+    *mask_data = mask.mutable_data();
   {
     py::gil_scoped_release release;
-    tokenizer.EncodeWords(view.get(), MakeTextOptions(find_special), 0, &ids, nullptr);
+    rows.FillPadded(threads, width, ids_data, types_data, mask_data);
   }
-  return TakeIds(&ids);
+  return py::make_tuple(ids, types, mask);
+}
+
+// Rows of texts or of pairs. Without `padded`: ids, offsets, token types, flat. With it: input ids,
+// token types, attention mask, [B, width], width the longest row, or `width` if that is given and
+// enough, rounded up to a multiple.
+py::tuple EncodeRows(const mvbert::Tokenizer& tokenizer, const py::iterable& texts,
+                     const std::optional<py::iterable>& pairs,
+                     const std::optional<std::pair<std::int32_t, std::int32_t>>& cls_sep,
+                     std::int32_t pad, const std::optional<std::string>& truncation,
+                     std::uint64_t max_length, bool padded, std::optional<std::size_t> width,
+                     std::size_t multiple, bool wide, int threads) {
+  mvbert::RowOptions options;
+  options.special = cls_sep.has_value();
+  if (cls_sep) std::tie(options.cls, options.sep) = *cls_sep;
+  options.pad = pad;
+  options.truncation = TruncationNamed(truncation);
+  options.max_length = max_length;
+  mvbert::TextOptions text_options = MakeTextOptions(true);
+  text_options.limit = mvbert::TokenRows::Limit(options);
+  const TextViews first(texts);
+  std::optional<TextViews> second;
+  if (pairs) second.emplace(*pairs);
+  if (second && second->get().size() != first.get().size()) {
+    throw std::invalid_argument("there are " + std::to_string(first.get().size()) + " texts and " +
+                                std::to_string(second->get().size()) + " pairs");
+  }
+  mvbert::Encoding encoding, second_encoding;
+  std::optional<mvbert::TokenRows> rows;
+  {
+    py::gil_scoped_release release;
+    first.Check("text");
+    tokenizer.Encode(first.get(), text_options, 0, threads, &encoding);
+    if (second) {
+      second->Check("pair");
+      tokenizer.Encode(second->get(), text_options, 0, threads, &second_encoding);
+    }
+    rows.emplace(encoding, second ? &second_encoding : nullptr, options);
+  }
+  if (!padded) {
+    const auto total = static_cast<py::ssize_t>(rows->offsets().back());
+    py::array_t<std::int32_t> ids(total);
+    py::array_t<std::uint8_t> types(total);
+    std::int32_t* const ids_data = ids.mutable_data();
+    std::uint8_t* const types_data = types.mutable_data();
+    {
+      py::gil_scoped_release release;
+      rows->FillFlat(threads, ids_data, types_data);
+    }
+    return py::make_tuple(ids, CopyArray<std::int64_t>(rows->offsets()), types);
+  }
+  if (width && rows->longest() > *width) {
+    std::size_t row = 0;
+    const auto& offsets = rows->offsets();
+    while (static_cast<std::size_t>(offsets[row + 1] - offsets[row]) <= *width) ++row;
+    throw std::invalid_argument("row " + std::to_string(row) + " has " +
+                                std::to_string(offsets[row + 1] - offsets[row]) +
+                                " pieces, more than max_length " + std::to_string(*width) +
+                                "; pass truncation=True");
+  }
+  const std::size_t least = width.value_or(rows->longest());
+  const std::size_t columns = (least + multiple - 1) / multiple * multiple;
+  return wide ? PaddedArrays<std::int64_t>(*rows, columns, threads)
+              : PaddedArrays<std::int32_t>(*rows, columns, threads);
+}
+
+// The ids of one row as a list.
+py::list EncodeList(const mvbert::Tokenizer& tokenizer, const py::object& text,
+                    const std::optional<py::object>& pair,
+                    const std::optional<std::pair<std::int32_t, std::int32_t>>& cls_sep) {
+  const TextView first(text, TextView::kUnchecked);
+  std::optional<TextView> second;
+  if (pair) second.emplace(*pair, TextView::kUnchecked);
+  mvbert::IdBuffer ids;
+  const auto append = [&ids](std::int32_t id) { ids.Append(&id, 1); };
+  {
+    py::gil_scoped_release release;
+    if (cls_sep) append(cls_sep->first);
+    const TextView* const views[] = {&first, second ? &*second : nullptr};
+    for (const TextView* view : views) {
+      if (view == nullptr) continue;
+      view->Check();
+      tokenizer.EncodeWords(view->get(), MakeTextOptions(true), 0, &ids, nullptr);
+      if (cls_sep) append(cls_sep->second);
+    }
+  }
+  py::list list(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    PyObject* id = PyLong_FromLong(ids.data()[i]);
+    if (id == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), id);
+  }
+  return list;
 }
 
 py::array_t<std::int32_t> EncodeLong(const mvbert::Tokenizer& tokenizer, const py::buffer& data,
@@ -228,11 +377,12 @@ py::array_t<std::int32_t> EncodeLong(const mvbert::Tokenizer& tokenizer, const p
 // ids, where each word's ids begin, whether the student cut it.
 py::tuple EncodeWords(const mvbert::Tokenizer& tokenizer, const py::object& text, bool find_special,
                       std::uint64_t threshold, std::uint64_t seed, std::uint64_t number) {
-  const TextView view(text);
+  const TextView view(text, TextView::kUnchecked);
   mvbert::IdBuffer ids;
   mvbert::WordMap words;
   {
     py::gil_scoped_release release;
+    view.Check();
     tokenizer.EncodeWords(view.get(), MakeTextOptions(find_special, threshold, seed), number, &ids,
                           &words);
   }
@@ -243,11 +393,12 @@ py::tuple EncodeWords(const mvbert::Tokenizer& tokenizer, const py::object& text
 // ids, and spans [n, 2] in characters of the text.
 py::tuple EncodeSpans(const mvbert::Tokenizer& tokenizer, const py::object& text,
                       bool find_special) {
-  const TextView view(text);
+  const TextView view(text, TextView::kUnchecked);
   mvbert::IdBuffer ids;
   std::vector<mvbert::Span> spans;
   {
     py::gil_scoped_release release;
+    view.Check();
     tokenizer.EncodeSpans(view.get(), find_special, &ids, &spans);
   }
   py::array_t<std::int32_t> array({static_cast<py::ssize_t>(spans.size()), py::ssize_t{2}});
@@ -668,7 +819,11 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"), py::arg("teacher"),
            py::arg("student") = nullptr,
            py::arg("special") = std::vector<std::pair<std::string, std::int32_t>>())
-      .def("encode", &EncodeText, py::arg("text"), py::arg("find_special"))
+      .def("encode_list", &EncodeList, py::arg("text"), py::arg("pair"), py::arg("cls_sep"))
+      .def("encode_rows", &EncodeRows, py::arg("texts"), py::arg("pairs"), py::kw_only(),
+           py::arg("cls_sep"), py::arg("pad"), py::arg("truncation"), py::arg("max_length"),
+           py::arg("padded"), py::arg("width"), py::arg("multiple"), py::arg("wide"),
+           py::arg("threads"))
       .def("encode_texts", &EncodeTexts, py::arg("texts"), py::arg("find_special"),
            py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("first_number") = 0,
            py::arg("threads") = 1)

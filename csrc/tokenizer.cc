@@ -1,11 +1,8 @@
 #include "tokenizer.h"
 
 #include <algorithm>
-#include <exception>
 #include <limits>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -17,6 +14,7 @@
 #include "lexicon.h"
 #include "philox.h"
 #include "philox_blocks.h"
+#include "share.h"
 
 namespace mvbert {
 namespace {
@@ -603,36 +601,6 @@ void Tokenizer::SplitAtSpecial(std::string_view text, bool find_special, Found&&
 void Tokenizer::CheckCoin(const Coin& coin) const {
   if (coin.threshold != 0 && student_ == nullptr) {
     throw std::invalid_argument("student_prob needs a second vocabulary");
-  }
-}
-
-// Runs work(next) on up to `threads` threads, this one among them; next(&part) hands out the parts
-// [0, parts), each to one thread, and is false when there is none left. Throws what the first thread
-// that failed threw.
-template <typename Work>
-void Tokenizer::Share(std::size_t parts, int threads, Work&& work) {
-  const std::size_t workers = std::min(parts, static_cast<std::size_t>(std::max(threads, 1)));
-  std::vector<std::exception_ptr> errors(std::max<std::size_t>(workers, 1));
-  std::atomic<std::size_t> next{0};
-  const auto run = [&](std::size_t w) {
-    try {
-      work([&next, parts](std::size_t* part) { return (*part = next++) < parts; });
-    } catch (...) {
-      errors[w] = std::current_exception();
-    }
-  };
-  std::vector<std::thread> pool;
-  for (std::size_t w = 1; w < workers; ++w) {
-    try {
-      pool.emplace_back(run, w);
-    } catch (const std::system_error&) {
-      break;  // no more threads to be had: the others do the work
-    }
-  }
-  run(0);
-  for (std::thread& thread : pool) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
   }
 }
 

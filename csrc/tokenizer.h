@@ -154,9 +154,6 @@ class Tokenizer {
 
   void CheckCoin(const Coin& coin) const;
 
-  template <typename Work>
-  static void Share(std::size_t parts, int threads, Work&& work);
-
   Parts EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
                     std::uint64_t first_number, int threads) const;
 

@@ -1,6 +1,7 @@
 """Types of the C++ core; what each name means stands in the header that declares it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,11 +39,29 @@ class Tokenizer:
         student: WordPiece | None = None,
         special: Sequence[tuple[str, int]] = (),
     ) -> None: ...
-    def encode(self, text: str | Buffer, find_special: bool) -> NDArray[np.int32]: ...
-    # ids, the end of each text's ids
+    def encode_list(
+        self, text: str | Buffer, pair: str | Buffer | None, cls_sep: tuple[int, int] | None
+    ) -> list[int]: ...
+    # padded: input ids, token types, mask [B, width]; otherwise flat ids, offsets, token types
+    def encode_rows(
+        self,
+        texts: Iterable[str | Buffer],
+        pairs: Iterable[str | Buffer] | None,
+        *,
+        cls_sep: tuple[int, int] | None,
+        pad: int,
+        truncation: str | None,
+        max_length: int,
+        padded: bool,
+        width: int | None,
+        multiple: int,
+        wide: bool,
+        threads: int,
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+    # ids, offsets [B + 1]
     def encode_texts(
         self,
-        texts: Sequence[str | Buffer],
+        texts: Iterable[str | Buffer],
         find_special: bool,
         threshold: int = 0,
         seed: int = 0,

@@ -8,7 +8,7 @@ threads may use one, a forked child too, and no environment variable is needed.
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,14 +121,8 @@ class WordPieceTokenizer:
         Raises:
             ValueError: bytes that are not UTF-8; the message has the offset.
         """
-        texts = [text] if pair is None else [text, pair]
-        parts = [self._core.encode(text, True).tolist() for text in texts]
-        if not add_special_tokens:
-            return [id for part in parts for id in part]
-        ids = [self.vocab.cls]
-        for part in parts:
-            ids += [*part, self.vocab.sep]
-        return ids
+        special = (self.vocab.cls, self.vocab.sep) if add_special_tokens else None
+        return self._core.encode_list(text, pair, special)
 
     def offsets(self, text: Text) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The ids of a text, without [CLS] and [SEP], and where each piece lies in it.
@@ -142,12 +136,13 @@ class WordPieceTokenizer:
 
     def encode_batch(
         self,
-        texts: Sequence[Text],
-        pairs: Sequence[Text] | None = None,
+        texts: Iterable[Text],
+        pairs: Iterable[Text] | None = None,
         *,
         max_length: int | None = None,
         truncation: bool | str = False,
         padding: bool | str = False,
+        pad_to_multiple_of: int | None = None,
         add_special_tokens: bool = True,
         threads: int | None = None,
         dtype: DTypeLike = np.int64,
@@ -156,80 +151,49 @@ class WordPieceTokenizer:
 
         Args:
             texts: B texts.
-            pairs: the second text of each row.
-            max_length: the longest row, special tokens counted.
+            pairs: the second text of each row; an empty one still has its [SEP].
+            max_length: the longest row, special tokens counted. What cannot get into a row is not
+                read.
             truncation: False, or how rows are cut to `max_length`: True or "longest_first" takes
                 from the longer text of a pair, "only_first" and "only_second" from one.
             padding: False gives a `FlatBatch`; True or "longest" pads to the longest row,
                 "max_length" to `max_length`.
+            pad_to_multiple_of: rounds the padded length up.
             add_special_tokens: [CLS] at the beginning, [SEP] after each text.
-            threads: None takes as many as there are CPUs for this process.
-            dtype: of a `PaddedBatch`; int64 is what torch and Hugging Face use.
+            threads: None takes as many as there are CPUs for this process, 0 is 1.
+            dtype: of a `PaddedBatch`: int64, which torch and Hugging Face use, or int32.
 
         Raises:
-            InputError: an option or a combination that has no meaning, rows that cannot be cut.
-            ValueError: bytes that are not UTF-8.
+            InputError: an option or a combination that has no meaning, rows that cannot be cut,
+                bytes that are not UTF-8 (the message has the text's number and the offset).
         """
-        if isinstance(texts, (str, bytes)) or isinstance(pairs, (str, bytes)):
-            raise InputError("encode_batch takes a list of texts; for one text there is encode")
-        if pairs is not None and len(pairs) != len(texts):
-            raise InputError(f"there are {len(texts)} texts and {len(pairs)} pairs")
+        for batch in (texts, pairs):
+            if isinstance(batch, Text):
+                raise InputError("encode_batch takes a list of texts; for one text there is encode")
         truncation = _truncation(truncation, max_length, pairs is not None)
         padding = _padding(padding, max_length)
+        if np.dtype(dtype) not in (np.int32, np.int64):
+            raise InputError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
+        if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of < 2**31:
+            raise InputError(f"pad_to_multiple_of is {pad_to_multiple_of}, expected at least 1")
         threads = _threads(threads)
-        ids, lengths = self._flat(texts, threads)
-        parts = [(ids, lengths)]
-        if pairs is not None:
-            parts.append(self._flat(pairs, threads))
-        special = (1 + len(parts)) if add_special_tokens else 0
-        keep = [lengths for _, lengths in parts]
-        if truncation:
-            keep = _cut_lengths(keep, max_length - special, truncation)
-        return self._assemble(parts, keep, add_special_tokens, padding, max_length, dtype)
-
-    def _flat(self, texts: Sequence[Text], threads: int):
-        """ids [N] of all texts, lengths [B]."""
-        ids, ends = self._core.encode_texts(texts, True, threads=threads)
-        return ids, np.diff(ends, prepend=0)
-
-    def _assemble(self, parts, keep, add_special_tokens, padding, max_length, dtype):
-        """Puts [CLS], the kept beginnings of the texts, and [SEP] into rows."""
-        extra = int(add_special_tokens)
-        row_lengths = sum(keep) + extra * (1 + len(parts))
-        offsets = np.concatenate(([0], np.cumsum(row_lengths))).astype(np.int64)
-        flat = np.zeros(offsets[-1], np.int32)
-        types = np.zeros(offsets[-1], np.uint8)
-        if add_special_tokens:
-            flat[offsets[:-1]] = self.vocab.cls
-        at = offsets[:-1] + extra  # where the next text of each row goes
-        for number, ((ids, lengths), kept) in enumerate(zip(parts, keep, strict=True)):
-            source = np.cumsum(lengths) - lengths
-            within = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
-            target = np.repeat(at, kept) + within
-            flat[target] = ids[np.repeat(source, kept) + within]
-            at = at + kept
-            if add_special_tokens:
-                flat[at] = self.vocab.sep
-                at = at + 1
-            if number == 1:
-                types[target] = 1
-                if add_special_tokens:
-                    types[at - 1] = 1
-        if not padding:
-            return FlatBatch(flat, offsets, types)
-        width = max_length if padding == "max_length" else int(row_lengths.max(initial=0))
-        if (row_lengths > width).any():
-            row = int(row_lengths.argmax())
-            raise InputError(
-                f"row {row} has {row_lengths[row]} pieces, more than max_length {max_length}; "
-                "pass truncation=True"
+        try:
+            arrays = self._core.encode_rows(
+                texts,
+                pairs,
+                cls_sep=(self.vocab.cls, self.vocab.sep) if add_special_tokens else None,
+                pad=self.vocab.pad,
+                truncation=truncation,
+                max_length=max_length or 0,
+                padded=padding is not None,
+                width=max_length if padding == "max_length" else None,
+                multiple=pad_to_multiple_of or 1,
+                wide=np.dtype(dtype) == np.int64,
+                threads=threads,
             )
-        mask = np.arange(width) < row_lengths[:, None]
-        input_ids = np.full(mask.shape, self.vocab.pad, dtype)
-        input_ids[mask] = flat
-        token_type_ids = np.zeros(mask.shape, dtype)
-        token_type_ids[mask] = types
-        return PaddedBatch(input_ids, token_type_ids, mask.astype(dtype))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return PaddedBatch(*arrays) if padding else FlatBatch(*arrays)
 
     def encode_file(self, path: str | Path, *, threads: int | None = None) -> NDArray[np.int32]:
         """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
@@ -350,7 +314,7 @@ class MixedTokenizer:
 
     def encode_batch(
         self,
-        texts: Sequence[Text],
+        texts: Iterable[Text],
         *,
         student_prob: float = 0.5,
         seed: int = 0,
@@ -358,11 +322,11 @@ class MixedTokenizer:
         threads: int | None = None,
     ) -> FlatBatch:
         """Cuts texts; text i has number first_number + i. Threads do not change the result."""
-        if isinstance(texts, (str, bytes)):
+        if isinstance(texts, Text):
             raise InputError("encode_batch takes a list of texts; for one text there is encode")
         coin = _coin(student_prob, seed, first_number)
-        ids, ends = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
-        return FlatBatch(ids, np.concatenate(([0], ends)), np.zeros(len(ids), np.uint8))
+        ids, offsets = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
+        return FlatBatch(ids, offsets, np.zeros(len(ids), np.uint8))
 
 
 def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
@@ -395,6 +359,7 @@ def _truncation(truncation: bool | str, max_length: int | None, pairs: bool) -> 
         )
     if max_length is None:
         raise InputError("truncation needs max_length")
+    _check_length(max_length)
     if truncation == "only_second" and not pairs:
         raise InputError("truncation='only_second' needs pairs")
     return truncation
@@ -407,37 +372,16 @@ def _padding(padding: bool | str, max_length: int | None) -> str | None:
         padding = "longest"
     if padding not in ("longest", "max_length"):
         raise InputError(f"padding is {padding!r}, expected True, False, 'longest' or 'max_length'")
-    if padding == "max_length" and max_length is None:
-        raise InputError("padding='max_length' needs max_length")
+    if padding == "max_length":
+        if max_length is None:
+            raise InputError("padding='max_length' needs max_length")
+        _check_length(max_length)
     return padding
 
 
-def _cut_lengths(lengths: list[NDArray[np.int64]], room: int, truncation: str):
-    """How much of each text stays, so that a row's texts have at most `room` pieces together."""
-    if room < 0:
-        raise InputError("max_length leaves no room for the special tokens")
-    first = lengths[0]
-    if len(lengths) == 1:
-        return [np.minimum(first, room)]
-    second = lengths[1]
-    excess = np.maximum(first + second - room, 0)
-    if truncation == "longest_first":
-        # One piece at a time from the longer, from the second where they are equal.
-        short = np.minimum(first, second)
-        half = np.where(2 * short < room, short, room // 2)
-        kept_first = np.where(first > second, room - half, half)
-        tie = (2 * short >= room) & (excess > 0)
-        kept_first = np.where(tie, room - room // 2, kept_first)
-        kept_first = np.where(excess > 0, kept_first, first)
-        return [kept_first, np.where(excess > 0, room - kept_first, second)]
-    cut = first if truncation == "only_first" else second
-    if (excess > cut).any():
-        row = int((excess - cut).argmax())
-        raise InputError(
-            f"row {row} cannot be cut to max_length by truncation={truncation!r}: the other text "
-            "alone is too long; use 'longest_first'"
-        )
-    return [first - excess, second] if truncation == "only_first" else [first, second - excess]
+def _check_length(max_length: int) -> None:
+    if not 0 <= max_length < 2**31:
+        raise InputError(f"max_length is {max_length}, expected an integer of [0, 2^31)")
 
 
 def save_tokenizer_files(
