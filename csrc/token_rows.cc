@@ -102,7 +102,7 @@ std::size_t TokenRows::Row(std::size_t row, T* ids, Type* types) const {
   }
   const auto length = static_cast<std::size_t>(out - ids);
   std::fill(types, types + first, Type{0});
-  std::fill(types + first, types + length, Type{1});
+  std::fill(types + first, types + length, static_cast<Type>(options_.special));
   return length;
 }
 

@@ -46,7 +46,8 @@ class TokenRows {
   // Row i is [offsets()[i], offsets()[i + 1]) of flat rows.
   const std::vector<std::int64_t>& offsets() const { return offsets_; }
 
-  // Writes all rows one after another: ids, and 1 where the second text of a pair and its [SEP] are.
+  // Writes all rows one after another: ids, and 1 where the second text of a pair and its [SEP] are
+  // (0 everywhere without special pieces, as transformers has it).
   void FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const;
 
   // Writes rows [size, width], width >= longest(): ids, types, and 1 where not padded.

@@ -15,6 +15,7 @@
 #include "philox.h"
 #include "philox_blocks.h"
 #include "share.h"
+#include "unicode.h"
 
 namespace mvbert {
 namespace {
@@ -566,34 +567,92 @@ void Tokenizer::ForgetWords() const {
   for (auto& place : idle_) delete place.exchange(nullptr);
 }
 
+// The end of a special piece at text[at], written out (0: there is none), its id through *id.
+std::size_t Tokenizer::SpecialAt(std::string_view text, std::size_t at, std::int32_t* id) const {
+  std::size_t length = 0;
+  for (const auto& [piece, special_id] : special_) {
+    if (piece.size() > length && text.compare(at, piece.size(), piece) == 0) {
+      length = piece.size();
+      *id = special_id;
+    }
+  }
+  return length == 0 ? 0 : at + length;
+}
+
+// As SpecialAt, for a piece with deleted characters inside, or written with a character that NFC
+// replaces: the definition keeps it whole in cased text if nothing but space is around it.
+std::size_t Tokenizer::CleanedSpecialAt(std::string_view text, std::size_t begin, std::size_t at,
+                                        std::int32_t* id) const {
+  const auto separates = [](CharKind kind) {
+    return kind == kSpace || kind == kCjk || kind == kMapCjk;
+  };
+  for (std::size_t before = at; before > begin;) {
+    do {
+      --before;
+    } while ((text[before] & 0xC0) == 0x80);
+    const char* p = text.data() + before;
+    const CharKind kind = KindOf(EntryOf<false>(DecodeUtf8(&p)));
+    if (separates(kind)) break;
+    if (kind != kDrop) return 0;
+  }
+  const char* const end = text.data() + text.size();
+  std::vector<SourceChar> composed;
+  for (const auto& [piece, special_id] : special_) {
+    const char* p = text.data() + at;
+    std::size_t same = 0;
+    while (p < end && same < piece.size()) {
+      const char32_t code = DecodeUtf8(&p);
+      if (KindOf(EntryOf<false>(code)) == kDrop) continue;
+      composed.clear();
+      Decompose({code, 0, 1}, &composed);
+      Compose(&composed);
+      const char* wanted = piece.data() + same;
+      if (composed.size() != 1 || composed[0].code != DecodeUtf8(&wanted)) break;
+      same = static_cast<std::size_t>(wanted - piece.data());
+    }
+    if (same < piece.size()) continue;
+    const auto after = static_cast<std::size_t>(p - text.data());
+    while (true) {
+      std::int32_t next = 0;
+      if (p == end || SpecialAt(text, static_cast<std::size_t>(p - text.data()), &next) != 0) break;
+      const CharKind kind = KindOf(EntryOf<false>(DecodeUtf8(&p)));
+      if (separates(kind)) break;
+      if (kind != kDrop) return 0;
+    }
+    *id = special_id;
+    return after;
+  }
+  return 0;
+}
+
 template <typename Found>
 void Tokenizer::SplitAtSpecial(std::string_view text, bool find_special, Found&& found) const {
   if (!find_special || special_.empty()) {
     if (!text.empty()) found(text, -1);
     return;
   }
-  std::size_t begin = 0;
+  std::size_t part = 0;   // where the last special piece that was written out ends
+  std::size_t begin = 0;  // what is not yet found
   std::size_t at = 0;
   while (at < text.size()) {
     // Leftmost first, then longest, as Hugging Face's trie finds them.
     at = special_bytes_.size() == 1 ? text.find(special_bytes_[0], at)  // at memory speed
                                     : text.find_first_of(special_bytes_, at);
     if (at == std::string_view::npos) break;
-    std::size_t length = 0;
     std::int32_t id = -1;
-    for (const auto& [piece, special_id] : special_) {
-      if (piece.size() > length && text.compare(at, piece.size(), piece) == 0) {
-        length = piece.size();
-        id = special_id;
-      }
+    std::size_t end = SpecialAt(text, at, &id);
+    if (end != 0) {
+      part = end;
+    } else if (!splitter_.options().lowercase) {
+      end = CleanedSpecialAt(text, part, at, &id);
     }
-    if (length == 0) {
+    if (end == 0) {
       ++at;
       continue;
     }
     if (at > begin && !found(text.substr(begin, at - begin), -1)) return;
-    if (!found(std::string_view(), id)) return;
-    begin = at += length;
+    if (!found(text.substr(at, end - at), id)) return;
+    begin = at = end;
   }
   if (begin < text.size()) found(text.substr(begin), -1);
 }
@@ -696,9 +755,8 @@ void Tokenizer::EncodeSpans(std::string_view text, bool find_special, IdBuffer* 
   std::uint32_t at_char = 0;
   SplitAtSpecial(text, find_special, [&](std::string_view part, std::int32_t id) {
     if (id >= 0) {
-      // (Special pieces are ASCII in every BERT; counted all the same.)
       std::uint32_t size = 0;
-      for (const char c : teacher_->piece(id)) size += (c & 0xC0) != 0x80;
+      for (const char c : part) size += (c & 0xC0) != 0x80;
       ids->Append(&id, 1);
       spans->push_back({at_char, at_char + size});
       at_char += size;

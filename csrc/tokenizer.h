@@ -157,10 +157,14 @@ class Tokenizer {
   Parts EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
                     std::uint64_t first_number, int threads) const;
 
-  // Calls found(text, -1) for stretches between special pieces and found({}, id) for these, until it
-  // gives false.
+  // Calls found(text, -1) for stretches between special pieces and found(text, id) for these, until
+  // it gives false.
   template <typename Found>
   void SplitAtSpecial(std::string_view text, bool find_special, Found&& found) const;
+
+  std::size_t SpecialAt(std::string_view text, std::size_t at, std::int32_t* id) const;
+  std::size_t CleanedSpecialAt(std::string_view text, std::size_t begin, std::size_t at,
+                               std::int32_t* id) const;
 
   const WordSplitter splitter_;
   const std::shared_ptr<const WordPiece> teacher_;

@@ -35,7 +35,7 @@ class FlatBatch:
 
     ids: NDArray[np.int32]  # [N]; row i is ids[offsets[i] : offsets[i + 1]]
     offsets: NDArray[np.int64]  # [B + 1]
-    token_type_ids: NDArray[np.uint8]  # [N]; 1 in the second text of a pair
+    token_type_ids: NDArray[np.uint8]  # [N]; 1 in the second text of a pair, with [SEP]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -176,6 +176,11 @@ class WordPieceTokenizer:
             raise InputError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
         if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of < 2**31:
             raise InputError(f"pad_to_multiple_of is {pad_to_multiple_of}, expected at least 1")
+        if truncation and padding and max_length % (pad_to_multiple_of or 1):
+            raise InputError(
+                f"max_length {max_length} is not a multiple of pad_to_multiple_of "
+                f"{pad_to_multiple_of}, so padded rows could be longer than it"
+            )
         threads = _threads(threads)
         try:
             arrays = self._core.encode_rows(

@@ -120,6 +120,43 @@ def test_threads_change_nothing(tokenizer, threads):
     assert np.array_equal(got.offsets, expected.offsets)
 
 
+def test_what_cannot_get_into_a_row_is_not_read(tokenizer):
+    """The ids of a cut text are the first of the whole one's, however it is cut into batches."""
+    random_ = random.Random(3)
+    texts = [text for text in TEXTS if len(text) > 20] + [
+        "".join(random_.choices("ab é中!\u0301\u200b[", k=3000)) + "[SEP]x" * 50 for _ in range(20)
+    ]
+    whole = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for max_length in (0, 1, 2, 7, 50, 500, 5000):
+        cut = tokenizer.encode_batch(
+            texts, add_special_tokens=False, truncation=True, max_length=max_length
+        )
+        for row, expected in zip(cut, whole, strict=True):
+            assert row.tolist() == expected[:max_length].tolist()
+
+
+def test_batches_leave_the_interpreter_to_others(tokenizer):
+    """Another thread goes on counting while a batch is encoded."""
+    texts = ["hello worlds of letters " * 1000] * 100
+    tokenizer.encode_batch(texts[:1])
+    counted = [0]
+    stop = threading.Event()
+
+    def count():
+        while not stop.is_set():
+            counted[0] += 1
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = counted[0]
+    for _ in range(20):
+        tokenizer.encode_batch(texts, threads=1, truncation=True, max_length=10**6)
+    during = counted[0] - before
+    stop.set()
+    counter.join()
+    assert during > 1000
+
+
 def test_wrong_options(tokenizer):
     for options, message in [
         ({"truncation": True}, "needs max_length"),
@@ -129,7 +166,14 @@ def test_wrong_options(tokenizer):
         ({"padding": "left"}, "padding is 'left'"),
         ({"padding": "max_length", "max_length": 3}, "row 0 has .* more than max_length 3"),
         ({"truncation": True, "max_length": 1}, "no room"),
+        ({"truncation": True, "max_length": -1}, "max_length is -1"),
         ({"pairs": ["a"]}, "2 texts and 1 pairs"),
+        ({"dtype": np.float32}, "dtype is float32, expected int32 or int64"),
+        ({"padding": True, "pad_to_multiple_of": 0}, "pad_to_multiple_of is 0"),
+        (
+            {"padding": True, "truncation": True, "max_length": 9, "pad_to_multiple_of": 8},
+            "max_length 9 is not a multiple",
+        ),
         ({"threads": -1}, "threads is -1"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -138,8 +182,12 @@ def test_wrong_options(tokenizer):
         tokenizer.encode_batch(["a b c"], ["d e f"], truncation="only_first", max_length=5)
     with pytest.raises(InputError, match="list of texts"):
         tokenizer.encode_batch("hello")
-    with pytest.raises(ValueError, match="byte 0xff at offset 1"):
+    with pytest.raises(InputError, match="text 1 is not UTF-8: byte 0xff at offset 1"):
         tokenizer.encode_batch([b"a", b"b\xff"])
+    with pytest.raises(InputError, match="pair 0 is not UTF-8"):
+        tokenizer.encode_batch(["a"], [bytearray(b"\xff")])
+    with pytest.raises(ValueError, match="not UTF-8: byte 0xff at offset 1"):
+        tokenizer.encode(b"b\xff")
     with pytest.raises(TypeError, match="expected str or bytes, got int"):
         tokenizer.encode_batch([1])
 
@@ -328,17 +376,66 @@ def test_as_hugging_face(pair, shared_data):
         assert ours.offsets(line)[0].tolist() == ids[1:-1]
 
 
-def test_truncation_as_hugging_face(pair, shared_data):
+def test_truncation_and_padding_as_hugging_face(pair):
     ours, slow = pair
-    lines = (shared_data / "small-ccby.txt").read_text(encoding="utf-8").split("\n")[:40]
-    for pairs in (None, lines[::-1]):
-        for max_length in (5, 16, 17, 64):
-            options = {"max_length": max_length, "truncation": True, "padding": "max_length"}
-            got = ours.encode_batch(lines, pairs, **options)
-            expected = slow(lines, pairs, verbose=False, **options)
-            assert got.input_ids.tolist() == expected["input_ids"]
-            assert got.token_type_ids.tolist() == expected["token_type_ids"]
-            assert got.attention_mask.tolist() == expected["attention_mask"]
+    random_ = random.Random(1)
+    words = ["the", "rain", "unaffable", "x", "é", "中", "[MASK]", ",", "antidisestablishment"]
+
+    def text():
+        return " ".join(random_.choices(words, k=random_.choice([0, 1, 2, 5, 9, 40])))
+
+    for _ in range(60):
+        texts = [text() for _ in range(random_.randint(1, 6))]
+        pairs = [text() for _ in texts] if random_.random() < 0.6 else None
+        options = {
+            "max_length": random_.randint(3, 40),
+            "truncation": random_.choice([True, "longest_first", "only_first", "only_second"]),
+            "padding": random_.choice([True, "longest", "max_length"]),
+            "pad_to_multiple_of": random_.choice([None, 8]),
+            "add_special_tokens": random_.random() < 0.7,
+        }
+        if pairs is None and options["truncation"] == "only_second":
+            continue
+        if pairs is not None and options["truncation"] in ("only_first", "only_second"):
+            options["max_length"] += 150  # room for the other text, which stays whole
+        options["max_length"] += -options["max_length"] % (options["pad_to_multiple_of"] or 1)
+        got = ours.encode_batch(texts, pairs, **options)
+        expected = slow(texts, pairs, verbose=False, **options)
+        assert got.input_ids.tolist() == expected["input_ids"], (texts, pairs, options)
+        assert got.token_type_ids.tolist() == expected["token_type_ids"]
+        assert got.attention_mask.tolist() == expected["attention_mask"]
+        del options["padding"], options["pad_to_multiple_of"]
+        flat = ours.encode_batch(texts, pairs, threads=2, **options)
+        expected = slow(texts, pairs, verbose=False, **options)
+        assert [row.tolist() for row in flat] == expected["input_ids"]
+        types = np.split(flat.token_type_ids, flat.offsets[1:-1])
+        assert [row.tolist() for row in types] == expected["token_type_ids"]
+
+
+def test_empty_texts_as_hugging_face(pair):
+    ours, slow = pair
+    for texts in [("a", ""), ("", "a"), ("", ""), ("\u200b", " "), ("", None), ("a", None)]:
+        for special in (True, False):
+            expected = slow.encode(*texts, add_special_tokens=special)
+            assert ours.encode(*texts, add_special_tokens=special) == expected
+
+
+def test_special_pieces_with_deleted_characters_as_hugging_face(pair):
+    """Cased text keeps such a piece whole where nothing but space and ideographs are around it."""
+    ours, slow = pair
+    parts = ["[MA\u200bSK]", "[MAS\u212a]", "[SEP]", "[", " ", "\u200b", "\u0301", "中", "x", "\0",
+             "\u2028", "[UN\u00adK]"]  # fmt: skip
+    random_ = random.Random(2)
+    for _ in range(1500):
+        text = "".join(random_.choices(parts, k=random_.randint(1, 6)))
+        expected = slow.encode(text)
+        assert ours.encode(text) == expected, ascii(text)
+        ids, spans = ours.offsets(text)
+        assert ids.tolist() == expected[1:-1]
+        for id, (begin, end) in zip(ids, spans, strict=True):
+            if ours.vocab.pieces[id] in SPECIAL_PIECES and id != ours.vocab.unk:
+                assert text[begin] == "["
+                assert text[end - 1] == "]"
 
 
 def test_random_text_as_hugging_face(pair):
