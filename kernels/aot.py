@@ -108,8 +108,8 @@ def meta(*shape: int, dtype=torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def cross_entropy_case(N: int, H: int, V: int, rows: bool = False, smoothing: float = 0.0):
-    hidden, weight, bias = meta(N, H), meta(V, H), meta(V)
+def cross_entropy_case(N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16):
+    hidden, weight, bias = (meta(*shape, dtype=dtype) for shape in ((N, H), (V, H), (V,)))
     labels = meta(N, dtype=torch.int64)
     up = meta(*([N] if rows else []), dtype=torch.float32)
     lse = meta(N, dtype=torch.float32) if rows else None
@@ -168,6 +168,11 @@ CASES: dict[str, Callable[[], None]] = {
     "loss N4096 H256 V4928": lambda: cross_entropy_case(4096, 256, 4928),
     "loss N4096 H256 V4928 by row": lambda: cross_entropy_case(4096, 256, 4928, True, 0.1),
     "loss N4096 H1024 V30522 by row": lambda: cross_entropy_case(4096, 1024, 30522, True, 0.1),
+    "loss N4096 H1024 V30522 fp32": lambda: cross_entropy_case(
+        4096, 1024, 30522, dtype=torch.float32
+    ),
+    "loss N4096 H64 V4928 fp32": lambda: cross_entropy_case(4096, 64, 4928, dtype=torch.float32),
+    "loss N4096 H256 V4928 fp16": lambda: cross_entropy_case(4096, 256, 4928, dtype=torch.float16),
     "kl N4096 H256 H_t1024 V4928": lambda: kl_case(4096, 256, 1024, 4928),
     "sparse kl N4096 H256 V4928 K32": lambda: sparse_kl_case(4096, 256, 4928, 32),
     "embedding B256 T128 H1024 V30522+4928": lambda: embedding_case(256, 128, 1024, 30522, 4928),

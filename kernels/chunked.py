@@ -213,6 +213,7 @@ def cross_entropy(
     dloss: Tensor | None,  # [] or [N], upstream gradient of the losses; None: losses only
     dlse: Tensor | None,  # [N], upstream gradient of the rows' log-sum-exps
     need: Need,
+    dense: bool = False,  # of no use here: ignored rows are left out anyway
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed."""
     rows = (labels != ignore_index).nonzero()[:, 0]

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvbert.kernels import launch
-from mvbert.kernels.mixed_embedding import blocks, dropout_factor
+from mvbert.kernels.mixed_embedding import dropout_factor
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ def residual_layer_norm_fwd(
     mean = x.new_empty(N, dtype=acc)
     rstd = torch.empty_like(mean)
     if N:
-        tile = blocks(H)
+        tile = launch.row_blocks("layer_norm_fwd", x, N, H)
         residual_layer_norm_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
             x, residual, ln_weight, ln_bias, x if seed is None else seed, y, total, mean, rstd,
             N, H, eps, P_DROP=dropout_p, ACC=launch.accumulator(x), **tile,
@@ -146,19 +146,18 @@ def residual_layer_norm_bwd(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, residual, ln_weight, ln_bias)."""
+    """Gradients of (x, residual, ln_weight, ln_bias); that of x is empty without dropout."""
     N, H = total.shape
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
-    tile = blocks(H)
-    programs = max(1, min(triton.cdiv(N, tile["ROWS"]), launch.bwd_programs(total.device)))
+    tile = dict(launch.row_blocks("layer_norm_bwd", total, N, H))
+    most = tile.pop("programs", launch.bwd_programs(total.device))
+    programs = max(1, min(triton.cdiv(N, tile["ROWS"]), most))
     sums = mean.new_zeros(programs, 2, H)
     if N:
         residual_layer_norm_bwd_kernel[(programs,)](
             dy.contiguous(), total, ln_weight, total if seed is None else seed, mean, rstd,
             dx, dresidual, sums, N, H, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
-    if dropout_p == 0:
-        dx = dresidual.clone()
     weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
     return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)

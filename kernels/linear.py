@@ -46,20 +46,24 @@ def gather_rows_kernel(
     x_ptr,  # [N, H]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    out_ptr,  # [N, H], written up to count
+    out_ptr,  # [N, H], written up to count, and zeros beyond it when FILL
+    N,
     H,
     stride_n,
+    FILL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     count = tl.load(count_ptr)
-    if tl.program_id(0) * BLOCK_N >= count:
+    if (not FILL) & (tl.program_id(0) * BLOCK_N >= count):
         return
     rows = tl.load(rows_ptr + n, mask=n < count, other=0).to(tl.int64)
     kept = (n < count)[:, None] & (h < H)[None, :]
     x = tl.load(x_ptr + rows[:, None] * stride_n + h[None, :], mask=kept, other=0.0)
+    if FILL:
+        kept = (n < N)[:, None] & (h < H)[None, :]
     tl.store(out_ptr + n.to(tl.int64)[:, None] * H + h[None, :], x, mask=kept)
 
 
@@ -257,7 +261,85 @@ def dweight_kernel(
     tl.store(at, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def spread_rows_kernel(
+    dx_ptr,  # [c, H]: dlogits @ weight over the first V_WHOLE columns
+    dlogits_ptr,  # [c, pitch]
+    weight_ptr,  # [V, H]
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    scale_ptr,  # [1]
+    out_ptr,  # [N, H], written at rows
+    start,
+    c,
+    V,
+    H,
+    stride_v,
+    stride_z,
+    V_WHOLE,
+    ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Adds the last few columns' share of dx, scales, and puts the rows where they belong."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    count = min(tl.load(count_ptr) - start, c)
+    if tl.program_id(0) * BLOCK_N >= count:
+        return
+    inside = n < count
+    both = inside[:, None] & (h < H)[None, :]
+    dx = tl.load(dx_ptr + n.to(tl.int64)[:, None] * H + h[None, :], mask=both, other=0.0).to(ACC)
+    for v in range(V_WHOLE, V):
+        dz = tl.load(dlogits_ptr + n.to(tl.int64) * stride_z + v, mask=inside, other=0.0).to(ACC)
+        w_at = weight_ptr + tl.cast(v, tl.int64) * stride_v + h
+        dx += dz[:, None] * tl.load(w_at, mask=h < H, other=0.0).to(ACC)[None, :]
+    dx *= tl.load(scale_ptr).to(ACC)
+    rows = tl.load(rows_ptr + start + n, mask=inside, other=0).to(tl.int64)
+    at = out_ptr + rows[:, None] * H + h[None, :]
+    tl.store(at, dx.to(out_ptr.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def scale_kernel(
+    x_ptr,  # [size]
+    factor_ptr,  # [1]
+    out_ptr,  # [size], written
+    size,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(ACC)
+    x *= tl.load(factor_ptr).to(ACC)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < size)
+
+
 # ---- launchers ---------------------------------------------------------------------------------
+
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, the factor not rounded to the dtype of x first, as torch's own product would."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel():
+        scale_kernel[(triton.cdiv(x.numel(), 4096),)](
+            x, factor, out, x.numel(), ACC=launch.accumulator(x), BLOCK=4096, num_warps=8
+        )
+    return out
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= a @ b by the library, 16-bit operands, `out` of their dtype or float32."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif not a.is_cuda:  # the interpreter: a CPU has no such product
+        wide = torch.mm(a.to(out.dtype), b.to(out.dtype))
+        out.add_(wide) if add else out.copy_(wide)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def list_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -270,8 +352,8 @@ def list_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     return rows, count
 
 
-def gather_rows(x: Tensor, rows: Tensor, count: Tensor) -> Tensor:
-    """[N, H] whose first `count` rows are x[rows]; the others are never read."""
+def gather_rows(x: Tensor, rows: Tensor, count: Tensor, fill: bool = False) -> Tensor:
+    """[N, H] whose first `count` rows are x[rows]; the others are 0 if `fill`, else never read."""
     N, H = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -279,17 +361,22 @@ def gather_rows(x: Tensor, rows: Tensor, count: Tensor) -> Tensor:
     block_n, block_h = 8, min(1024, triton.next_power_of_2(H))
     grid = (triton.cdiv(N, block_n), triton.cdiv(H, block_h))
     gather_rows_kernel[grid](
-        x, rows, count, out, H, x.stride(0), BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4
-    )
+        x, rows, count, out, N, H, x.stride(0),
+        FILL=fill, BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
+    )  # fmt: skip
     return out
 
 
 class LinearRows:
     """One linear layer over the listed rows: buffers, and the three products chunk by chunk."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows, count):
-        self.rows, self.count = rows, count
-        self.x = gather_rows(hidden, rows, count)
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows, count, dense: bool = False
+    ):
+        """`dense`: backward's products run over all N rows, through the vendor's library if that is
+        the faster one. dlogits must then be scaled, and zero in the rows beyond `count`."""
+        self.rows, self.count, self.dense = rows, count, dense
+        self.x = gather_rows(hidden, rows, count, fill=dense)
         weight = weight.to(hidden.dtype)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
@@ -298,12 +385,15 @@ class LinearRows:
         self.chunk = min(launch.CHUNK_ROWS, self.N)
         self.pitch = launch.pitch(self.V)
         self.acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.shape = (self.N, self.V, self.H)
         self.common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
-        self.blocks = launch.product_blocks(self.chunk, self.V, self.H, heavy=True)
+        self.blocks = launch.product_blocks(
+            "logits", self.x, self.shape, self.chunk, self.V, self.H, heavy=True
+        )
         self.tiles = triton.cdiv(self.V, self.blocks["BLOCK_N"])
         self.tile_max = hidden.new_empty(self.chunk, self.tiles, dtype=self.acc_dtype)
         self.tile_sum = torch.empty_like(self.tile_max)
-        self.buffer = None
+        self.buffer = self.whole_dweight = None
 
     def starts(self) -> range:
         return range(0, self.N, self.chunk)
@@ -346,7 +436,18 @@ class LinearRows:
     def dx(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
         """out[rows] = scale * dlogits @ weight, for the rows of this chunk."""
         c = min(self.chunk, self.N - start)
-        blocks = launch.product_blocks(c, self.H, self.V)
+        if self.dense and launch.library("dx", self.x, self.shape):
+            # Whole 16-byte columns for the library; the last few are added while spreading rows.
+            whole = self.V // 8 * 8
+            dx = torch.mm(dlogits[:c, :whole], self.weight[:whole])
+            block_n, block_h = 8, min(1024, triton.next_power_of_2(self.H))
+            spread_rows_kernel[(triton.cdiv(c, block_n), triton.cdiv(self.H, block_h))](
+                dx, dlogits, self.weight, self.rows, self.count, scale, out, start, c, self.V,
+                self.H, self.weight.stride(0), self.pitch, whole, ACC=self.common["ACC"],
+                BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
+            )  # fmt: skip
+            return
+        blocks = launch.product_blocks("dx", self.x, self.shape, c, self.H, self.V)
         grid = (triton.cdiv(c, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
         dx_kernel[grid](
             dlogits, self.weight, self.rows, self.count, scale, out, start, c, self.V, self.H,
@@ -356,7 +457,14 @@ class LinearRows:
     def dweight(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
         """out (+)= scale * dlogits.T @ x, added from the second chunk on."""
         c = min(self.chunk, self.N - start)
-        blocks = launch.product_blocks(self.V, self.H, c, heavy=start > 0)
+        if self.whole_dweight is not None:
+            # All columns of the pitch, whole 16-byte rows for the library; from V on they are zero.
+            product(dlogits[:c].t(), self.x[start : start + c], self.whole_dweight, add=start > 0)
+            return
+        kernel = "dweight_add" if start > 0 else "dweight"
+        blocks = launch.product_blocks(
+            kernel, self.x, self.shape, self.V, self.H, c, heavy=start > 0
+        )
         grid = (triton.cdiv(self.V, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
         dweight_kernel[grid](
             dlogits, self.x, self.count, scale, out, start, c, self.V, self.H, self.pitch,
@@ -365,5 +473,9 @@ class LinearRows:
 
     def new_dweight(self, dtype: torch.dtype) -> Tensor:
         """[V, H] to sum dweight in: accumulator dtype, or the final one for a single chunk."""
-        single = self.chunk >= self.N
-        return self.x.new_empty(self.V, self.H, dtype=dtype if single else self.acc_dtype)
+        if self.chunk < self.N:
+            dtype = self.acc_dtype
+        if self.dense and launch.library("dweight", self.x, self.shape):
+            self.whole_dweight = self.x.new_empty(self.pitch, self.H, dtype=dtype)
+            return self.whole_dweight[: self.V]
+        return self.x.new_empty(self.V, self.H, dtype=dtype)

@@ -39,7 +39,7 @@ def cross_entropy_dlogits_kernel(
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
     lse_ptr,  # [N]
-    dloss_ptr,  # [N] when ROWS
+    dloss_ptr,  # [N] when ROWS, [1] when SCALED
     dlse_ptr,  # [N] when HAS_DLSE
     dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
     start,
@@ -49,13 +49,18 @@ def cross_entropy_dlogits_kernel(
     ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    FILL: tl.constexpr,
     SMOOTHING: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """STEPS x BLOCK_M rows of BLOCK_V columns: logits to dz, and the columns' sums."""
+    """STEPS x BLOCK_M rows of BLOCK_V columns: logits to dz, and the columns' sums.
+
+    FILL: rows beyond the count become zero, for a product over all rows of the chunk.
+    """
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     count = min(tl.load(count_ptr) - start, c)
     first = tl.program_id(0) * BLOCK_M * STEPS
@@ -81,7 +86,11 @@ def cross_entropy_dlogits_kernel(
                 dz += p * tl.load(dlse_ptr + rows, mask=inside, other=0.0)[:, None]
         else:
             dz = p - hard
+        if SCALED:
+            dz *= tl.load(dloss_ptr).to(ACC)
         dz = tl.where(inside[:, None] & (v < V)[None, :], dz, 0.0)
+        if FILL:
+            both = (m < c)[:, None] & (v < stride_z)[None, :]
         tl.store(at, dz.to(logits_ptr.dtype.element_ty), mask=both)
         if HAS_BIAS:
             column += tl.sum(dz, 0)
@@ -383,8 +392,12 @@ def cross_entropy(
     dloss: Tensor | None,  # [] or [N]
     dlse: Tensor | None,  # [N]
     need: Need,
+    dense: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed."""
+    """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed.
+
+    `dense` (wide rows): few rows are ignored, so products may run over all of them.
+    """
     N = hidden.shape[0]
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     loss = hidden.new_zeros(N, dtype=acc)
@@ -397,13 +410,16 @@ def cross_entropy(
     else:
         labels = labels.contiguous()
         rows, count = list_rows(labels, ignore_index)
-        run = flash if hidden.shape[1] <= launch.FLASH_WIDTH else materialised
-        dweight, dbias = run(
+        arguments = (
             hidden, weight, bias, labels, label_smoothing, rows, count,
             dloss if dloss is None else dloss.contiguous(),
             dlse if dlse is None else dlse.contiguous(),
             need, loss, lse, dhidden,
         )  # fmt: skip
+        if launch.narrow(hidden):
+            dweight, dbias = flash(*arguments)
+        else:
+            dweight, dbias = materialised(*arguments, dense)
     nothing = hidden.new_empty
     return (
         loss,
@@ -449,14 +465,16 @@ def materialised(
     loss,
     lse,
     dhidden,
+    dense,
 ):
     """(dweight, dbias) or None; fills loss, lse and dhidden."""
-    linear = LinearRows(hidden, weight, bias, rows, count)
+    dense = dense and hidden.dtype == launch.DENSE_DTYPE
+    linear = LinearRows(hidden, weight, bias, rows, count, dense)
     target = torch.empty_like(loss)
     dweight = linear.new_dweight(weight.dtype) if need.weight else None
     dbias = None
     by_row = dloss is not None and dloss.ndim == 1
-    scale = None if dloss is None else torch.ones_like(lse[:1]) if by_row else dloss
+    scale = None if dloss is None else torch.ones_like(lse[:1]) if by_row or dense else dloss
     for start in linear.starts():
         z = linear.logits(start, lse=lse, store=bool(need), labels=labels, target=target)
         if not need:
@@ -480,15 +498,15 @@ def cross_entropy_dlogits(
 ):
     """Turns the chunk's logits into dz in place; the columns' sums [V] if `has_bias`."""
     c = min(linear.chunk, linear.N - start)
-    block_m, block_v, steps = launch.elementwise_blocks(linear.V)
-    blocks = triton.cdiv(c, block_m * steps)
+    tile = launch.elementwise_blocks(z, linear.shape, linear.V)
+    blocks = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
     partial = z.new_empty(blocks if has_bias else 0, linear.pitch, dtype=lse.dtype)
-    cross_entropy_dlogits_kernel[(blocks, triton.cdiv(linear.pitch, block_v))](
+    cross_entropy_dlogits_kernel[(blocks, triton.cdiv(linear.pitch, tile["BLOCK_V"]))](
         z, labels, linear.rows, linear.count, lse,
-        dloss if by_row else lse, lse if dlse is None else dlse, partial,
-        start, c, linear.V, linear.pitch,
+        dloss, lse if dlse is None else dlse, partial, start, c, linear.V, linear.pitch,
         SMOOTHING=label_smoothing, ROWS=by_row, HAS_DLSE=dlse is not None, HAS_BIAS=has_bias,
-        ACC=linear.common["ACC"], BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+        SCALED=linear.dense and not by_row, FILL=linear.dense,
+        ACC=linear.common["ACC"], **tile,
     )  # fmt: skip
     return partial.sum(0)[: linear.V] if has_bias else None
 

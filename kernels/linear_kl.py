@@ -315,21 +315,21 @@ def kl(
     loss = hidden.new_zeros(N, dtype=student.acc_dtype)
     top, log_sum = torch.empty_like(loss), torch.empty_like(loss)
     teacher_top, teacher_log_sum = torch.empty_like(loss), torch.empty_like(loss)
-    block_m, block_v, steps = launch.elementwise_blocks(student.V)
-    column_blocks = triton.cdiv(student.pitch, block_v)
+    tile = launch.elementwise_blocks(student.x, student.shape, student.V)
+    column_blocks = triton.cdiv(student.pitch, tile["BLOCK_V"])
     for start in student.starts():
         options = {"store": True, "temperature": temperature}
         z = student.logits(start, lse=log_sum, top=top, **options)
         y = teacher.logits(start, lse=teacher_log_sum, top=teacher_top, **options)
         c = min(student.chunk, N - start)
-        row_blocks = triton.cdiv(c, block_m * steps)
+        row_blocks = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
         gap = loss.new_empty(c, column_blocks)
         partial = loss.new_empty(row_blocks if need.bias else 0, student.pitch)
         kl_dlogits_kernel[(row_blocks, column_blocks)](
             z, y, rows, count, top, log_sum, teacher_top, teacher_log_sum,
             dloss if gradients.by_row else loss, gap, partial, start, c, student.V, student.pitch,
             GRAD=bool(need), ROWS=gradients.by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"],
-            BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+            **tile,
         )  # fmt: skip
         kl_loss_kernel[(c,)](
             gap, rows, count, loss, start, c, column_blocks, temperature,
@@ -372,12 +372,14 @@ def sparse_kl(
         )  # fmt: skip
         if not need:
             continue
-        block_m, block_v, _ = launch.elementwise_blocks(linear.V)
+        tile = launch.elementwise_blocks(z, linear.shape, linear.V)
+        grid = (triton.cdiv(c, tile["BLOCK_M"]), triton.cdiv(linear.pitch, tile["BLOCK_V"]))
+        del tile["STEPS"]
         row_dloss = dloss if gradients.by_row else mass
         options = {"ROWS": gradients.by_row, "ACC": linear.common["ACC"]}
-        sparse_kl_dlogits_kernel[(triton.cdiv(c, block_m), triton.cdiv(linear.pitch, block_v))](
+        sparse_kl_dlogits_kernel[grid](
             z, rows, count, top, log_sum, mass, row_dloss, start, c, linear.V, linear.pitch,
-            BLOCK_M=block_m, BLOCK_V=block_v, num_warps=4, **options,
+            **tile, **options,
         )  # fmt: skip
         sparse_kl_targets_kernel[(c,)](
             z, target_ids, target_probs, rows, count, mass, picked, row_dloss,
@@ -390,11 +392,10 @@ def sparse_kl(
 def column_sums(linear: LinearRows, start: int, dlogits: Tensor) -> Tensor:
     """[V]: the sum of dlogits over the rows of the chunk."""
     c = min(linear.chunk, linear.N - start)
-    block_m, block_v, steps = launch.elementwise_blocks(linear.V)
-    blocks = triton.cdiv(c, block_m * steps)
+    tile = launch.elementwise_blocks(dlogits, linear.shape, linear.V)
+    blocks = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
     partial = dlogits.new_empty(blocks, linear.pitch, dtype=linear.acc_dtype)
-    column_sums_kernel[(blocks, triton.cdiv(linear.pitch, block_v))](
-        dlogits, linear.count, partial, start, c, linear.pitch,
-        ACC=linear.common["ACC"], BLOCK_M=block_m, BLOCK_V=block_v, STEPS=steps, num_warps=4,
+    column_sums_kernel[(blocks, triton.cdiv(linear.pitch, tile["BLOCK_V"]))](
+        dlogits, linear.count, partial, start, c, linear.pitch, ACC=linear.common["ACC"], **tile,
     )  # fmt: skip
     return partial.sum(0)[: linear.V]

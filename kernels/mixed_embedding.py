@@ -281,13 +281,6 @@ def mixed_embedding_bwd_kernel(
 # ---- launchers ---------------------------------------------------------------------------------
 
 
-def blocks(H: int) -> dict[str, int]:
-    """Rows a program reads at once, and warps: 8 values a thread, one 16-byte load in 16 bit."""
-    block_h = max(8, triton.next_power_of_2(H))
-    rows = max(1, 1024 // block_h) if block_h >= 64 else 2
-    return {"ROWS": rows, "BLOCK_H": block_h, "num_warps": max(1, min(16, rows * block_h // 256))}
-
-
 def _common(ids, teacher_table, student_rows, position_table, type_table, types, position_ids):
     """(pointers, sizes, flags) shared by both kernels."""
     dummy = teacher_table if teacher_table is not None else student_rows
@@ -342,7 +335,7 @@ def mixed_embedding_fwd(
     mean = out.new_empty(N, dtype=acc)
     rstd = torch.empty_like(mean)
     if N:
-        tile = blocks(H)
+        tile = launch.row_blocks("embedding_fwd", out, N, H)
         mixed_embedding_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
             *index, *tables, ln_weight, ln_bias, input_ids if seed is None else seed,
             out, mean, rstd, N, T, H, *size, eps, P_DROP=dropout_p, **flags, **tile,
@@ -390,10 +383,9 @@ def mixed_embedding_bwd(
     if store:
         frequent = [-1, -1]
     ds = mean.new_empty(B * T if store else 0, H)
-    tile = blocks(H)
-    shares = max(
-        1, min(triton.cdiv(B, tile["ROWS"]), launch.bwd_programs(mean.device) // max(T, 1))
-    )
+    tile = dict(launch.row_blocks("embedding_bwd", dhidden, B * T, H))
+    programs = tile.pop("programs", launch.bwd_programs(mean.device))
+    shares = max(1, min(triton.cdiv(B, tile["ROWS"]), programs // max(T, 1)))
     sums = mean.new_zeros(shares, T, 6, H)
     dummy = sums
     if B * T:

@@ -24,7 +24,8 @@ CHECK_ON_GPU = False
 def _run(backend: str, loss: str, hidden: Tensor, *arguments):
     """Calls the implementation of `loss` ("cross_entropy", "kl" or "sparse_kl").
 
-    Autocast is off inside: the dtype of `hidden` already says what the products run in.
+    Autocast is off inside: the dtype of `hidden` already says what the products run in. Triton
+    launches on the current device, which is therefore made that of `hidden`.
     """
     if backend == "chunked":
         implementation = chunked
@@ -32,7 +33,7 @@ def _run(backend: str, loss: str, hidden: Tensor, *arguments):
         from mvbert.kernels import linear_cross_entropy as implementation
     else:
         from mvbert.kernels import linear_kl as implementation
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         return getattr(implementation, loss)(hidden, *arguments)
 
 
@@ -78,7 +79,23 @@ def _scaled(gradient: Tensor, dtotal: Tensor) -> Tensor | None:
     if gradient.dtype == dtotal.dtype:
         return gradient * dtotal
     # Rounding the factor to 16 bits would scale the whole gradient wrongly by up to 2^-9.
-    return (gradient * dtotal.reshape(1)).to(gradient.dtype)
+    if not dtotal.is_cuda:
+        return (gradient * dtotal.reshape(1)).to(gradient.dtype)
+    return scale_exactly(gradient, dtotal)
+
+
+@torch.library.custom_op("mvbert::scale", mutates_args=())
+def scale_exactly(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, computed in float32, in the dtype of x, in one pass (CUDA)."""
+    from mvbert.kernels import linear
+
+    with torch.cuda.device_of(x):
+        return linear.scale(x, factor)
+
+
+@scale_exactly.register_fake
+def _(x, factor):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _refuse_second_order(gradients) -> None:
@@ -100,28 +117,20 @@ def linear_cross_entropy_sum(
     label_smoothing: float,
     need: list[bool],
     backend: str,
+    dense: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_range("labels", labels, weight.shape[0], ignore_index)
     need = Need(*need)
     dloss = scale if need else None
     loss, _, *gradients = _run(
-        backend,
-        "cross_entropy",
-        hidden,
-        weight,
-        bias,
-        labels,
-        ignore_index,
-        label_smoothing,
-        dloss,
-        None,
-        need,
-    )
+        backend, "cross_entropy", hidden, weight, bias, labels, ignore_index, label_smoothing,
+        dloss, None, need, dense,
+    )  # fmt: skip
     return _total(loss, scale), *gradients
 
 
 @linear_cross_entropy_sum.register_fake
-def _(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, need, backend):
+def _(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, need, backend, dense):
     return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
 
 
@@ -133,9 +142,9 @@ def _save_gradients(ctx, inputs, output):
 def _cross_entropy_sum_backward(ctx, dtotal, *dgradients):
     _refuse_second_order(dgradients)
     if dtotal is None:
-        return (None,) * 9
+        return (None,) * 10
     dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
-    return dhidden, dweight, dbias, *(None,) * 6
+    return dhidden, dweight, dbias, *(None,) * 7
 
 
 linear_cross_entropy_sum.register_autograd(
@@ -483,10 +492,11 @@ def mixed_embedding(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mvbert.kernels import mixed_embedding as kernels
 
-    return kernels.mixed_embedding_fwd(
-        input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
-        position_ids, ln_weight, ln_bias, eps, dropout_p, seed,
-    )  # fmt: skip
+    with torch.cuda.device_of(input_ids):
+        return kernels.mixed_embedding_fwd(
+            input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+            position_ids, ln_weight, ln_bias, eps, dropout_p, seed,
+        )  # fmt: skip
 
 
 @mixed_embedding.register_fake
@@ -520,11 +530,12 @@ def mixed_embedding_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mvbert.kernels import mixed_embedding as kernels
 
-    gradients = kernels.mixed_embedding_bwd(
-        dhidden, input_ids, teacher_table, student_rows, position_table, type_table,
-        token_type_ids, position_ids, ln_weight, mean, rstd, dropout_p, seed, padding_id,
-        frequent_ids, deterministic, need,
-    )  # fmt: skip
+    with torch.cuda.device_of(dhidden):
+        gradients = kernels.mixed_embedding_bwd(
+            dhidden, input_ids, teacher_table, student_rows, position_table, type_table,
+            token_type_ids, position_ids, ln_weight, mean, rstd, dropout_p, seed, padding_id,
+            frequent_ids, deterministic, need,
+        )  # fmt: skip
     return tuple(dhidden.new_empty(0) if g is None else g for g in gradients)
 
 
@@ -585,7 +596,10 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mvbert.kernels import layer_norm
 
-    return layer_norm.residual_layer_norm_fwd(x, residual, ln_weight, ln_bias, eps, dropout_p, seed)
+    with torch.cuda.device_of(x):
+        return layer_norm.residual_layer_norm_fwd(
+            x, residual, ln_weight, ln_bias, eps, dropout_p, seed
+        )
 
 
 @residual_layer_norm.register_fake
@@ -606,13 +620,15 @@ def residual_layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mvbert.kernels import layer_norm
 
-    return layer_norm.residual_layer_norm_bwd(dy, total, ln_weight, mean, rstd, dropout_p, seed)
+    with torch.cuda.device_of(dy):
+        return layer_norm.residual_layer_norm_bwd(dy, total, ln_weight, mean, rstd, dropout_p, seed)
 
 
 @residual_layer_norm_backward.register_fake
 def _(dy, total, ln_weight, mean, rstd, seed, dropout_p):
     vectors = torch.empty_like(ln_weight), torch.empty_like(ln_weight)
-    return torch.empty_like(total), torch.empty_like(total), *vectors
+    dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
+    return dx, torch.empty_like(total), *vectors
 
 
 def _save_residual_layer_norm(ctx, inputs, output):
@@ -625,8 +641,9 @@ def _save_residual_layer_norm(ctx, inputs, output):
 def _residual_layer_norm_backward(ctx, dy, *others):
     if dy is None:
         return (None,) * 7
-    gradients = residual_layer_norm_backward(dy, *ctx.saved_tensors, ctx.dropout_p)
-    return *gradients, None, None, None
+    dx, dresidual, *vectors = residual_layer_norm_backward(dy, *ctx.saved_tensors, ctx.dropout_p)
+    # Without dropout the two inputs have one gradient, which is made once.
+    return dx if ctx.dropout_p > 0 else dresidual, dresidual, *vectors, None, None, None
 
 
 residual_layer_norm.register_autograd(

@@ -302,7 +302,7 @@ def test_operators_are_well_formed():
     )
     torch.library.opcheck(
         ops.linear_cross_entropy_sum,
-        (hidden, weight, bias, labels, scale, -100, 0.1, need, "chunked"),
+        (hidden, weight, bias, labels, scale, -100, 0.1, need, "chunked", False),
         test_utils=tests,
     )
     torch.library.opcheck(
