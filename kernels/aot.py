@@ -108,13 +108,15 @@ def meta(*shape: int, dtype=torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def cross_entropy_case(N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16):
+def cross_entropy_case(
+    N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16, dense=False
+):
     hidden, weight, bias = (meta(*shape, dtype=dtype) for shape in ((N, H), (V, H), (V,)))
     labels = meta(N, dtype=torch.int64)
     up = meta(*([N] if rows else []), dtype=torch.float32)
     lse = meta(N, dtype=torch.float32) if rows else None
     linear_cross_entropy.cross_entropy(
-        hidden, weight, bias, labels, -100, smoothing, up, lse, Need(True, True, True)
+        hidden, weight, bias, labels, -100, smoothing, up, lse, Need(True, True, True), dense
     )
     linear_cross_entropy.cross_entropy(
         hidden, weight, bias, labels, -100, smoothing, None, None, Need()
@@ -163,6 +165,7 @@ def layer_norm_case(N: int, H: int):
 CASES: dict[str, Callable[[], None]] = {
     "loss N4096 H1024 V30522": lambda: cross_entropy_case(4096, 1024, 30522),
     "loss N16384 H768 V30522": lambda: cross_entropy_case(16384, 768, 30522),
+    "loss N4096 H1024 V30522 dense": lambda: cross_entropy_case(4096, 1024, 30522, dense=True),
     "loss N4096 H1024 V4928": lambda: cross_entropy_case(4096, 1024, 4928),
     "loss N4096 H384 V30522": lambda: cross_entropy_case(4096, 384, 30522),
     "loss N4096 H256 V4928": lambda: cross_entropy_case(4096, 256, 4928),
@@ -171,7 +174,7 @@ CASES: dict[str, Callable[[], None]] = {
     "loss N4096 H1024 V30522 fp32": lambda: cross_entropy_case(
         4096, 1024, 30522, dtype=torch.float32
     ),
-    "loss N4096 H64 V4928 fp32": lambda: cross_entropy_case(4096, 64, 4928, dtype=torch.float32),
+    "loss N4096 H32 V4928 fp32": lambda: cross_entropy_case(4096, 32, 4928, dtype=torch.float32),
     "loss N4096 H256 V4928 fp16": lambda: cross_entropy_case(4096, 256, 4928, dtype=torch.float16),
     "kl N4096 H256 H_t1024 V4928": lambda: kl_case(4096, 256, 1024, 4928),
     "sparse kl N4096 H256 V4928 K32": lambda: sparse_kl_case(4096, 256, 4928, 32),

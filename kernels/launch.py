@@ -67,7 +67,7 @@ def narrow(x: Tensor) -> bool:
     Without tensor cores a tile of that form spills kilobytes: wider types take it only where a
     small tile holds all of H.
     """
-    return x.shape[1] <= (FLASH_WIDTH if x.element_size() == 2 else min(FLASH_WIDTH, 64))
+    return x.shape[1] <= (FLASH_WIDTH if x.element_size() == 2 else min(FLASH_WIDTH, 32))
 
 
 # ---- the device --------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def product_blocks(
     takes 128 x 128.
     """
     if min(M, N) < 64 or K < 32:
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    if x.element_size() == 8:
+        blocks = (16, 16, 16, 4, 2)
+    elif x.element_size() == 8:
         blocks = (32, 32, 16, 4, 2)
     elif x.element_size() == 4:
         # No tensor cores unless TF32 is allowed: a tile that leaves registers for both operands.
@@ -152,7 +152,7 @@ def product_blocks(
     else:
         blocks = (128, 256, 64, 8, 3)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
-    rule = dict(zip(names, blocks, strict=True))
+    rule = dict(zip(names, blocks, strict=True)) | {"GROUP": 8}
     stage = (rule["BLOCK_M"] + rule["BLOCK_N"]) * rule["BLOCK_K"] * x.element_size()
     rule["num_stages"] = max(1, min(rule["num_stages"], shared_memory(x.device) // stage))
     return chosen(kernel, x, shape, rule)

@@ -424,7 +424,7 @@ class LinearRows:
             self.tile_max, self.tile_sum, self.tile_max if target is None else target,
             start, c, self.V, self.H, self.weight.stride(0), self.pitch, 1.0 / temperature,
             HAS_BIAS=self.bias is not None, HAS_LABEL=labels is not None, STORE=store,
-            GROUP=8, **self.common, **self.blocks,
+            **self.common, **self.blocks,
         )  # fmt: skip
         lse_kernel[(c,)](
             self.tile_max, self.tile_sum, self.rows, self.count, lse, lse if top is None else top,
@@ -451,7 +451,7 @@ class LinearRows:
         grid = (triton.cdiv(c, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
         dx_kernel[grid](
             dlogits, self.weight, self.rows, self.count, scale, out, start, c, self.V, self.H,
-            self.weight.stride(0), self.pitch, GROUP=8, **self.common, **blocks,
+            self.weight.stride(0), self.pitch, **self.common, **blocks,
         )  # fmt: skip
 
     def dweight(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
@@ -468,7 +468,7 @@ class LinearRows:
         grid = (triton.cdiv(self.V, blocks["BLOCK_M"]) * triton.cdiv(self.H, blocks["BLOCK_N"]),)
         dweight_kernel[grid](
             dlogits, self.x, self.count, scale, out, start, c, self.V, self.H, self.pitch,
-            ADD=start > 0, GROUP=8, **self.common, **blocks,
+            ADD=start > 0, **self.common, **blocks,
         )  # fmt: skip
 
     def new_dweight(self, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,421 @@
+"""Measures block sizes on the device at hand and keeps the best: tuned.json, read by launch.py.
+
+    python -m mvbert.kernels.tune                    measure, print, write nothing
+    python -m mvbert.kernels.tune --write            and keep what was found
+    python -m mvbert.kernels.tune --only logits --only V30522
+
+Each kernel runs alone at a real shape, once per candidate; a candidate whose result differs from
+that of the rule in launch.py, or that does not fit the device, is left out. Compiling takes most of
+the time: it is done beforehand by several processes, which fill Triton's cache.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from mvbert.kernels import launch, layer_norm, linear_cross_entropy, mixed_embedding
+from mvbert.kernels.chunked import Need
+from mvbert.kernels.linear import LinearRows, list_rows
+
+Blocks = dict[str, int]
+UNFIT = (
+    triton.runtime.errors.OutOfResources,
+    triton.runtime.errors.PTXASError,
+    triton.CompilationError,
+)
+# A closure that runs the kernel and returns what it computed.
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape; `prepare` is called with the candidate in force."""
+
+    kernel: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # N first
+    candidates: tuple[Blocks, ...]
+    prepare: Callable[[], Run]
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        letters = {3: "NVH", 2: "NH"}[len(self.shape)]
+        sizes = " ".join(f"{a}{b}" for a, b in zip(letters, self.shape, strict=True))
+        return f"{self.kernel} {dtype} {sizes}"
+
+
+# ---- what is tried -----------------------------------------------------------------------------
+
+
+def _product(*tiles: tuple[int, ...]) -> tuple[Blocks, ...]:
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "GROUP")
+    return tuple(dict(zip(names, tile, strict=True)) for tile in tiles)
+
+
+PRODUCTS = _product(
+    (128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 16),
+    (128, 256, 32, 8, 4, 8), (256, 128, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8),
+    (128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8), (128, 128, 64, 8, 4, 16),
+    (128, 128, 64, 4, 3, 8), (128, 128, 64, 4, 4, 8), (128, 128, 128, 8, 2, 8),
+    (64, 256, 64, 4, 3, 8), (64, 256, 64, 4, 4, 8), (64, 128, 64, 4, 4, 8),
+)  # fmt: skip
+
+FLASH = tuple(
+    {"BLOCK_M": m, "BLOCK_V": v, "num_warps": w, "num_stages": s}
+    for m, v, w, s in (
+        (64, 64, 4, 2),
+        (64, 64, 4, 3),
+        (64, 32, 4, 2),
+        (64, 32, 4, 4),
+        (32, 64, 4, 2),
+        (64, 64, 8, 2),
+        (64, 128, 8, 2),
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 32, 8, 3),
+    )
+)
+ELEMENTWISE = tuple(
+    {"BLOCK_M": m, "BLOCK_V": v, "STEPS": s, "num_warps": w}
+    for m, v, s, w in (
+        (8, 512, 8, 4),
+        (8, 512, 16, 4),
+        (8, 512, 4, 4),
+        (4, 512, 16, 4),
+        (4, 1024, 16, 4),
+        (8, 1024, 8, 8),
+        (16, 512, 4, 8),
+        (4, 512, 8, 2),
+        (16, 256, 4, 4),
+        (2, 1024, 16, 4),
+    )
+)
+
+
+def _with_splits(blocks: tuple[Blocks, ...], splits: tuple[int, ...]) -> tuple[Blocks, ...]:
+    """The given tiles, and the first three of them with each number of parts too."""
+    return blocks + tuple(b | {"splits": s} for b in blocks[:3] for s in splits)
+
+
+def _rows(H: int, programs: tuple[int, ...] = ()) -> tuple[Blocks, ...]:
+    tiles = [
+        {"ROWS": rows, "num_warps": warps}
+        for rows in (1, 2, 4, 8)
+        for warps in (1, 2, 4, 8)
+        if 4 <= rows * triton.next_power_of_2(H) // (32 * warps) <= 32
+    ]
+    return tuple(t | {"programs": p} for t in tiles for p in programs) or tuple(tiles)
+
+
+# ---- how each kernel is run alone --------------------------------------------------------------
+
+
+def _loss_inputs(N: int, V: int, H: int, dtype: torch.dtype, device: str):
+    generator = torch.Generator(device).manual_seed(0)
+    options = {"generator": generator, "device": device}
+    hidden = torch.randn(N, H, **options).to(dtype)
+    weight = (torch.randn(V, H, **options) * 0.05).to(dtype)
+    bias = torch.randn(V, **options).to(dtype)
+    labels = torch.randint(0, V, (N,), **options)
+    return hidden, weight, bias, labels
+
+
+def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The products and the pass between them, or the two kernels without logits."""
+    hidden, weight, bias, labels = _loss_inputs(N, V, H, dtype, device)
+    shape = (N, V, H)
+    one = torch.ones((), device=device) / N
+    if launch.narrow(hidden):
+
+        def flash(need: Need) -> Callable[[], Run]:
+            def run() -> Tensor:
+                _, _, dhidden, dweight, _ = linear_cross_entropy.cross_entropy(
+                    hidden, weight, bias, labels, -100, 0.0, one, None, need
+                )
+                return dweight if need.weight else dhidden
+
+            return lambda: run
+
+        # The other kernel runs too and is the same for every candidate.
+        yield Case("flash_fwd", dtype, shape, _with_splits(FLASH, (1, 2, 4, 8)), flash(Need(True)))
+        candidates = _with_splits(FLASH[::-1] + FLASH[:3], (2, 4, 8))
+        yield Case("flash_dweight", dtype, shape, candidates, flash(Need(weight=True)))
+        return
+
+    def linear(dense: bool = False) -> LinearRows:
+        return LinearRows(hidden, weight, bias, *list_rows(labels, -100), dense)
+
+    def logits() -> Run:
+        rows, lse = linear(), torch.zeros(N, device=device)
+        target = torch.zeros_like(lse)
+
+        def run() -> Tensor:
+            rows.logits(0, lse=lse, store=True, labels=labels, target=target)
+            return lse
+
+        return run
+
+    def dlogits() -> Run:
+        rows, lse = linear(), torch.zeros(N, device=device)
+        rows.logits(0, lse=lse, store=True, labels=labels, target=torch.zeros_like(lse))
+        kept = rows.buffer.clone()
+
+        def run() -> Tensor:
+            return linear_cross_entropy.cross_entropy_dlogits(
+                rows, 0, rows.buffer, labels, lse, one, None, 0.0, False, True
+            )
+
+        run()
+        rows.buffer.copy_(kept)
+        return run
+
+    def upstream(rows: LinearRows) -> Tensor:
+        generator = torch.Generator(device).manual_seed(1)
+        z = torch.randn(rows.chunk, rows.pitch, generator=generator, device=device).to(dtype)
+        z[:, V:] = 0
+        return z
+
+    def dx(dense: bool) -> Callable[[], Run]:
+        def prepare() -> Run:
+            rows = linear(dense)
+            z, out = upstream(rows), torch.empty_like(hidden)
+
+            def run() -> Tensor:
+                rows.dx(0, z, one, out)
+                return out
+
+            return run
+
+        return prepare
+
+    def dweight(start: int, dense: bool) -> Callable[[], Run]:
+        def prepare() -> Run:
+            rows = linear(dense)
+            z, out = upstream(rows), rows.new_dweight(dtype)
+            if start:
+                # As in a second chunk: added to what is there, in float32.
+                out = torch.zeros(V, H, device=device)
+                rows.N = rows.N + start
+            whole = torch.cat([rows.x, rows.x]) if start else rows.x
+
+            def run() -> Tensor:
+                rows.x = whole
+                rows.dweight(start, z, one, out)
+                return out
+
+            return run
+
+        return prepare
+
+    yield Case("logits", dtype, shape, PRODUCTS, logits)
+    yield Case("elementwise", dtype, shape, ELEMENTWISE, dlogits)
+    yield Case("dx", dtype, shape, PRODUCTS, dx(False))
+    yield Case("dweight", dtype, shape, PRODUCTS, dweight(0, False))
+    yield Case("dweight_add", dtype, shape, PRODUCTS, dweight(N, False))
+    if dtype == launch.DENSE_DTYPE:
+        either = ({"library": 1}, {"library": 0})
+        yield Case("dx_dense", dtype, shape, either, dx(True))
+        yield Case("dweight_dense", dtype, shape, either, dweight(0, True))
+
+
+def embedding_cases(B: int, T: int, H: int, V: int, dtype: torch.dtype, device: str):
+    generator = torch.Generator(device).manual_seed(0)
+    options = {"generator": generator, "device": device}
+    # Frequencies fall like 1 / rank, as words' do.
+    rank = torch.exp(torch.rand(B, T, **options) * torch.log(torch.tensor(float(V)))).long() - 1
+    ids = rank.clamp(0, V - 1).int()
+    ids[torch.rand(B, T, **options) < 0.12] = 103 % V
+    tables = [torch.randn(n, H, **options).to(dtype) for n in (V, 512, 2)]
+    types = torch.zeros(B, T, dtype=torch.uint8, device=device)
+    vector = torch.ones(H, dtype=dtype, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    upstream = torch.randn(B, T, H, **options).to(dtype)
+    given = (ids, tables[0], None, *tables[1:], types, None)
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        return mixed_embedding.mixed_embedding_fwd(*given, vector, vector, 1e-12, 0.1, seed)
+
+    def backward() -> Run:
+        _, mean, rstd = forward()
+        return lambda: mixed_embedding.mixed_embedding_bwd(
+            upstream, *given, vector, mean, rstd, 0.1, seed, 0, [103 % V], False,
+            [True, False, True, True],
+        )[0]  # fmt: skip
+
+    programs = tuple(launch.multiprocessors(torch.device(device)) * n for n in (4, 8, 16))
+    shape = (B * T, H)
+    yield Case("embedding_fwd", dtype, shape, _rows(H), lambda: lambda: forward()[0])
+    yield Case("embedding_bwd", dtype, shape, _rows(H, programs), backward)
+
+
+def layer_norm_cases(N: int, H: int, dtype: torch.dtype, device: str):
+    generator = torch.Generator(device).manual_seed(0)
+    x, r, dy = (torch.randn(N, H, generator=generator, device=device).to(dtype) for _ in range(3))
+    vector = torch.ones(H, dtype=dtype, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def forward():
+        return layer_norm.residual_layer_norm_fwd(x, r, vector, vector, 1e-12, 0.1, seed)
+
+    def backward() -> Run:
+        _, total, mean, rstd = forward()
+        return lambda: layer_norm.residual_layer_norm_bwd(dy, total, vector, mean, rstd, 0.1, seed)[
+            1
+        ]
+
+    programs = tuple(launch.multiprocessors(torch.device(device)) * n for n in (2, 4, 8))
+    yield Case("layer_norm_fwd", dtype, (N, H), _rows(H), lambda: lambda: forward()[0])
+    yield Case("layer_norm_bwd", dtype, (N, H), _rows(H, programs), backward)
+
+
+def real_cases(device: str = "cuda") -> Iterator[Case]:
+    """The shapes of the issue: BERT large and base, the demo's teacher, the student."""
+    dtype = torch.bfloat16
+    for N, V, H in (
+        (4096, 30522, 1024), (4096, 30522, 768), (4096, 30522, 384), (4096, 4928, 1024),
+        (4096, 4928, 256), (16384, 4928, 256),
+    ):  # fmt: skip
+        yield from loss_cases(N, V, H, dtype, device)
+    for H, V in ((1024, 35450), (768, 35450), (256, 4928)):
+        yield from embedding_cases(256, 128, H, V, dtype, device)
+        yield from layer_norm_cases(32768, H, dtype, device)
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def on_device(run: Run) -> float:
+    """Median microseconds, the cache emptied before each run."""
+    return 1e3 * triton.testing.do_bench(run, warmup=10, rep=60, return_mode="median")
+
+
+def try_one(case: Case, blocks: Blocks) -> Tensor:
+    """What the case computes with these blocks; raises where they do not fit."""
+    launch.FORCED.clear()
+    if blocks:
+        launch.FORCED[case.kernel] = blocks
+    try:
+        return case.prepare()().float()
+    finally:
+        launch.FORCED.clear()
+
+
+def tune(case: Case, measure: Callable[[Run], float], report=print) -> dict | None:
+    """The entry for tuned.json, or None where no candidate beats the rule by 2 %."""
+    truth = try_one(case, {})
+    best, times = None, {}
+    for blocks in ({}, *case.candidates):
+        try:
+            found = try_one(case, blocks)
+        except UNFIT as error:
+            report(f"  {blocks}: {type(error).__name__}")
+            continue
+        error = ((found - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+        if not error < 2**-6:
+            report(f"  {blocks}: WRONG by {error:.2g}")
+            continue
+        if blocks:
+            launch.FORCED[case.kernel] = blocks
+        try:
+            microseconds = measure(case.prepare())
+        finally:
+            launch.FORCED.clear()
+        times[json.dumps(blocks)] = microseconds
+        report(f"  {microseconds:9.1f} us  {blocks or 'the rule'}")
+        if blocks and microseconds < times.get(json.dumps(best or {}), float("inf")):
+            best = blocks
+    rule = times[json.dumps({})]
+    if best is None or times[json.dumps(best)] > 0.98 * rule:
+        report(f"{case.name}: {rule:.1f} us, the rule stands")
+        return None
+    report(f"{case.name}: {rule:.1f} -> {times[json.dumps(best)]:.1f} us  {best}")
+    return {
+        "kernel": case.kernel,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "shape": list(case.shape),
+        "blocks": best,
+        "us": round(times[json.dumps(best)], 1),
+        "rule_us": round(rule, 1),
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def keep(device: str, entries: list[dict]) -> None:
+    """Puts entries into tuned.json, in the place of older ones of the same kernel and shape."""
+    devices = (
+        json.loads(launch.TUNED.read_text("utf-8"))["devices"] if launch.TUNED.exists() else {}
+    )
+
+    def key(entry: dict) -> tuple:
+        return entry["kernel"], entry["dtype"], tuple(entry["shape"])
+
+    merged = {key(e): e for e in devices.get(device, [])} | {key(e): e for e in entries}
+    devices[device] = [merged[k] for k in sorted(merged)]
+    lines = [
+        f"  {json.dumps(name)}: [\n"
+        + ",\n".join(f"   {json.dumps(entry)}" for entry in found)
+        + "\n  ]"
+        for name, found in sorted(devices.items())
+    ]
+    launch.TUNED.write_text('{"devices": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
+
+
+def _wanted(only: list[str]) -> Iterator[Case]:
+    for case in real_cases():
+        if all(part in case.name for part in only):
+            yield case
+
+
+def _compile(only: list[str], share: int, of: int) -> int:
+    """Runs every `of`-th candidate once, for the sake of Triton's cache."""
+    count = 0
+    for case in _wanted(only):
+        for blocks in ({}, *case.candidates):
+            count += 1
+            if count % of == share:
+                try:
+                    try_one(case, blocks)
+                except UNFIT:
+                    continue
+    return count
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--write", action="store_true", help="keep the result in tuned.json")
+    parser.add_argument("--only", action="append", default=[], help="part of a case's name")
+    parser.add_argument("--jobs", type=int, default=min(12, os.cpu_count() or 1))
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("the tuner measures a CUDA device, and there is none here", file=sys.stderr)
+        return 2
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+        done = [pool.submit(_compile, args.only, share, args.jobs) for share in range(args.jobs)]
+        counts = {future.result() for future in done}
+    print(f"{counts.pop()} candidates compiled on {args.jobs} processes", flush=True)
+    entries = []
+    for case in _wanted(args.only):
+        entry = tune(case, on_device, lambda line: print(line, flush=True))
+        if entry is not None:
+            entries.append(entry)
+            if args.write:  # at once: the time on a device may end any moment
+                keep(torch.cuda.get_device_name(), [entry])
+    print(json.dumps({"device": torch.cuda.get_device_name(), "entries": entries}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
