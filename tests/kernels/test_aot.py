@@ -29,7 +29,8 @@ def test_record_has_no_spill_and_uses_the_matrix_units(recorded):
                 "flash_dweight_kernel")  # fmt: skip
     streams = ("mixed_embedding_fwd_kernel", "mixed_embedding_bwd_kernel", "gather_rows_kernel",
                "cross_entropy_dlogits_kernel", "residual_layer_norm_fwd_kernel",
-               "residual_layer_norm_bwd_kernel", "kl_dlogits_kernel", "spread_rows_kernel")  # fmt: skip
+               "residual_layer_norm_bwd_kernel", "kl_dlogits_kernel",
+               "spread_rows_kernel")  # fmt: skip
     seen = set()
     for key, by_arch in recorded.items():
         if key == "triton":
@@ -40,7 +41,8 @@ def test_record_has_no_spill_and_uses_the_matrix_units(recorded):
             assert found["stack"] == 0, (key, arch)
             if kernel in products and "fp32" not in key:
                 assert found["matrix"] == units[arch], (key, arch)
-            if kernel in products + streams:
+            # A program's few rows of 32 values are too little for 16 bytes a thread.
+            if kernel in products + streams and "H32" not in key:
                 assert found["wide_loads"] > 0, (key, arch)
     assert {*products, *streams} <= seen
 
