@@ -109,14 +109,28 @@ class RowConfig:
     """Share of pieces that are masked, whole words at a time."""
     pair_prob: float = 0.5
     """Share of rows with a second segment (token type 1)."""
+    late_length: int = 0
+    """Length of the rows of the last steps, as many fewer of them as they are longer (0: same)."""
+    late_share: float = 0.1
+    """Share of the steps that have them."""
 
     def __post_init__(self) -> None:
+        if self.late_length and not self.length <= self.late_length <= 65535:
+            raise InputError(
+                f"late_length must lie in [{self.length}, 65535], got {self.late_length}"
+            )
+        if not 0 <= self.late_share <= 1:
+            raise InputError(f"late_share must lie in [0, 1], got {self.late_share}")
         if not 8 <= self.length <= 65535:
             raise InputError(f"row length must lie in [8, 65535], got {self.length}")
         if not 0 < self.mask_prob <= 0.5:
             raise InputError(f"mask_prob must lie in (0, 0.5], got {self.mask_prob}")
         if not 0 <= self.pair_prob <= 1:
             raise InputError(f"pair_prob must lie in [0, 1], got {self.pair_prob}")
+
+    def late_start(self, steps: int) -> int:
+        """The first of `steps` steps with rows of late_length; `steps` if there are none."""
+        return steps - (round(self.late_share * steps) if self.late_length else 0)
 
 
 @dataclass(frozen=True)

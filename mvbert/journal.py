@@ -63,6 +63,10 @@ class Journal:
         self._clock = time.perf_counter()  # since when the next line counts
         self._late: Callable[[], None] | None = None
 
+    def follow(self, feed: Feed, make: Step, config: TrainConfig) -> None:
+        """From here on steps are made by these, with another row length."""
+        self._feed, self._make, self._config = feed, make, config
+
     def begin(self, step: int) -> None:
         """Begins the line of `step`, the last one launched; on a CPU, writes it too."""
         late, steps = self._make.take(), step - self._step

@@ -92,6 +92,11 @@ class Stage1:
         student_cut = corpus.segment(student_vocab)
         cuts = (teacher_cut, student_cut)
         self.rows = _rows(corpus.train, *cuts, row, config.seed, config.student_prob)
+        self.late_start = row.late_start(config.steps)
+        self.late_rows: Rows | None = None
+        if self.late_start < config.steps:
+            late = replace(row, length=row.late_length)
+            self.late_rows = _rows(corpus.train, *cuts, late, config.seed, config.student_prob)
         with _about_heldout():
             self.heldout = _rows(corpus.heldout, *cuts, row, HELDOUT_SEED, config.student_prob)
 
@@ -120,7 +125,7 @@ class Stage1:
 
     def flops(self) -> float:
         shape, V, p = self.model.config, self.student_vocab.size, self._config.student_prob
-        pieces = self._config.rows * self.rows.T
+        pieces = self._config.rows * self._row.length
         forward = (
             pieces * encoder_flops(shape, self.rows.T)
             + self._row.mask_prob * pieces * head_flops(shape, p * V + (1 - p) * self.teacher_size)
@@ -210,7 +215,7 @@ class Stage2:
         teacher, self.vocab = load_stage1(stage1)
         shape = student_shape(config.shape, self.vocab.size, config.dropout)
         _check_lengths(row, shape)
-        self._config, self._row = config, row
+        self._config, self._row, self._pieces = config, row, config.rows * row.length
         self.model = MaskedLM(shape)
         self.model.init_weights(config.seed)
         self.model.pooler.requires_grad_(False)
@@ -242,6 +247,11 @@ class Stage2:
             self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
         self.rows = student_rows(corpus.train, cut, row, config.seed)
+        self.late_start = row.late_start(config.steps)
+        self.late_rows: Rows | None = None
+        if self.late_start < config.steps:
+            late = replace(row, length=row.late_length)
+            self.late_rows = student_rows(corpus.train, cut, late, config.seed)
         with _about_heldout():
             self.heldout = student_rows(corpus.heldout, cut, row, HELDOUT_SEED)
         if self.distillation is not None:
@@ -272,8 +282,8 @@ class Stage2:
         losses = {"mlm": mlm / masked}
         if distillation is not None:
             assert taps is not None
-            # The mean over a part of the step's rows counts for that part's share of them.
-            share = len(batch.input_ids) / self._config.rows
+            # The mean over a part of the step's pieces counts for that part's share of them.
+            share = batch.input_ids.numel() / self._pieces
             more, more_sums = distillation(
                 batch, masked, share, self.model, hidden, masked_hidden, taps
             )
@@ -317,7 +327,7 @@ class Stage2:
 
     def flops(self) -> float:
         shape = self.model.config
-        pieces = self._config.rows * self.rows.T
+        pieces = self._pieces
         masked = self._row.mask_prob * pieces
         trained = pieces * encoder_flops(shape, self.rows.T) + masked * head_flops(
             shape, self.vocab.size
@@ -351,9 +361,10 @@ def _step_means(sums: dict[str, float]) -> dict[str, float | None]:
 
 
 def _check_lengths(row: RowConfig, shape: ModelConfig) -> None:
-    if row.length > shape.max_position_embeddings:
+    longest = max(row.length, row.late_length)
+    if longest > shape.max_position_embeddings:
         raise InputError(
-            f"rows of {row.length} pieces do not fit the model's "
+            f"rows of {longest} pieces do not fit the model's "
             f"{shape.max_position_embeddings} positions: choose a smaller row length"
         )
     if row.pair_prob > 0 and shape.type_vocab_size < 2:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -78,6 +79,35 @@ class Task(Protocol):
         """Loads what write_model wrote."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Steps with rows of one length; all parts have the same number of pieces a step."""
+
+    rows: Rows
+    config: TrainConfig
+    end: int  # the step after the last
+
+
+def _parts(task: Task, config: TrainConfig, among: Ranks) -> list[Part]:
+    """The steps by the length of their rows: one part, or a second one of longer rows."""
+    if task.late_rows is None:
+        return [Part(task.rows, config, config.steps)]
+    T, late = task.rows.T, task.late_rows.T
+    longer = config.rows * T // late
+    if longer * late != config.rows * T or longer % among.count:
+        raise InputError(
+            f"steps of {config.rows} rows of {T} pieces cannot become whole rows of {late} for "
+            f"{among.count} processes: make rows a multiple of {late // math.gcd(T, late)}"
+        )
+    micro = config.micro_rows and math.gcd(
+        longer // among.count, max(config.micro_rows * T // late, 1)
+    )
+    return [
+        Part(task.rows, config, task.late_start),
+        Part(task.late_rows, replace(config, rows=longer, micro_rows=micro), config.steps),
+    ]
+
+
 def train(
     task: Task, config: TrainConfig, out: Path, description: dict[str, Json], progress: Progress
 ) -> dict[str, Json]:
@@ -139,6 +169,11 @@ def _train(
         f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
     )
 
+    parts = _parts(task, config, among)
+    for part in parts[1:]:
+        progress.note(
+            f"from step {parts[0].end} on {part.config.rows} rows x {part.rows.T} pieces a step"
+        )
     step, state = 0, dict[str, Json]()
     newest = among.first(lambda: checkpoint.newest_name(checkpoints, progress.note))
     if newest is not None:
@@ -150,11 +185,21 @@ def _train(
     with (
         where.stream(),
         log or nullcontext(),
-        Feed(task, config, among, where.device, step) as feed,
         progress.steps(config.steps, step),
+        ExitStack() as feeds,
     ):
-        make = Step(task, config, where, among, optimizer, state, CudaGraph() if graph else None)
-        journal = Journal(log, progress, task, config, feed, make, peak * among.count, step)
+
+        def enter(part: Part) -> tuple[Feed, Step]:
+            """What makes the steps of one part."""
+            task.rows = part.rows
+            ending = replace(part.config, steps=part.end)
+            feed = feeds.enter_context(Feed(task, ending, among, where.device, step))
+            captured = CudaGraph() if graph else None
+            return feed, Step(task, part.config, where, among, optimizer, state, captured)
+
+        left = [part for part in parts if step < part.end] or parts[-1:]
+        feed, make = enter(left[0])
+        journal = Journal(log, progress, task, left[0].config, feed, make, peak * among.count, step)
 
         def evaluate() -> float | None:
             result = _evaluate(task, config, where, among)
@@ -177,6 +222,12 @@ def _train(
             with journal.paused():
                 save(evaluate())
         while step < config.steps:
+            if step == left[0].end:
+                journal.finish()
+                state = make.state()  # the next part goes on from it as from a checkpoint
+                del left[0]
+                feed, make = enter(left[0])
+                journal.follow(feed, make, left[0].config)
             make(feed, step)
             step += 1
             journal.finish()  # a line begun earlier: the device has this step to do meanwhile

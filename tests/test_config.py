@@ -44,6 +44,8 @@ def test_toml_is_read_with_types(tmp_path):
         ("[stage1]\nstudent_prob = 1.5\n", "student_prob must lie in [0, 1]"),
         ("[stage1]\nlr = nan\n", "must be finite"),
         ("[row]\nlength = 1\n", "row length must lie in [8, 65535]"),
+        ("[row]\nlate_length = 64\n", "late_length must lie in [128, 65535]"),
+        ("[row]\nlate_share = 2\n", "late_share must lie in [0, 1]"),
         ('[stage2]\nstart = "paper"\n', "must be one of stage1, random"),
         ('[stage2]\ndistill = ["logit"]\n', "distill takes logits, hidden, relations"),
         ("[stage2]\nhidden_layers = [2, 2]\n", "hidden_layers must be different"),

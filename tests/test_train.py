@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mvbert import checkpoint, device, huggingface, runs, train
+from mvbert.batches import Rows
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, to_dict
 from mvbert.corpus import Corpus, build_corpus
 from mvbert.errors import InputError, Interrupted, OutOfTime
@@ -104,9 +105,10 @@ def stage2(corpus, stage1_model):
         config: Stage2Config = STAGE2,
         after: dict | None = None,
         description: dict | None = None,
+        row: RowConfig = ROW,
     ):
         progress = Quiet(after)
-        task = Stage2(config, ROW, corpus, stage1_model, progress)
+        task = Stage2(config, row, corpus, stage1_model, progress)
         report = train.train(task, config, out, description or describe(config), progress)
         return task, report, progress
 
@@ -254,6 +256,47 @@ def test_distillation_resumes_to_the_same_bits(stage2, tmp_path):
     stage2(tmp_path / "broken", config)
     assert numbers(tmp_path / "broken") == numbers(tmp_path / "unbroken")
     assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 5], ids=["before", "at", "after"])
+def test_longer_rows_late_resume_to_the_same_bits(stage2, tmp_path, stop_at):
+    """Stopped before, at and after step 4, where rows of 8 become half as many rows of 16."""
+    config = replace(STAGE2, distill=("hidden", "logits", "relations"), micro_rows=2)
+    row = RowConfig(length=8, late_length=16, late_share=0.3)
+    task, report, progress = stage2(tmp_path / "unbroken", config, row=row)
+    assert report["pieces"] == 6 * 4 * 8
+    assert any("from step 4 on 2 rows x 16 pieces" in note for note in progress.notes)
+    assert (task.rows.T, task.heldout.T) == (16, 8)
+    with pytest.raises(Interrupted):
+        stage2(tmp_path / "broken", config, after={stop_at - 1: _terminate}, row=row)
+    stage2(tmp_path / "broken", config, row=row)
+    assert numbers(tmp_path / "broken") == numbers(tmp_path / "unbroken")
+    assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
+
+
+def test_steps_read_the_rows_of_their_length(stage2, tmp_path, monkeypatch):
+    """The first part reads rows 0 to 15 of its length, the second goes on at its step's number."""
+    read = []
+    original = Rows.read
+
+    def noted(self, start, count, **options):
+        if options.get("out") is not None:
+            read.append((self.T, start, count))
+        return original(self, start, count, **options)
+
+    monkeypatch.setattr(Rows, "read", noted)
+    stage2(tmp_path / "a", row=RowConfig(length=8, late_length=16, late_share=0.3))
+    assert read == [*((8, 4 * step, 4) for step in range(4)), (16, 8, 2), (16, 10, 2)]
+    read.clear()
+    stage2(tmp_path / "b", row=RowConfig(length=8, late_length=16, late_share=1.0))
+    assert read == [(16, 2 * step, 2) for step in range(6)]
+
+
+def test_late_rows_that_do_not_come_out_even_are_refused(stage2, tmp_path):
+    with pytest.raises(InputError, match=r"cannot become whole rows of 12 .*a multiple of 3"):
+        stage2(tmp_path, row=RowConfig(length=8, late_length=12))
+    with pytest.raises(InputError, match="rows of 513 pieces do not fit"):
+        stage2(tmp_path, row=RowConfig(length=8, late_length=513))
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(stage1, tmp_path):
