@@ -1,261 +1,238 @@
-"""Finished training rows (pieces, whole-word masks, labels) a second, against Hugging Face's way.
+"""Word stream to finished training rows: pieces, whole-word masks, labels, in M pieces a second.
 
-    python bench/bench_rows.py                              # text and vocabulary of ../shared/data
-    python bench/bench_rows.py --text my.txt --teacher my/vocab.txt --seconds 2
+Ours must equal the plain definition (`mvbert.mixing`) before it is timed, and unmasked teacher rows
+must hold the pieces that transformers' tokenizer gives for the same words. `mixed` is Stage I, a
+coin for every word; `student` is Stage II, one vocabulary; `teacher` is what the peers can do.
 
-Nothing is timed before it is right: rows must equal the plain definition (`mvbert.mixing`), and
-unmasked teacher rows must hold the pieces that transformers' tokenizer gives for the same words.
-Providers take turns, so that a busy machine is busy for all of them; the best and the middle of the
-rounds are reported. The unit is pieces of finished rows, in millions a second of processor time
-(what one core does, whatever else runs) and of wall clock.
-
-Peers: "hf text" tokenizes text with the fast tokenizer, cuts rows of T and masks them with
-DataCollatorForLanguageModeling; "hf pieces" and "hf words" start from rows that are cut already
+Peers: "HF text" tokenizes text with the fast tokenizer, cuts rows of T and masks them with
+DataCollatorForLanguageModeling; "HF pieces" and "HF words" start from rows that are cut already
 (what a pre-tokenized data set holds, with special token mask and offsets, which spares the collator
 work) and only collate, piece by piece or by whole words (then always [MASK]: it knows no 80/10/10
-there). They use numpy tensors and one thread. "numpy" is the least that masking rows piece by piece
-in numpy can be. Stdout: a table, and one JSON object as the last line.
+there). They use numpy tensors. "numpy" is the least that masking rows piece by piece in numpy can
+be. Text: see bench_corpus.py.
 """
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cache
 
+import harness
 import numpy as np
+from bench_corpus import corpus, folder, teacher_vocab
 
 from mvbert import mixing
 from mvbert.batches import Batch, Rows
-from mvbert.corpus import Corpus, build_corpus
 from mvbert.learner import learn_vocab
 from mvbert.vocab import Vocab
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+T = 128
+ROWS = 4096  # a call
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, default=DATA / "openstax.txt.xz")
-    parser.add_argument("--teacher", type=Path, default=DATA / "vocab.txt")
-    parser.add_argument("--size", type=int, default=4928, help="of the student vocabulary")
-    parser.add_argument("--corpus", type=Path, help="an existing corpus folder instead of --text")
-    parser.add_argument("--rows", type=int, default=1024, help="rows a call")
-    parser.add_argument("--length", type=int, default=128, help="T, pieces a row")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.1, help="a provider and round, at least")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class Case:
+    """Which vocabularies rows are cut with, on how many threads."""
+
+    words: str  # mixed, student or teacher
+    threads: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.words} rows, {self.threads} threads"
 
 
-# ---- correctness gate ------------------------------------------------------------------------
+def cases(device: str, quick: bool) -> list[Case]:
+    names = ("mixed", "student", "teacher")
+    return [Case(n, 1) for n in names] + [Case(n, 2) for n in names[:2] if not quick]
 
 
-def check_definition(rows: Rows, stream, teacher, student, T: int) -> None:
-    """Stops unless some rows equal the plain definition."""
-    for number in (0, 1, rows.count - 1, rows.count, 10**12):
-        batch = rows.read(number, 1)
+@cache
+def segmentations() -> dict:
+    """The lexicon cut by teacher and student, the latter learned from it."""
+    student = Vocab(tuple(learn_vocab(corpus().words, corpus().counts, 4928)))
+    student.save(folder() / "student.txt")
+    teacher = Vocab.load(teacher_vocab(), lowercase=True)
+    return {"teacher": corpus().segment(teacher), "student": corpus().segment(student)}
+
+
+@cache
+def rows(words: str, mask_prob: float = 0.15, pair_prob: float = 0.5) -> Rows:
+    cuts = segmentations()
+    if words != "mixed":
+        cuts = {words: cuts[words]}
+    return Rows(corpus().train, **cuts, T=T, mask_prob=mask_prob, pair_prob=pair_prob)
+
+
+def work(case: Case) -> harness.Work:
+    return harness.Work(items=ROWS * T / 1e6, unit="M pieces")
+
+
+def check(case: Case, x, output) -> dict:
+    lexicon = {"words": corpus().manifest["words"], "distinct": corpus().manifest["distinct"]}
+    return {"rows": ROWS, "T": T, **lexicon}
+
+
+BENCH = harness.Bench(
+    "rows",
+    cases=cases,
+    inputs=lambda case, device, copy: None,
+    work=work,
+    check=check,
+    memory=False,
+)
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+@BENCH.provider("mvbert", devices=("cpu",))
+def _(case: Case, device: str):
+    source = rows(case.words)
+    check_definition(case.words)
+    if harness.version("transformers"):
+        check_tokenizer()
+    out = Batch.empty(ROWS, T, source.capacity)
+    start = 0
+
+    def run(x) -> Batch:
+        nonlocal start
+        start += ROWS
+        return source.read(start - ROWS, ROWS, threads=case.threads, out=out)
+
+    return run
+
+
+@cache
+def check_definition(words: str) -> None:
+    """Raises unless some rows equal the plain definition."""
+    source, cuts = rows(words), segmentations()
+    for number in (0, 1, source.count - 1, source.count, 10**12):
         expected = mixing.row_reference(
-            stream,
+            corpus().train,
             number,
-            teacher=teacher,
-            student=student,
-            stride=rows.stride,
+            teacher=cuts["teacher"] if words != "student" else None,
+            student=cuts["student"] if words != "teacher" else None,
+            stride=source.stride,
             T=T,
             mask_prob=0.15,
             pair_prob=0.5,
             student_prob=0.5,
             seed=0,
         )
-        for got, wanted in zip(vars(batch).values(), expected, strict=True):
+        for got, wanted in zip(vars(source.read(number, 1)).values(), expected, strict=True):
             if got[0].tolist() != wanted:
-                sys.exit(f"row {number} is not what mvbert.mixing says")
+                raise harness.Wrong(f"row {number} is not what mvbert.mixing says")
 
 
-def check_tokenizer(corpus: Corpus, teacher, tokenizer, T: int) -> None:
-    """Stops unless unmasked teacher rows are transformers' pieces of the same words."""
-    rows = Rows(corpus.train, teacher=teacher, T=T, mask_prob=0.0, pair_prob=0.0)
-    first = [mixing.row_start(n, rows.count, rows.stride, 0) for n in range(50)]
-    for row, start in zip(rows.read(0, 50).input_ids, first, strict=True):
-        words = corpus.train[start : start + T].tolist()
-        text = " ".join(corpus.words[word].decode() for word in words if word)
-        pieces = tokenizer(text, add_special_tokens=False)["input_ids"]
+@cache
+def check_tokenizer() -> None:
+    """Raises unless unmasked teacher rows are transformers' pieces of the same words."""
+    tokenizer = fast_tokenizer()
+    source, stream = rows("teacher", 0.0, 0.0), corpus().train
+    first = [mixing.row_start(n, source.count, source.stride, 0) for n in range(50)]
+    for row, start in zip(source.read(0, 50).input_ids, first, strict=True):
+        words = stream[start : start + T].tolist()
+        line = " ".join(corpus().words[word].decode() for word in words if word)
+        pieces = tokenizer(line, add_special_tokens=False)["input_ids"]
         ours = [int(i) for i in row[1:-1] if i != tokenizer.sep_token_id]
-        if start + T <= len(corpus.train) and ours != pieces[: len(ours)]:
-            sys.exit(f"the row that starts at word {start} is not what transformers makes of it")
+        if start + T <= len(stream) and ours != pieces[: len(ours)]:
+            raise harness.Wrong(f"the row at word {start} is not what transformers makes of it")
 
 
-# ---- providers -------------------------------------------------------------------------------
+# ---- peers ---------------------------------------------------------------------------------------
 
 
-def ours(rows: Rows, count: int, student_prob: float, threads: int) -> Callable[[], int]:
-    out = Batch.empty(count, rows.T, rows.capacity)
-    start = 0
+@cache
+def fast_tokenizer():
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import transformers
 
-    def call() -> int:
-        nonlocal start
-        rows.read(start, count, student_prob=student_prob, threads=threads, out=out)
-        start += count
-        return count * rows.T
-
-    return call
+    fast = transformers.BertTokenizerFast(str(teacher_vocab()), do_lower_case=True)
+    fast.model_max_length = 10**9
+    return fast
 
 
-def numpy_mask(ids: np.ndarray, vocab: Vocab) -> Callable[[], int]:
-    """80/10/10 piece by piece over rows that are cut already."""
+def teacher_alone(case: Case) -> None:
+    if case != Case("teacher", 1):
+        raise harness.NotMeant
+
+
+def of_rows(run, count: float):
+    run.share = count / ROWS
+    return run
+
+
+@BENCH.provider("numpy", devices=("cpu",))
+def _(case: Case, device: str):
+    teacher_alone(case)
+    ids = rows("teacher", 0.0).read(0, 1024).input_ids
+    vocab = segmentations()["teacher"].vocab
     rng = np.random.default_rng(0)
 
-    def call() -> int:
+    def run(x) -> np.ndarray:
         draw = rng.random(ids.shape, dtype=np.float32)
         random = rng.integers(0, vocab.size, ids.shape, dtype=np.int32)
         np.where(draw < 0.15, ids, -100)
         out = np.where(draw < 0.12, np.int32(vocab.mask), ids)
-        np.where((draw >= 0.12) & (draw < 0.135), random, out)
-        return ids.size
+        return np.where((draw >= 0.12) & (draw < 0.135), random, out)
 
-    return call
-
-
-def hf_text(texts: list[str], tokenizer, collator, T: int) -> Callable[[], int]:
-    def call() -> int:
-        pieces = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        flat = [piece for line in pieces for piece in line]
-        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-        features = [
-            {"input_ids": [cls, *flat[i : i + T - 2], sep]}
-            for i in range(0, len(flat) - T + 3, T - 2)
-        ]
-        return collator(features)["input_ids"].size
-
-    return call
+    return of_rows(run, 1024)
 
 
-def hf_collate(ids: np.ndarray, tokenizer, collator, offsets: bool) -> Callable[[], int]:
-    continues = np.array(
-        [t.startswith("##") for t in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
-    )
+@BENCH.provider("HF text", needs=("transformers",), devices=("cpu",))
+def _(case: Case, device: str):
+    teacher_alone(case)
+    import transformers
+
+    fast = fast_tokenizer()
+    collator = transformers.DataCollatorForLanguageModeling(fast, return_tensors="np")
+    words = corpus().train[:40_000].tolist()
+    lines = " ".join(corpus().words[word].decode() if word else "\n" for word in words)
+    texts = lines.split("\n")
+
+    def run(x):
+        flat = [p for line in fast(texts, add_special_tokens=False)["input_ids"] for p in line]
+        cls, sep = fast.cls_token_id, fast.sep_token_id
+        return collator(
+            [
+                {"input_ids": [cls, *flat[i : i + T - 2], sep]}
+                for i in range(0, len(flat) - T + 3, T - 2)
+            ]
+        )["input_ids"]
+
+    return of_rows(run, len(run(None)))
+
+
+def collate(case: Case, by_words: bool):
+    """The collator over 64 rows that are cut already."""
+    teacher_alone(case)
+    import transformers
+
+    fast = fast_tokenizer()
+    options = {}
+    if by_words:
+        options = {"whole_word_mask": True, "mask_replace_prob": 1, "random_replace_prob": 0}
+    collator = transformers.DataCollatorForLanguageModeling(fast, return_tensors="np", **options)
+    pieces = fast.convert_ids_to_tokens(range(len(fast)))
+    continues = np.array([piece.startswith("##") for piece in pieces], np.int64)
     features = []
-    for row in ids:
+    for row in rows("teacher", 0.0).read(0, 64).input_ids:
         feature = {
             "input_ids": row.tolist(),
-            "special_tokens_mask": np.isin(row, tokenizer.all_special_ids).astype(int).tolist(),
+            "special_tokens_mask": np.isin(row, fast.all_special_ids).astype(int).tolist(),
         }
-        if offsets:  # what joins pieces to words is that one begins where the other ends
-            begin = 2 * np.arange(len(row))
+        if by_words:  # what joins pieces to words is that one begins where the other ends
+            begin = 2 * np.arange(T)
             feature["offset_mapping"] = np.stack([begin - continues[row], begin + 1], 1).tolist()
         features.append(feature)
-    return lambda: collator(features)["input_ids"].size
+    return of_rows(lambda x: collator(features)["input_ids"], 64)
 
 
-def add_hugging_face(providers: dict, corpus: Corpus, teacher, vocab_file: Path, ids, T: int):
-    """Adds the peers, after the gate; says why where there are none."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        import transformers
-    except ImportError:
-        return {"skipped": "transformers is not installed"}
-    fast = transformers.BertTokenizerFast(str(vocab_file), do_lower_case=corpus.lowercase)
-    fast.model_max_length = 10**9
-    check_tokenizer(corpus, teacher, fast, T)
-    words = corpus.train[:40_000].tolist()
-    text = " ".join(corpus.words[word].decode() if word else "\n" for word in words).split("\n")
-    by_piece = transformers.DataCollatorForLanguageModeling(fast, return_tensors="np")
-    by_word = transformers.DataCollatorForLanguageModeling(
-        fast, whole_word_mask=True, mask_replace_prob=1, random_replace_prob=0, return_tensors="np"
-    )
-    providers["hf text"] = hf_text(text, fast, by_piece, T)
-    providers["hf pieces"] = hf_collate(ids[:64], fast, by_piece, offsets=False)
-    providers["hf words"] = hf_collate(ids[:64], fast, by_word, offsets=True)
-    return {"transformers": transformers.__version__}
+@BENCH.provider("HF pieces", needs=("transformers",), devices=("cpu",))
+def _(case: Case, device: str):
+    return collate(case, by_words=False)
 
 
-# ---- clock -----------------------------------------------------------------------------------
-
-
-def rates(call: Callable[[], int], seconds: float) -> tuple[float, float]:
-    """Million pieces a second of processor time and of wall clock, for so many seconds."""
-    pieces, begin, cpu_begin = 0, time.perf_counter(), time.process_time()
-    while (passed := time.perf_counter() - begin) < seconds:
-        pieces += call()
-    return pieces / (time.process_time() - cpu_begin) / 1e6, pieces / passed / 1e6
-
-
-def machine() -> dict:
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-    return {
-        "cpu": name,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": [round(x, 1) for x in os.getloadavg()],
-    }
-
-
-def main() -> None:
-    args = parse()
-    with tempfile.TemporaryDirectory() as folder:
-        if args.corpus is None:
-            args.corpus = Path(folder) / "corpus"
-            build_corpus([args.text], args.corpus)
-        corpus = Corpus.open(args.corpus)
-        lexicon = (corpus.words.data.tobytes(), np.asarray(corpus.words.ends))
-        pieces = learn_vocab(lexicon, np.asarray(corpus.counts), args.size)
-        student_file = Path(folder) / "vocab.txt"
-        student_file.write_text("\n".join(pieces) + "\n", encoding="utf-8")
-        teacher = corpus.segment(Vocab.load(args.teacher))
-        student = corpus.segment(Vocab.load(student_file))
-
-        T = args.length
-        rows = Rows(corpus.train, teacher=teacher, student=student, T=T)
-        alone = Rows(corpus.train, student=student, T=T)
-        check_definition(rows, corpus.train, teacher, student, T)
-        unmasked = Rows(corpus.train, teacher=teacher, T=T, mask_prob=0.0).read(0, args.rows)
-        providers = {
-            "mixed": ours(rows, args.rows, 0.5, 1),
-            "mixed, all threads": ours(rows, 16 * args.rows, 0.5, 0),
-            "teacher words": ours(rows, args.rows, 0.0, 1),
-            "student words": ours(rows, args.rows, 1.0, 1),
-            "student alone": ours(alone, args.rows, 1.0, 1),
-            "numpy": numpy_mask(unmasked.input_ids, teacher.vocab),
-        }
-        peers = add_hugging_face(providers, corpus, teacher, args.teacher, unmasked.input_ids, T)
-
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in providers}
-        for _ in range(args.rounds + 1):
-            for name, call in providers.items():
-                found[name].append(rates(call, args.seconds))
-        results = {}
-        heads = ("core best", "middle", "wall best", "middle")
-        print(f"{'M pieces a second':>20}" + "".join(f"{head:>10}" for head in heads))
-        for name, rounds in found.items():
-            core, wall = zip(*rounds[1:], strict=True)  # the first round warms up
-            row = {
-                "core_best": max(core),
-                "core_middle": statistics.median(core),
-                "wall_best": max(wall),
-                "wall_middle": statistics.median(wall),
-            }
-            results[name] = {key: float(f"{value:.3g}") for key, value in row.items()}
-            print(f"{name:>20}" + "".join(f"{value:10.2f}" for value in row.values()))
-        print(
-            json.dumps(
-                {
-                    "bench": "rows",
-                    "text": args.text.name if folder in str(args.corpus) else args.corpus.name,
-                    "rows": rows.describe(),
-                    "rows_a_call": args.rows,
-                    "million_pieces_per_second": results,
-                    "peers": peers,
-                    **machine(),
-                }
-            )
-        )
-
-
-if __name__ == "__main__":
-    main()
+@BENCH.provider("HF words", needs=("transformers",), devices=("cpu",))
+def _(case: Case, device: str):
+    return collate(case, by_words=True)

@@ -1,159 +1,142 @@
-"""Vocabulary learners side by side: time, overlap with BERT's pieces, pieces per word.
-
-    python bench/bench_vocab.py TEXT... --teacher vocab.txt [--size 4928] [--output results.jsonl]
+"""Lexicon to vocabulary: time, overlap with BERT's pieces, pieces per word, by several learners.
 
 Every learner gets the same text, BERT's splitting, lower case, and the same number of characters
-for its alphabet. mvbert and sentencepiece learn from counted words, so the time to count them is a
-line of its own; Hugging Face's WordPieceTrainer takes text and counts for itself. All vocabularies
-are measured alike, by greedy cutting of the words of the text. Learners take turns, `--repeats`
-times; the median is shown. The last line of stdout is the result as one JSON object, appended to
---output too.
+for its alphabet. mvbert and sentencepiece learn from counted words; Hugging Face's WordPieceTrainer
+takes text and counts for itself, so its time has the counting in it. All vocabularies are measured
+alike, by greedy cutting of the words of the text. The gate is the size, and for ours that a smaller
+lexicon gives what the plain Python definition gives. Text: see bench_corpus.py.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
-import mvbert
-from mvbert.corpus import Corpus, build_corpus
-from mvbert.corpus_folder import cores
-from mvbert.learner import COVERAGE, learn_vocab, vocab_report
+import harness
+from bench_corpus import corpus, teacher_vocab, text
+
+from mvbert import learner_reference
+from mvbert.learner import learn_vocab, vocab_report
 from mvbert.learner_reference import SPECIAL_TOKENS
 from mvbert.readers import documents
 from mvbert.vocab import Vocab
 
 
-def hugging_face(texts: Sequence[Path], size: int, characters: int) -> list[str]:
-    """WordPieceTrainer over the documents; the ids it gives, in order."""
+@dataclass(frozen=True)
+class Case:
+    """How much text the words are of, pieces wanted, threads."""
+
+    megabytes: float
+    size: int
+    threads: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.size} pieces from {self.megabytes:g} MB, {self.threads} threads"
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    if quick:
+        return [Case(4.0, 4928, 1)]
+    return [Case(32.0, 4928, 1), Case(32.0, 4928, 2), Case(210.0, 4928, 2), Case(210.0, 30522, 2)]
+
+
+def of_case(case: Case):
+    return corpus(min(case.megabytes, text().megabytes))
+
+
+def check(case: Case, x, pieces: list[str]) -> dict:
+    """What the vocabulary is worth."""
+    if len(pieces) != case.size:
+        raise harness.Wrong(f"{len(pieces)} pieces, not {case.size}")
+    words = of_case(case)
+    report = vocab_report(pieces, words.words, words.counts, Vocab.load(teacher_vocab()))
+    keys = ("alphabet", "pieces_per_word", "whole_words", "unknown", "never_used")
+    return {
+        "words": report["words"],
+        "distinct": report["distinct"],
+        **{key: harness.digits(report[key], 6) for key in keys},
+        "in_teacher": harness.digits(report["teacher"]["shared_share"]),
+    }
+
+
+BENCH = harness.Bench(
+    "vocab",
+    cases=cases,
+    inputs=lambda case, device, copy: None,
+    work=lambda case: harness.Work(items=len(of_case(case).words) / 1e3, unit="K distinct words"),
+    check=check,
+    memory=False,
+)
+
+
+def ours(case: Case, learner: str) -> Callable:
+    words = of_case(case)
+
+    def run(x) -> list[str]:
+        return learn_vocab(
+            words.words, words.counts, case.size, learner=learner, threads=case.threads
+        )
+
+    return run
+
+
+@cache
+def check_definition() -> None:
+    some = corpus(0.2)
+    lexicon = {
+        word.decode(): int(count)
+        for word, count in zip(some.words, some.counts, strict=True)
+        if word
+    }
+    plain = learner_reference.learn_vocab_reference(lexicon, 1000)
+    if learn_vocab(some.words, some.counts, 1000, coverage=1.0) != plain:
+        raise harness.Wrong("the pieces are not those of the plain definition")
+
+
+@BENCH.provider("mvbert topdown", devices=("cpu",))
+def _(case: Case, device: str):
+    check_definition()
+    return ours(case, "topdown")
+
+
+def slow(case: Case) -> None:
+    if case.threads > 1:
+        raise harness.NotMeant
+
+
+@BENCH.provider("sentencepiece bpe", needs=("sentencepiece",), devices=("cpu",))
+def _(case: Case, device: str):
+    slow(case)
+    return ours(case, "bpe")
+
+
+@BENCH.provider("sentencepiece unigram", needs=("sentencepiece",), devices=("cpu",))
+def _(case: Case, device: str):
+    slow(case)
+    return ours(case, "unigram")
+
+
+@BENCH.provider("HF WordPieceTrainer", needs=("tokenizers",), devices=("cpu",))
+def _(case: Case, device: str):
+    slow(case)
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        limit_alphabet=characters,
-        special_tokens=list(SPECIAL_TOKENS),
-        show_progress=False,
-    )
-    found = (document for text in texts for document in documents(text, "text", "strict"))
-    tokenizer.train_from_iterator(found, trainer)
-    pieces = tokenizer.get_vocab()
-    return sorted(pieces, key=pieces.__getitem__)
+    first = learn_vocab(of_case(case).words, of_case(case).counts, case.size)
+    characters = {p.removeprefix("##") for p in first if len(p.removeprefix("##")) == 1}
+    path = text(min(case.megabytes, text().megabytes)).path
 
+    def run(x) -> list[str]:
+        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=case.size,
+            limit_alphabet=len(characters),
+            special_tokens=list(SPECIAL_TOKENS),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(documents(path, "text", "strict"), trainer)
+        pieces = tokenizer.get_vocab()
+        return sorted(pieces, key=pieces.__getitem__)
 
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("texts", nargs="+", type=Path)
-    parser.add_argument("--teacher", type=Path, required=True, help="a vocab.txt or its folder")
-    parser.add_argument("--size", type=int, default=4928)
-    parser.add_argument("--coverage", type=float, default=COVERAGE)
-    parser.add_argument("--threads", type=int, default=0, help="0: one for each core")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    size, coverage, threads = arguments.size, arguments.coverage, arguments.threads
-
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.perf_counter()
-        build_corpus(arguments.texts, Path(folder) / "corpus", heldout_share=0.0)
-        counting = time.perf_counter() - started
-        corpus = Corpus.open(Path(folder) / "corpus")
-        words, counts = corpus.words, corpus.counts
-        teacher = Vocab.load(arguments.teacher)
-        first = learn_vocab(words, counts, size, coverage=coverage, threads=threads)
-        characters = len({p.removeprefix("##") for p in first if len(p.removeprefix("##")) == 1})
-
-        def ours(learner: str) -> Callable[[], list[str]]:
-            return lambda: learn_vocab(
-                words, counts, size, learner=learner, coverage=coverage, threads=threads
-            )
-
-        learners: dict[str, tuple[str | None, Callable[[], list[str]]]] = {
-            "mvbert topdown": (None, ours("topdown")),
-            "sentencepiece bpe": ("sentencepiece", ours("bpe")),
-            "sentencepiece unigram": ("sentencepiece", ours("unigram")),
-            "Hugging Face WordPieceTrainer": (
-                "tokenizers",
-                lambda: hugging_face(arguments.texts, size, characters),
-            ),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in learners}
-        pieces: dict[str, list[str]] = {}
-        for _ in range(arguments.repeats):
-            for name, (package, learn) in learners.items():
-                if package is not None and version_of(package) is None:
-                    continue
-                started = time.perf_counter()
-                pieces[name] = learn()
-                seconds[name].append(time.perf_counter() - started)
-
-        rows = []
-        for name, (package, _) in learners.items():
-            if name not in pieces:
-                rows.append({"learner": name, "skipped": f"{package} is not installed"})
-                continue
-            report = vocab_report(pieces[name], words, counts, teacher)
-            row = {
-                "learner": name,
-                "seconds": round(statistics.median(seconds[name]), 3),
-                "counting_included": name.startswith("Hugging"),
-                "version": version_of(package) if package else mvbert.__version__,
-            }
-            for key in ("size", "alphabet", "pieces_per_word", "whole_words", "unknown"):
-                row[key] = report[key]
-            row["never_used"] = report["never_used"]
-            row["shared_share"] = report["teacher"]["shared_share"]
-            rows.append(row)
-
-        result = {
-            "bench": "vocab",
-            "texts": [text.name for text in arguments.texts],
-            "words": corpus.manifest["words"],
-            "distinct": corpus.manifest["distinct"],
-            "counting_seconds": round(counting, 3),
-            "coverage": coverage,
-            "characters": characters,
-            "threads": cores(threads),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            # Times are worth little where other work has the cores.
-            "load": [round(load, 1) for load in os.getloadavg()],
-            "learners": rows,
-        }
-
-    print(
-        f"{result['words']:,} words, {result['distinct']:,} distinct; counted in {counting:.2f} s"
-    )
-    print(f"{'learner':32}{'seconds':>9}{'in BERT':>9}{'pieces/word':>13}{'whole':>8}"
-          f"{'unknown':>10}{'unused':>8}")  # fmt: skip
-    for row in rows:
-        if "skipped" in row:
-            print(f"{row['learner']:32}{row['skipped']}")
-            continue
-        print(f"{row['learner']:32}{row['seconds']:9.2f}{row['shared_share']:9.1%}"
-              f"{row['pieces_per_word']:13.4f}{row['whole_words']:8.1%}{row['unknown']:10.4%}"
-              f"{row['never_used']:8}")  # fmt: skip
-    line = json.dumps(result)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.output.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    print(line)
-
-
-if __name__ == "__main__":
-    main()
+    return run

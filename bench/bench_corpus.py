@@ -1,0 +1,253 @@
+"""Text files to a corpus (word ids, counted lexicon, hashes, on the disk), in MB of UTF-8 a second.
+
+The text is 210 MB, ../shared/data/wiki-train-00 and -01.txt.xz, unpacked before any clock, where
+that folder is there, elsewhere the documentation strings of Python's standard library. Ours is held
+to the plain definition first: every word of the first 200 kB, counted.
+
+Nobody else does the same work. What stands beside it: "sha256" reads and hashes the file and
+"wc -w" counts words, one thread each, which are floors for parts of the work; "tr | sort | uniq -c"
+counts distinct words by white space; "HF split + Counter" splits as BERT does and counts, and makes
+no stream; "datasets map" splits and cuts with the fast tokenizer into an Arrow folder, the usual
+way to prepare text. Slow ones get the first megabytes only.
+"""
+
+import atexit
+import collections
+import hashlib
+import lzma
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import harness
+
+
+@dataclass(frozen=True)
+class Case:
+    """How many threads a library gets."""
+
+    threads: int
+
+    @property
+    def label(self) -> str:
+        return f"text to corpus, {self.threads} threads"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A plain text file."""
+
+    name: str
+    path: Path
+
+    @property
+    def megabytes(self) -> float:
+        return self.path.stat().st_size / 1e6
+
+
+@cache
+def folder() -> Path:
+    made = tempfile.TemporaryDirectory(prefix="mvbert-bench-")
+    atexit.register(made.cleanup)
+    return Path(made.name)
+
+
+@cache
+def text(megabytes: float | None = None) -> Text:
+    """The text, or its first lines of that size."""
+    if megabytes is not None:
+        whole = text()
+        path = folder() / f"{megabytes:g}.txt"
+        with whole.path.open("rb") as source:
+            start = source.read(int(megabytes * 1e6))
+        path.write_bytes(start[: start.rindex(b"\n") + 1])
+        return Text(whole.name, path)
+    path = folder() / "text.txt"
+    packed = [harness.DATA / f"wiki-train-0{i}.txt.xz" for i in range(2)]
+    if all(part.exists() for part in packed):
+        with path.open("wb") as out:
+            for part in packed:
+                with lzma.open(part) as source:
+                    shutil.copyfileobj(source, out, 1 << 20)
+        return Text("English Wikipedia", path)
+    from mvbert.demo import docstring_corpus
+
+    docstring_corpus(path, ["stdlib"])
+    return Text("docstrings of Python's standard library", path)
+
+
+@cache
+def teacher_vocab() -> Path:
+    """The teacher's vocab.txt."""
+    shared = harness.DATA / "vocab.txt"
+    if shared.exists():
+        return shared
+    from mvbert.demo import default_teacher
+
+    return default_teacher() / "vocab.txt"
+
+
+@cache
+def corpus(megabytes: float | None = None):
+    """The text as an opened corpus, nothing held out."""
+    from mvbert.corpus import Corpus, build_corpus
+
+    out = folder() / f"corpus-{megabytes}"
+    build_corpus([text(megabytes).path], out, heldout_share=0.0)
+    return Corpus.open(out)
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    return [Case(2)] if quick else [Case(1), Case(2)]
+
+
+BENCH = harness.Bench(
+    "corpus",
+    cases=cases,
+    inputs=lambda case, device, copy: text(),
+    work=lambda case: harness.Work(items=text().megabytes, unit="MB"),
+    check=lambda case, x, output: {"text": x.name},
+    memory=False,
+    seconds=1.0,
+)
+
+
+def on_part(run, megabytes: float):
+    """`run` of the first megabytes; the harness counts it as that share of the work."""
+    part = text(min(megabytes, text().megabytes))
+
+    def call(x: Text):
+        return run(part)
+
+    call.share = part.megabytes / text().megabytes
+    return call
+
+
+class Build:
+    """Builds the corpus; the one before is removed off the clock."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def __call__(self, x: Text) -> None:
+        from mvbert.corpus import build_corpus
+
+        shutil.rmtree(folder() / "out", ignore_errors=True)
+        self.began = time.perf_counter(), time.process_time()
+        build_corpus([x.path], folder() / "out", threads=self.threads)
+
+    def sample(self, calls: int) -> harness.Sample:
+        wall = own = 0.0
+        for _ in range(calls):
+            self(text())
+            wall += time.perf_counter() - self.began[0]
+            own += time.process_time() - self.began[1]
+        return harness.Sample(wall / calls, own / calls)
+
+
+@BENCH.provider("mvbert", devices=("cpu",))
+def _(case: Case, device: str):
+    from mvbert.wordpiece import basic_split
+
+    some = corpus(0.2)
+    wanted = collections.Counter(basic_split(text(0.2).path.read_text(encoding="utf-8")))
+    words = zip(islice(some.words, 1, None), some.counts[1:], strict=True)
+    if wanted != {word.decode(): int(count) for word, count in words}:
+        raise harness.Wrong("the words are not those of the plain definition")
+
+    return Build(case.threads)
+
+
+@BENCH.provider("sha256", devices=("cpu",))
+def _(case: Case, device: str):
+    if case.threads > 1:
+        raise harness.NotMeant
+
+    def run(x: Text) -> str:
+        digest = hashlib.sha256()
+        with x.path.open("rb", buffering=0) as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+        return digest.hexdigest()
+
+    return run
+
+
+def shell(command: str):
+    """A shell command over $1, bytes as characters."""
+    if not shutil.which("wc"):
+        raise harness.Skip("no wc here")
+
+    def run(x: Text) -> bytes:
+        return subprocess.run(
+            ["sh", "-c", command, "sh", str(x.path)], env={**os.environ, "LC_ALL": "C"},
+            stdout=subprocess.PIPE, check=True,
+        ).stdout  # fmt: skip
+
+    return run
+
+
+@BENCH.provider("wc -w", devices=("cpu",))
+def _(case: Case, device: str):
+    if case.threads > 1:
+        raise harness.NotMeant
+    return shell('wc -w "$1"')
+
+
+@BENCH.provider("tr | sort | uniq -c", devices=("cpu",))
+def _(case: Case, device: str):
+    command = f"tr -s '[:space:]' '\\n' < \"$1\" | sort --parallel={case.threads} | uniq -c"
+    return on_part(shell(command), 20.0)
+
+
+@BENCH.provider("HF split + Counter", needs=("tokenizers",), devices=("cpu",))
+def _(case: Case, device: str):
+    if case.threads > 1:
+        raise harness.NotMeant
+    from tokenizers import normalizers, pre_tokenizers
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+
+    def run(x: Text) -> collections.Counter:
+        counts: collections.Counter = collections.Counter()
+        with x.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                counts.update(
+                    w for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line))
+                )
+        return counts
+
+    return on_part(run, 2.0)
+
+
+@BENCH.provider("datasets map", needs=("datasets", "transformers"), devices=("cpu",))
+def _(case: Case, device: str):
+    import datasets
+    import transformers
+
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    tokenizer = transformers.BertTokenizerFast(str(teacher_vocab()), do_lower_case=True)
+    tokenizer.model_max_length = 10**9
+
+    def cut(batch: dict) -> dict:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    def run(x: Text) -> None:
+        with x.path.open(encoding="utf-8") as lines:
+            rows = datasets.Dataset.from_dict({"text": [line for line in lines if line.strip()]})
+        done = rows.map(
+            cut, batched=True, remove_columns=["text"],
+            num_proc=case.threads if case.threads > 1 else None,
+        )  # fmt: skip
+        shutil.rmtree(folder() / "arrow", ignore_errors=True)
+        done.save_to_disk(folder() / "arrow")
+
+    return on_part(run, 8.0)
