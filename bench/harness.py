@@ -372,6 +372,7 @@ def run_bench(
     only: Sequence[str] = (),
     rounds: int | None = None,
     budget: float | None = None,
+    limit: int | None = None,
 ) -> list[dict]:
     """Measures every case and provider; `emit` gets each record as soon as it is there.
 
@@ -379,6 +380,7 @@ def run_bench(
         only: names of providers; empty: all.
         rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
         budget: seconds for the rounds of one case; None: 60, or 8 when quick.
+        limit: only so many first cases; None: all.
     """
     import torch
 
@@ -387,7 +389,7 @@ def run_bench(
     budget = budget or (8.0 if quick else 60.0)
     target = bench.seconds / 4 if quick else bench.seconds
     records = []
-    for number, case in enumerate(bench.cases(device, quick)):
+    for number, case in enumerate(bench.cases(device, quick)[:limit]):
         work = bench.work(case)
         dtype = bench.dtype(case, device)
         ceiling = ceilings(device, dtype, quick)
@@ -618,6 +620,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer cases and shorter rounds")
     parser.add_argument("--only", nargs="+", default=(), metavar="PROVIDER")
+    parser.add_argument("--cases", type=int, help="only so many first cases of each bench")
     parser.add_argument("--rounds", type=int, help="measurements of each provider")
     parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")
     parser.add_argument(

@@ -1,0 +1,334 @@
+"""The work of gpu_check.sh, which says what it does: parts in turn, then the table of targets."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command with a limit of its own."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    needs: str = ""  # another part, without which this one cannot run
+
+
+@dataclass
+class Outcome:
+    part: Part
+    state: str  # ok, failed, late, skipped
+    seconds: float
+    tail: str
+
+
+def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[Part]:
+    """In the order of what one would miss most if time ran out."""
+    toy = args.dry_run
+    results = str(out / "results.jsonl")
+    bench = [PYTHON, "bench/run.py", "--device", "cuda" if cuda else "cpu", "--quick"]
+    bench += ["--output", results]
+    if toy:
+        bench += ["--rounds", "2", "--cases", "1", "--only", "mvbert", "eager", "HF head, eager"]
+    stages = [PYTHON, "bench/gpu_stages.py"]
+    tail = ["--toy"] if toy else []
+    prepare = [*stages, "prepare", str(work), *tail]
+    if args.text:
+        prepare += ["--text", str(args.text.resolve())]
+    if args.vocab:
+        prepare += ["--vocab", str(args.vocab.resolve())]
+    seconds = 12 if toy else 60
+
+    def train(stage: int) -> list[str]:
+        report = ["--report", str(out / f"stage{stage}.json")]
+        return [*stages, "train", str(work), "--stage", str(stage), "--seconds", str(seconds),
+                *report, *tail]  # fmt: skip
+
+    def profile(stage: int) -> list[str]:
+        report = ["--report", str(out / f"profile{stage}.json")]
+        return [*stages, "profile", str(work), "--stage", str(stage), *report, *tail]
+
+    tests = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
+    tests += ["--no-header", "--tb=short"]
+    side_by_side = ["-n", "8"] if has("xdist") and not toy else []
+    # The dry run has no device: it shows that the tests are found.
+    kernels = ["tests/kernels", "--ignore", "tests/kernels/test_aot.py", *side_by_side]
+    if not cuda:
+        kernels = ["tests/kernels/test_gpu.py", "--collect-only"]
+    small = [*tests, "tests/kernels/test_gpu.py", "-k", "small and float64"]
+    if not cuda:
+        small.append("--collect-only")
+    elif shutil.which("compute-sanitizer"):
+        guard = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+        small = [*guard, "--target-processes", "all", *small]
+    return [
+        Part("build", [PYTHON, "setup.py", "build_ext", "--inplace"], 120),
+        Part("gpu tests", [*tests, *kernels], 120),
+        Part("bench loss", [*bench, "loss"], 110),
+        Part("prepare text and teachers", prepare, 60, "build"),
+        Part("stage 2", train(2), seconds + 25, "prepare text and teachers"),
+        Part("stage 1", train(1), seconds + 40, "prepare text and teachers"),
+        Part("bench embedding", [*bench, "embedding"], 60),
+        Part("profile stage 2", profile(2), 45, "prepare text and teachers"),
+        Part("memcheck", small, 75),
+        Part("profile stage 1", profile(1), 60, "prepare text and teachers"),
+        Part("bench kl", [*bench, "kl"], 50),
+        Part("bench train_step", [*bench, "train_step"], 60),
+        Part("bench inference", [*bench, "inference"], 40),
+    ]
+
+
+def has(module: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(module) is not None
+
+
+def run(part: Part, seconds: float, log: Path, env: dict[str, str]) -> Outcome:
+    """Runs a part for so many seconds at most, its output to the log; its children end with it."""
+    begin = time.monotonic()
+    with log.open("ab") as out:
+        out.write(f"\n===== {part.name}: {' '.join(part.command)}\n".encode())
+        out.flush()
+        start = out.tell()
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(timeout=seconds)
+            state = "ok" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            state = "late"
+        with_children(process)
+        process.wait()
+    with log.open("rb") as text:
+        text.seek(max(start, log.stat().st_size - 3000))
+        tail = text.read().decode(errors="replace").strip()
+    return Outcome(part, state, time.monotonic() - begin, tail)
+
+
+def with_children(process: subprocess.Popen) -> None:
+    """Ends what is left of the part's process group."""
+    for kind, wait in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 0.0)):
+        try:
+            os.killpg(process.pid, kind)
+        except (ProcessLookupError, PermissionError):
+            return
+        until = time.monotonic() + wait
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was aimed at, what was measured (None: nothing), whether that is enough."""
+
+    what: str
+    target: str
+    measured: float | None
+    passed: bool
+
+    def row(self) -> list[str]:
+        if self.measured is None:
+            return [self.what, self.target, "-", "-"]
+        return [self.what, self.target, f"{self.measured:.4g}", "PASS" if self.passed else "MISS"]
+
+
+def at_most(what: str, limit: float, value: float | None) -> Target:
+    return Target(what, f"<= {limit:g}", value, value is not None and value <= limit)
+
+
+def at_least(what: str, limit: float, value: float | None) -> Target:
+    return Target(what, f">= {limit:g}", value, value is not None and value >= limit)
+
+
+def read_records(file: Path) -> list[dict]:
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line.get("record") == "result"]
+
+
+def milliseconds(record: dict) -> float:
+    """The device's own time where there is one."""
+    return record.get("device_ms", record["ms"])["p50"]
+
+
+def targets(out: Path) -> list[Target]:
+    """The table: speed against the measured floor and against every peer, memory, training."""
+    rows: list[Target] = []
+    timed: dict[tuple, dict[str, dict]] = {}
+    for record in read_records(out / "results.jsonl"):
+        if "ms" in record:
+            timed.setdefault((record["bench"], record["case"]), {})[record["provider"]] = record
+    for (bench, case), found in timed.items():
+        ours = found.get("mvbert")
+        fields = ours["fields"] if ours else {}
+        if ours is None or bench not in ("loss", "embedding"):
+            continue
+        name = f"{bench} {case}"
+        peers = {p: milliseconds(r) / milliseconds(ours) for p, r in found.items() if p != "mvbert"}
+        best = min(peers.values(), default=None)
+        if bench == "loss":
+            V, H, N = fields["V"], fields["H"], fields["N"]
+            narrow = (V, H) == (4928, 256)
+            if V == 30522 and H >= 768 and N >= 4096:
+                rows.append(at_most(f"{name}: x floor", 1.36, ours.get("times_floor")))
+                rows.append(at_least(f"{name}: x faster than best peer", 1.15, best))
+                slow = [v for p, v in peers.items() if p.startswith(("Liger", "CCE"))]
+                rows.append(
+                    at_least(f"{name}: x faster than Liger, CCE", 2, min(slow, default=None))
+                )
+            elif narrow and N >= 16384:
+                rows.append(at_most(f"{name}: x floor", 2.2, ours.get("times_floor")))
+                rows.append(at_least(f"{name}: x faster than best peer", 1.3, best))
+            if ours.get("peak_mb") is not None:
+                # Gradients, their float32 sums, and the buffer: 8,192 rows of logits at most.
+                gradients = (N * H + V * H + V) * (2 + 4) / 1e6
+                buffer = 0.0 if narrow else min(N, 8192) * (V + 64) * 2 / 1e6
+                rows.append(at_most(f"{name}: peak MB", round(gradients + buffer), ours["peak_mb"]))
+        else:
+            share = ours["gb_s"] / ours["ceiling"]["copy_gb_s"]
+            rows.append(at_least(f"{name}: of copy bandwidth", 0.85, share))
+            rows.append(at_least(f"{name}: x faster than eager", 5, peers.get("eager")))
+            compiled = peers.get("torch.compile max-autotune")
+            rows.append(at_least(f"{name}: x faster than torch.compile", 1, compiled))
+    for stage, goals in ((2, (5e6, 9e6)), (1, (0.24e6,))):
+        file = out / f"stage{stage}.json"
+        facts = json.loads(file.read_text()) if file.exists() else {}
+        for goal in goals:
+            rows.append(at_least(f"stage {stage}: pieces/s", goal, facts.get("pieces_per_second")))
+        rows.append(at_most(f"stage {stage}: share of waiting", 0.01, facts.get("data_wait")))
+        mfu = facts.get("mfu")
+        rows.append(Target(f"stage {stage}: MFU", "reported", mfu, mfu is not None))
+    return rows
+
+
+def table(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def top_kernels(out: Path) -> str:
+    lines = []
+    for stage in (2, 1):
+        file = out / f"profile{stage}.json"
+        if file.exists():
+            lines.append(f"stage {stage}, kernels by time:")
+            for row in json.loads(file.read_text())["top"][:12]:
+                lines.append(f"  {row['share']:6.1%}  x{row['calls']:<6} {row['name'][:90]}")
+    return "\n".join(lines)
+
+
+def device() -> tuple[bool, str]:
+    """(whether torch sees a GPU, what it is); asked in a child, so that no context stays here."""
+    code = (
+        "import torch; c = torch.cuda.is_available(); print(int(c), torch.__version__,"
+        " torch.cuda.get_device_name() if c else 'no GPU')"
+    )
+    try:
+        answer = subprocess.run(
+            [PYTHON, "-c", code], capture_output=True, text=True, timeout=120, check=True
+        ).stdout.split(maxsplit=1)
+    except (subprocess.SubprocessError, OSError) as error:
+        return False, f"torch does not start: {error}"
+    return answer[0] == "1", answer[1].strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
+    default = ROOT / "bench" / "results" / "scratch" / "gpu"
+    parser.add_argument("out", nargs="?", type=Path, default=default)
+    parser.add_argument("--dry-run", action="store_true", help="every part at toy size")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--vocab", type=Path)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--only", nargs="+", metavar="PART", help="build is always run")
+    args = parser.parse_args()
+    begin = time.monotonic()
+    cuda, name = device()
+    if not cuda and not args.dry_run:
+        sys.exit(f"no CUDA device ({name}); --dry-run shows that every part would run")
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out.resolve()
+    for old in ("log.txt", "results.jsonl", "stage1.json", "stage2.json", "profile1.json",
+                "profile2.json", "summary.txt", "summary.json"):  # fmt: skip
+        (out / old).unlink(missing_ok=True)
+    shared_memory = Path("/dev/shm")
+    place = shared_memory if os.access(shared_memory, os.W_OK) and not args.dry_run else None
+    work = Path(tempfile.mkdtemp(prefix="mvbert-gpu-", dir=place))
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    outcomes: list[Outcome] = []
+    try:
+        for part in parts(out, work, args, cuda):
+            if args.only and part.name != "build" and part.name not in args.only:
+                continue
+            left = begin + 60 * args.minutes - time.monotonic() - 5
+            broken = [o for o in outcomes if o.part.name == part.needs and o.state != "ok"]
+            if broken:
+                outcome = Outcome(part, "skipped", 0.0, f"needs {part.needs}")
+            elif left < 10:
+                outcome = Outcome(part, "skipped", 0.0, "no time left")
+            else:
+                outcome = run(part, min(part.seconds, left), out / "log.txt", env)
+            outcomes.append(outcome)
+            print(f"{outcome.state:8} {outcome.seconds:6.1f} s  {part.name}", flush=True)
+            if outcome.state not in ("ok", "skipped"):
+                print("    " + "\n    ".join(outcome.tail.splitlines()[-12:]), flush=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    rows = targets(out)
+    title = f"{name}, {time.strftime('%Y-%m-%d')}" + (", dry run" if args.dry_run else "")
+    summary = "\n\n".join(
+        text
+        for text in (
+            title,
+            table([["part", "state", "seconds"]]
+                  + [[o.part.name, o.state, f"{o.seconds:.0f}"] for o in outcomes]),
+            top_kernels(out),
+            table([["target", "aim", "measured", ""], *(row.row() for row in rows)]),
+        )
+        if text
+    )  # fmt: skip
+    print("\n" + summary)
+    (out / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+    facts = {
+        "device": name,
+        "dry_run": args.dry_run,
+        "parts": [
+            {"name": o.part.name, "state": o.state, "seconds": round(o.seconds, 1)}
+            for o in outcomes
+        ],
+        "targets": [
+            {"what": r.what, "target": r.target, "measured": r.measured, "passed": r.passed}
+            for r in rows
+        ],
+    }
+    (out / "summary.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    bad = [o.part.name for o in outcomes if o.state in ("failed", "late")]
+    if bad:
+        sys.exit(f"not whole: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Says where mvbert stands on this machine's GPU: builds, tests, checks memory, benches, trains.
+#
+#   bench/gpu_check.sh [OUT] [--dry-run] [--text FILE] [--vocab FILE] [--minutes M] [--only PART...]
+#
+# Nothing is downloaded. Whatever Python is `python3` (or $PYTHON) must have torch, triton, numpy,
+# safetensors, tyro, rich, pybind11, cmake, ninja and pytest; transformers, liger-kernel and
+# cut-cross-entropy are used where they are there. --text is the text to train on (default:
+# documentation strings of installed packages), --vocab the teacher's vocab.txt (default: learned).
+# At most nine minutes: every part has its own limit, a part that fails or is late is reported and
+# the rest goes on. OUT (default: bench/results/scratch/gpu) gets at most eight files; summary.txt is
+# the table that is also printed last. --dry-run runs every part at toy size, on a CPU too.
+set -u
+root=$(cd "$(dirname "$0")/.." && pwd)
+exec "${PYTHON:-python3}" -u "$root/bench/gpu_check.py" "$@"
