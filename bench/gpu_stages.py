@@ -40,16 +40,17 @@ def prepare(work: Path, text: Path | None, vocab: Path | None, toy: bool) -> Non
         text = work / "docstrings.txt"
         docstring_corpus(text, ["stdlib"] if toy else ["stdlib", "torch", "numpy"])
     if toy:
-        opened = lzma.open(text, "rt") if text.suffix == ".xz" else text.open()
-        with opened as source:
-            text = work / "toy.txt"
-            text.write_text(source.read(2_000_000), encoding="utf-8")
+        whole = lzma.open(text) if text.suffix == ".xz" else text.open("rb")  # noqa: SIM115
+        with whole:
+            beginning = whole.read(100_000).decode(errors="ignore")
+        text = work / "toy.txt"
+        text.write_text(beginning, encoding="utf-8")
     mvbert("corpus", text, "-o", work / "corpus", "--overwrite")
-    size = ["--size", 1000 if toy else 4928, "--overwrite"]
+    size = ["--size", 300 if toy else 4928, "--overwrite"]
     mvbert("vocab", work / "corpus", "-o", work / "vocab.txt", *size)
     if vocab is None or toy:
         vocab = work / "teacher-vocab.txt"
-        size[1] = 2000 if toy else 8000  # what a few megabytes of text give
+        size[1] = 600 if toy else 8000  # what a few megabytes of text give
         mvbert("vocab", work / "corpus", "-o", vocab, *size)
     make_teacher(work / "large", SMALL if toy else LARGE, vocab)
     make_teacher(work / "small", SMALL, vocab)

@@ -36,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ def digits(value: float, count: int = 4) -> float:
 _ceilings: dict[tuple, dict[str, float]] = {}
 
 
-def ceilings(device: str, dtype: str, quick: bool) -> dict[str, float]:
+def ceilings(device: str, dtype: str, quick: bool, toy: bool = False) -> dict[str, float]:
     """What this machine reaches today: a copy in GB/s (read + written), a product in TFLOP/s."""
     import torch
 
@@ -208,9 +208,9 @@ def ceilings(device: str, dtype: str, quick: bool) -> dict[str, float]:
         return _ceilings[key]
     kind = getattr(torch, dtype)
     large = device == "cuda"
-    source = torch.randn(2**29 if large else 2**25, dtype=torch.float32, device=device)
+    source = torch.randn(2**29 if large else 2**25 >> 5 * toy, device=device)
     target = torch.empty_like(source)
-    n = 8192 if large else 2048
+    n = 8192 if large else 2048 >> 3 * toy
     left, right = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
     found = {"copy_gb_s": 0.0, "matmul_tflop_s": 0.0}
 
@@ -372,7 +372,7 @@ def run_bench(
     only: Sequence[str] = (),
     rounds: int | None = None,
     budget: float | None = None,
-    limit: int | None = None,
+    toy: bool = False,
 ) -> list[dict]:
     """Measures every case and provider; `emit` gets each record as soon as it is there.
 
@@ -380,7 +380,7 @@ def run_bench(
         only: names of providers; empty: all.
         rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
         budget: seconds for the rounds of one case; None: 60, or 8 when quick.
-        limit: only so many first cases; None: all.
+        toy: the first case alone, shrunk, two rounds: to see that everything runs.
     """
     import torch
 
@@ -389,10 +389,13 @@ def run_bench(
     budget = budget or (8.0 if quick else 60.0)
     target = bench.seconds / 4 if quick else bench.seconds
     records = []
-    for number, case in enumerate(bench.cases(device, quick)[:limit]):
+    cases = bench.cases(device, quick)
+    if toy:
+        cases, rounds = [shrunk(cases[0])], 2
+    for number, case in enumerate(cases):
         work = bench.work(case)
         dtype = bench.dtype(case, device)
-        ceiling = ceilings(device, dtype, quick)
+        ceiling = ceilings(device, dtype, quick, toy)
         floor = max(
             work.flop / (ceiling["matmul_tflop_s"] * 1e12),
             work.bytes / (ceiling["copy_gb_s"] * 1e9),
@@ -402,7 +405,7 @@ def run_bench(
             "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
         }  # fmt: skip
         print(f"{bench.name} {label(case)}", flush=True)
-        copies = input_copies(bench, case, device)
+        copies = [bench.inputs(case, device, 0)] if toy else input_copies(bench, case, device)
         entries = []
         for provider in bench.providers:
             if only and provider.name not in only:
@@ -432,7 +435,7 @@ def run_bench(
             if bench.memory:
                 if device == "cuda":
                     entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
-                elif not quick:
+                elif not quick and not toy:
                     peak = cpu_peak(bench, number, entry.provider, quick)
                     entry.record["peak_mb"] = None if peak is None else digits(peak)
             close(entry.run)
@@ -445,6 +448,12 @@ def run_bench(
             torch.cuda.empty_cache()
     torch.set_num_threads(threads)
     return records
+
+
+def shrunk(case: Any) -> Any:
+    """The case with whole numbers of 256 at most: enough for any of them to be used."""
+    numbers = {n: v for n, v in vars(case).items() if isinstance(v, int) and v is not True}
+    return replace(case, **{name: min(value, 256) for name, value in numbers.items()})
 
 
 def prepare(bench, provider, case, x, device, record) -> Entry | None:
@@ -620,7 +629,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer cases and shorter rounds")
     parser.add_argument("--only", nargs="+", default=(), metavar="PROVIDER")
-    parser.add_argument("--cases", type=int, help="only so many first cases of each bench")
+    parser.add_argument("--toy", action="store_true", help="one small case: does it run at all?")
     parser.add_argument("--rounds", type=int, help="measurements of each provider")
     parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")
     parser.add_argument(

@@ -74,7 +74,7 @@ def main() -> None:
     for bench in chosen:
         records += harness.run_bench(
             bench, device=args.device, quick=args.quick, emit=emit, only=args.only,
-            rounds=args.rounds, budget=args.budget, limit=args.cases,
+            rounds=args.rounds, budget=args.budget, toy=args.toy,
         )  # fmt: skip
     print(json.dumps(outcome(run, records)))
     if any("wrong" in r and r["provider"].startswith("mvbert") for r in records):
