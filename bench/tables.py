@@ -1,7 +1,7 @@
 """Results -> the README's section on speed and size, docs/benchmarks.md, and the plots of both.
 
     python bench/tables.py            # writes them
-    python bench/tables.py --check    # says whether they are what the results say; exit code 1 if not
+    python bench/tables.py --check    # exit code 1 if they are not what the results say
 
 Of every bench and kind of device the last whole run counts (--quick ones only where there is no
 other). What was not measured is an empty cell. Plots need matplotlib (pip install 'mvbert[bench]').

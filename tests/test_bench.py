@@ -1,0 +1,201 @@
+"""The benches themselves: what is wrong is not timed, tables are the results, late parts end."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch")
+
+
+@pytest.fixture
+def bench_path(root, monkeypatch):
+    """bench/ is a folder of scripts: its modules are found as when run.py runs."""
+    monkeypatch.syspath_prepend(str(root / "bench"))
+
+
+@pytest.fixture
+def harness(bench_path):
+    import harness
+
+    return harness
+
+
+@dataclass(frozen=True)
+class Case:
+    N: int
+
+
+@pytest.fixture
+def bench(harness):
+    """Doubling a tensor: right, wrong, raising, absent and elsewhere."""
+
+    def check(case, x, out):
+        if not torch.equal(out, 2 * x):
+            raise harness.Wrong("not the double")
+        return {"seen": True}
+
+    bench = harness.Bench(
+        "double",
+        cases=lambda device, quick: [Case(64)],
+        inputs=lambda case, device, copy: torch.full((case.N,), float(copy + 1)),
+        work=lambda case: harness.Work(flop=case.N, bytes=8 * case.N, items=case.N, unit="values"),
+        check=check,
+        memory=False,
+    )
+    bench.provider("right")(lambda case, device: lambda x: x * 2)
+    bench.provider("wrong")(lambda case, device: lambda x: x * 3)
+    bench.provider("raising")(lambda case, device: lambda x: 1 / 0)
+    bench.provider("absent", needs=["no-such-package"])(lambda case, device: None)
+    bench.provider("elsewhere", devices=["cuda"])(lambda case, device: None)
+    return bench
+
+
+def test_only_what_is_right_is_timed(harness, bench, tmp_path):
+    file = tmp_path / "double.jsonl"
+    run = harness.run_record([bench], "cpu", quick=True)
+    emit = harness.appender(file, run)
+    harness.run_bench(bench, device="cpu", quick=True, emit=emit, toy=True)
+    first, *records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert first["record"] == "run"
+    assert first["torch"] == torch.__version__
+    found = {record["provider"]: record for record in records}
+    assert all(record["run"] == first["run"] for record in records)
+    assert found["right"]["seen"]
+    ms = found["right"]["ms"]
+    assert 0 < ms["p20"] <= ms["p50"] <= ms["p80"]
+    assert found["right"]["items_s"] == pytest.approx(64e3 / ms["p50"], rel=1e-3)
+    assert found["wrong"]["wrong"] == "not the double"
+    assert found["raising"]["failed"].startswith("ZeroDivisionError")
+    assert found["absent"]["pip"] == "pip install no-such-package"
+    assert found["elsewhere"]["skipped"] == "runs on cuda only"
+    assert [name for name, record in found.items() if "ms" in record] == ["right"]
+
+
+def test_percentiles(harness):
+    assert harness.percentiles([3.0, 1.0, 2.0]) == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
+
+
+def test_copies_outgrow_the_cache(harness, bench, monkeypatch):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 1000)
+    copies = harness.input_copies(bench, Case(64), "cpu")  # 256 bytes each
+    assert len(copies) == 8
+    assert len({float(x[0]) for x in copies}) == 8
+
+
+def test_every_provider_has_its_own_name(bench_path, root):
+    import run
+
+    for bench in run.find().values():
+        names = [provider.name for provider in bench.providers]
+        assert len(names) == len(set(names)), bench.name
+        for device in ("cpu", "cuda"):
+            assert bench.cases(device, True), f"{bench.name} has no quick case for {device}"
+
+
+def test_tables_are_what_the_results_say(root):
+    done = subprocess.run(
+        [sys.executable, "bench/tables.py", "--check"], cwd=root, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_tables_take_the_last_whole_run(bench_path, tmp_path):
+    import tables
+
+    def lines(run, quick, ms, only=()):
+        record = {"record": "result", "bench": "loss", "device": "cpu", "case": "N=1", "run": run}
+        record |= {"provider": "mvbert", "ms": {"p50": ms}}
+        return [{"record": "run", "run": run, "quick": quick, "only": list(only)}, record]
+
+    made = lines("1", False, 1.0) + lines("2", False, 2.0) + lines("3", True, 3.0)
+    made += lines("4", False, 4.0, only=["mvbert"])
+    (tmp_path / "loss.jsonl").write_text("\n".join(map(json.dumps, made)))
+    (record,) = tables.Results(tmp_path).of("loss", "cpu")
+    assert record["ms"]["p50"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, ""), (0.01234, "0.0123"), (12.34, "12.3"), (123456.0, "123,000")]
+)
+def test_figures(value, text, bench_path):
+    import tables
+
+    assert tables.figure(value) == text
+
+
+# ---- gpu_check -----------------------------------------------------------------------------------
+
+
+def test_a_late_part_ends_with_its_children(bench_path, tmp_path):
+    import gpu_check
+
+    code = (
+        "import subprocess, sys; child = subprocess.Popen(['sleep', '60']);"
+        "print(child.pid, flush=True); child.wait()"
+    )
+    part = gpu_check.Part("slow", [sys.executable, "-c", code], 60)
+    begin = time.monotonic()
+    outcome = gpu_check.run(part, 3, tmp_path / "log", dict(os.environ))
+    assert outcome.state == "late"
+    assert time.monotonic() - begin < 20
+    child = int(outcome.tail)
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_failing_part_says_why(bench_path, tmp_path):
+    import gpu_check
+
+    part = gpu_check.Part("bad", [sys.executable, "-c", "raise SystemExit('no such thing')"], 60)
+    outcome = gpu_check.run(part, 60, tmp_path / "log", dict(os.environ))
+    assert (outcome.state, outcome.tail) == ("failed", "no such thing")
+
+
+def test_targets_are_passed_and_missed(bench_path, tmp_path):
+    import gpu_check
+
+    def record(provider, ms, **more):
+        fields = {"N": 4096, "V": 30522, "H": 1024}
+        return {
+            "record": "result", "bench": "loss", "case": "N=4096 V=30522 H=1024", "fields": fields,
+            "provider": provider, "ms": {"p50": 9 * ms}, "device_ms": {"p50": ms}, **more,
+        }  # fmt: skip
+
+    ours = record("mvbert", 1.3, times_floor=1.34, peak_mb=5000.0)
+    peers = [record("Liger", 2.5), record("torch.compile max-autotune", 1.6)]
+    lines = [*map(json.dumps, [ours, *peers])]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "stage2.json").write_text('{"pieces_per_second": 6e6, "data_wait": 0.0}')
+    found = {row.what: row for row in gpu_check.targets(tmp_path)}
+    name = "loss N=4096 V=30522 H=1024"
+    assert found[f"{name}: x floor"].row()[-1] == "PASS"
+    assert found[f"{name}: x faster than best peer"].measured == pytest.approx(1.6 / 1.3)
+    assert found[f"{name}: x faster than Liger, CCE"].row()[-1] == "MISS"
+    assert found[f"{name}: peak MB"].row()[-1] == "MISS"
+    assert [t.passed for t in gpu_check.targets(tmp_path) if t.what == "stage 2: pieces/s"] == [
+        True, False,
+    ]  # fmt: skip
+    assert found["stage 1: pieces/s"].row()[-2:] == ["-", "-"]
+
+
+def test_dry_run(root, tmp_path):
+    """Every part runs at toy size, here where there may be no GPU."""
+    env = {**os.environ, "PYTHON": sys.executable}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        ["bench/gpu_check.sh", tmp_path / "out", "--dry-run", "--text", root / "README.md"],
+        cwd=root, capture_output=True, text=True, timeout=500, env=env, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert len(made) <= 8
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {part["state"] for part in summary["parts"]} == {"ok"}
+    assert summary["dry_run"]
