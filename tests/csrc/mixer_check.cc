@@ -175,12 +175,13 @@ int Check(const char* name, const World& world, std::uint32_t T, double mask_pro
 
 int main(int argc, char** argv) {
   if (argc > 1) {
-    const World world(2'000'000, 100'000, 0.001, 0.4, 12, 3);
+    const World world(200'000, 20'000, 0.001, 0.4, 12, 3);
     const mvbert::Mixer mixer(*world.table, world.stream.data(), world.stream.size(),
                               world.Options(128, 0.15));
     const std::uint64_t count = std::strtoull(argv[1], nullptr, 10);
     Batch batch(count, 128, mixer.options().capacity);
     mixer.Read(0, count, kHalf, 1, batch.rows());
+    std::printf("%zu pieces\n", batch.input_ids.size());
     return 0;
   }
   int failures = 0;

@@ -5,8 +5,6 @@
 #define MVBERT_TESTS_TOKENIZER_FUZZ_H_
 
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -14,6 +12,7 @@
 #include <vector>
 
 #include "ascii_run.h"
+#include "fuzz_input.h"
 #include "tokenizer.h"
 #include "unicode.h"
 #include "wordpiece.h"
@@ -21,13 +20,8 @@
 
 namespace mvbert {
 
-inline void Require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "tokenizer check: %s\n", what);
-  std::abort();
-}
-
-inline std::vector<std::string> FuzzPieces(const char* extra) {
+// With `fillers`, so many that pieces of the cache are packed the wide way.
+inline std::vector<std::string> FuzzPieces(const char* extra, int fillers = 0) {
   std::vector<std::string> pieces = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##ing",
                                      "\xC3\xA9", "\xE4\xB8\xAD", "hello", "##\xD0\xBE", extra};
   for (char c = '!'; c <= '~'; ++c) {
@@ -35,12 +29,13 @@ inline std::vector<std::string> FuzzPieces(const char* extra) {
     pieces.push_back(letter);
     pieces.push_back("##" + letter);
   }
+  for (int i = 0; i < fillers; ++i) pieces.push_back("filler" + std::to_string(i));
   return pieces;
 }
 
 struct FuzzTokenizers {
   explicit FuzzTokenizers(bool lowercase)
-      : teacher(std::make_shared<WordPiece>(FuzzPieces("##tion"), 1)),
+      : teacher(std::make_shared<WordPiece>(FuzzPieces("##tion", lowercase ? 0 : 70000), 1)),
         student(std::make_shared<WordPiece>(FuzzPieces("##ab"), 1)),
         splitter({lowercase}),
         mixed({lowercase}, teacher, student, {{"[MASK]", 4}, {"[SEP]", 3}}) {}
