@@ -379,14 +379,14 @@ def run_bench(
     Args:
         only: names of providers; empty: all.
         rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
-        budget: seconds for the rounds of one case; None: 60, or 8 when quick.
+        budget: seconds for the rounds of one case; None: 60, or 4 when quick.
         toy: the first case alone, shrunk, two rounds: to see that everything runs.
     """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(bench.threads or threads)
-    budget = budget or (8.0 if quick else 60.0)
+    budget = budget or (4.0 if quick else 60.0)
     target = bench.seconds / 4 if quick else bench.seconds
     records = []
     cases = bench.cases(device, quick)
