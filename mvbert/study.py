@@ -50,6 +50,7 @@ from mvbert.files import Json, atomic_write, read_json, write_json
 from mvbert.measures import Words, ask, bits_per_word, choose_words
 from mvbert.probe import Sentences, linear_probe, read_sst2
 from mvbert.progress import Progress
+from mvbert.ranks import ranks
 from mvbert.runs import describe_run, lock, make_folder, read_log
 from mvbert.stages import student_rows
 from mvbert.study_report import write_report
@@ -209,9 +210,11 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
         The folder, the number of runs and of results, and each arm's mean at the last point.
 
     Raises:
-        InputError: wrong input, or `config.out` holds another study.
+        InputError: wrong input, `config.out` holds another study, or there are several processes.
         Interrupted: asked to stop; a checkpoint was saved first.
     """
+    if ranks().count > 1:
+        raise InputError("a study runs in one process: start it without torchrun")
     started = time.perf_counter()
     progress = Progress("study")
     out = Path(config.out)

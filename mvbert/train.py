@@ -47,7 +47,9 @@ STARTED = time.monotonic()  # of the command, near enough
 class Task(Protocol):
     """What a stage hands to the loop."""
 
-    rows: Rows
+    rows: Rows  # those of the steps that are being made
+    late_rows: Rows | None  # longer ones, for the last steps
+    late_start: int  # the first of these steps
     heldout: Rows
 
     @property

@@ -1,6 +1,7 @@
 """Configuration: TOML in, clear errors out."""
 
 import pytest
+import torch
 
 from mvbert.config import (
     DistillConfig,
@@ -13,6 +14,7 @@ from mvbert.config import (
     to_dict,
 )
 from mvbert.errors import InputError
+from mvbert.model import MaskedLM
 
 
 def test_the_papers_two_shapes_have_the_papers_parameter_counts():
@@ -99,3 +101,16 @@ def test_a_weight_moves_in_a_straight_line_to_its_end():
     assert [config.weight_at("logits", step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
     assert config.weight_at("hidden", 7) == 2.0
     assert Stage2Config(steps=1, mlm_weight_end=0.0).weight_at("mlm", 0) == 1.0
+
+
+def test_the_sizes_in_the_docs_are_those_of_the_models(root):
+    table = (root / "docs" / "sizes.md").read_text().split("<!-- sizes -->")[1].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table if "x" in line[:8]]
+    assert {"6x256", "12x256", "3x256", "6x128", "12x128"} <= {row[0] for row in rows}
+    for shape, vocabulary, parameters, share, wide, narrow in rows:
+        config = student_shape(shape, int(vocabulary.replace(",", "")))
+        assert f"{config.encoder_parameters:,}" == parameters
+        assert f"{config.vocab_size * config.hidden_size / config.encoder_parameters:.0%}" == share
+        with torch.device("meta"):
+            total = sum(p.numel() for p in MaskedLM(config).parameters())
+        assert (f"{4 * total:,}", f"{total:,}") == (wide, narrow)

@@ -24,6 +24,8 @@ CONFIG = Stage2Config(
     distill=("logits", "hidden", "relations"), relation_heads=8, mlm_weight_end=0.1,
 )  # fmt: skip
 
+ROW = RowConfig(length=16)
+
 
 def places(tree) -> set[int]:
     """Where the memory of all tensors in a tree begins."""
@@ -92,11 +94,11 @@ class RecordedGraph(TorchDispatchMode):
 def stage2_run(training_inputs):
     """A function that runs Stage II in a folder; returns every number of its log, in order."""
 
-    def run(out: Path, **settings) -> list[float]:
+    def run(out: Path, row: RowConfig = ROW, **settings) -> list[float]:
         config = replace(CONFIG, **settings)
         task = Stage2(
             config,
-            RowConfig(length=16),
+            row,
             Corpus.open(training_inputs / "corpus"),
             training_inputs / "stage1",
             Progress("test"),
@@ -137,6 +139,37 @@ def test_a_run_of_replayed_steps_is_the_eager_run(
     graph = request.getfixturevalue("recorded")
     assert stage2_run(tmp_path / "graph", optimizer=optimizer) == eager
     assert graph.replays == CONFIG.steps - step.WARM_UP
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logits_at": "all", "hidden_layers": (0, 1)},
+        {"logits_top_k": 5, "distill": ("logits",)},
+        {"distill": ("relations",), "relations_layer": 1, "relations_weight_end": 0.0},
+    ],
+    ids=["all", "top-k", "relations"],
+)
+def test_every_way_to_distil_fits_into_a_graph(stage2_run, tmp_path, fixed_shapes, request, change):
+    eager = stage2_run(tmp_path / "eager", **change)
+    graph = request.getfixturevalue("recorded")
+    assert stage2_run(tmp_path / "graph", **change) == eager
+    assert graph.replays == CONFIG.steps - step.WARM_UP
+
+
+def test_longer_rows_are_a_graph_of_their_own(stage2_run, tmp_path, fixed_shapes, monkeypatch):
+    row = RowConfig(length=8, late_length=16, late_share=0.5)
+    eager = stage2_run(tmp_path / "eager", row, distill=("relations",))
+    graphs: list[RecordedGraph] = []
+
+    def another() -> RecordedGraph:
+        graphs.append(RecordedGraph())
+        return graphs[-1]
+
+    monkeypatch.setattr(train, "choose_graph", lambda *_: (True, "recorded"))
+    monkeypatch.setattr(train, "CudaGraph", another)
+    assert stage2_run(tmp_path / "graph", row, distill=("relations",)) == eager
+    assert [graph.replays for graph in graphs] == [6 - step.WARM_UP] * 2
 
 
 def test_the_recorder_sees_what_waits_for_the_device(stage2_run, tmp_path, recorded):
