@@ -12,7 +12,7 @@ hidden states of the labelled pieces, without the logits of the others.
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +73,22 @@ MASKED_LM: dict[str, tuple[str, Callable]] = {
 # ---- the two fused layers ----------------------------------------------------------------------
 
 
-class FusedEmbeddings:
+class _Mixin:
+    """Stands before the class of a module of transformers, whose attributes it therefore has."""
+
+    _mvbert_original: type[nn.Module]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class FusedEmbeddings(_Mixin):
     """Mixed into the class of an embedding module: word + position + type, LayerNorm, dropout."""
 
-    _mvbert_original: type
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = _arguments(self._mvbert_original, self, args, kwargs)
         input_ids = given.get("input_ids")
         past = given.get("past_key_values_length") or 0
@@ -109,10 +119,8 @@ class FusedEmbeddings:
         )
 
 
-class FusedMaskedLM:
+class FusedMaskedLM(_Mixin):
     """Mixed into the class of a masked-language model: with labels, the loss without the logits."""
-
-    _mvbert_original: type
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = _arguments(self._mvbert_original, self, args, kwargs)
@@ -137,16 +145,16 @@ class FusedMaskedLM:
         from transformers.modeling_outputs import MaskedLMOutput
 
         output = MaskedLMOutput(
-            loss=loss,
+            loss=loss,  # type: ignore[arg-type]
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
         return output if return_dict else output.to_tuple()
 
 
-def _arguments(original: type, module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+def _arguments(original: type[nn.Module], module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call of `original.forward` by name, those of its ** included."""
-    signature = _signature(original)
+    signature = _signature(original)  # type: ignore[arg-type]
     bound = dict(signature.bind(module, *args, **kwargs).arguments)
     bound.pop("self")
     for name, parameter in signature.parameters.items():
@@ -156,7 +164,7 @@ def _arguments(original: type, module: Any, args: tuple, kwargs: dict) -> dict[s
 
 
 @cache
-def _signature(original: type) -> inspect.Signature:
+def _signature(original: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(original.forward)
 
 
@@ -203,9 +211,9 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
         if hasattr(cls, "_mvbert_original"):
             continue
         if _key(cls) in EMBEDDINGS:
-            module.__class__ = _fused_class(cls, FusedEmbeddings)
+            module.__class__ = _fused_class(cls, FusedEmbeddings)  # type: ignore[arg-type]
         elif _key(cls) in MASKED_LM and not keep_logits:
-            module.__class__ = _fused_class(cls, FusedMaskedLM)
+            module.__class__ = _fused_class(cls, FusedMaskedLM)  # type: ignore[arg-type]
         else:
             continue
         replaced.append(name)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvbert import functional
 from mvbert.config import ModelConfig
 
 ACTIVATIONS = {
@@ -37,7 +38,10 @@ def attention(qkv: Tensor, attention_mask: Tensor | None, dropout_p: float) -> T
     """
     mask = None if attention_mask is None else attention_mask[:, None, None, :]
     if qkv.device.type != "cpu" or qkv.shape[3] > EXPLICIT_LENGTH:
-        return F.scaled_dot_product_attention(*qkv, attn_mask=mask, dropout_p=dropout_p)
+        query, key, value = qkv.unbind(0)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout_p
+        )
     # Contiguous once: otherwise each product copies its operands.
     query, key, value = qkv.contiguous().unbind(0)
     scores = torch.matmul(query * qkv.shape[-1] ** -0.5, key.transpose(-1, -2))
@@ -60,8 +64,8 @@ class Taps:
     def __init__(
         self, hidden: Iterable[int] = (), qkv: Iterable[int] = (), last: bool = True
     ) -> None:
-        self.hidden: dict[int, Tensor] = dict.fromkeys(hidden)  # type: ignore[arg-type]
-        self.qkv: dict[int, Tensor] = dict.fromkeys(qkv)  # type: ignore[arg-type]
+        self.hidden: dict[int, Tensor] = dict.fromkeys(hidden)  # type: ignore[arg-type,assignment]
+        self.qkv: dict[int, Tensor] = dict.fromkeys(qkv)  # type: ignore[arg-type,assignment]
         self._last = last
 
     def depth(self, layers: int) -> int:
@@ -104,12 +108,15 @@ class BertLayer(nn.Module):
         qkv = flat.view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
         context = attention(qkv, attention_mask, self.attention_dropout if self.training else 0.0)
         context = context.transpose(1, 2).reshape(B, T, H)
-        hidden = self.attention_norm(hidden + self._drop(self.attention_output(context)))
+        hidden = self._add(hidden, self.attention_output(context), self.attention_norm)
         expanded = self.activation(self.intermediate(hidden))
-        return self.output_norm(hidden + self._drop(self.output(expanded)))
+        return self._add(hidden, self.output(expanded), self.output_norm)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.hidden_dropout, self.training)
+    def _add(self, hidden: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The end of both halves: norm(hidden + dropout(x)), on a GPU in one pass."""
+        return functional.residual_layer_norm(
+            x, hidden, norm.weight, norm.bias, norm.eps, self.hidden_dropout, self.training
+        )
 
 
 class BertEncoder(nn.Module):

@@ -18,6 +18,7 @@ for the device); unchecked, an id out of range gives NaN and never reads out of 
 
 import importlib.util
 import warnings
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -216,22 +217,28 @@ def mixed_embedding(
         )[0]  # fmt: skip
     if type_table is not None and token_type_ids is None:
         token_type_ids = input_ids.new_zeros(())
-    rows = _gather(input_ids, teacher_table, student_rows, padding_id)
+    total = _gather(input_ids, teacher_table, student_rows, padding_id)
     if position_table is not None:
         if position_ids is None:
-            rows = rows + position_table[:T]
+            total = total + position_table[:T]
         else:
-            rows = rows + F.embedding(position_ids.long(), position_table)
-    if type_table is not None:
-        rows = rows + F.embedding(token_type_ids.long(), type_table)
-    hidden = F.layer_norm(rows, (H,), ln_weight, ln_bias, eps)
+            total = total + F.embedding(position_ids.long(), position_table)
+    if type_table is not None and token_type_ids is not None:
+        total = total + F.embedding(token_type_ids.long(), type_table)
+    hidden = F.layer_norm(total, (H,), ln_weight, ln_bias, eps)
     return F.dropout(hidden, dropout_p, training)
 
 
-def _gather(input_ids, teacher_table, student_rows, padding_id):
+def _gather(
+    input_ids: Tensor,
+    teacher_table: Tensor | None,
+    student_rows: Tensor | None,
+    padding_id: int | None,
+) -> Tensor:
     """table[id] of [teacher; student], without making that table."""
     if teacher_table is None or student_rows is None:
         table = student_rows if teacher_table is None else teacher_table
+        assert table is not None
         return F.embedding(input_ids, table, padding_idx=padding_id)
     V = teacher_table.shape[0]
     is_student = (input_ids >= V)[..., None]
@@ -299,6 +306,38 @@ def residual_layer_norm(
 # ---- losses ------------------------------------------------------------------------------------
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    return_lse: Literal[False] = ...,
+    dense: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    return_lse: Literal[True],
+    dense: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -333,28 +372,51 @@ def linear_cross_entropy(
     """
     _check_loss("linear_cross_entropy", hidden, weight, bias, labels, reduction, label_smoothing)
     backend = _backend(backend, hidden)
-    if backend == "reference":
-        if not hidden.is_cuda and not torch.compiler.is_compiling():
-            ops.check_range("labels", labels, weight.shape[0], ignore_index)
-        loss, lse = plain.linear_cross_entropy_reference(
-            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
-    elif reduction != "none" and not return_lse:
-        scale = _scale(labels != ignore_index, reduction, hidden)
+    kept = labels != ignore_index
+    if backend != "reference" and reduction != "none" and not return_lse:
+        scale = _scale(kept, reduction, hidden)
         return _cross_entropy_sum(
             hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend, dense
         )
-    else:
-        hidden = _autocast(hidden)
-        # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
-        # looking at the upstream gradient, a GPU: those compute the logits again.
-        ahead = backend == "chunked" and not return_lse and hidden.dtype != torch.float16
-        need = _need(hidden, weight, bias) if ahead else [False, False, False]
-        loss, lse, *_ = ops.linear_cross_entropy_rows(
-            hidden, weight, bias, labels, ignore_index, float(label_smoothing), need, backend
-        )
-    loss = reduce_rows(loss, labels != ignore_index, reduction)
+    loss, lse = _cross_entropy_rows(
+        hidden, weight, bias, labels, ignore_index, label_smoothing, return_lse, backend
+    )
+    loss = reduce_rows(loss, kept, reduction)
     return (loss, lse) if return_lse else loss
+
+
+@overload
+def mixed_linear_cross_entropy(
+    hidden: Tensor,
+    teacher_weight: Tensor,
+    student_weight: Tensor,
+    labels: Tensor,
+    teacher_bias: Tensor | None = ...,
+    student_bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def mixed_linear_cross_entropy(
+    hidden: Tensor,
+    teacher_weight: Tensor,
+    student_weight: Tensor,
+    labels: Tensor,
+    teacher_bias: Tensor | None = ...,
+    student_bias: Tensor | None = ...,
+    *,
+    ignore_index: int = ...,
+    reduction: str = ...,
+    label_smoothing: float = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def mixed_linear_cross_entropy(
@@ -393,23 +455,15 @@ def mixed_linear_cross_entropy(
     of_teacher, of_student = split_labels(labels, teacher_weight.shape[0], ignore_index)
     if backend != "reference" and reduction != "none" and not return_lse:
         scale = _scale(labels != ignore_index, reduction, hidden)
-        options = (scale, ignore_index, label_smoothing, backend)
+        summed = (scale, ignore_index, label_smoothing, backend)
         return _cross_entropy_sum(
-            hidden, teacher_weight, teacher_bias, of_teacher, *options
-        ) + _cross_entropy_sum(hidden, student_weight, student_bias, of_student, *options)
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": "none",
-        "label_smoothing": label_smoothing,
-        "return_lse": return_lse,
-        "backend": backend,
-    }
-    teacher = linear_cross_entropy(hidden, teacher_weight, of_teacher, teacher_bias, **options)
-    student = linear_cross_entropy(hidden, student_weight, of_student, student_bias, **options)
-    kept = labels != ignore_index
-    if not return_lse:
-        return reduce_rows(teacher + student, kept, reduction)
-    return reduce_rows(teacher[0] + student[0], kept, reduction), teacher[1] + student[1]
+            hidden, teacher_weight, teacher_bias, of_teacher, *summed
+        ) + _cross_entropy_sum(hidden, student_weight, student_bias, of_student, *summed)
+    rows = (ignore_index, label_smoothing, return_lse, backend)
+    teacher = _cross_entropy_rows(hidden, teacher_weight, teacher_bias, of_teacher, *rows)
+    student = _cross_entropy_rows(hidden, student_weight, student_bias, of_student, *rows)
+    loss = reduce_rows(teacher[0] + student[0], labels != ignore_index, reduction)
+    return (loss, teacher[1] + student[1]) if return_lse else loss
 
 
 def linear_kl(
@@ -543,9 +597,45 @@ def sparse_linear_kl(
     )[0]
 
 
+def _cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    lse_wanted: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [N], lse [N]), 0 on ignored rows."""
+    if backend == "reference":
+        if not hidden.is_cuda and not torch.compiler.is_compiling():
+            ops.check_range("labels", labels, weight.shape[0], ignore_index)
+        return plain.linear_cross_entropy_reference(
+            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=smoothing
+        )
+    hidden = _autocast(hidden)
+    # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
+    # looking at the upstream gradient, a GPU: those compute the logits again.
+    ahead = backend == "chunked" and not lse_wanted and hidden.dtype != torch.float16
+    need = _need(hidden, weight, bias) if ahead else [False, False, False]
+    loss, lse, *_ = ops.linear_cross_entropy_rows(
+        hidden, weight, bias, labels, ignore_index, float(smoothing), need, backend
+    )
+    return loss, lse
+
+
 def _cross_entropy_sum(
-    hidden, weight, bias, labels, scale, ignore_index, smoothing, backend, dense=False
-):
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    backend: str,
+    dense: bool = False,
+) -> Tensor:
     hidden = _autocast(hidden)
     if hidden.dtype == torch.float16:
         # A scaled loss keeps gradients in float16's range only if they are made after the scaling.
@@ -555,9 +645,10 @@ def _cross_entropy_sum(
         )
         return loss.sum() * scale
     need = _need(hidden, weight, bias)
-    return ops.linear_cross_entropy_sum(
+    total: Tensor = ops.linear_cross_entropy_sum(
         hidden, weight, bias, labels, scale, ignore_index, float(smoothing), need, backend, dense
     )[0]
+    return total
 
 
 # ---- choices and checks ------------------------------------------------------------------------
@@ -605,7 +696,15 @@ def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
-def _check_loss(name, hidden, weight, bias, labels, reduction, label_smoothing) -> None:
+def _check_loss(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
     _check_linear(name, hidden, weight, bias, ("N", "H"), ("V", "H"))
     if labels.shape != hidden.shape[:1]:
         raise ValueError(
@@ -619,7 +718,14 @@ def _check_loss(name, hidden, weight, bias, labels, reduction, label_smoothing) 
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
 
 
-def _check_linear(name, x, weight, bias, x_letters, weight_letters) -> None:
+def _check_linear(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    x_letters: tuple[str, str],
+    weight_letters: tuple[str, str],
+) -> None:
     """x [N, H], weight [V, H], bias [V]: shapes, dtypes and devices that go together."""
     rows, width = x_letters
     out, _ = weight_letters
@@ -645,12 +751,12 @@ def _check_linear(name, x, weight, bias, x_letters, weight_letters) -> None:
         )
 
 
-def _check_device(name, what, tensor, other) -> None:
+def _check_device(name: str, what: str, tensor: Tensor, other: Tensor) -> None:
     if tensor.device != other.device:
         raise ValueError(f"{name} needs {what} on {other.device}, got {tensor.device}")
 
 
-def _check_integers(name, what, tensor) -> None:
+def _check_integers(name: str, what: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} needs {what} of int32 or int64, got {tensor.dtype}")
 

@@ -89,10 +89,13 @@ class MaskedLM(nn.Module):
         """Gathers the masked rows of hidden [B, T, H] and transforms them: [N, H]."""
         return self.head(hidden.flatten(0, 1).index_select(0, masked_index))
 
-    def losses(self, masked_hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of every masked row, [N] float32; 0 where the label is ignored."""
+    def losses(self, masked_hidden: Tensor, labels: Tensor, reduction: str = "none") -> Tensor:
+        """Cross-entropy of every masked row, [N] float32; 0 where the label is ignored.
+
+        Training wants `reduction` "sum": gradients are then made from the logits that forward had.
+        """
         return functional.linear_cross_entropy(
-            masked_hidden, self.embeddings.word.weight, labels, self.head.bias, reduction="none"
+            masked_hidden, self.embeddings.word.weight, labels, self.head.bias, reduction=reduction
         )
 
     def logits(self, masked_hidden: Tensor) -> Tensor:
@@ -129,6 +132,18 @@ class MixedMaskedLM(MaskedLM):
             self.student.bias,
             reduction="none",
         )
+
+    def mixed_sums(
+        self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy of the teacher's and of the student's pieces, [] float32 each."""
+        V = self.config.vocab_size
+        of_teacher = labels.where(labels < V, functional.IGNORE_INDEX)
+        of_student = (labels - V).where(labels >= V, functional.IGNORE_INDEX)
+        student = functional.linear_cross_entropy(
+            masked_hidden, student_rows, of_student, self.student.bias, reduction="sum"
+        )
+        return self.losses(masked_hidden, of_teacher, "sum"), student
 
     def student_logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the student's vocabulary, [N, V_s]."""

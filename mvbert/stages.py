@@ -107,11 +107,21 @@ class Stage1:
         pass
 
     def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self._losses(batch)
-        return losses.sum() / masked, self._sums(losses, batch.labels)
+        rows = self.model.student.rows()
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
+        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
+        teacher, student = self.model.mixed_sums(masked_hidden, batch.labels, rows)
+        of_student = batch.labels >= self.teacher_size
+        sums = {
+            "teacher_sum": teacher.detach().double(),
+            "teacher_count": ((batch.labels >= 0) & ~of_student).sum(),
+            "student_sum": student.detach().double(),
+            "student_count": of_student.sum(),
+        }
+        return (teacher + student) / masked, sums
 
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        return self._sums(self._losses(batch), batch.labels)
+        return self.losses(batch, (batch.labels >= 0).sum())[1]
 
     def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
         both = sums["teacher_sum"] + sums["student_sum"]
@@ -144,24 +154,6 @@ class Stage1:
 
     def read_model(self, folder: Path) -> None:
         read_mixed(folder, self.model)
-
-    def _losses(self, batch: DeviceBatch) -> Tensor:
-        rows = self.model.student.rows()
-        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
-        return self.model.mixed_losses(
-            self.model.masked_hidden(hidden, batch.masked_index), batch.labels, rows
-        )
-
-    def _sums(self, losses: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        of_student = labels >= self.teacher_size
-        of_teacher = (labels >= 0) & ~of_student
-        losses = losses.detach().double()
-        return {
-            "teacher_sum": losses.where(of_teacher, 0.0).sum(),
-            "teacher_count": of_teacher.sum(),
-            "student_sum": losses.where(of_student, 0.0).sum(),
-            "student_count": of_student.sum(),
-        }
 
 
 def read_mixed(folder: Path, model: MixedMaskedLM) -> None:
@@ -277,7 +269,7 @@ class Stage2:
         taps = distillation.student_taps() if distillation is not None else None
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids, taps=taps)
         masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        mlm = self.model.losses(masked_hidden, batch.labels).sum()
+        mlm = self.model.losses(masked_hidden, batch.labels, "sum")
         sums = {"mlm_sum": mlm.detach().double(), "count": (batch.labels >= 0).sum()}
         losses = {"mlm": mlm / masked}
         if distillation is not None:
@@ -295,9 +287,9 @@ class Stage2:
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
         masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        mlm = self.model.losses(masked_hidden, batch.labels)
+        mlm = self.model.losses(masked_hidden, batch.labels, "sum")
         right = (self.model.logits(masked_hidden).argmax(-1) == batch.labels).sum()
-        return {"mlm_sum": mlm.double().sum(), "count": (batch.labels >= 0).sum(), "right": right}
+        return {"mlm_sum": mlm.double(), "count": (batch.labels >= 0).sum(), "right": right}
 
     def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
         count = sums["count"]
