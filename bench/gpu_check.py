@@ -274,6 +274,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--only", nargs="+", metavar="PART", help="build is always run")
     args = parser.parse_args()
+    known = [part.name for part in parts(args.out, args.out, args, False)]
+    for name in args.only or ():
+        if name not in known:
+            parser.error(f"no part is called {name!r}; there are {', '.join(known)}")
     begin = time.monotonic()
     cuda, name = device()
     if not cuda and not args.dry_run:

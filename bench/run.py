@@ -77,8 +77,9 @@ def main() -> None:
             rounds=args.rounds, budget=args.budget, toy=args.toy,
         )  # fmt: skip
     print(json.dumps(outcome(run, records)))
-    if any("wrong" in r and r["provider"].startswith("mvbert") for r in records):
-        sys.exit("mvbert is wrong somewhere above")
+    ours = [r for r in records if r["provider"].startswith("mvbert")]
+    if any("wrong" in r or "failed" in r for r in ours):
+        sys.exit("mvbert is wrong or failed somewhere above")
 
 
 def outcome(run: dict, records: list[dict]) -> dict:
