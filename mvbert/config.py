@@ -333,6 +333,8 @@ class Stage2Config(TrainConfig):
         for name in self.distill:
             if name not in DISTILL_LOSSES:
                 raise InputError(f"distill takes {', '.join(DISTILL_LOSSES)}, got {name!r}")
+        if len({*self.distill}) < len(self.distill):
+            raise InputError(f"distill names a loss twice: {', '.join(self.distill)}")
         for name in (
             "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "logits_top_k",
             "relations_layer",

@@ -50,7 +50,7 @@ class Words:
     Attributes:
         questions: one for each piece of each word.
         count: words that have questions.
-        unknown: words left out because a piece of theirs is unknown.
+        unknown: words left out because a piece of theirs is unknown, or longer than a row.
         trimmed: words whose context was cut short to fit a row.
         pieces: the mean number of pieces of a word.
     """
@@ -128,8 +128,10 @@ def bits_per_word(model: MaskedLM, pad: int, words: Words, where: Device) -> dic
         bits_per_word, its standard error over words, and word_accuracy: words all of whose pieces
         are the model's first choice.
     """
+    if not words.count:
+        raise InputError("no held-out word can be asked for: the vocabulary knows none of them")
     model.eval()
-    bits = torch.zeros(max((q.word for q in words.questions), default=0) + 1, dtype=torch.float64)
+    bits = torch.zeros(max(q.word for q in words.questions) + 1, dtype=torch.float64)
     wrong = torch.zeros_like(bits)
     # Rows of one length after the other: hardly any padding.
     order = sorted(words.questions, key=lambda q: len(q.ids))
@@ -153,7 +155,7 @@ def bits_per_word(model: MaskedLM, pad: int, words: Words, where: Device) -> dic
     bits, wrong = bits[asked], wrong[asked]
     return {
         "bits_per_word": float(bits.mean()),
-        "bits_error": float(bits.std() / math.sqrt(max(len(bits), 1))),
+        "bits_error": float(bits.std(correction=0) / math.sqrt(len(bits))),
         "word_accuracy": float((wrong == 0).double().mean()),
     }
 

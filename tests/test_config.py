@@ -50,6 +50,7 @@ def test_toml_is_read_with_types(tmp_path):
         ("[row]\nlate_share = 2\n", "late_share must lie in [0, 1]"),
         ('[stage2]\nstart = "paper"\n', "must be one of stage1, random"),
         ('[stage2]\ndistill = ["logit"]\n', "distill takes logits, hidden, relations"),
+        ('[stage2]\ndistill = ["hidden", "hidden"]\n', "names a loss twice: hidden, hidden"),
         ("[stage2]\nhidden_layers = [2, 2]\n", "hidden_layers must be different"),
         ("[stage2]\nlogits_top_k = -1\n", "logits_top_k must not be negative"),
         ("[stage2]\nrelation_heads = 0\n", "relation_heads must be at least 1"),
