@@ -215,16 +215,21 @@ def mixed_embedding(
             token_type_ids, position_ids, ln_weight, ln_bias, seed, float(eps), float(dropout_p),
             -1 if padding_id is None else padding_id, list(frequent_ids), deterministic,
         )[0]  # fmt: skip
-    if type_table is not None and token_type_ids is None:
-        token_type_ids = input_ids.new_zeros(())
     total = _gather(input_ids, teacher_table, student_rows, padding_id)
+    # In place: the gathered rows are nobody else's, and a fresh [B, T, H] costs its page faults.
     if position_table is not None:
         if position_ids is None:
-            total = total + position_table[:T]
+            total += position_table[:T]
         else:
-            total = total + F.embedding(position_ids.long(), position_table)
-    if type_table is not None and token_type_ids is not None:
-        total = total + F.embedding(token_type_ids.long(), type_table)
+            total += F.embedding(position_ids.long(), position_table)
+    if type_table is not None:
+        if token_type_ids is None:
+            total += type_table[0]
+        else:
+            # As a product: its gradient sums thousands of pieces into two rows at full speed.
+            numbers = torch.arange(type_table.shape[0], device=total.device)
+            one_hot = (token_type_ids.reshape(-1, 1) == numbers).to(total.dtype)
+            total.view(-1, H).addmm_(one_hot, type_table.to(total.dtype))
     hidden = F.layer_norm(total, (H,), ln_weight, ln_bias, eps)
     return F.dropout(hidden, dropout_p, training)
 
