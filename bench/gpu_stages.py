@@ -11,7 +11,6 @@ it goes through the command line that users have.
 """
 
 import argparse
-import contextlib
 import json
 import lzma
 import os
@@ -26,9 +25,16 @@ LARGE, SMALL = (24, 1024, 16), (2, 128, 2)  # layers, H, heads
 NEVER = 10**9
 
 
-def mvbert(*args, **kwargs) -> subprocess.CompletedProcess:
-    """`python -m mvbert ARGS`, its output passed on."""
-    return subprocess.run([sys.executable, "-m", "mvbert", *map(str, args)], check=True, **kwargs)
+def mvbert(*args) -> None:
+    """`mvbert ARGS` in this process; raises SystemExit where that exits with anything but 0."""
+    from mvbert.cli import main
+
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as ended:
+        code = ended.code
+    if code:
+        sys.exit(code)
 
 
 def prepare(work: Path, text: Path | None, vocab: Path | None, toy: bool) -> None:
@@ -54,8 +60,8 @@ def prepare(work: Path, text: Path | None, vocab: Path | None, toy: bool) -> Non
         mvbert("vocab", work / "corpus", "-o", vocab, *size)
     make_teacher(work / "large", SMALL if toy else LARGE, vocab)
     make_teacher(work / "small", SMALL, vocab)
-    train_command = ["--steps", 2, "--rows", 8, "--eval-rows", 8]
-    mvbert("train", *stage1(work, work / "small"), *train_command, "-o", work / "seed")
+    short = ["--steps", 2, "--rows", 8, "--eval-rows", 8]
+    mvbert("train", *stage1(work, work / "small"), *short, "-o", work / "seed")
 
 
 def make_teacher(folder: Path, shape: tuple[int, int, int], vocab_file: Path) -> None:
@@ -113,15 +119,13 @@ def profile(work: Path, stage: int, toy: bool) -> dict:
     import torch
     from torch.profiler import ProfilerActivity
 
-    from mvbert.cli import main
-
     cuda = torch.cuda.is_available()
     out = work / f"profile{stage}-{time.time_ns()}"
-    steps = 4 if toy else 24
+    steps = 2 if toy else 24
     args = [*command(work, stage, out, toy), "--steps", steps, "--log-every", steps]
     kinds = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as profiler, contextlib.suppress(SystemExit):
-        main([str(arg) for arg in args])
+    with torch.profiler.profile(activities=kinds) as profiler:
+        mvbert(*args)
     attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = [(e.key, getattr(e, attribute), e.count) for e in profiler.key_averages()]
     # The checkpoint's copies to the host are no part of a step.
