@@ -187,6 +187,8 @@ class TrainConfig:
     """CPU threads of a process (0: its share of all cores)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay each step as one CUDA graph; auto: on one GPU."""
+    compile: bool = False
+    """Compile the layers (torch.compile): a minute at the start, needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for field_ in fields(self):

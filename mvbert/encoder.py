@@ -145,6 +145,13 @@ class BertEncoder(nn.Module):
         return hidden
 
 
+def compile_layers(module: nn.Module) -> None:
+    """Compiles every BertLayer in a module, in place; as they are alike, once for all."""
+    for layer in module.modules():
+        if isinstance(layer, BertLayer):
+            layer.compile(dynamic=False)
+
+
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float, generator: torch.Generator) -> None:
     """BERT's initial weights: normal(0, std) matrices, zero biases, unit LayerNorm."""

@@ -57,7 +57,7 @@ class Lamb(torch.optim.Optimizer):
         self, groups: list[dict[str, Any]], lr: Tensor, betas: tuple[float, float], eps: float
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "adapt": True}
-        super().__init__(groups, {**defaults, "capturable": True})
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

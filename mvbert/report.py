@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mvbert import checkpoint
 from mvbert.errors import InputError
-from mvbert.files import Json, read_json_object
+from mvbert.files import Json, atomic_file, read_json_object
 from mvbert.runs import read_log
 
 
@@ -71,5 +72,46 @@ def run_info(folder: Path) -> dict[str, Json]:
         "last": trained[-1] if trained else None,
         "heldout_first": evaluated[0]["heldout"] if evaluated else None,
         "heldout_last": evaluated[-1]["heldout"] if evaluated else None,
+        "best_checkpoint": checkpoint.best(folder / "checkpoints"),
         "environment": run["environment"],
     }
+
+
+def plot_run(folder: Path, image: Path) -> None:
+    """Draws a run's loss curves, training and held out, over the pieces seen.
+
+    Raises:
+        InputError: `folder` is not the folder of a run, or has nothing to draw.
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError(
+            "plotting needs matplotlib, which is not installed: pip install 'mvbert[study]'"
+        ) from None
+    records = read_log(folder)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        heldout = record.get("heldout")
+        for name, value in (heldout or record).items():
+            if (name == "loss" or name.endswith("_loss")) and value is not None:
+                pieces, values = curves.setdefault(
+                    f"{name}, held out" if heldout else name, ([], [])
+                )
+                pieces.append(record["pieces"] / 1e6)
+                values.append(value)
+    if not curves:
+        raise InputError(f"{folder / 'log.jsonl'} has no losses to draw yet")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, (pieces, values) in curves.items():
+        held = name.endswith("held out")
+        axes.plot(pieces, values, label=name, marker="o" if held else None, linewidth=1 + held)
+    axes.set(xlabel="pieces seen, millions", ylabel="nats", title=str(folder))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(image) as file:
+        figure.savefig(file, format="png", dpi=120)

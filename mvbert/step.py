@@ -119,6 +119,7 @@ class Step:
     """Forward, backward and update, eager or as a CUDA graph.
 
     Args:
+        losses: `ranks.wrap(Losses(task))`, one for all steps of a run.
         state: what `state()` gave when the run was saved, or {}.
         graph: what captures and replays the step; None: it runs eagerly.
     """
@@ -126,6 +127,7 @@ class Step:
     def __init__(
         self,
         task: Task,
+        losses: nn.Module,
         config: TrainConfig,
         where: Device,
         ranks: Ranks,
@@ -136,7 +138,7 @@ class Step:
         self._task, self._config, self._where, self._ranks = task, config, where, ranks
         self._optimizer, self._graph = optimizer, graph
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._losses = ranks.wrap(Losses(task))
+        self._losses = losses
         window: dict[str, float] = state.get("window", {}) if ranks.lead else {}  # type: ignore[assignment]
         self._sums = Sums(where.device, window)
         self._ran = 0
@@ -156,13 +158,18 @@ class Step:
             self._update(feed.device)
         else:
             if self._ran == WARM_UP:
-                for group in self._optimizer.param_groups:
-                    group["capturable"] = True
+                self._capturable(True)
                 self._graph.capture(lambda: self._update(feed.device))
+                self._capturable(False)
             # A replay draws dropout from the generator as it stands now.
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._graph.replay()
         self._ran += 1
+
+    def _capturable(self, on: bool) -> None:
+        """Torch's optimisers want to be told; ours are anyway, and warn if they run uncaptured."""
+        for group in self._optimizer.param_groups:
+            group["capturable"] = on
 
     def _update(self, rows: dict[str, Tensor]) -> None:
         self._task.module.train()

@@ -20,6 +20,7 @@ from mvbert.batches import Rows
 from mvbert.config import TrainConfig
 from mvbert.corpus_folder import cores
 from mvbert.device import Device, choose_device, choose_graph
+from mvbert.encoder import compile_layers
 from mvbert.environment import environment
 from mvbert.errors import InputError, Interrupted, OutOfTime
 from mvbert.feed import Feed
@@ -39,7 +40,7 @@ from mvbert.runs import (
     stop_signals,
 )
 from mvbert.speed import peak_flops
-from mvbert.step import CudaGraph, Step, Sums
+from mvbert.step import CudaGraph, Losses, Step, Sums
 
 STARTED = time.monotonic()  # of the command, near enough
 
@@ -51,6 +52,8 @@ class Task(Protocol):
     late_rows: Rows | None  # longer ones, for the last steps
     late_start: int  # the first of these steps
     heldout: Rows
+    late_rows: Rows | None  # those of the steps from late_start on, if they are longer
+    late_start: int
 
     @property
     def module(self) -> nn.Module:
@@ -162,8 +165,11 @@ def _train(
     peak, source = peak_flops(
         where.device, where.autocast or torch.float32, torch.get_num_threads()
     )
+    if config.compile:
+        compile_layers(module)
     graph, graph_reason = choose_graph(config, where.device, among.count)
-    progress.note(f"device {where.device}, {where.reason}; {graph_reason}")
+    compiled = "; layers compiled" if config.compile else ""
+    progress.note(f"device {where.device}, {where.reason}; {graph_reason}{compiled}")
     progress.note(f"peak {peak / 1e12:.3g} TFLOP/s ({source}), processes: {among.count}")
     progress.note(
         f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
@@ -190,6 +196,7 @@ def _train(
         progress.steps(config.steps, step),
         ExitStack() as feeds,
     ):
+        losses = among.wrap(Losses(task))
 
         def enter(part: Part) -> tuple[Feed, Step]:
             """What makes the steps of one part."""
@@ -197,7 +204,8 @@ def _train(
             ending = replace(part.config, steps=part.end)
             feed = feeds.enter_context(Feed(task, ending, among, where.device, step))
             captured = CudaGraph() if graph else None
-            return feed, Step(task, part.config, where, among, optimizer, state, captured)
+            settings = (part.config, where, among, optimizer, state, captured)
+            return feed, Step(task, losses, *settings)
 
         left = [part for part in parts if step < part.end] or parts[-1:]
         feed, make = enter(left[0])

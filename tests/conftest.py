@@ -283,7 +283,7 @@ def training_inputs(tmp_path_factory, text, teacher_pieces, student_pieces) -> P
     (folder / "text.txt").write_text(text * 4)
     build_corpus([folder / "text.txt"], folder / "corpus", heldout_share=0.2)
     vocab = Vocab(tuple(teacher_pieces))
-    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=20))
+    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=32))
     model.init_weights(1)
     (folder / "teacher").mkdir()
     huggingface.write_model(folder / "teacher", model, vocab, "")

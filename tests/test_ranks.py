@@ -100,8 +100,9 @@ def test_two_processes_learn_what_one_learns(start, tmp_path):
 
 @pytest.mark.slow
 def test_four_processes_learn_what_one_learns(start, tmp_path):
+    late = ("--row.late-length", 32, "--row.late-share", 0.5)  # another length on the way
     for out, processes in (("one", 1), ("four", 4)):
-        done = start(out, processes)
+        done = start(out, processes, *late)
         assert done.returncode == 0, done.stderr
     assert_the_same(tmp_path / "four", tmp_path / "one")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvbert import checkpoint, device, huggingface, runs, train
+from mvbert import checkpoint, device, huggingface, report, runs, train
 from mvbert.batches import Rows
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, to_dict
 from mvbert.corpus import Corpus, build_corpus
@@ -443,6 +443,43 @@ def test_tensorboard_gets_the_same_numbers(stage2, tmp_path):
         for r in logged:
             loss = r["heldout"]["loss"] if records == "heldout" else r["loss"]
             assert told[r["step"]] == pytest.approx(loss)
+
+
+# ---- it tells -------------------------------------------------------------------------------
+
+
+def test_a_run_folder_explains_itself(stage2, tmp_path):
+    stage2(tmp_path, description={"stage": 2, **describe(STAGE2)})
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["description"]["train"]["lr"] == 1e-3
+    for fact in ("mvbert", "commit", "command", "python", "torch", "device", "dtype", "processor"):
+        assert fact in run["environment"], fact
+    info = report.run_info(tmp_path)
+    assert info["complete"]
+    assert info["step"] == info["steps"] == 6
+    assert info["best_checkpoint"].startswith("step-")
+    line = info["last"]
+    assert line["pieces_per_second"] > 0
+    assert 0 < line["mfu"] < 2  # a peak measured on a busy machine may be passed
+    assert 0 <= line["data_wait"] <= 1
+
+
+def test_loss_curves_are_drawn(stage2, tmp_path):
+    pytest.importorskip("matplotlib")
+    stage2(tmp_path / "run")
+    report.plot_run(tmp_path / "run", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    with pytest.raises(InputError, match="no losses to draw yet"):
+        report.plot_run(tmp_path / "run", tmp_path / "loss.png")
+
+
+def test_without_matplotlib_the_error_says_what_to_install(stage2, tmp_path, monkeypatch):
+    stage2(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'mvbert\[study\]'"):
+        report.plot_run(tmp_path, tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
 
 
 # ---- it stops -------------------------------------------------------------------------------

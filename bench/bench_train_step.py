@@ -1,0 +1,369 @@
+"""One training step: forward, backward, clipping, AdamW, learning rate; ours against Hugging Face.
+
+The same BERT with the same weights, batch and length for all: rows full, 15 % of the pieces masked.
+Rows are in memory already (bench_rows.py is about making them). Hugging Face's BertForMaskedLM runs
+in the loop that its Trainer runs: labels of all positions, clip_grad_norm_, fused AdamW, a
+learning-rate scheduler, the check of the loss for NaN. On a CPU the Trainer's default is float32
+(`HF`), bf16=True is `HF bf16`, which is what ours does; on a GPU all run under bfloat16 autocast.
+`mvbert mixed` does what Stage I does on top: a second vocabulary of 4,928 pieces, projected, with
+a softmax of its own.
+
+The gate: loss and gradient norm of the first step, from the same weights, on the same rows.
+"""
+
+from dataclasses import dataclass
+
+import harness
+import torch
+from torch import nn
+
+MASK_PROB = 0.15
+STUDENT = 4928  # pieces of the second vocabulary of `mvbert mixed`
+
+
+@dataclass(frozen=True)
+class Case:
+    """A BERT and a batch of B rows of T pieces."""
+
+    name: str
+    L: int
+    H: int
+    A: int
+    V: int
+    B: int
+    T: int
+    dropout: float
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}: {self.L}x{self.H}, V = {self.V}, {self.B} x {self.T}"
+
+    @property
+    def shape(self):
+        from mvbert.config import ModelConfig
+
+        return ModelConfig(
+            self.V, self.H, self.L, self.A, 4 * self.H,
+            hidden_dropout_prob=self.dropout, attention_probs_dropout_prob=self.dropout,
+        )  # fmt: skip
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    if device == "cuda":
+        found = [
+            Case("Stage II", 6, 256, 4, 4928, 256, 128, 0.0),
+            Case("Stage II", 12, 256, 4, 4928, 256, 128, 0.0),
+            Case("Stage I", 6, 384, 12, 30522, 256, 128, 0.1),
+            Case("Stage I, BERT-base", 12, 768, 12, 30522, 128, 128, 0.1),
+            Case("Stage I, BERT-large", 24, 1024, 16, 30522, 64, 128, 0.1),
+        ]
+        return found[:1] if quick else found
+    return [
+        Case("Stage II", 6, 256, 4, 4928, 32, 128, 0.0),
+        Case("Stage I", 6, 384, 12, 30522, 32, 128, 0.1),
+    ]
+
+
+def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
+    """A batch by the names of mvbert.batches.Batch, and what Hugging Face takes of it."""
+    generator = torch.Generator().manual_seed(copy)
+    # Pieces as uneven as words are.
+    share = 1.0 / torch.arange(5, case.V + 5, dtype=torch.float64)
+    ids = torch.multinomial(share, case.B * case.T, replacement=True, generator=generator)
+    ids = ids.reshape(case.B, case.T)
+    M = round(MASK_PROB * case.T)
+    order = torch.rand(case.B, case.T, generator=generator).argsort(1)
+    positions = order[:, :M].sort(1).values
+    labels = ids.gather(1, positions)
+    everywhere = torch.full_like(ids, -100).scatter(1, positions, labels)
+    ids = ids.scatter(1, positions, 4)
+    types = (torch.arange(case.T) > case.T // 2).expand(case.B, case.T)
+    made = {
+        "input_ids": ids.int(),
+        "token_type_ids": types.to(torch.uint8),
+        "masked_positions": positions.int(),
+        "labels": labels.int(),
+        "hf_input_ids": ids,
+        "hf_token_type_ids": types.long(),
+        "hf_labels": everywhere,
+        "hf_attention_mask": torch.ones_like(ids),
+    }
+    return {name: tensor.contiguous().to(device) for name, tensor in made.items()}
+
+
+def work(case: Case) -> harness.Work:
+    """Model FLOPs as mvbert.speed counts them; every weight, gradient and moment moved once."""
+    from mvbert.speed import encoder_flops, head_flops
+
+    pieces = case.B * case.T
+    forward = encoder_flops(case.shape, case.T) + MASK_PROB * head_flops(case.shape, case.V)
+    parameters = case.shape.encoder_parameters
+    # Weights read twice, gradient written and read, weights and both moments read and written.
+    return harness.Work(3 * pieces * forward, 4.0 * parameters * 10, pieces, "pieces")
+
+
+def start(case: Case):
+    """Our model at its initial weights, the same for everybody."""
+    from mvbert.model import MaskedLM
+
+    model = MaskedLM(case.shape)
+    model.init_weights(0)
+    model.pooler.requires_grad_(False)
+    return model
+
+
+def config(case: Case):
+    from mvbert.config import TrainConfig
+
+    return TrainConfig(rows=case.B, lr=1e-4, steps=10**6, warmup=0.0, cuda_graph="auto")
+
+
+_truth: dict = {}
+
+
+def check(case: Case, x: dict, outputs) -> dict:
+    """First loss and gradient norm against float32 without dropout."""
+    loss, norm = (float(value) for value in outputs[:2])
+    if len(outputs) > 2:  # another task on other labels: only that it is sane
+        if not (0 < loss < 12 and norm > 0):
+            raise harness.Wrong(f"loss {loss}, gradient norm {norm}")
+        return {}
+    if case not in _truth:
+        model = start(case).train().to(x["input_ids"].device)
+        for module in model.modules():
+            for name in ("dropout", "hidden_dropout", "attention_dropout"):
+                if hasattr(module, name):
+                    setattr(module, name, 0.0)
+        from mvbert.model import DeviceBatch
+
+        batch = DeviceBatch.part(x, slice(None))
+        hidden = model.encode(batch.input_ids, batch.token_type_ids)
+        true = model.losses(model.masked_hidden(hidden, batch.masked_index), batch.labels).mean()
+        true.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        _truth.clear()
+        _truth[case] = float(true.detach()), float(nn.utils.get_total_norm(gradients))
+    errors = {
+        "loss": abs(loss / _truth[case][0] - 1),
+        "norm": abs(norm / _truth[case][1] - 1),
+    }
+    # Dropout itself moves the norm.
+    for name, bound in (("loss", 0.005), ("norm", 0.3 if case.dropout else 0.02)):
+        if not errors[name] < bound:
+            raise harness.Wrong(f"{name} is off by {errors[name]:.2g}, more than {bound}")
+    return {"errors": {name: harness.digits(value, 2) for name, value in errors.items()}}
+
+
+BENCH = harness.Bench(
+    "train_step", cases=cases, inputs=inputs, work=work, check=check, seconds=0.5,
+    dtype=lambda case, device: "bfloat16",
+)  # fmt: skip
+
+
+# ---- ours ----------------------------------------------------------------------------------------
+
+
+class Mlm:
+    """Masked language modelling as Stage II does it."""
+
+    def __init__(self, case: Case) -> None:
+        self.model = start(case)
+        self.module = nn.ModuleDict({"model": self.model})
+
+    def begin(self, step: int) -> None:
+        pass
+
+    def losses(self, batch, masked):
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
+        losses = self.model.losses(
+            self.model.masked_hidden(hidden, batch.masked_index), batch.labels
+        )
+        return losses.sum() / masked, {"loss_sum": losses.detach().sum(), "count": masked}
+
+
+class MixedMlm(Mlm):
+    """Masked language modelling over two vocabularies as Stage I does it."""
+
+    def __init__(self, case: Case) -> None:
+        from mvbert.model import MixedMaskedLM
+
+        self.model = MixedMaskedLM(case.shape, STUDENT, 256)
+        self.model.init_weights(0)
+        self.model.pooler.requires_grad_(False)
+        self.module = nn.ModuleDict({"model": self.model})
+
+    def losses(self, batch, masked):
+        model = self.model
+        rows = model.student.rows()
+        hidden = model.encode(batch.input_ids, batch.token_type_ids, rows)
+        losses = model.mixed_losses(
+            model.masked_hidden(hidden, batch.masked_index), batch.labels, rows
+        )
+        return losses.sum() / masked, {"loss_sum": losses.detach().sum(), "count": masked}
+
+
+class Given:
+    """A feed whose rows are there."""
+
+    def __init__(self) -> None:
+        self.device: dict[str, torch.Tensor] = {}
+
+    def fetch(self) -> None:
+        pass
+
+
+def ours(case: Case, device: str, task: Mlm, graph: bool):
+    """A step of mvbert's loop on given rows."""
+    from mvbert.device import Device
+    from mvbert.optim import make_optimizer
+    from mvbert.ranks import Ranks
+    from mvbert.step import CudaGraph, Losses, Step
+
+    where = Device(torch.device(device), torch.bfloat16, "")
+    module = task.module.to(where.device)
+    settings = config(case)
+    optimizer = make_optimizer(module, settings, where.device)
+    step = Step(
+        task, Losses(task), settings, where, Ranks(), optimizer, {}, CudaGraph() if graph else None
+    )
+    feed, number = Given(), 0
+
+    def run(x):
+        nonlocal number
+        if graph:
+            for name, tensor in x.items():
+                if name not in feed.device:
+                    feed.device[name] = tensor.clone()
+                feed.device[name].copy_(tensor)
+        else:
+            feed.device = x
+        step(feed, number)
+        number += 1
+        if number > 1:
+            return None
+        sums, _, _ = step.take().wait()
+        return sums["loss_sum"] / sums["count"], sums["grad_norm"]
+
+    return run
+
+
+@BENCH.provider("mvbert")
+def _(case, device):
+    return ours(case, device, Mlm(case), graph=device == "cuda")
+
+
+@BENCH.provider("mvbert compiled")
+def _(case, device):
+    from mvbert.encoder import compile_layers
+
+    task = Mlm(case)
+    compile_layers(task.module)
+    return ours(case, device, task, graph=device == "cuda")
+
+
+@BENCH.provider("mvbert eager", devices=("cuda",))
+def _(case, device):
+    return ours(case, device, Mlm(case), graph=False)
+
+
+@BENCH.provider("mvbert mixed")
+def _(case, device):
+    if not case.name.startswith("Stage I,") and case.name != "Stage I":
+        raise harness.NotMeant
+    run = ours(case, device, MixedMlm(case), graph=device == "cuda")
+    mixed = {}
+
+    def mixed_run(x):
+        key = id(x)
+        if key not in mixed:  # half of the pieces are the student's, so are their labels
+            y = dict(x)
+            student = torch.rand(x["input_ids"].shape, device=device) < 0.5
+            own = case.V + x["input_ids"] % STUDENT
+            y["input_ids"] = torch.where(student, own, x["input_ids"])
+            picked = student.gather(1, x["masked_positions"].long())
+            y["labels"] = torch.where(picked, case.V + x["labels"] % STUDENT, x["labels"])
+            mixed[key] = y
+        result = run(mixed[key])
+        return None if result is None else (*result, "mixed")
+
+    return mixed_run
+
+
+# ---- Hugging Face --------------------------------------------------------------------------------
+
+
+def theirs(case: Case, device: str, *, bf16: bool, compiled: bool = False, fused: bool = False):
+    """The step of transformers' Trainer on given rows."""
+    from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
+
+    from mvbert import fuse
+    from mvbert.huggingface import to_hugging_face
+
+    shape = BertConfig(
+        vocab_size=case.V, hidden_size=case.H, num_hidden_layers=case.L,
+        num_attention_heads=case.A, intermediate_size=4 * case.H,
+        hidden_dropout_prob=case.dropout, attention_probs_dropout_prob=case.dropout,
+        attn_implementation="sdpa",
+    )  # fmt: skip
+    model = BertForMaskedLM(shape)
+    state = {n: p.detach() for n, p in start(case).named_parameters()}
+    missing, _ = model.load_state_dict(to_hugging_face(state), strict=False)
+    assert all("decoder" in name for name in missing), missing
+    model = model.to(device).train()
+    if fused:
+        fuse(model)
+    settings = config(case)
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.01},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=settings.lr, betas=(0.9, 0.98), eps=1e-6, fused=True,
+    )  # fmt: skip
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, settings.steps)
+    forward = torch.compile(model) if compiled else model
+    total = torch.zeros((), device=device)
+    first = True
+
+    def run(x):
+        nonlocal first, total
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = forward(
+                input_ids=x["hf_input_ids"], attention_mask=x["hf_attention_mask"],
+                token_type_ids=x["hf_token_type_ids"], labels=x["hf_labels"],
+            ).loss  # fmt: skip
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        schedule.step()
+        model.zero_grad()
+        loss = loss.detach()
+        # Trainer's logging_nan_inf_filter, on by default.
+        total = total + (0.0 if torch.isnan(loss) or torch.isinf(loss) else loss)
+        if not first:
+            return None
+        first = False
+        return loss, norm
+
+    return run
+
+
+@BENCH.provider("HF", needs=["transformers"], devices=["cpu"])
+def _(case, device):
+    return theirs(case, device, bf16=False)
+
+
+@BENCH.provider("HF bf16", needs=["transformers"])
+def _(case, device):
+    return theirs(case, device, bf16=True)
+
+
+@BENCH.provider("HF bf16, torch.compile", needs=["transformers"])
+def _(case, device):
+    return theirs(case, device, bf16=True, compiled=True)
+
+
+@BENCH.provider("HF bf16, fuse()d", needs=["transformers"])
+def _(case, device):
+    return theirs(case, device, bf16=True, fused=True)
