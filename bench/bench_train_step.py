@@ -175,10 +175,10 @@ class Mlm:
 
     def losses(self, batch, masked):
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
-        losses = self.model.losses(
-            self.model.masked_hidden(hidden, batch.masked_index), batch.labels
+        loss = self.model.losses(
+            self.model.masked_hidden(hidden, batch.masked_index), batch.labels, "sum"
         )
-        return losses.sum() / masked, {"loss_sum": losses.detach().sum(), "count": masked}
+        return loss / masked, {"loss_sum": loss.detach(), "count": masked}
 
 
 class MixedMlm(Mlm):
@@ -196,10 +196,10 @@ class MixedMlm(Mlm):
         model = self.model
         rows = model.student.rows()
         hidden = model.encode(batch.input_ids, batch.token_type_ids, rows)
-        losses = model.mixed_losses(
-            model.masked_hidden(hidden, batch.masked_index), batch.labels, rows
+        loss = sum(
+            model.mixed_sums(model.masked_hidden(hidden, batch.masked_index), batch.labels, rows)
         )
-        return losses.sum() / masked, {"loss_sum": losses.detach().sum(), "count": masked}
+        return loss / masked, {"loss_sum": loss.detach(), "count": masked}
 
 
 class Given:

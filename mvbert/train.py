@@ -52,8 +52,6 @@ class Task(Protocol):
     late_rows: Rows | None  # longer ones, for the last steps
     late_start: int  # the first of these steps
     heldout: Rows
-    late_rows: Rows | None  # those of the steps from late_start on, if they are longer
-    late_start: int
 
     @property
     def module(self) -> nn.Module:
