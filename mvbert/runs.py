@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import importlib.util
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,9 +87,11 @@ class Stop:
 def stop_signals() -> Iterator[Stop]:
     """Turns SIGINT and SIGTERM into a request that the loop sees after the running step."""
     stop = Stop()
+    # torchrun passes on a Ctrl-C that the terminal has sent to all of its group already.
+    told_twice = "TORCHELASTIC_RUN_ID" in os.environ
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked and number == signal.SIGINT:
+        if stop.asked and number == signal.SIGINT and not told_twice:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
         stop.asked = True
 

@@ -34,6 +34,18 @@ step.Step.__call__ = dying
 sys.exit(cli.main())
 """
 
+# The same, with a signal to torchrun itself, or to all of them as a terminal sends it.
+ASK = {
+    how: DIE.replace("os.kill(os.getpid(), signal.SIGKILL)", signal)
+    for how, signal in (
+        ("terminate", "os.kill(os.getppid(), signal.SIGTERM)"),
+        (
+            "ctrl-c",
+            "[os.kill(p, signal.SIGINT) for p in (os.getpid(), os.getppid())]",
+        ),
+    )
+}
+
 
 @pytest.fixture
 def start(training_inputs, tmp_path):
@@ -129,6 +141,22 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes(start, tmp_path):
     alone = start("died", 1)
     assert alone.returncode == 0, alone.stderr
     assert_the_same(tmp_path / "died", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["terminate", "ctrl-c"])
+def test_a_signal_to_torchrun_saves_first(start, tmp_path, how):
+    program = tmp_path / "asking.py"
+    program.write_text(ASK[how])
+    stopped = start("stopped", 2, program=(program,))
+    assert stopped.returncode != 0
+    assert stopped.stderr.count("mvbert: stopped at step") == 1, stopped.stderr
+    assert "Traceback" not in stopped.stderr.split("mvbert: stopped at step")[0]
+    newest = checkpoint.newest(tmp_path / "stopped" / "checkpoints", print)
+    assert newest.name in stopped.stderr.replace("step ", "step-0000000")
+    assert start("stopped", 2).returncode == 0
+    assert start("whole", 2).returncode == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
 def test_shares_are_all_rows_once():
