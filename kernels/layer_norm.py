@@ -123,6 +123,7 @@ def residual_layer_norm_fwd(
     """(y [N, H], sum [N, H], mean [N], rstd [N])."""
     N, H = x.shape
     x, residual = x.contiguous(), residual.contiguous()
+    ln_weight, ln_bias = ln_weight.contiguous(), ln_bias.contiguous()
     y = torch.empty_like(residual)
     total = torch.empty_like(residual)
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -156,8 +157,8 @@ def residual_layer_norm_bwd(
     sums = mean.new_zeros(programs, 2, H)
     if N:
         residual_layer_norm_bwd_kernel[(programs,)](
-            dy.contiguous(), total, ln_weight, total if seed is None else seed, mean, rstd,
-            dx, dresidual, sums, N, H, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
+            dy.contiguous(), total, ln_weight.contiguous(), total if seed is None else seed,
+            mean, rstd, dx, dresidual, sums, N, H, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
     weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
     return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)

@@ -337,7 +337,8 @@ def mixed_embedding_fwd(
     if N:
         tile = launch.row_blocks("embedding_fwd", out, N, H)
         mixed_embedding_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
-            *index, *tables, ln_weight, ln_bias, input_ids if seed is None else seed,
+            *index, *tables, ln_weight.contiguous(), ln_bias.contiguous(),
+            input_ids if seed is None else seed,
             out, mean, rstd, N, T, H, *size, eps, P_DROP=dropout_p, **flags, **tile,
         )  # fmt: skip
     return out, mean, rstd
@@ -390,7 +391,7 @@ def mixed_embedding_bwd(
     dummy = sums
     if B * T:
         mixed_embedding_bwd_kernel[(T, shares)](
-            dhidden.contiguous(), *index, *tables, ln_weight,
+            dhidden.contiguous(), *index, *tables, ln_weight.contiguous(),
             input_ids if seed is None else seed, mean, rstd,
             *(dummy if grad is None else grad for grad in grads), ds, sums,
             B, T, H, *size, padding_id, *frequent,

@@ -32,3 +32,12 @@ def test_no_rows(draw):
     y = of("triton")(*inputs)
     assert y.shape == (0, 20)
     assert all((g == 0).all() for g in torch.autograd.grad(y.sum(), inputs))
+
+
+def test_not_contiguous(draw, check_against):
+    inputs = [draw(*s, dtype=torch.float32) for s in ((20, 9), (20, 9), (40,), (40,))]
+
+    def strided(backend):
+        return lambda x, r, w, b: of(backend)(x.T, r.T, w[::2], b[::2])
+
+    check_against(strided("triton"), strided("reference"), inputs)

@@ -92,6 +92,51 @@ def test_nothing_counts(student, dense, device):
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("rows", [0, 1])
+def test_no_row_and_one(rows, draw, check_against, device):
+    inputs = [draw(*s, dtype=torch.float32) for s in ((rows, H), (V, H), (V,))]
+    teacher = [draw(*s, dtype=torch.float32).detach() for s in ((rows, H_T), (V, H_T), (V,))]
+    ids, q = torch.full((rows, K), V - 1, device=device), torch.ones(rows, K, device=device)
+
+    def dense(backend):
+        return lambda h, w, b: MF.linear_kl(
+            h, w, b, *(t.to(h.dtype) for t in teacher), backend=backend
+        )
+
+    def sparse(backend):
+        return lambda h, w, b: MF.sparse_linear_kl(h, w, b, ids, q.to(h.dtype), backend=backend)
+
+    for of in (dense, sparse):
+        if rows:
+            check_against(of("triton"), of("reference"), inputs)
+            continue
+        loss = of("triton")(*inputs)
+        assert loss == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
+
+
+def test_no_target_at_all(student, device):
+    inputs = student(torch.float32)
+    none = torch.zeros(N, K, device=device)
+    loss = MF.sparse_linear_kl(*inputs, none.long(), none, backend="triton")
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, inputs))
+
+
+def test_not_contiguous(student, dense, sparse, check_against):
+    """Every second column of a wider tensor, and a transposed weight."""
+    h, w, b = student(torch.float32)
+    h = torch.stack([h.detach(), h.detach()], 2).flatten(1).requires_grad_()
+    w = w.detach().T.contiguous().requires_grad_()
+    for of in (dense, sparse):
+        kernel, reference = of("triton"), of("reference")
+        check_against(
+            lambda h, w, b, f=kernel: f(h[:, ::2], w.T, b),
+            lambda h, w, b, f=reference: f(h[:, ::2], w.T, b),
+            [h, w, b],
+        )
+
+
 def test_own_teacher_is_at_distance_zero(student, device):
     h, w, b = student(torch.float32)
     loss = MF.linear_kl(h, w, b, h, w, b, temperature=3.0, backend="triton")

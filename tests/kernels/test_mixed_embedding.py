@@ -86,6 +86,21 @@ def test_one_vocabulary_without_position_and_type(draw, check_against, device):
     check_against(of("triton"), of("reference"), inputs)
 
 
+def test_not_contiguous(tables, check_against, device):
+    """Tables and ids that are transposed or strided views, and an expanded upstream gradient."""
+    ids = ids_of(T, B, V_T + V_S, (0, V_T + V_S - 1)).to(device)
+    kinds = (torch.arange(2 * B * T, device=device) % 2).view(B, 2 * T)
+    inputs = [x.detach().T.contiguous().T.requires_grad_() for x in tables(torch.float32)[:4]]
+    vectors = [torch.randn(2 * H, device=device).requires_grad_() for _ in range(2)]
+
+    def of(backend):
+        return lambda t, s, p, k, w, b: MF.mixed_embedding(
+            ids.T, t, s, p, k, kinds[:, ::2], w[::2], b[::2], backend=backend
+        ).sum()
+
+    check_against(of("triton"), of("reference"), [*inputs, *vectors])
+
+
 @pytest.mark.parametrize("padding_id", [4, V_T + 1])
 def test_padding_row_has_no_gradient(padding_id, tables, both):
     inputs = tables(torch.float32)
