@@ -64,11 +64,9 @@ class Sums:
         self.names = tuple(values)
         self.vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
 
-    def add(self, parts: dict[str, Tensor], where: Tensor | None = None) -> None:
-        """Adds parts, or nothing where `where` is False."""
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Adds to the sums of these names, which are the same at every call."""
         more = torch.stack([parts[name].detach().double() for name in sorted(parts)])
-        if where is not None:
-            more = more.where(where, 0.0)
         if self.names != tuple(sorted(parts)):
             assert not self.names, (self.names, sorted(parts))
             self.names, self.vector = tuple(sorted(parts)), torch.zeros_like(more)
