@@ -118,7 +118,7 @@ def chosen(kernel: str, x: Tensor, shape: tuple[int, ...], rule: dict[str, int])
     """Blocks of a kernel: forced, else measured on this device at this shape, else by the rule."""
     if kernel in FORCED:
         return rule | FORCED[kernel]
-    if x.is_cuda and TUNED.exists():
+    if x.is_cuda and _tables():
         name = torch.cuda.get_device_name(x.device)
         entry = _measured(name, kernel, str(x.dtype).removeprefix("torch."), shape)
         if entry is not None:

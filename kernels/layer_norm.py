@@ -158,7 +158,8 @@ def residual_layer_norm_bwd(
     if N:
         residual_layer_norm_bwd_kernel[(programs,)](
             dy.contiguous(), total, ln_weight.contiguous(), total if seed is None else seed,
-            mean, rstd, dx, dresidual, sums, N, H, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
+            mean, rstd, dx, dresidual, sums, N, H,
+            P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
     weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
     return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)

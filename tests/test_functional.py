@@ -310,6 +310,18 @@ def test_operators_are_well_formed():
         (hidden, weight, bias, labels, -100, 0.1, need, "chunked"),
         test_utils=tests,
     )
+    teacher, teacher_weight = torch.randn(5, 6), torch.randn(11, 6)
+    mask = labels >= 0
+    dense = (hidden, weight, bias, teacher, teacher_weight, None, mask)
+    torch.library.opcheck(
+        ops.linear_kl_sum, (*dense, scale, 2.0, need, "chunked"), test_utils=tests
+    )
+    torch.library.opcheck(ops.linear_kl_rows, (*dense, 2.0, "chunked"), test_utils=tests)
+    sparse = (hidden, weight, bias, torch.randint(0, 11, (5, 3)), torch.rand(5, 3))
+    torch.library.opcheck(
+        ops.sparse_linear_kl_sum, (*sparse, scale, 2.0, need, "chunked"), test_utils=tests
+    )
+    torch.library.opcheck(ops.sparse_linear_kl_rows, (*sparse, 2.0, "chunked"), test_utils=tests)
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""The operators as torch.compile sees them, by torch's own checker, on the Triton kernels."""
+
+import pytest
+import torch
+
+from mvbert.kernels import launch, ops
+
+TESTS = ("test_schema", "test_faketensor", "test_autograd_registration")
+
+
+@pytest.mark.parametrize("need", [(True, True, True), (False, True, False)], ids=str)
+@pytest.mark.parametrize("width", [0, 256], ids=["materialised", "flash"])
+def test_losses(need, width, draw, device, monkeypatch):
+    monkeypatch.setattr(launch, "FLASH_WIDTH", width)
+    h, w, b = (draw(*s, dtype=torch.float32) for s in ((5, 8), (11, 8), (11,)))
+    labels = torch.tensor([0, 10, -100, 3, 4], device=device)
+    scale = torch.tensor(0.25, device=device)
+    check = torch.library.opcheck
+    given, need = (h, w, b, labels), list(need)
+    check(
+        ops.linear_cross_entropy_sum,
+        (*given, scale, -100, 0.1, need, "triton", False), test_utils=TESTS,
+    )  # fmt: skip
+    check(
+        ops.linear_cross_entropy_rows,
+        (*given, -100, 0.1, [False] * 3, "triton"), test_utils=TESTS,
+    )  # fmt: skip
+    up = torch.rand(5, device=device)
+    check(
+        ops.linear_cross_entropy_rows_backward,
+        (up, up, *given, [], -100, 0.1, need, "triton"), test_utils=TESTS,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one table", "two tables"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_embedding(both, dropout_p, draw, device):
+    H = 12
+    t, s, p, k, w, b = (
+        draw(*shape, dtype=torch.float32) for shape in ((7, H), (5, H), (6, H), (2, H), (H,), (H,))
+    )
+    ids = torch.randint(0, 12 if both else 7, (2, 6), device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
+    arguments = (
+        ids, t, s if both else None, p, k, ids % 2, None, w, b, seed, 1e-12, dropout_p, 0, [3],
+        False,
+    )  # fmt: skip
+    torch.library.opcheck(ops.mixed_embedding, arguments, test_utils=TESTS)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_layer_norm(dropout_p, draw, device):
+    x, r, w, b = (draw(*s, dtype=torch.float32) for s in ((5, 12), (5, 12), (12,), (12,)))
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
+    torch.library.opcheck(
+        ops.residual_layer_norm, (x, r, w, b, seed, 1e-12, dropout_p), test_utils=TESTS
+    )
+    y, total, mean, rstd = ops.residual_layer_norm(x, r, w, b, seed, 1e-12, dropout_p)
+    dy = torch.ones_like(y).detach()
+    torch.library.opcheck(
+        ops.residual_layer_norm_backward,
+        (dy, total.detach(), w, mean.detach(), rstd.detach(), seed, dropout_p), test_utils=TESTS,
+    )  # fmt: skip
+
+
+def test_scale(draw):
+    x = draw(3, 1000, dtype=torch.float16).detach()
+    factor = torch.tensor(1 / 3, dtype=torch.float32, device=x.device)
+    assert torch.equal(ops.scale_exactly(x, factor), (x.float() * factor).half())
+    torch.library.opcheck(ops.scale_exactly, (x, factor), test_utils=TESTS)
