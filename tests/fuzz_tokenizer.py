@@ -4,10 +4,10 @@
     python tests/fuzz_tokenizer.py --vocab ../shared/data/vocab-cased.txt --cased --count 1000000
 
 Strings are short and mean: characters that normal forms, cleaning and special pieces turn on.
-All strings' ids are compared in batches; of some also those of encode and of offsets, rows of pairs,
-and (--plain) the definition in plain Python. A seed names its strings, whatever the number of
-processes. Prints counts, and strings that differ; exits with 1 if one did. Needs Python 3.11, whose
-unicodedata is the pinned 14.0.0.
+All strings' ids are compared in batches; of some also those of encode and of offsets, rows of
+pairs, and (--plain) the definition in plain Python. A seed names its strings, whatever the number
+of processes. Prints counts, and strings that differ; exits with 1 if one did. Needs Python 3.11,
+whose unicodedata is the pinned 14.0.0.
 """
 
 import argparse

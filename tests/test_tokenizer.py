@@ -1,8 +1,10 @@
 """The tokenizers: ids, batches, offsets and files as Hugging Face's slow BertTokenizer has them."""
 
+import copy
 import multiprocessing
 import pickle
 import random
+import re
 import threading
 import unicodedata
 
@@ -289,6 +291,50 @@ def test_forked_child_goes_on(tokenizer):
     assert process.exitcode == 0
 
 
+def test_smallest_and_widest_vocabularies():
+    """Three pieces, and ids that no packing of the cache holds."""
+    wordpiece_ = _tokenizer.WordPiece(["[UNK]", "a", "##b"], 0)
+    core = _tokenizer.Tokenizer(lowercase=True, teacher=wordpiece_)
+    assert core.encode_list("ab A c abb", None, None) == [1, 2, 1, 0, 1, 2, 2]
+    for fillers in (0xFFFF - 9, 0xFFFF - 8, 70_000, 1 << 20):
+        pieces = [*(f"f{i}" for i in range(fillers)), "[UNK]", *"abcd", *("##a", "##b", "##cd")]
+        teacher = _tokenizer.WordPiece(pieces, fillers)
+        core = _tokenizer.Tokenizer(lowercase=True, teacher=teacher)
+        mixed = _tokenizer.Tokenizer(lowercase=True, teacher=teacher, student=wordpiece_)
+        for word in ("a", "b", "ab", "abab", "acdb", "ababab", "abababababab", "f1", "x" * 30):
+            expected = teacher.cut(word)
+            for _ in range(2):
+                assert core.encode_list(f"{word} {word}", None, None) == expected * 2
+                ids, _, _ = mixed.encode_words(word, False, 1 << 32)
+                assert ids.tolist() == [id + len(pieces) for id in wordpiece_.cut(word)]
+                ids, _, _ = mixed.encode_words(word, False, 0)
+                assert ids.tolist() == expected
+
+
+@pytest.mark.slow
+def test_a_line_of_a_gigabyte(tokenizer, tmp_path):
+    """A file of one line and of one word: no place to cut, ids all the same."""
+    path = tmp_path / "long.txt"
+    line = b"hello worlds and a [MASK], " * (1 << 16)
+    times = (1 << 30) // len(line)
+    with open(path, "wb") as file:
+        for _ in range(times):
+            file.write(line)
+    expected = np.array(tokenizer.encode(line, add_special_tokens=False), np.int32)
+    got = tokenizer.encode_file(path, threads=2).reshape(times, len(expected))
+    assert (got == expected).all()
+    with open(path, "wb") as file:
+        for _ in range(1 << 10):
+            file.write(b"q" * (1 << 20))
+    assert tokenizer.encode_file(path).tolist() == [tokenizer.vocab.unk]
+
+
+def test_copies(tokenizer, mixed):
+    for tool in (copy.copy, copy.deepcopy):
+        assert tool(tokenizer).encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+        assert tool(mixed).encode(TEXTS[0]).ids.tolist() == mixed.encode(TEXTS[0]).ids.tolist()
+
+
 def test_pickles(tokenizer, mixed):
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again.vocab == tokenizer.vocab
@@ -466,6 +512,45 @@ def test_saved_files_open(pair, tmp_path, shared_data):
         expected = ours.encode(line, line[:50])
         assert auto.encode(line, line[:50], verbose=False) == expected
         assert as_hf.encode(line, line[:50], verbose=False) == expected
+
+
+def test_the_page_is_true(root, shared_file, tmp_path, monkeypatch):
+    """Runs the examples of docs/tokenizer.md."""
+    pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_bytes(shared_file("vocab.txt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    page = (root / "docs" / "tokenizer.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 5
+    names = {}
+    for example in examples:
+        exec(compile(example, "docs/tokenizer.md", "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_page_counts_what_differs_from_the_fast_tokenizer(root, shared_file):
+    """Over every code point, `a?b ?` under an uncased and a cased vocabulary."""
+    pytest.importorskip("transformers")
+    if unicodedata.unidata_version != "14.0.0":
+        pytest.skip("needs Python 3.11 (Unicode 14.0.0)")
+    page = (root / "docs" / "tokenizer.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| Hugging Face fast .*? \| (\d+) \| (\d+) \|", page, re.MULTILINE)
+    codes = [*range(0xD800), *range(0xE000, 0xF0000)]
+    texts = [f"a{chr(code)}b {chr(code)}" for code in codes]
+    for name, lowercase, count in [
+        ("vocab.txt", True, int(row[1])),
+        ("vocab-multilingual-cased.txt", False, int(row[2])),
+    ]:
+        ours = WordPieceTokenizer.from_pretrained(shared_file(name), lowercase)
+        batch = ours.encode_batch(texts, add_special_tokens=False)
+        fast = ours.as_hf().backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        different = [
+            code
+            for i, code in enumerate(codes)
+            if unicodedata.category(chr(code)) not in ("Cn", "Co")
+            and batch[i].tolist() != fast[i].ids
+        ]
+        assert len(different) == count
 
 
 def test_core_refuses_special_pieces_with_spaces():
