@@ -144,7 +144,7 @@ def product_blocks(
         blocks = (32, 32, 16, 4, 2)
     elif x.element_size() == 4:
         # No tensor cores unless TF32 is allowed: a tile that leaves registers for both operands.
-        blocks = (64, 64, 32, 4, 3)
+        blocks = (64, 64, 16, 4, 3)
     elif N < 256:
         blocks = (64, 64, 32, 4, 3)
     elif heavy:
