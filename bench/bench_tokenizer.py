@@ -44,7 +44,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.task} {self.texts}, {self.threads} threads, {self.state}"
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{self.task} {self.texts}, {threads}, {self.state}"
 
 
 def cases(device: str, quick: bool) -> list[Case]:

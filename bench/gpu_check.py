@@ -91,7 +91,6 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     check = Part("gpu tests", [*tests, *kernels], 120)
     memcheck = Part("memcheck", small, 75)
     limits = {"loss": 140, "embedding": 60, "kl": 50, "train_step": 60, "inference": 40}
-    limits = {n: s for n, s in limits.items() if (ROOT / "bench" / f"bench_{n}.py").exists()}
     if toy:  # one process for all benches: most of a toy's time goes into starting
         return [build, check, memcheck, Part("bench", bench(*limits), 120), *training]
     benches = [Part(f"bench {name}", bench(name), limit) for name, limit in limits.items()]

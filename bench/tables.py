@@ -244,9 +244,12 @@ def rate_table(results: Results, bench: str, title: str) -> str:
 def readme_section(results: Results) -> str:
     parts = [
         "### Speed and size",
-        "Medians of interleaved rounds, made by `python bench/run.py`; every figure, peer and "
-        "spread is in [docs/benchmarks.md](docs/benchmarks.md), every raw record in "
-        "`bench/results/`. An empty cell was not measured.",
+        "Medians of interleaved rounds, made by `python bench/run.py` (peers come with "
+        "`pip install 'mvbert[bench]'`; what is absent is skipped and said so); every figure, peer "
+        "and spread is in [docs/benchmarks.md](docs/benchmarks.md), every raw record in "
+        "`bench/results/`. An empty cell was not measured. On a machine with a GPU, "
+        "`bench/gpu_check.sh` builds, tests, benches and trains in nine minutes and prints every "
+        "target beside what it measured.",
         tokenizer_tables(results),
         rate_table(results, "rows", "Training rows"),
         loss_table(results),
