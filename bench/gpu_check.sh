@@ -8,8 +8,9 @@
 # cut-cross-entropy are used where they are there. --text is the text to train on (default:
 # documentation strings of installed packages), --vocab the teacher's vocab.txt (default: learned).
 # At most nine minutes: every part has its own limit, a part that fails or is late is reported and
-# the rest goes on. OUT (default: bench/results/scratch/gpu) gets at most eight files; summary.txt is
-# the table that is also printed last. --dry-run runs every part at toy size, on a CPU too.
+# the rest goes on. OUT (default: bench/results/scratch/gpu) gets at most eight files; the table
+# printed last is at the end of log.txt, and in summary.json. --dry-run runs every part at toy size,
+# on a CPU too.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec "${PYTHON:-python3}" -u "$root/bench/gpu_check.py" "$@"

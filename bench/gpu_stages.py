@@ -95,16 +95,19 @@ def command(work: Path, stage: int, out: Path, toy: bool) -> list:
     return ["train", *args, "-o", out]
 
 
-def train(work: Path, stage: int, seconds: float, toy: bool) -> dict:
-    """A run of so many seconds, the start included; what its log says of speed."""
+def train(work: Path, stage: int, seconds: float, compiled: bool, toy: bool) -> dict:
+    """A run of so many seconds, the start included (a toy: 3 steps); what its log says of speed."""
     out = work / f"stage{stage}-{time.time_ns()}"
-    limits = ["--max-hours", seconds / 3600, "--steps", NEVER, "--log-every", 1 if toy else 10]
-    args = [*command(work, stage, out, toy), *limits]
+    limits = ["--max-hours", seconds / 3600, "--steps", NEVER, "--log-every", 10]
+    if toy:
+        limits = ["--steps", 3, "--log-every", 1]
+    args = [*command(work, stage, out, toy), *limits, *["--compile"] * compiled]
     done = subprocess.run([sys.executable, "-m", "mvbert", *map(str, args)], check=False)
     log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     lines = [line for line in lines if "pieces_per_second" in line]
-    facts: dict = {"stage": stage, "exit": done.returncode, "log_lines": len(lines)}
+    facts: dict = {"stage": stage, "compiled": compiled, "exit": done.returncode}
+    facts["log_lines"] = len(lines)
     if lines:
         steady = lines[len(lines) // 3 :]  # compiling and capturing come first
         for name in ("pieces_per_second", "mfu", "data_wait"):
@@ -147,6 +150,7 @@ def main_() -> None:
     parser.add_argument("--vocab", type=Path)
     parser.add_argument("--stage", type=int, choices=(1, 2))
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
@@ -154,7 +158,7 @@ def main_() -> None:
         prepare(args.work, args.text, args.vocab, args.toy)
         return
     if args.what == "train":
-        facts = train(args.work, args.stage, args.seconds, args.toy)
+        facts = train(args.work, args.stage, args.seconds, args.compile, args.toy)
     else:
         facts = profile(args.work, args.stage, args.toy)
     print(json.dumps(facts))
