@@ -295,7 +295,13 @@ def main() -> None:
     place = shared_memory if os.access(shared_memory, os.W_OK) and not args.dry_run else None
     work = Path(tempfile.mkdtemp(prefix="mvbert-gpu-", dir=place))
     env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # The package alone: with the root on the path, its folder kernels/ would be taken for Hugging
+    # Face's package of that name.
+    site = work / "site"
+    site.mkdir()
+    (site / "mvbert").symlink_to(ROOT / "mvbert")
+    before = os.environ.get("PYTHONPATH")
+    env["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [before])])
     outcomes: list[Outcome] = []
     try:
         for part in parts(out, work, args, cuda):
