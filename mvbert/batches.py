@@ -1,6 +1,7 @@
 """Training rows as numpy arrays: word stream and segmentations in, batches out."""
 
 import operator
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +63,11 @@ class Batch:
                 this process.
         """
         size = Batch.size(B, T, M)
+        torch = sys.modules.get("torch")
         try:
-            raw = np.frombuffer(buffer.numpy() if hasattr(buffer, "numpy") else buffer, np.uint8)
+            if torch is not None and isinstance(buffer, torch.Tensor):
+                buffer = buffer.numpy()  # the same memory
+            raw = np.frombuffer(buffer, np.uint8)
         except (TypeError, ValueError, BufferError, RuntimeError) as error:
             raise InputError(f"a batch needs contiguous bytes in this process: {error}") from None
         if raw.size != size or not raw.flags.writeable or raw.ctypes.data % 4:

@@ -90,8 +90,8 @@ class CorpusCommand:
     def _merge(self) -> dict[str, Json]:
         from mvbert.corpus import Corpus, load_vocabs, run_merge
 
-        of_texts = ("cased", "heldout_text", "heldout_share", "field", "errors", "resume")
-        for option in of_texts:
+        of_texts = "cased heldout_text heldout_share field errors threads resume"
+        for option in of_texts.split():
             if getattr(self, option) != getattr(CorpusCommand, option):
                 raise InputError(
                     f"--{option.replace('_', '-')} is about reading text; --merge joins corpora "
@@ -297,7 +297,7 @@ class InfoCommand:
     """Folder of a Stage I or Stage II run, or of a corpus."""
 
     def run(self) -> dict[str, Json]:
-        if (self.run_folder / "lexicon.bytes").is_file():
+        if any((self.run_folder / name).exists() for name in ("train.u32", "lexicon.bytes")):
             from mvbert.corpus import run_corpus_info
 
             return run_corpus_info(self.run_folder)

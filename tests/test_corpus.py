@@ -685,6 +685,9 @@ def test_a_damaged_corpus_is_not_merged_and_info_names_its_file(awkward, tmp_pat
     assert not (tmp_path / "m").exists()
     assert cli.main(["info", str(tmp_path / "b")]) == 2
     assert "train.u32 is not the file of its manifest" in capsys.readouterr().err
+    (tmp_path / "a" / "lexicon.bytes").unlink()
+    assert cli.main(["info", str(tmp_path / "a")]) == 2
+    assert "lexicon.bytes is missing" in capsys.readouterr().err
 
 
 def test_corpora_that_do_not_fit_together(awkward, tmp_path):
