@@ -27,6 +27,12 @@ void WordBatch::Clear() {
 }
 
 void WordBatch::Reserve(std::size_t more) {
+  // (Apart from the bytes: one word of a gigabyte is one word.)
+  const std::size_t words = word_count_ + more + kPadding;
+  if (words > ends_.size()) {
+    starts_.resize(words + words / 2 + kTarget);
+    ends_.resize(starts_.size());
+  }
   const std::size_t need = byte_count_ + more + kPadding;
   if (need <= bytes_.size() && (!track_ || need <= source_ends_.size())) return;
   if (need > std::numeric_limits<std::uint32_t>::max()) {
@@ -34,8 +40,6 @@ void WordBatch::Reserve(std::size_t more) {
   }
   const std::size_t size = need + need / 2 + kTarget;
   bytes_.resize(size);
-  starts_.resize(size);
-  ends_.resize(size);
   if (track_) {
     source_begins_.resize(size);
     source_ends_.resize(size);
