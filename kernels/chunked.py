@@ -54,8 +54,8 @@ def pitch(V: int) -> int:
 
 
 def chunk_rows(V: int, itemsize: int) -> int:
-    """Rows of a chunk: as many as CHUNK_BYTES hold, at least 64."""
-    return max(64, CHUNK_BYTES // (itemsize * pitch(V)) // 16 * 16)
+    """Rows of a chunk: as many as CHUNK_BYTES hold, within 64 .. 1024, where products are fast."""
+    return max(64, min(1024, CHUNK_BYTES // (itemsize * pitch(V)) // 16 * 16))
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
