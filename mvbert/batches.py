@@ -1,14 +1,20 @@
 """Training rows as numpy arrays: word stream and segmentations in, batches out."""
 
+from __future__ import annotations
+
 import operator
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mvbert import mixing
 from mvbert.errors import InputError
 from mvbert.mixing import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from mvbert.corpus_folder import Segmentation
 
 __all__ = ["IGNORE_INDEX", "Batch", "Rows"]
 
@@ -43,12 +49,12 @@ class Batch:
         return B * (5 * T + 8 * M)
 
     @staticmethod
-    def empty(B: int, T: int, M: int) -> "Batch":
+    def empty(B: int, T: int, M: int) -> Batch:
         """Arrays that nobody has written yet, for `Rows.read(out=)`."""
         return Batch.over(np.empty(Batch.size(B, T, M), np.uint8), B, T, M)
 
     @staticmethod
-    def over(buffer, B: int, T: int, M: int) -> "Batch":
+    def over(buffer: Any, B: int, T: int, M: int) -> Batch:
         """The arrays end to end in memory of the caller's, for `Rows.read(out=)`.
 
         So a batch goes to a device in one copy, or to another process in none. First input_ids,
@@ -115,8 +121,8 @@ class Rows:
         self,
         stream: np.ndarray,
         *,
-        teacher=None,
-        student=None,
+        teacher: Segmentation | None = None,
+        student: Segmentation | None = None,
         T: int = 128,
         mask_prob: float = 0.15,
         pair_prob: float = 0.5,
@@ -151,6 +157,7 @@ class Rows:
         words = len(stream)
         if marks == words:
             raise InputError("the word stream has no words")
+        mean: float
         pieces = {"teacher": first, "student": second if teacher is not None else first}
         if teacher is None:
             mean = pieces["student"]
@@ -270,7 +277,7 @@ def _checked_threads(threads: int) -> int:
     return threads
 
 
-def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype) -> None:
+def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type) -> None:
     if not isinstance(array, np.ndarray):
         raise InputError(f"out.{name} must be a numpy array, got {type(array).__name__}")
     good = array.shape == shape and array.dtype == dtype
@@ -281,7 +288,7 @@ def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype) -> N
         )
 
 
-def _segments(segmentation):
+def _segments(segmentation: Segmentation | None) -> tuple[Any, ...] | None:
     """A `Segmentation` as the tuple that `_tokenizer.PieceTable` takes."""
     if segmentation is None:
         return None

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -34,7 +34,6 @@ from mvbert.corpus_folder import (
 from mvbert.errors import InputError
 from mvbert.files import (
     PARTIAL,
-    Json,
     move_folder,
     read_json_object,
     sha256_file,
@@ -68,7 +67,7 @@ def build_corpus(
     overwrite: bool = False,
     resume: bool = True,
     progress: Progress | None = None,
-) -> dict[str, Json]:
+) -> dict[str, Any]:
     """Reads text files into a corpus folder, which appears at `out` when it is whole.
 
     Args:
@@ -107,7 +106,7 @@ def build_corpus(
     both = {path.resolve() for path in train_files} & {path.resolve() for path in heldout_files}
     if both:
         raise InputError(f"{_some(sorted(both))}: given as text and as held-out text; choose one")
-    settings: dict[str, Json] = {
+    settings: dict[str, Any] = {
         "lowercase": lowercase,
         "field": field,
         "errors": errors,
@@ -128,7 +127,7 @@ def merge_corpora(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Json]:
+) -> dict[str, Any]:
     """Joins corpora without their texts: the train streams one after the other, and the held-out.
 
     All of every corpus is compared with its manifest first. Memory is the merged lexicon and four
@@ -190,7 +189,7 @@ def merge_corpora(
             files[name] = file.entry()
         files |= _write_lexicon(folder, data, ends, counts)
         manifests = [part.manifest for part in parts]
-        manifest: dict[str, Json] = {
+        manifest: dict[str, Any] = {
             **_header(first.lowercase),
             "documents": sum(m["documents"] for m in manifests),
             "words": sum(m["words"] for m in manifests),
@@ -280,7 +279,7 @@ class _Writer:
     def write(self, data: np.ndarray | bytes) -> None:
         if isinstance(data, np.ndarray):
             data = np.ascontiguousarray(data, data.dtype.newbyteorder("<"))
-        view = memoryview(data).cast("B")
+        view = memoryview(data).cast("B")  # type: ignore[arg-type]
         with self._errors():
             self._file.write(view)
         self.bytes += len(view)
@@ -296,8 +295,9 @@ class _Writer:
         with self._errors():
             self._file.close()
 
-    def entry(self) -> dict[str, Json]:
+    def entry(self) -> dict[str, Any]:
         """What the manifest says of the file."""
+        assert self._digest is not None, "the file was to be hashed"
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
     @contextlib.contextmanager
@@ -327,7 +327,7 @@ def _closing(writer: _Writer) -> Iterator[_Writer]:
     writer.close()
 
 
-def _header(lowercase: bool) -> dict[str, Json]:
+def _header(lowercase: bool) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -352,7 +352,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 def _write_lexicon(
     folder: Path, data: np.ndarray, ends: np.ndarray, counts: np.ndarray
-) -> dict[str, Json]:
+) -> dict[str, Any]:
     """Writes the three files; returns what the manifest says of them."""
     files = {}
     for name, array in zip(LEXICON, (data, ends, counts), strict=True):
@@ -363,8 +363,8 @@ def _write_lexicon(
 
 
 def _same_corpus(
-    out: Path, train: list[Path], heldout: list[Path], settings: dict[str, Json]
-) -> dict[str, Json]:
+    out: Path, train: list[Path], heldout: list[Path], settings: dict[str, Any]
+) -> dict[str, Any]:
     """The manifest of the corpus at `out`, if it was made from these texts with these settings."""
     manifest = Corpus.open(out).manifest
     theirs = {
@@ -412,7 +412,7 @@ class _Build:
         folder: Path,
         train_files: list[Path],
         heldout_files: list[Path],
-        settings: dict[str, Json],
+        settings: dict[str, Any],
         threads: int,
         progress: Progress | None,
     ):
@@ -429,7 +429,7 @@ class _Build:
             threads=threads,
         )
         # What a checkpoint holds.
-        self.sources: list[dict[str, Json]] = []  # read to the end
+        self.sources: list[dict[str, Any]] = []  # read to the end
         self.skip = 0  # of the next source: bytes of plain text, or records, that are in already
         self.known_words = 1  # ids below are in NEW_WORDS
         self.state = {
@@ -504,10 +504,10 @@ class _Build:
                     skip -= len(text)
                 yield
         else:
-            for text, ends in _ahead(file.records()):
+            for texts, ends in _ahead(file.records()):
                 if skip < len(ends):
                     begin = int(ends[skip - 1]) if skip else 0
-                    self.builder.add_documents(memoryview(text)[begin:], ends[skip:] - begin)
+                    self.builder.add_documents(memoryview(texts)[begin:], ends[skip:] - begin)
                     skip = 0
                 else:
                     skip -= len(ends)
@@ -555,7 +555,7 @@ class _Build:
         """Goes back to the checkpoint in the folder, if it is one of this very build."""
         if not (self.folder / CHECKPOINT).is_file():
             return False
-        state = read_json_object(self.folder / CHECKPOINT)
+        state: dict[str, Any] = read_json_object(self.folder / CHECKPOINT)
         if any(state.get(name) != value for name, value in self.state.items()):
             return False
         for name, size in state["files"].items():
@@ -572,7 +572,7 @@ class _Build:
 
     # ---- finishing -----------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Json]:
+    def finish(self) -> dict[str, Any]:
         """The corpus files from the provisional ones; the manifest comes last."""
         totals = self.builder.totals()
         if totals["train_words"] + totals["heldout_words"] == 0:
@@ -608,7 +608,7 @@ class _Build:
 
         documents = int(counts[0])
         heldout_documents = totals["heldout_documents"] + (by in ("document", "tail"))
-        manifest: dict[str, Json] = {
+        manifest: dict[str, Any] = {
             **_header(self.settings["lowercase"]),
             "documents": documents,
             "words": files["train.u32"]["bytes"] // 4 - documents,

@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from mvbert import _tokenizer
 from mvbert.batches import Batch, Rows
 from mvbert.errors import InputError
-from mvbert.files import Json, read_json_object, sha256_file
+from mvbert.files import read_json_object, sha256_file
 
 if TYPE_CHECKING:
     from mvbert.vocab import Vocab
@@ -41,7 +41,7 @@ def open_stream(path: Path) -> np.ndarray:
     return np.memmap(path, np.dtype("<u4"), "r")
 
 
-class Words(Sequence):
+class Words(Sequence[bytes]):
     """The words of a lexicon by id, as bytes of UTF-8: a view, 0 is the empty word."""
 
     def __init__(self, data: np.ndarray, ends: np.ndarray):
@@ -51,7 +51,13 @@ class Words(Sequence):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         count = len(self)
@@ -89,7 +95,7 @@ class Segmentation:
 class Corpus:
     """A corpus folder, opened: streams and lexicon are memory maps, nothing is read in."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Json]):
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
         """Use `Corpus.open`."""
         self.folder = folder
         self.manifest = manifest
@@ -130,7 +136,7 @@ class Corpus:
             raise InputError(
                 f"{folder} is not a corpus: it has no {MANIFEST}; make one with `mvbert corpus`"
             )
-        manifest = read_json_object(folder / MANIFEST)
+        manifest: dict[str, Any] = read_json_object(folder / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise InputError(f"{folder / MANIFEST} is not the manifest of a corpus")
         if manifest.get("version") != VERSION:
@@ -210,13 +216,14 @@ class Corpus:
         return rows.read(epoch * rows.count + start, count, threads=threads, out=out)
 
 
-def _check_manifest(path: Path, manifest: dict[str, Json]) -> None:
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Refuses a manifest whose values are not of the kinds that a corpus has."""
 
-    def is_count(value: Json) -> bool:
+    def is_count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-    heldout, files = manifest.get("heldout"), manifest.get("files")
+    heldout: Any = manifest.get("heldout")
+    files: Any = manifest.get("files")
     bad = [k for k in ("documents", "words", "distinct", "bytes") if not is_count(manifest.get(k))]
     if not isinstance(manifest.get("lowercase"), bool):
         bad.append("lowercase")
@@ -254,7 +261,7 @@ def _check_manifest(path: Path, manifest: dict[str, Json]) -> None:
             )
 
 
-def _check_file(path: Path, entry: dict[str, Json], verify: str) -> None:
+def _check_file(path: Path, entry: dict[str, Any], verify: str) -> None:
     if not path.is_file():
         raise InputError(f"{path} is missing; build the corpus again")
     size = path.stat().st_size

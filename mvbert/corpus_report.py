@@ -6,14 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mvbert.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, merge_corpora
 from mvbert.corpus_folder import Corpus
 from mvbert.errors import InputError, Interrupted
-from mvbert.files import Json
 
 if TYPE_CHECKING:
     from mvbert.vocab import Vocab
@@ -24,8 +23,8 @@ def run_corpus(
     out: str | Path,
     *,
     vocabs: Mapping[str, Vocab] | None = None,
-    **options,
-) -> dict[str, Json]:
+    **options: Any,
+) -> dict[str, Any]:
     """`build_corpus` with a progress bar, then the report: what `mvbert corpus` does.
 
     Args:
@@ -56,7 +55,7 @@ def run_merge(
     *,
     overwrite: bool = False,
     vocabs: Mapping[str, Vocab] | None = None,
-) -> dict[str, Json]:
+) -> dict[str, Any]:
     """`merge_corpora` with a progress bar, then the report."""
     with _progress_bar("merge") as progress:
         merge_corpora(corpora, out, overwrite=overwrite, progress=progress)
@@ -65,7 +64,7 @@ def run_merge(
     return report
 
 
-def run_corpus_info(folder: str | Path) -> dict[str, Json]:
+def run_corpus_info(folder: str | Path) -> dict[str, Any]:
     """Reads all of a corpus and compares it with its manifest, then the report.
 
     Raises:
@@ -100,7 +99,7 @@ def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab
     return vocabs
 
 
-def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Json]:
+def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]:
     """Counts of a corpus, and of its train part how each vocabulary cuts it.
 
     Pieces per word and the unknown rate are over the words of the train stream, each as often as it
@@ -108,7 +107,7 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Json
     vocabulary's pieces that are in each of the others.
     """
     manifest = corpus.manifest
-    report: dict[str, Json] = {
+    report: dict[str, Any] = {
         "output": str(corpus.folder),
         **{k: manifest[k] for k in ("bytes", "documents", "words", "distinct", "lowercase")},
         "not_utf8": manifest["not_utf8"],
@@ -136,7 +135,7 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Json
     return report
 
 
-def print_corpus_report(report: dict[str, Json]) -> None:
+def print_corpus_report(report: dict[str, Any]) -> None:
     """The report as a table, to stderr (stdout is for the JSON)."""
     from rich.console import Console
     from rich.table import Table

@@ -13,9 +13,15 @@ All probabilities become integers before anything is drawn, and there is no floa
 after that: the same rows on every machine.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mvbert.corpus_folder import Segmentation
 
 IGNORE_INDEX = -100
 
@@ -137,7 +143,7 @@ def row_start(number: int, count: int, stride: int, seed: int) -> int:
 class _Side:
     """One vocabulary with its cut of the lexicon and its first id in the joint space."""
 
-    def __init__(self, segmentation, base: int):
+    def __init__(self, segmentation: Segmentation, base: int):
         vocab = segmentation.vocab
         self.ends, self.ids, self.base, self.size = (
             segmentation.ends,
@@ -157,8 +163,8 @@ def row_reference(
     stream: Sequence[int],
     number: int,
     *,
-    teacher,
-    student,
+    teacher: Segmentation | None,
+    student: Segmentation | None,
     stride: int,
     T: int,
     mask_prob: float,
@@ -190,7 +196,8 @@ def row_reference(
 
     def fill(room: int) -> tuple[list[int], list[tuple[int, int]]]:
         """The pieces between [CLS] and the last [SEP], and the words' half-open ranges."""
-        row, words = [sides[0].cls], []
+        row = [sides[0].cls]
+        words: list[tuple[int, int]] = []
         entry, slot = entry_of_row, 0
         while len(row) < 1 + room:
             word = int(stream[entry % len(stream)])
@@ -229,7 +236,8 @@ def row_reference(
 
     # Whole words in a drawn order: the first steps of a Fisher-Yates shuffle.
     budget = mask_budget(sum(b - a for a, b in words), T, mask_prob)
-    masked, step = [], 0
+    masked: list[int] = []
+    step = 0
     while budget and step < len(words):
         bits = drawn(seed, ROW, number, 2 + 2 * step)
         other = step + below(bits, len(words) - step)

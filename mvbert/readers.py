@@ -18,7 +18,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -163,7 +163,7 @@ class TextFile:
                     data = b""
                     if unpacker.eof:
                         data, unpacker = unpacker.unused_data, None
-        except (zlib.error, lzma.LZMAError, *_zstd_errors()) as error:
+        except _unpacking_errors() as error:
             raise InputError(
                 f"{self.path} is not {self.packing}, or damaged near byte {self.bytes_read}: "
                 f"{error}"
@@ -289,7 +289,7 @@ class _Stream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, out) -> int:
+    def readinto(self, out: Any) -> int:
         while not self._rest:
             chunk = next(self._chunks, None)
             if chunk is None:
@@ -325,7 +325,7 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def _unpacker(packing: str) -> Callable[[], object]:
+def _unpacker(packing: str) -> Callable[[], Any]:
     """Makes decompressors with decompress(data), eof and unused_data."""
     if packing == ".gz":
         return lambda: zlib.decompressobj(wbits=31)
@@ -339,9 +339,9 @@ def _unpacker(packing: str) -> Callable[[], object]:
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
 
 
-def _zstd_errors() -> tuple[type[Exception], ...]:
+def _unpacking_errors() -> tuple[type[Exception], ...]:
     try:
         import zstandard
     except ImportError:
-        return ()
-    return (zstandard.ZstdError,)
+        return (zlib.error, lzma.LZMAError)
+    return (zlib.error, lzma.LZMAError, zstandard.ZstdError)
