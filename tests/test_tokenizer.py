@@ -327,6 +327,7 @@ def test_a_line_of_a_gigabyte(tokenizer, tmp_path):
         for _ in range(1 << 10):
             file.write(b"q" * (1 << 20))
     assert tokenizer.encode_file(path).tolist() == [tokenizer.vocab.unk]
+    path.unlink()
 
 
 def test_copies(tokenizer, mixed):
