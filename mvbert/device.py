@@ -34,7 +34,9 @@ class Device:
         if self.device.type != "cuda":
             return contextlib.nullcontext()
         torch.cuda.set_device(self.device)
-        return torch.cuda.stream(torch.cuda.Stream())
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # on which the weights came
+        return torch.cuda.stream(stream)
 
 
 def choose_graph(config: TrainConfig, device: torch.device, processes: int) -> tuple[bool, str]:
@@ -71,8 +73,12 @@ def choose_device(config: TrainConfig, local_rank: int = 0, local_count: int = 1
         raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name}: this torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
+        if device.index >= torch.cuda.device_count():
+            raise InputError(
+                f"device {name}: this torch sees {torch.cuda.device_count()} CUDA devices"
+            )
     if config.dtype == "float32":
         return Device(device, None, "float32: asked for")
     if config.dtype == "bfloat16":

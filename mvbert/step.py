@@ -46,10 +46,11 @@ class CudaGraph:
 
     def capture(self, work: Callable[[], None]) -> None:
         """Records what `work` launches on the current stream; runs none of it."""
+        current = torch.cuda.current_stream()
+        # On the default stream nothing can be captured: None is one that torch keeps for that.
+        stream = None if current == torch.cuda.default_stream() else current
         # Threads that make rows go on talking to the device meanwhile.
-        with torch.cuda.graph(
-            self._graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             work()
 
     def replay(self) -> None:

@@ -1,5 +1,6 @@
 """A step replayed as a graph is the step run eagerly; FLOPs and peaks."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +186,31 @@ def test_a_graph_on_a_gpu_gives_the_losses_of_eager_steps(stage2_run, tmp_path):
     graph = stage2_run(tmp_path / "graph", cuda_graph="on", **on)
     for a, b in zip(eager, graph, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_captured_on_the_current_stream_or_beside_the_default_one(monkeypatch):
+    captured = []
+
+    def graph(graph, *, stream, capture_error_mode):
+        captured.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: 0)
+    for current in (7, 0):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda current=current: current)
+        step.CudaGraph().capture(lambda: None)
+    assert captured == [7, None]
+
+
+def test_a_gpu_has_a_number(monkeypatch):
+    """torch.cuda.set_device takes no other."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, number in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
+        assert device.choose_device(TrainConfig(device=name)).device == torch.device("cuda", number)
+    assert device.choose_device(TrainConfig(), 1, 2).device == torch.device("cuda", 1)
 
 
 def test_graphs_are_for_one_gpu():
