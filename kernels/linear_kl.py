@@ -202,6 +202,7 @@ def sparse_kl_targets_kernel(
     ROWS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """An id listed twice gets both shares, from both slots: equal values, so no race matters."""
     m = tl.program_id(0).to(tl.int64)
@@ -212,8 +213,12 @@ def sparse_kl_targets_kernel(
     q = tl.load(probs_ptr + row * K + k, mask=k < K, other=0.0).to(ACC)
     v = tl.load(ids_ptr + row * K + k, mask=k < K, other=0)
     used = (q > 0) & (v >= 0) & (v < V)
-    same = (v[:, None] == v[None, :]) & used[None, :]
-    share = tl.sum(tl.where(same, q[None, :], 0.0), 1)
+    share = tl.zeros((BLOCK_K,), ACC)
+    for first in range(0, K, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        q_j = tl.load(probs_ptr + row * K + j, mask=j < K, other=0.0).to(ACC)
+        v_j = tl.load(ids_ptr + row * K + j, mask=j < K, other=0)
+        share += tl.sum(tl.where(v[:, None] == v_j[None, :], q_j[None, :], 0.0), 1)
     log_p = tl.load(picked_ptr + m * K + k, mask=used, other=-float("inf"))
     dz = tl.exp(log_p) * tl.load(mass_ptr + row) - share
     if ROWS:
@@ -383,7 +388,8 @@ def sparse_kl(
         )  # fmt: skip
         sparse_kl_targets_kernel[(c,)](
             z, target_ids, target_probs, rows, count, mass, picked, row_dloss,
-            start, c, linear.V, K, linear.pitch, BLOCK_K=block_k, num_warps=1, **options,
+            start, c, linear.V, K, linear.pitch, BLOCK_K=block_k, BLOCK_J=16,
+            num_warps=max(1, min(8, block_k // 64)), **options,
         )  # fmt: skip
         gradients.add(start, z, column_sums(linear, start, z) if need.bias else None)
     return loss, *gradients.all()
