@@ -70,12 +70,13 @@ def residual_layer_norm_bwd_kernel(
     seed_ptr,  # [1] when P_DROP > 0
     mean_ptr,  # [N]
     rstd_ptr,  # [N]
-    dx_ptr,  # [N, H], written when P_DROP > 0
+    dx_ptr,  # [N, H], written when HAS_DX
     dresidual_ptr,  # [N, H], written
     sums_ptr,  # [programs, 2, H], written: dweight, dbias
     N,
     H,
     P_DROP: tl.constexpr,
+    HAS_DX: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -102,6 +103,7 @@ def residual_layer_norm_bwd_kernel(
         tl.store(dresidual_ptr + at, ds.to(dresidual_ptr.dtype.element_ty), mask=both)
         if P_DROP > 0:
             ds *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
+        if HAS_DX:
             tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=both)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * H + h
     tl.store(out, tl.sum(dweight, 0), mask=h < H)
@@ -120,20 +122,20 @@ def residual_layer_norm_fwd(
     dropout_p: float,
     seed: Tensor | None,  # [1], int64
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y [N, H], sum [N, H], mean [N], rstd [N])."""
+    """(y [N, H], sum [N, H], mean [N], rstd [N]), y and sum in the dtype of `residual`."""
     N, H = x.shape
     x, residual = x.contiguous(), residual.contiguous()
     ln_weight, ln_bias = ln_weight.contiguous(), ln_bias.contiguous()
     y = torch.empty_like(residual)
     total = torch.empty_like(residual)
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = x.new_empty(N, dtype=acc)
+    acc = torch.float64 if total.dtype == torch.float64 else torch.float32
+    mean = total.new_empty(N, dtype=acc)
     rstd = torch.empty_like(mean)
     if N:
-        tile = launch.row_blocks("layer_norm_fwd", x, N, H)
+        tile = launch.row_blocks("layer_norm_fwd", total, N, H)
         residual_layer_norm_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
             x, residual, ln_weight, ln_bias, x if seed is None else seed, y, total, mean, rstd,
-            N, H, eps, P_DROP=dropout_p, ACC=launch.accumulator(x), **tile,
+            N, H, eps, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
     return y, total, mean, rstd
 
@@ -146,11 +148,13 @@ def residual_layer_norm_bwd(
     rstd: Tensor,  # [N]
     dropout_p: float,
     seed: Tensor | None,
+    dtype: torch.dtype | None = None,  # of x; None: that of the residual
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of (x, residual, ln_weight, ln_bias); that of x is empty without dropout."""
+    """Gradients of (x, residual, ln_weight, ln_bias); that of x is empty where it is the second."""
     N, H = total.shape
     dresidual = torch.empty_like(total)
-    dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
+    has_dx = dropout_p > 0 or dtype not in (None, total.dtype)
+    dx = torch.empty_like(total, dtype=dtype) if has_dx else total.new_empty(0)
     tile = dict(launch.row_blocks("layer_norm_bwd", total, N, H))
     most = tile.pop("programs", launch.bwd_programs(total.device))
     programs = max(1, min(triton.cdiv(N, tile["ROWS"]), most))
@@ -159,7 +163,7 @@ def residual_layer_norm_bwd(
         residual_layer_norm_bwd_kernel[(programs,)](
             dy.contiguous(), total, ln_weight.contiguous(), total if seed is None else seed,
             mean, rstd, dx, dresidual, sums, N, H,
-            P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
+            P_DROP=dropout_p, HAS_DX=has_dx, ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
     weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
     return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)

@@ -11,6 +11,8 @@ Three operators a loss:
 are opaque to torch.compile, so a compiled model keeps one graph, whichever rows carry a loss.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,13 +39,22 @@ def _run(backend: str, loss: str, hidden: Tensor, *arguments):
         return getattr(implementation, loss)(hidden, *arguments)
 
 
-def check_range(what: str, ids: Tensor, size: int, ignore_index: int | None = None) -> None:
-    """ValueError unless every id lies in [0, size) or equals `ignore_index`."""
+def check_range(
+    what: str,
+    ids: Tensor,
+    size: int,
+    ignore_index: int | None = None,
+    used: Callable[[], Tensor] | None = None,
+) -> None:
+    """ValueError unless every id, or every one where `used()` holds, lies in [0, size) or equals
+    `ignore_index`."""
     if ids.numel() == 0 or (ids.is_cuda and not CHECK_ON_GPU):
         return
     bad = (ids < 0) | (ids >= size)
     if ignore_index is not None:
         bad &= ids != ignore_index
+    if used is not None:
+        bad &= used()
     if bad.any():
         allowance = "" if ignore_index is None else f" or be {ignore_index}"
         raise ValueError(
@@ -360,7 +371,7 @@ def sparse_linear_kl_sum(
     need: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_range("target_ids", target_ids[target_probs > 0], weight.shape[0])
+    check_range("target_ids", target_ids, weight.shape[0], used=lambda: target_probs > 0)
     need = Need(*need)
     dloss = scale if need else None
     loss, *gradients = _run(
@@ -404,7 +415,7 @@ def sparse_linear_kl_rows(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    check_range("target_ids", target_ids[target_probs > 0], weight.shape[0])
+    check_range("target_ids", target_ids, weight.shape[0], used=lambda: target_probs > 0)
     return _run(
         backend,
         "sparse_kl",
@@ -587,7 +598,7 @@ mixed_embedding.register_autograd(_mixed_embedding_backward, setup_context=_save
 @torch.library.custom_op("mvbert::residual_layer_norm", mutates_args=())
 def residual_layer_norm(
     x: Tensor,  # [N, H]
-    residual: Tensor,  # [N, H]
+    residual: Tensor,  # [N, H], whose dtype the result has
     ln_weight: Tensor,  # [H]
     ln_bias: Tensor,  # [H]
     seed: Tensor | None,  # [1]
@@ -605,7 +616,7 @@ def residual_layer_norm(
 @residual_layer_norm.register_fake
 def _(x, residual, ln_weight, ln_bias, seed, eps, dropout_p):
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y), _rows_like(x), _rows_like(x)
+    return y, torch.empty_like(y), _rows_like(y), _rows_like(y)
 
 
 @torch.library.custom_op("mvbert::residual_layer_norm_backward", mutates_args=())
@@ -617,22 +628,27 @@ def residual_layer_norm_backward(
     rstd: Tensor,
     seed: Tensor | None,
     dropout_p: float,
+    dtype: torch.dtype,  # of x
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mvbert.kernels import layer_norm
 
     with torch.cuda.device_of(dy):
-        return layer_norm.residual_layer_norm_bwd(dy, total, ln_weight, mean, rstd, dropout_p, seed)
+        return layer_norm.residual_layer_norm_bwd(
+            dy, total, ln_weight, mean, rstd, dropout_p, seed, dtype
+        )
 
 
 @residual_layer_norm_backward.register_fake
-def _(dy, total, ln_weight, mean, rstd, seed, dropout_p):
+def _(dy, total, ln_weight, mean, rstd, seed, dropout_p, dtype):
     vectors = torch.empty_like(ln_weight), torch.empty_like(ln_weight)
-    dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
+    has_dx = dropout_p > 0 or dtype != total.dtype
+    dx = torch.empty_like(total, dtype=dtype) if has_dx else total.new_empty(0)
     return dx, torch.empty_like(total), *vectors
 
 
 def _save_residual_layer_norm(ctx, inputs, output):
-    _, _, ln_weight, _, seed, _, ctx.dropout_p = inputs
+    x, _, ln_weight, _, seed, _, ctx.dropout_p = inputs
+    ctx.dtype = x.dtype
     _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, ln_weight, mean, rstd, seed)
@@ -641,9 +657,12 @@ def _save_residual_layer_norm(ctx, inputs, output):
 def _residual_layer_norm_backward(ctx, dy, *others):
     if dy is None:
         return (None,) * 7
-    dx, dresidual, *vectors = residual_layer_norm_backward(dy, *ctx.saved_tensors, ctx.dropout_p)
-    # Without dropout the two inputs have one gradient, which is made once.
-    return dx if ctx.dropout_p > 0 else dresidual, dresidual, *vectors, None, None, None
+    dx, dresidual, *vectors = residual_layer_norm_backward(
+        dy, *ctx.saved_tensors, ctx.dropout_p, ctx.dtype
+    )
+    # Without dropout two inputs of one dtype have one gradient, which is made once.
+    made = ctx.dropout_p > 0 or ctx.dtype != dresidual.dtype
+    return dx if made else dresidual, dresidual, *vectors, None, None, None
 
 
 residual_layer_norm.register_autograd(

@@ -41,6 +41,8 @@ __all__ = [
     "sparse_linear_kl",
 ]
 
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "triton", "chunked", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -301,7 +303,6 @@ def residual_layer_norm(
     if _backend(backend, x) != "triton":
         return F.layer_norm(residual + F.dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    x = x.to(residual.dtype)
     return ops.residual_layer_norm(
         x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, seed, float(eps),
         float(dropout_p),
@@ -664,7 +665,7 @@ def _backend(backend: str, tensor: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
-        if tensor.is_cuda and importlib.util.find_spec("triton") is None:
+        if tensor.is_cuda and not HAS_TRITON:
             warnings.warn("triton is not installed: the chunked path is used", stacklevel=3)
             return "chunked"
         return "triton" if tensor.is_cuda else "chunked"

@@ -290,6 +290,23 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(a, b)
 
 
+def test_a_gpu_is_asked_nothing_that_waits_or_cannot_be_compiled(monkeypatch):
+    from mvbert.kernels import ops
+
+    class OnGpu:
+        is_cuda = True
+
+        def numel(self):
+            return 1
+
+    def never(*_):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("importlib.util.find_spec", never)
+    assert MF._backend("auto", OnGpu()) in ("triton", "chunked")
+    ops.check_range("target_ids", OnGpu(), 3, used=never)
+
+
 def test_operators_are_well_formed():
     """Schema, fake kernels and autograd registration, by torch's own checker."""
     from mvbert.kernels import ops

@@ -27,6 +27,26 @@ def test_gradcheck_with_dropout(draw):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_a_residual_of_another_dtype(dropout_p, draw):
+    """As under autocast: x is rounded, the residual and the result are float32."""
+    x = draw(5, 20, dtype=torch.float16)
+    rest = [draw(*s, dtype=torch.float32) for s in ((5, 20), (20,), (20,))]
+
+    def gradients(x):
+        torch.manual_seed(3)
+        y = of("triton", dropout_p=dropout_p, training=True)(x, *rest)
+        assert y.dtype == torch.float32
+        upstream = torch.arange(100.0, device=y.device).view(5, 20).cos()
+        return [y, *torch.autograd.grad(y, [x, *rest], upstream)]
+
+    found, truth = gradients(x), gradients(x.detach().float().requires_grad_())
+    assert found[1].dtype == torch.float16
+    truth[1] = truth[1].half()
+    for a, b in zip(found, truth, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_rows(draw):
     inputs = [draw(*s, dtype=torch.float32) for s in ((0, 20), (0, 20), (20,), (20,))]
     y = of("triton")(*inputs)

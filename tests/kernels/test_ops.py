@@ -48,9 +48,11 @@ def test_embedding(both, dropout_p, draw, device):
     torch.library.opcheck(ops.mixed_embedding, arguments, test_utils=TESTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_layer_norm(dropout_p, draw, device):
+def test_layer_norm(dropout_p, dtype, draw, device):
     x, r, w, b = (draw(*s, dtype=torch.float32) for s in ((5, 12), (5, 12), (12,), (12,)))
+    x = x.detach().to(dtype).requires_grad_()
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
     torch.library.opcheck(
         ops.residual_layer_norm, (x, r, w, b, seed, 1e-12, dropout_p), test_utils=TESTS
@@ -59,7 +61,8 @@ def test_layer_norm(dropout_p, draw, device):
     dy = torch.ones_like(y).detach()
     torch.library.opcheck(
         ops.residual_layer_norm_backward,
-        (dy, total.detach(), w, mean.detach(), rstd.detach(), seed, dropout_p), test_utils=TESTS,
+        (dy, total.detach(), w, mean.detach(), rstd.detach(), seed, dropout_p, dtype),
+        test_utils=TESTS,
     )  # fmt: skip
 
 
