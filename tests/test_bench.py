@@ -170,7 +170,7 @@ def test_targets_are_passed_and_missed(bench_path, tmp_path):
 
     ours = record("mvbert", 1.3, times_floor=1.34, peak_mb=5000.0)
     peers = [record("Liger", 2.5), record("torch.compile max-autotune", 1.6)]
-    lines = [*map(json.dumps, [ours, *peers])]
+    lines = [*map(json.dumps, [ours, record("mvbert dense", 1.2), *peers])]
     (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "stage2.json").write_text('{"pieces_per_second": 6e6, "data_wait": 0.0}')
     found = {row.what: row for row in gpu_check.targets(tmp_path)}

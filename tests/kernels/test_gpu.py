@@ -145,7 +145,9 @@ class Step(NamedTuple):
     random: bool = False  # whether it draws a dropout mask
 
 
-@pytest.fixture(params=["flash", "materialised", "dense", "embedding", "layer norm", "kl"])
+@pytest.fixture(
+    params=["flash", "materialised", "dense", "embedding", "layer norm", "kl", "sparse kl"]
+)
 def step(request, draw) -> Step:
     N, V = 512, 4928
     H = 256 if request.param == "flash" else 768
@@ -171,6 +173,12 @@ def step(request, draw) -> Step:
 
         inputs = [draw(*s, dtype=torch.bfloat16) for s in ((N, H), (N, H), (H,), (H,))]
         return Step(norm, inputs, random=True)
+    if request.param == "sparse kl":
+        targets = torch.randint(0, V, (N, 32), device="cuda"), torch.rand(N, 32, device="cuda")
+        return Step(
+            lambda h, w, b: MF.sparse_linear_kl(h, w, b, *targets, backend="triton"),
+            small(draw, (N, H), (V, H), (V,)),
+        )
     teacher = [x.detach() for x in small(draw, (N, H), (V, H), (V,))]
     mask = labels >= 0
     return Step(
@@ -182,7 +190,8 @@ def step(request, draw) -> Step:
 def run(function, inputs):
     torch.cuda.manual_seed(0)
     out = function(*inputs)
-    return [out, *torch.autograd.grad(out, inputs)]
+    # Detached: a graph kept alive would hold the next one to the stream that this one ran on.
+    return [out.detach(), *torch.autograd.grad(out, inputs)]
 
 
 def same(found, truth):
@@ -206,8 +215,7 @@ def test_captured_and_replayed_with_other_inputs(step):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles; capture may not
-        out = function(*inputs)
-        torch.autograd.grad(out, inputs)
+        run(function, inputs)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -125,7 +125,8 @@ def test_gradcheck_with_dropout(tables, both):
         torch.manual_seed(3)  # the same mask each time: the seed is drawn from torch's generator
         return kernel(*tables)
 
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    # On a GPU additions to a row come in any order.
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True, nondet_tol=1e-12)
 
 
 def test_dropout_keeps_the_right_share(draw, device):
