@@ -111,7 +111,7 @@ BENCH = harness.Bench(
     "corpus",
     cases=cases,
     inputs=lambda case, device, copy: text(),
-    work=lambda case: harness.Work(items=text().megabytes, unit="MB"),
+    work=lambda case, device: harness.Work(items=text().megabytes, unit="MB"),
     check=lambda case, x, output: {"text": x.name},
     memory=False,
     seconds=1.0,

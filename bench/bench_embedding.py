@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 E = 256  # the student's own width in mixed cases
 MASK = 103
+MASKED = 0.12  # share of pieces that are [MASK]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [found[0], found[2], found[-2]] if quick else found if device == "cuda" else found[::2]
 
 
+def zipf(V: int) -> Tensor:
+    """The frequency of each of V pieces, the most frequent first."""
+    share = 1 / (torch.arange(V, dtype=torch.float64) + 10)
+    return share / share.sum()
+
+
 def inputs(case: Case, device: str, copy: int) -> Inputs:
     generator = torch.Generator().manual_seed(copy)
     dtype = getattr(torch, harness.default_dtype(device))
@@ -73,17 +80,17 @@ def inputs(case: Case, device: str, copy: int) -> Inputs:
         x = torch.randn(*shape, generator=generator) * scale + mean
         return x.to(device=device, dtype=dtype).requires_grad_()
 
-    def zipf(V: int) -> Tensor:
-        share = 1 / (torch.arange(V, dtype=torch.float64) + 10)
-        drawn = torch.multinomial(share, case.B * case.T, replacement=True, generator=generator)
+    def draw(V: int) -> Tensor:
+        pieces = case.B * case.T
+        drawn = torch.multinomial(zipf(V), pieces, replacement=True, generator=generator)
         order = torch.randperm(V, generator=generator)
         return order[drawn].reshape(case.B, case.T)
 
-    ids = zipf(case.V)
+    ids = draw(case.V)
     if case.V_s:
-        other = case.V + zipf(case.V_s)
+        other = case.V + draw(case.V_s)
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.5, other, ids)
-    masked = torch.rand(ids.shape, generator=generator) < 0.12
+    masked = torch.rand(ids.shape, generator=generator) < MASKED
     ids = torch.where(masked, torch.where(ids >= case.V, case.V + 4, MASK), ids).int().to(device)
     types = (torch.arange(case.T) >= case.T // 2).int().expand(case.B, -1).contiguous().to(device)
     H = case.H
@@ -94,17 +101,18 @@ def inputs(case: Case, device: str, copy: int) -> Inputs:
     )  # fmt: skip
 
 
-def work(case: Case) -> harness.Work:
+def work(case: Case, device: str) -> harness.Work:
     """Least traffic: output and upstream gradient once, tables read and their gradients written.
 
-    A table is counted as read whole at most, or once for each piece; the projection's products
-    (of the student's table) as floating-point work.
+    Of the word table only the rows of pieces that occur are read, but its gradient is whole. The
+    student's table counts at its own width; its projection's products as floating-point work.
     """
-    size = 2 if torch.cuda.is_available() else 4
+    size = 2 if device == "cuda" else 4
     pieces, H = case.B * case.T, case.H
-    tables = (case.V + case.V_s + case.T + 2) * H
-    read = min(pieces * H, tables)
-    traffic = size * (2 * pieces * H + read + tables) + 8 * pieces
+    rest = (case.T + 4) * H + (case.V_s * E + H * E + H if case.V_s else 0)
+    drawn = pieces * (1 - MASKED) * (0.5 if case.V_s else 1.0)
+    read = float((1 - (1 - zipf(case.V)) ** drawn).sum()) * H + rest
+    traffic = size * (2 * pieces * H + read + case.V * H + rest) + 8 * pieces
     return harness.Work(bytes=traffic, flop=6.0 * case.V_s * E * H, items=pieces, unit="pieces")
 
 
@@ -114,6 +122,19 @@ def plain(input_ids, token_type_ids, table, position, token_type, ln_weight, ln_
         table = torch.cat([table, F.linear(*student)])
     rows = F.embedding(input_ids, table) + F.embedding(token_type_ids, token_type)
     rows = rows + position[: input_ids.shape[1]]
+    return F.layer_norm(rows, ln_weight.shape, ln_weight, ln_bias, 1e-12)
+
+
+def gathers(input_ids, token_type_ids, table, position, token_type, ln_weight, ln_bias, *student):
+    """The same without a table of both: rows of each vocabulary, then a choice."""
+    V = table.shape[0]
+    is_student = input_ids >= V
+    rows = torch.where(
+        is_student[..., None],
+        F.embedding(torch.where(is_student, input_ids - V, 0), F.linear(*student)),
+        F.embedding(torch.where(is_student, 0, input_ids), table),
+    )
+    rows = rows + F.embedding(token_type_ids, token_type) + position[: input_ids.shape[1]]
     return F.layer_norm(rows, ln_weight.shape, ln_weight, ln_bias, 1e-12)
 
 
@@ -164,11 +185,28 @@ def _(case, device):
     return lambda x: x.gradients(plain(x.input_ids, x.token_type_ids, *x.parameters()))
 
 
+@BENCH.provider("eager, two gathers")
+def _(case, device):
+    if not case.V_s:
+        raise harness.NotMeant
+    return lambda x: x.gradients(gathers(x.input_ids, x.token_type_ids, *x.parameters()))
+
+
+def compiled(function):
+    call = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return lambda x: x.gradients(call(x.input_ids, x.token_type_ids, *x.parameters()))
+
+
 @BENCH.provider("torch.compile max-autotune")
 def _(case, device):
-    torch.compiler.reset()
-    compiled = torch.compile(plain, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return lambda x: x.gradients(compiled(x.input_ids, x.token_type_ids, *x.parameters()))
+    return compiled(plain)
+
+
+@BENCH.provider("torch.compile max-autotune, two gathers")
+def _(case, device):
+    if not case.V_s:
+        raise harness.NotMeant
+    return compiled(gathers)
 
 
 @BENCH.provider("HF BertEmbeddings", needs=["transformers"])

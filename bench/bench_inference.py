@@ -115,12 +115,14 @@ def inputs(case: Case, device: str, copy: int) -> torch.Tensor:
     return torch.randint(5, V, (case.B, case.T), generator=generator).to(device)
 
 
-def work(case: Case) -> harness.Work:
+def work(case: Case, device: str) -> harness.Work:
     """Products of the layers, attention's included; the weights read once."""
     layers, H, _, _ = SHAPES[case.model]
     pieces = case.B * case.T
     flop = layers * (2.0 * pieces * 12 * H * H + 4.0 * pieces * case.T * H)
-    return harness.Work(flop=flop, bytes=4.0 * layers * 12 * H * H, items=case.B, unit="rows")
+    weights = layers * 12 * H * H
+    size = 2.0 if device == "cuda" else 4.0
+    return harness.Work(flop=flop, bytes=size * weights, items=case.B, unit="rows")
 
 
 _truth: dict = {}
@@ -159,7 +161,6 @@ def torch_provider(case: Case, device: str, compiled: bool, dtype: torch.dtype):
     size = megabytes(out / "model.safetensors") * dtype.itemsize / 4
     call = model
     if compiled:
-        torch.compiler.reset()
         call = torch.compile(model, mode="max-autotune-no-cudagraphs", dynamic=False)
     bound = 1e-4 if dtype == torch.float32 else 5e-2
 

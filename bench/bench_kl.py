@@ -66,7 +66,7 @@ def inputs(case: Case, device: str, copy: int) -> Inputs:
     return Inputs(*(x.requires_grad_() for x in side(case.H)), *side(case.H_t))
 
 
-def work(case: Case) -> harness.Work:
+def work(case: Case, device: str) -> harness.Work:
     """Three products on the student's side, one on the teacher's."""
     return harness.Work(flop=2.0 * case.N * case.V * (3 * case.H + case.H_t))
 
@@ -143,7 +143,6 @@ def _(case, device):
 
 @BENCH.provider("torch.compile max-autotune")
 def _(case, device):
-    torch.compiler.reset()
     compiled = torch.compile(eager, mode="max-autotune-no-cudagraphs", dynamic=False)
     return lambda x: x.gradients(compiled(*vars(x).values()))
 

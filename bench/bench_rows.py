@@ -63,7 +63,7 @@ def rows(words: str, mask_prob: float = 0.15, pair_prob: float = 0.5) -> Rows:
     return Rows(corpus().train, **cuts, T=T, mask_prob=mask_prob, pair_prob=pair_prob)
 
 
-def work(case: Case) -> harness.Work:
+def work(case: Case, device: str) -> harness.Work:
     return harness.Work(items=ROWS * T / 1e6, unit="M pieces")
 
 

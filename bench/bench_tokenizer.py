@@ -223,7 +223,7 @@ def inputs(case: Case, device: str, copy: int) -> Material:
     return material(case.texts, case.megabytes)
 
 
-def work(case: Case) -> harness.Work:
+def work(case: Case, device: str) -> harness.Work:
     size = sum(material(case.texts, case.megabytes).sizes)
     return harness.Work(items=size / 1e6, unit="MB")
 

@@ -63,7 +63,9 @@ BENCH = harness.Bench(
     "vocab",
     cases=cases,
     inputs=lambda case, device, copy: None,
-    work=lambda case: harness.Work(items=len(of_case(case).words) / 1e3, unit="K distinct words"),
+    work=lambda case, device: harness.Work(
+        items=len(of_case(case).words) / 1e3, unit="K distinct words"
+    ),
     check=check,
     memory=False,
 )

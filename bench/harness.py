@@ -17,6 +17,7 @@ What the loop does for every case, the same for all providers:
 3. Rounds. Providers take turns and every round begins with the next one, so that a busy machine is
    busy for all. Each measurement is several calls in a row over copies of the inputs that are
    together larger than the cache. Reported are the 20th, 50th and 80th percentile of the rounds.
+   On a GPU all of it is on one stream that is not the default one, as capturing a graph demands.
 4. Memory. What one call needs beyond its inputs at its peak: the CUDA allocator's own figure, or,
    on a CPU, the rise of the resident set of a fresh process that does nothing else.
 
@@ -26,6 +27,7 @@ on a line, appended, never edited; the run it belongs to is described by a line 
 """
 
 import argparse
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -66,6 +68,10 @@ class Wrong(Exception):
     """What a provider gave is not right, or not right enough to be worth a time."""
 
 
+class Lost(Exception):
+    """After a provider's error the device answers nobody in this process any more."""
+
+
 @dataclass(frozen=True)
 class Work:
     """What one call has to do at least; the unit of `items` is what people count."""
@@ -81,7 +87,8 @@ class Provider:
     """One way to do the work.
 
     `make(case, device)` returns a function of one copy of the inputs. It may have a `close`, a
-    `sample` (see `measure`), and, if it does only a part of the case's work, that `share`.
+    `sample` (see `measure`), and, if it does only a part of the case's work, that `share`. It is
+    `captured` if it replays a CUDA graph: the memory of one is taken before any call.
     """
 
     name: str
@@ -98,7 +105,7 @@ class Bench:
         name: the file is bench_<name>.py.
         cases: (device, quick) -> frozen dataclasses; their `label`, if any, is their name.
         inputs: (case, device, copy number) -> inputs; the same number gives the same inputs.
-        work: case -> Work.
+        work: (case, device) -> Work.
         check: (case, inputs, outputs) -> facts for the record; raises Wrong. None: no gate.
         dtype: (case, device) -> dtype name of the matrix products, for the ceiling.
         memory: whether peak memory of a call says something.
@@ -109,7 +116,7 @@ class Bench:
     name: str
     cases: Callable[[str, bool], Sequence[Any]]
     inputs: Callable[[Any, str, int], Any]
-    work: Callable[[Any], Work]
+    work: Callable[[Any, str], Work]
     check: Callable[[Any, Any, Any], dict] | None = None
     dtype: Callable[[Any, str], str] = lambda case, device: default_dtype(device)
     memory: bool = True
@@ -149,8 +156,9 @@ def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device
     """Seconds a call, over `calls` calls in a row.
 
     On a GPU the queue is filled before the first event, so that `own` is the device's time even
-    where launching takes longer; `wall` is from an idle device until it is idle again. A provider
-    that works in another process measures there: its `sample`.
+    where launching takes longer; what waits for the device inside a call (Liger, cut-cross-entropy)
+    cannot run ahead, and its waiting is in `own`. `wall` is from an idle device until it is idle
+    again. A provider that works in another process measures there: its `sample`.
     """
     if hasattr(run, "sample"):
         return run.sample(calls)
@@ -360,6 +368,7 @@ class Entry:
     run: Callable[[Any], Any]
     record: dict
     calls: int = 1
+    seconds: float = 0.0  # a call takes about
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -370,84 +379,151 @@ def run_bench(
     quick: bool,
     emit: Callable[[dict], None],
     only: Sequence[str] = (),
+    without: Sequence[str] = (),
     rounds: int | None = None,
     budget: float | None = None,
     toy: bool = False,
 ) -> list[dict]:
-    """Measures every case and provider; `emit` gets each record as soon as it is there.
+    """Measures every case and provider; `emit` gets each record as soon as its case is done.
 
     Args:
         only: names of providers; empty: all.
+        without: names of providers to leave out.
         rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
-        budget: seconds for the rounds of one case; None: 60, or 4 when quick.
+        budget: seconds for the rounds of one case; None: 60, or 6 when quick.
         toy: the first case alone, shrunk, two rounds: to see that everything runs.
+
+    Raises:
+        Lost: a provider left the device unusable; the exception's argument is its name.
     """
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(bench.threads or threads)
-    budget = budget or (4.0 if quick else 60.0)
-    target = bench.seconds / 4 if quick else bench.seconds
-    records = []
     cases = bench.cases(device, quick)
     if toy:
         cases, rounds = [shrunk(cases[0])], 2
-    for number, case in enumerate(cases):
-        work = bench.work(case)
-        dtype = bench.dtype(case, device)
-        ceiling = ceilings(device, dtype, quick, toy)
-        floor = max(
-            work.flop / (ceiling["matmul_tflop_s"] * 1e12),
-            work.bytes / (ceiling["copy_gb_s"] * 1e9),
-        )
-        base = {
-            "record": "result", "bench": bench.name, "case": label(case), "fields": fields_of(case),
-            "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        print(f"{bench.name} {label(case)}", flush=True)
-        copies = [bench.inputs(case, device, 0)] if toy else input_copies(bench, case, device)
-        entries = []
-        for provider in bench.providers:
-            if only and provider.name not in only:
-                continue
-            record = {**base, "provider": provider.name}
-            try:
-                entry = prepare(bench, provider, case, copies[0], device, record)
-            except NotMeant:
-                continue
-            if entry is None:
-                records.append(record)
-                emit(record)
-                print(f"  {provider.name:28} {reason(record)}", flush=True)
-            else:
-                entries.append(entry)
-        estimates = {}
-        for entry in entries:
-            estimates[entry.provider.name] = warm_up(entry, copies, device, target, quick)
-        per_round = sum(e.calls * estimates[e.provider.name] for e in entries)
-        turns = rounds or max(5, min(30, int(budget / max(per_round, 1e-9))))
-        for turn in range(turns):
-            shift = turn % max(1, len(entries))
-            for entry in entries[shift:] + entries[:shift]:
-                entry.samples.append(measure(entry.run, copies, entry.calls, device))
-        for entry in entries:
-            finish(entry, work, ceiling, floor, device)
-            if bench.memory:
-                if device == "cuda":
-                    entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
-                elif not quick and not toy:
-                    peak = cpu_peak(bench, number, entry.provider, quick)
-                    entry.record["peak_mb"] = None if peak is None else digits(peak)
-            close(entry.run)
-            records.append(entry.record)
-            emit(entry.record)
-            print(f"  {entry.provider.name:28} {summary(entry.record)}", flush=True)
-        del entries, copies
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    budget = budget or (6.0 if quick else 60.0)
+    # Tens of milliseconds are long for events, short for a clock on a busy host.
+    target = bench.seconds / (1 if not quick else 10 if device == "cuda" else 4)
+    settings = Settings(device, quick, only, without, rounds, budget, target, toy)
+    records: list[dict] = []
+    stream: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if device == "cuda":
+        stream = torch.cuda.stream(torch.cuda.Stream())
+
+    def keep(record: dict) -> None:
+        records.append(record)
+        emit(record)
+        said = summary(record) if "ms" in record else reason(record)
+        print(f"  {record['provider']:28} {said}", flush=True)
+
+    with stream:
+        for number, case in enumerate(cases):
+            # What was compiled for another case would fill torch's caches; never between two
+            # providers of a case, which would make the first compile again while it is timed.
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
+            run_case(bench, case, number, settings, keep)
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
     torch.set_num_threads(threads)
     return records
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bench is run, see `run_bench`."""
+
+    device: str
+    quick: bool
+    only: Sequence[str]
+    without: Sequence[str]
+    rounds: int | None
+    budget: float
+    target: float  # seconds of one measurement
+    toy: bool
+
+
+def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable) -> None:
+    """Measures the providers of one case; `keep` gets their records."""
+    import torch
+
+    device, quick, toy = how.device, how.quick, how.toy
+    work = bench.work(case, device)
+    dtype = bench.dtype(case, device)
+    ceiling = ceilings(device, dtype, quick, toy)
+    floor = max(
+        work.flop / (ceiling["matmul_tflop_s"] * 1e12),
+        work.bytes / (ceiling["copy_gb_s"] * 1e9),
+    )
+    base = {
+        "record": "result", "bench": bench.name, "case": label(case), "fields": fields_of(case),
+        "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    print(f"{bench.name} {label(case)}", flush=True)
+    copies = [bench.inputs(case, device, 0)] if toy else input_copies(bench, case, device)
+    entries: list[Entry] = []
+
+    def each(step: Callable[[Entry], None], some: Sequence[Entry]) -> None:
+        """Takes a step with every entry; one that fails leaves, and its record says why."""
+        for entry in some:
+            try:
+                step(entry)
+            except Exception as error:  # a peer may fail in any way
+                entry.record["failed"] = told(error)
+                entry.record.pop("ms", None)
+                entries.remove(entry)
+                close(entry.run)
+                keep(entry.record)
+                check_device(device, entry.provider.name)
+
+    for provider in bench.providers:
+        if how.only and provider.name not in how.only:
+            continue
+        record = {**base, "provider": provider.name}
+        try:
+            if provider.name in how.without:
+                record["skipped"], entry = "left out", None
+            else:
+                entry = prepare(bench, provider, case, copies[0], device, record)
+        except NotMeant:
+            continue
+        if entry is None:
+            keep(record)
+            if "failed" in record:
+                check_device(device, provider.name)
+        else:
+            entries.append(entry)
+    each(lambda entry: warm_up(entry, copies, device, how.target, quick), tuple(entries))
+    # On a GPU a measurement goes over its calls twice: by the clock, and between events.
+    twice = 2 if device == "cuda" else 1
+    per_round = twice * sum(entry.calls * entry.seconds for entry in entries)
+    turns = how.rounds or max(5, min(30, int(how.budget / max(per_round, 1e-9))))
+
+    def sample(entry: Entry) -> None:
+        entry.samples.append(measure(entry.run, copies, entry.calls, device))
+
+    for turn in range(turns):
+        shift = turn % max(1, len(entries))
+        each(sample, entries[shift:] + entries[:shift])
+    smi = nvidia_smi() if device == "cuda" else None  # clocks just after load
+
+    def complete(entry: Entry) -> None:
+        finish(entry, work, ceiling, floor, device)
+        if smi is not None:
+            entry.record["nvidia_smi"] = smi
+        if bench.memory and device == "cuda":
+            if not getattr(entry.run, "captured", False):
+                entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
+        elif bench.memory and not quick and not toy:
+            peak = cpu_peak(bench, number, entry.provider, quick)
+            entry.record["peak_mb"] = None if peak is None else digits(peak)
+        close(entry.run)
+        keep(entry.record)
+
+    each(complete, tuple(entries))
 
 
 def shrunk(case: Any) -> Any:
@@ -480,10 +556,26 @@ def prepare(bench, provider, case, x, device, record) -> Entry | None:
     except Wrong as error:
         record["wrong"] = str(error)
     except Exception as error:  # a peer may fail in any way: the record says how
-        lines = str(error).strip().splitlines()
-        record["failed"] = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+        record["failed"] = told(error)
     close(run)
     return None
+
+
+def told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+def check_device(device: str, name: str) -> None:
+    """Raises Lost where the failure of provider `name` took the device along."""
+    if device != "cuda":
+        return
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise Lost(name) from error
 
 
 def close(run) -> None:
@@ -492,16 +584,19 @@ def close(run) -> None:
         run.close()
 
 
-def warm_up(entry: Entry, copies, device: str, target: float, quick: bool) -> float:
-    """Runs for a while, sets how many calls make one measurement, returns seconds a call."""
+def warm_up(entry: Entry, copies, device: str, target: float, quick: bool) -> None:
+    """Runs for a while, and sets how long a call takes and how many make one measurement."""
+    if device == "cuda":
+        # A step is captured at its fourth call, which must not pass for its time.
+        for call in range(5):
+            entry.run(copies[call % len(copies)])
     begin = time.perf_counter()
-    seconds = math.inf
+    entry.seconds = math.inf
     while True:
-        seconds = min(seconds, measure(entry.run, copies, 1, device).wall)
+        entry.seconds = min(entry.seconds, measure(entry.run, copies, 1, device).wall)
         if time.perf_counter() - begin > (0.2 if quick else 0.5):
             break
-    entry.calls = max(1, min(10_000, round(target / max(seconds, 1e-7))))
-    return seconds
+    entry.calls = max(1, min(10_000, round(target / max(entry.seconds, 1e-7))))
 
 
 def finish(entry: Entry, work: Work, ceiling: dict, floor: float, device: str) -> None:
@@ -629,6 +724,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="fewer cases and shorter rounds")
     parser.add_argument("--only", nargs="+", default=(), metavar="PROVIDER")
+    parser.add_argument(
+        "--without", nargs="+", action="extend", default=[], metavar="PROVIDER",
+        help="what to leave out",
+    )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="one small case: does it run at all?")
     parser.add_argument("--rounds", type=int, help="measurements of each provider")
     parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")

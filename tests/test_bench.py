@@ -44,7 +44,9 @@ def bench(harness):
         "double",
         cases=lambda device, quick: [Case(64)],
         inputs=lambda case, device, copy: torch.full((case.N,), float(copy + 1)),
-        work=lambda case: harness.Work(flop=case.N, bytes=8 * case.N, items=case.N, unit="values"),
+        work=lambda case, device: harness.Work(
+            flop=case.N, bytes=8 * case.N, items=case.N, unit="values"
+        ),
         check=check,
         memory=False,
     )
@@ -91,7 +93,7 @@ def test_copies_outgrow_the_cache(harness, bench, monkeypatch):
 def test_every_provider_has_its_own_name(bench_path, root):
     import run
 
-    for bench in run.find().values():
+    for bench in map(run.load, run.names()):
         names = [provider.name for provider in bench.providers]
         assert len(names) == len(set(names)), bench.name
         for device in ("cpu", "cuda"):
