@@ -313,6 +313,7 @@ def theirs(case: Case, device: str, *, bf16: bool, compiled: bool = False, fused
     state = {n: p.detach() for n, p in start(case).named_parameters()}
     missing, _ = model.load_state_dict(to_hugging_face(state), strict=False)
     assert all("decoder" in name for name in missing), missing
+    model.tie_weights()
     model = model.to(device).train()
     if fused:
         fuse(model)

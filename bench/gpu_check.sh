@@ -7,10 +7,11 @@
 # safetensors, tyro, rich, pybind11, cmake, ninja and pytest; transformers, liger-kernel and
 # cut-cross-entropy are used where they are there. --text is the text to train on (default:
 # documentation strings of installed packages), --vocab the teacher's vocab.txt (default: learned).
+# MVBERT_COMMIT names the commit in the results where the tree came without .git.
 # At most nine minutes: every part has its own limit, a part that fails or is late is reported and
-# the rest goes on. OUT (default: bench/results/scratch/gpu) gets at most eight files; the table
-# printed last is at the end of log.txt, and in summary.json. --dry-run runs every part at toy size,
-# on a CPU too.
+# the rest goes on; what there was no time for is said, and --only runs it later. OUT (default:
+# bench/results/scratch/gpu) gets at most eight files; the table printed last is at the end of
+# log.txt, and in summary.json. --dry-run runs every part at toy size, on a CPU too.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec "${PYTHON:-python3}" -u "$root/bench/gpu_check.py" "$@"

@@ -14,6 +14,7 @@ import argparse
 import json
 import lzma
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def train(work: Path, stage: int, seconds: float, compiled: bool, toy: bool) -> 
             values = [line[name] for line in steady if line.get(name) is not None]
             facts[name] = statistics.median(values) if values else None
         facts["first"], facts["last"] = lines[0], lines[-1]
+    shutil.rmtree(out, ignore_errors=True)  # gigabytes, of a large teacher
     return facts
 
 
@@ -133,6 +135,7 @@ def profile(work: Path, stage: int, toy: bool) -> dict:
     events = [(e.key, getattr(e, attribute), e.count) for e in profiler.key_averages()]
     # The checkpoint's copies to the host are no part of a step.
     events = [e for e in events if e[1] > 0 and not e[0].startswith(("Memcpy DtoH", "Memcpy HtoD"))]
+    shutil.rmtree(out, ignore_errors=True)
     total = sum(e[1] for e in events) or 1.0
     events.sort(key=lambda e: -e[1])
     top = [

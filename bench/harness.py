@@ -314,12 +314,13 @@ def run_record(
     needs = sorted({name for bench in benches for p in bench.providers for name in p.needs})
     facts = {
         "record": "run",
+        "ends": True,  # each bench has a line where it ended; without one it was cut short
         "run": f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}",
         "benches": [bench.name for bench in benches],
         "device": device,
         "quick": quick,
         "only": list(only),
-        "commit": environment.commit(),
+        "commit": environment.commit() or os.environ.get("MVBERT_COMMIT"),
         "processor": environment.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load": [round(value, 1) for value in os.getloadavg()],

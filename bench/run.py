@@ -80,6 +80,7 @@ def main() -> None:
             )  # fmt: skip
         except harness.Lost as lost:
             again(str(lost))
+        emit({"record": "end", "bench": bench.name})
     print(json.dumps(outcome(run, records)))
     ours = [r for r in records if r["provider"].startswith("mvbert")]
     if any("wrong" in r or "failed" in r for r in ours):

@@ -79,6 +79,26 @@ def test_only_what_is_right_is_timed(harness, bench, tmp_path):
     assert [name for name, record in found.items() if "ms" in record] == ["right"]
 
 
+def test_who_fails_while_timed_leaves_and_the_rest_goes_on(harness, bench):
+    calls = []
+
+    def third_call_fails(x):
+        calls.append(x)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+        return x * 2
+
+    bench.provider("failing later")(lambda case, device: third_call_fails)
+    records = harness.run_bench(
+        bench, device="cpu", quick=True, emit=lambda record: None, toy=True, without=["wrong"]
+    )
+    found = {record["provider"]: record for record in records}
+    assert found["failing later"]["failed"] == "RuntimeError: no more"
+    assert "ms" not in found["failing later"]
+    assert found["wrong"]["skipped"] == "left out"
+    assert found["right"]["ms"]["p50"] > 0
+
+
 def test_percentiles(harness):
     assert harness.percentiles([3.0, 1.0, 2.0]) == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
 
@@ -118,9 +138,36 @@ def test_tables_take_the_last_whole_run(bench_path, tmp_path):
 
     made = lines("1", False, 1.0) + lines("2", False, 2.0) + lines("3", True, 3.0)
     made += lines("4", False, 4.0, only=["mvbert"])
+    made += [{**lines("5", False, 5.0)[0], "ends": True}, lines("5", False, 5.0)[1]]  # cut short
     (tmp_path / "loss.jsonl").write_text("\n".join(map(json.dumps, made)))
     (record,) = tables.Results(tmp_path).of("loss", "cpu")
     assert record["ms"]["p50"] == 2.0
+    with (tmp_path / "loss.jsonl").open("a") as file:
+        file.write('\n{"record": "end", "run": "5", "bench": "loss"}')
+    (record,) = tables.Results(tmp_path).of("loss", "cpu")
+    assert record["ms"]["p50"] == 5.0
+
+
+def test_gpu_table_has_the_fastest_of_a_peer_and_says_what_it_lacks(bench_path, tmp_path):
+    import tables
+
+    case = {"bench": "loss", "device": "cuda", "case": "N=4096 V=30522 H=1024", "run": "20990101"}
+
+    def record(provider, ms, **more):
+        times = {"ms": {"p50": 9.0}, "device_ms": {"p50": ms}}
+        return {"record": "result", "provider": provider, **case, **times, **more}
+
+    run = {
+        "record": "run", "run": "20990101", "quick": True, "only": [], "gpu": "a GPU",
+        "torch": "2.11", "peers": {}, "commit": None,
+    }  # fmt: skip
+    made = [run, record("mvbert", 1.0), record("Liger", 4.0), record("Liger, large", 3.0)]
+    made += [record("CCE", 2.0, note="no bias"), record("CCE torch_compile", 0.5)]
+    (tmp_path / "h100.jsonl").write_text("\n".join(map(json.dumps, made)))
+    text = tables.gpu_loss_table(tables.Results(tmp_path))
+    assert "| 4,096 x 30,522 x 1024 |  | 1 |  |  |  |  | 3.00 x | 2.00 x |  |" in text
+    assert "Without the bias, which it lacks: CCE." in text
+    assert "a GPU; torch 2.11; 2099-01-01, quick run." in text
 
 
 @pytest.mark.parametrize(
@@ -133,6 +180,16 @@ def test_figures(value, text, bench_path):
 
 
 # ---- gpu_check -----------------------------------------------------------------------------------
+
+
+def test_parts_come_behind_what_they_need(bench_path):
+    import gpu_check
+
+    a, b, c = (gpu_check.Part(name, [], 1, needs) for name, needs in ("a ", "ba", "c "))
+    build = gpu_check.Part("build", [], 1)
+    assert gpu_check.chains([a, b, c]) == [[a, b], [c]]
+    assert gpu_check.choose([build, a, b, c], ["b"]) == [build, a, b]
+    assert gpu_check.choose([build, a, b, c], None) == [build, a, b, c]
 
 
 def test_a_late_part_ends_with_its_children(bench_path, tmp_path):
@@ -172,7 +229,8 @@ def test_targets_are_passed_and_missed(bench_path, tmp_path):
 
     ours = record("mvbert", 1.3, times_floor=1.34, peak_mb=5000.0)
     peers = [record("Liger", 2.5), record("torch.compile max-autotune", 1.6)]
-    lines = [*map(json.dumps, [ours, record("mvbert dense", 1.2), *peers])]
+    peers += [record("CCE torch_compile", 1.8), record("mvbert, rows may lack labels", 0.1)]
+    lines = [*map(json.dumps, [ours, *peers])]
     (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "stage2.json").write_text('{"pieces_per_second": 6e6, "data_wait": 0.0}')
     found = {row.what: row for row in gpu_check.targets(tmp_path)}
