@@ -1,5 +1,6 @@
 """The benches themselves: what is wrong is not timed, tables are the results, late parts end."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -97,6 +98,80 @@ def test_who_fails_while_timed_leaves_and_the_rest_goes_on(harness, bench):
     assert "ms" not in found["failing later"]
     assert found["wrong"]["skipped"] == "left out"
     assert found["right"]["ms"]["p50"] > 0
+
+
+@pytest.fixture
+def device(harness, monkeypatch):
+    """What the harness asks of a GPU, answered by a made-up one, whose every call takes 2 ms."""
+
+    class Device:
+        lost = False
+        stream: object = None
+
+        def synchronize(self):
+            if self.lost:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            assert made.stream is not None  # capturing needs another stream than the default one
+
+        def elapsed_time(self, other):
+            return 2.0
+
+    @contextlib.contextmanager
+    def stream(which):
+        made.stream = which
+        yield
+        made.stream = None
+
+    made = Device()
+    answers = {
+        "Stream": object, "stream": stream, "Event": Event, "_sleep": lambda cycles: None,
+        "synchronize": lambda: made.synchronize(), "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 1_000_000,
+        "max_memory_allocated": lambda: 4_000_000,
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    ceiling = {"matmul_tflop_s": 700.0, "copy_gb_s": 3000.0}
+    monkeypatch.setattr(harness, "ceilings", lambda *args: ceiling)
+    monkeypatch.setattr(harness, "nvidia_smi", lambda: {"clocks.sm": "1980 MHz"})
+    return made
+
+
+def run_on(device, harness, bench, **options):
+    bench.memory = True
+    records = harness.run_bench(
+        bench, device="cuda", quick=True, emit=lambda record: None, toy=True, **options
+    )
+    return {record["provider"]: record for record in records}
+
+
+def test_times_and_memory_of_a_device(device, harness, bench):
+    def captured(x):
+        return x * 2
+
+    captured.captured = True
+    bench.provider("captured")(lambda case, device: captured)
+    found = run_on(device, harness, bench, only=["right", "captured"])
+    right = found["right"]
+    assert right["device_ms"]["p50"] == pytest.approx(2.0 / min(right["calls"], 50), rel=1e-3)
+    assert right["peak_mb"] == 3.0
+    assert right["nvidia_smi"] == {"clocks.sm": "1980 MHz"}
+    assert "peak_mb" not in found["captured"]
+
+
+def test_a_lost_device_is_told_from_a_failing_peer(device, harness, bench):
+    found = run_on(device, harness, bench, without=["elsewhere"])
+    assert found["raising"]["failed"].startswith("ZeroDivisionError")
+    assert "ms" in found["right"]
+    device.lost = True
+    with pytest.raises(harness.Lost, match="raising"):
+        run_on(device, harness, bench, only=["raising", "absent"])
 
 
 def test_percentiles(harness):
