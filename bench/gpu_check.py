@@ -111,7 +111,7 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     # Most of these limits is for the search of torch.compile's max-autotune.
     limits = {"loss": 200, "embedding": 80, "train_step": 90, "kl": 60, "inference": 90}
     if toy:  # one process for all benches: most of a toy's time goes into starting
-        return [*untimed, Part("bench", bench(*limits), 120), *training]
+        return [*untimed, Part("bench", bench(*limits), 240), *training]
     benches = {name: Part(f"bench {name}", bench(name), limit) for name, limit in limits.items()}
     return [
         *untimed, benches["loss"], training[0], training[1], benches["embedding"], *training[2:],
