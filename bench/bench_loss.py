@@ -141,19 +141,6 @@ def _(case, device):
     return ours(dense=False)
 
 
-@BENCH.provider("mvbert dense", devices=("cuda",))
-def _(case, device):
-    """The backward products in the vendor's library, over all rows."""
-    from mvbert.functional import linear_cross_entropy
-    from mvbert.kernels import launch
-
-    if case.H <= launch.FLASH_WIDTH:
-        raise harness.NotMeant
-    return lambda x: x.gradients(
-        linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, dense=True)
-    )
-
-
 # ---- PyTorch -------------------------------------------------------------------------------------
 
 
