@@ -11,7 +11,8 @@
 # At most nine minutes: every part has its own limit, a part that fails or is late is reported and
 # the rest goes on; what there was no time for is said, and --only runs it later. OUT (default:
 # bench/results/scratch/gpu) gets at most eight files; the table printed last is at the end of
-# log.txt, and in summary.json. --dry-run runs every part at toy size, on a CPU too.
+# log.txt, and in summary.json. --dry-run runs every part at toy size, on a
+# CPU too, and has five times the limits.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec "${PYTHON:-python3}" -u "$root/bench/gpu_check.py" "$@"

@@ -331,7 +331,7 @@ def test_dry_run(root, tmp_path):
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         ["bench/gpu_check.sh", tmp_path / "out", "--dry-run", "--text", text],
-        cwd=root, capture_output=True, text=True, timeout=500, env=env, check=False,
+        cwd=root, capture_output=True, text=True, timeout=900, env=env, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     made = sorted(file.name for file in (tmp_path / "out").iterdir())
