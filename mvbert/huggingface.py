@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -57,7 +57,7 @@ _IGNORED = re.compile(
 )
 
 
-def to_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters of a MaskedLM under Hugging Face's names (BertForMaskedLM plus pooler)."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():

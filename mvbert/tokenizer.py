@@ -170,13 +170,13 @@ class WordPieceTokenizer:
         for batch in (texts, pairs):
             if isinstance(batch, Text):
                 raise InputError("encode_batch takes a list of texts; for one text there is encode")
-        truncation = _truncation(truncation, max_length, pairs is not None)
-        padding = _padding(padding, max_length)
+        cut = _truncation(truncation, max_length, pairs is not None)
+        pad_to = _padding(padding, max_length)
         if np.dtype(dtype) not in (np.int32, np.int64):
             raise InputError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
         if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of < 2**31:
             raise InputError(f"pad_to_multiple_of is {pad_to_multiple_of}, expected at least 1")
-        if truncation and padding and max_length % (pad_to_multiple_of or 1):
+        if cut and pad_to and max_length is not None and max_length % (pad_to_multiple_of or 1):
             raise InputError(
                 f"max_length {max_length} is not a multiple of pad_to_multiple_of "
                 f"{pad_to_multiple_of}, so padded rows could be longer than it"
@@ -188,17 +188,17 @@ class WordPieceTokenizer:
                 pairs,
                 cls_sep=(self.vocab.cls, self.vocab.sep) if add_special_tokens else None,
                 pad=self.vocab.pad,
-                truncation=truncation,
+                truncation=cut,
                 max_length=max_length or 0,
-                padded=padding is not None,
-                width=max_length if padding == "max_length" else None,
+                padded=pad_to is not None,
+                width=max_length if pad_to == "max_length" else None,
                 multiple=pad_to_multiple_of or 1,
                 wide=np.dtype(dtype) == np.int64,
                 threads=threads,
             )
         except ValueError as error:
             raise InputError(str(error)) from None
-        return PaddedBatch(*arrays) if padding else FlatBatch(*arrays)
+        return PaddedBatch(*arrays) if pad_to else FlatBatch(*arrays)
 
     def encode_file(self, path: str | Path, *, threads: int | None = None) -> NDArray[np.int32]:
         """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
@@ -211,7 +211,8 @@ class WordPieceTokenizer:
             with open(path, "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     return np.zeros(0, np.int32)
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with mapped, memoryview(mapped) as data:
                     return self._core.encode_long(data, True, threads)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -50,13 +50,14 @@ class Vocab:
         path = Path(path)
         folder = path if path.is_dir() else path.parent
         if path.is_dir():
-            found = [path / name for name in ("vocab.txt", "tokenizer.json")]
-            path = next((file for file in found if file.exists()), None)
-            if path is None:
+            names = ("vocab.txt", "tokenizer.json")
+            found = [folder / name for name in names if (folder / name).exists()]
+            if not found:
                 raise InputError(
                     f"{folder} has neither vocab.txt nor tokenizer.json; "
                     "give a folder or a file with a WordPiece vocabulary"
                 )
+            path = found[0]
         data = _read(path)
         if path.suffix == ".json":
             pieces, said = _parse_tokenizer_json(path)
@@ -242,9 +243,12 @@ def _parse_tokenizer_json(path: Path) -> tuple[tuple[str, ...], bool | None]:
         if value != expected:
             raise InputError(f"{path}: {name} is {value!r}; only {expected!r} is supported")
     by_id = _pieces_by_id(path, model["vocab"])
+    added = top.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise InputError(f"{path}: added_tokens is {added!r}, expected a list")
     extra = [
         token.get("content")
-        for token in top.get("added_tokens") or []
+        for token in added
         if isinstance(token, dict) and model["vocab"].get(token.get("content")) != token.get("id")
     ]
     if extra:
@@ -257,17 +261,17 @@ def _parse_tokenizer_json(path: Path) -> tuple[tuple[str, ...], bool | None]:
 
 
 def _pieces_by_id(path: Path, vocab: dict[str, Json]) -> tuple[str, ...]:
-    pieces: list[str | None] = [None] * len(vocab)
+    pieces: dict[int, str] = {}
     for piece, id in vocab.items():
         if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < len(vocab):
             raise InputError(
                 f"{path}: piece {piece!r} has id {id!r}; expected every id from 0 to "
                 f"{len(vocab) - 1} once"
             )
-        if pieces[id] is not None:
+        if id in pieces:
             raise InputError(f"{path}: pieces {pieces[id]!r} and {piece!r} both have id {id}")
         pieces[id] = piece
-    return tuple(pieces)
+    return tuple(pieces[id] for id in range(len(vocab)))
 
 
 def _configured_lowercase(folder: Path) -> bool | None:

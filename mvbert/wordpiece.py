@@ -152,7 +152,7 @@ def _lower(char: str) -> str:
 
 @cache
 def _combining_classes() -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for item in unicode_tables.COMBINING.split():
         value, _, spans = item.partition(":")
         for span in spans.split(","):
