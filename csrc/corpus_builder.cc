@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <system_error>
 #include <utility>
 
 #include "philox.h"
@@ -318,7 +319,12 @@ CorpusBuilder::CorpusBuilder(const CorpusOptions& options)
   if (!(options.heldout_share >= 0 && options.heldout_share < 1)) {
     throw std::invalid_argument("heldout_share must lie in [0, 1)");
   }
-  for (int i = 0; i < options.threads; ++i) threads_.emplace_back([this] { Work(); });
+  threads_.reserve(options.threads);
+  try {
+    for (int i = 0; i < options.threads; ++i) threads_.emplace_back([this] { Work(); });
+  } catch (const std::system_error&) {
+    if (threads_.empty()) throw;  // otherwise those that could be had do the work
+  }
 }
 
 CorpusBuilder::~CorpusBuilder() {

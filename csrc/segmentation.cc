@@ -1,13 +1,11 @@
 #include "segmentation.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <thread>
+
+#include "share.h"
 
 namespace mvbert {
 
@@ -33,33 +31,18 @@ Segmentation SegmentLexicon(std::string_view bytes, const std::uint64_t* word_en
   // Each chunk of words has its own vectors, whose ends count from the chunk's first piece.
   const std::size_t chunks = (words + kChunkWords - 1) / kChunkWords;
   std::vector<Segmentation> parts(chunks);
-  std::atomic<std::size_t> next{0};
-  std::mutex error_mutex;
-  std::exception_ptr error;
-  auto work = [&] {
-    try {
-      for (std::size_t c = next++; c < chunks; c = next++) {
-        Segmentation& part = parts[c];
-        const std::size_t end = std::min(words, (c + 1) * kChunkWords);
-        part.ends.reserve(end - c * kChunkWords);
-        for (std::size_t w = c * kChunkWords; w < end; ++w) {
-          const std::uint64_t begin = w == 0 ? 0 : word_ends[w - 1];
-          wordpiece.Cut(bytes.substr(begin, word_ends[w] - begin), &part.ids);
-          part.ends.push_back(static_cast<std::uint32_t>(part.ids.size()));
-        }
+  Share(chunks, threads, [&](auto&& next) {
+    for (std::size_t c; next(&c);) {
+      Segmentation& part = parts[c];
+      const std::size_t end = std::min(words, (c + 1) * kChunkWords);
+      part.ends.reserve(end - c * kChunkWords);
+      for (std::size_t w = c * kChunkWords; w < end; ++w) {
+        const std::uint64_t begin = w == 0 ? 0 : word_ends[w - 1];
+        wordpiece.Cut(bytes.substr(begin, word_ends[w] - begin), &part.ids);
+        part.ends.push_back(static_cast<std::uint32_t>(part.ids.size()));
       }
-    } catch (...) {
-      const std::lock_guard<std::mutex> lock(error_mutex);
-      error = std::current_exception();
-      next = chunks;
     }
-  };
-  std::vector<std::thread> others;
-  const std::size_t useful = std::min<std::size_t>(static_cast<std::size_t>(threads), chunks);
-  for (std::size_t i = 1; i < useful; ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-  if (error) std::rethrow_exception(error);
+  });
 
   std::size_t pieces = 0;
   for (const Segmentation& part : parts) pieces += part.ids.size();

@@ -8,6 +8,7 @@
 #include <limits>
 #include <mutex>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 #include <unordered_set>
 #include <utility>
@@ -20,7 +21,8 @@ namespace {
 constexpr std::size_t kCodePoints = 0x110000;
 constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
 
-// Runs body(thread) on `threads` threads and rethrows the first exception.
+// Calls body(i) for each i of [0, threads), on a thread of its own where one can be had, and
+// rethrows the first exception.
 void RunThreads(int threads, const std::function<void(int)>& body) {
   std::exception_ptr error;
   std::mutex mutex;
@@ -33,8 +35,15 @@ void RunThreads(int threads, const std::function<void(int)>& body) {
     }
   };
   std::vector<std::thread> pool;
-  for (int thread = 1; thread < threads; ++thread) pool.emplace_back(guarded, thread);
+  pool.reserve(threads);
+  int thread = 1;
+  try {
+    for (; thread < threads; ++thread) pool.emplace_back(guarded, thread);
+  } catch (const std::system_error&) {
+    // No more threads to be had: this one does the rest.
+  }
   guarded(0);
+  for (; thread < threads; ++thread) guarded(thread);
   for (std::thread& t : pool) t.join();
   if (error) std::rethrow_exception(error);
 }

@@ -1,6 +1,10 @@
 """The lexicon, the builder's blocks and states, and merging, below their Python manners."""
 
 import collections
+import os
+import resource
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -160,6 +164,68 @@ def test_a_state_that_cannot_be_is_refused(words, train, message):
     build = builder()
     with pytest.raises(ValueError, match=message):
         build.restore(words, np.array(train, np.uint32), build.totals())
+
+
+# ---- threads that cannot be had --------------------------------------------------------------
+
+FEW_THREADS = """
+import resource, threading
+import numpy as np
+from mvbert import _tokenizer
+
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (9 << 29), -1))  # four stacks of a GiB and a half
+
+stop = threading.Event()
+others = [threading.Thread(target=stop.wait) for _ in range(16)]
+try:
+    for started, other in enumerate(others):
+        other.start()
+except RuntimeError:
+    pass
+stop.set()
+for other in others[:started]:
+    other.join()
+assert 0 < started < 15, started
+
+text = b" ".join(b"w%x" % (i * i % 99991) for i in range(200_000))
+for threads in (1, 16):
+    builder = _tokenizer.CorpusBuilder(
+        lowercase=True, heldout_share=0, seed=0, replace=False, threads=threads, block_bytes=9999
+    )
+    builder.begin_source(0, "train")
+    builder.add_text(text)
+    builder.flush()
+    ids = np.concatenate(builder.take()[0])
+    data, ends, counts, final_ids = builder.lexicon(ids[:0])
+    pieces, *_ = _tokenizer.learn_vocab(data, ends, counts, 500, 1.0, threads)
+    wordpiece = _tokenizer.WordPiece(pieces, 1)
+    cut = _tokenizer.segment_lexicon(data, ends, wordpiece, threads)
+    result = [final_ids[ids], data, ends, counts, *cut, np.array(pieces)]
+    if threads == 1:
+        expected = result
+assert all(np.array_equal(a, b) for a, b in zip(expected, result, strict=True))
+print("same")
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_with_fewer_threads_than_asked_for(root):
+    """Where no more threads can be had, those that are there do the work."""
+
+    def large_stacks():
+        _, most = resource.getrlimit(resource.RLIMIT_STACK)
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, most))
+
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_THREADS],
+        env={**os.environ, "PYTHONPATH": str(root), "OPENBLAS_NUM_THREADS": "1"},
+        preexec_fn=large_stacks,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("same\n", 0), done.stderr
 
 
 # ---- bad calls -------------------------------------------------------------------------------
