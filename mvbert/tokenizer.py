@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,57 @@ class MixedEncoding:
     ids: NDArray[np.int32]  # [n]
     word_starts: NDArray[np.int32]  # [words]; word w is ids[word_starts[w] : word_starts[w + 1]]
     from_student: NDArray[np.bool_]  # [words]
+
+
+class MixedBatch:
+    """Texts cut by two vocabularies, one after another; batch[i] is the `MixedEncoding` of text i.
+
+    Where words begin and who cut them is found out when it is asked for.
+
+    Attributes:
+        ids: [N] int32; text i is ids[offsets[i] : offsets[i + 1]].
+        offsets: [B + 1] int64.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        begins_word: NDArray[np.bool_],
+        teacher_size: int,
+    ) -> None:
+        self.ids = ids
+        self.offsets = offsets
+        self._begins_word = begins_word  # by joint id
+        self._teacher_size = teacher_size
+
+    @cached_property
+    def word_starts(self) -> NDArray[np.int64]:
+        """[words], of all texts: word w is ids[word_starts[w] : word_starts[w + 1]]."""
+        return np.flatnonzero(self._begins_word[self.ids])
+
+    @cached_property
+    def word_offsets(self) -> NDArray[np.int64]:
+        """[B + 1]: text i has words [word_offsets[i], word_offsets[i + 1])."""
+        return np.searchsorted(self.word_starts, self.offsets)
+
+    @cached_property
+    def from_student(self) -> NDArray[np.bool_]:
+        """[words]: whether the student's vocabulary cut it."""
+        return self.ids[self.word_starts] >= self._teacher_size
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, text: int) -> MixedEncoding:
+        text = range(len(self))[text]
+        begin, end = self.offsets[text : text + 2]
+        words = slice(*self.word_offsets[text : text + 2])
+        return MixedEncoding(
+            self.ids[begin:end],
+            (self.word_starts[words] - begin).astype(np.int32),
+            self.from_student[words],
+        )
 
 
 class WordPieceTokenizer:
@@ -131,7 +183,12 @@ class WordPieceTokenizer:
             ids [n] and spans [n, 2]: piece i has its letters in text[spans[i, 0] : spans[i, 1]]
             (characters, not bytes). Deleted characters and stripped accents at a piece's edge are
             not in its span.
+
+        Raises:
+            InputError: a text of 2^31 characters or more, whose places would not fit into int32.
+            ValueError: bytes that are not UTF-8.
         """
+        _check_size(text)
         return self._core.encode_spans(text, True)
 
     def encode_batch(
@@ -299,6 +356,10 @@ class MixedTokenizer:
             teacher=_tokenizer.WordPiece(list(self.teacher.pieces), self.teacher.unk),
             student=_tokenizer.WordPiece(list(self.student.pieces), self.student.unk),
         )
+        # By joint id. No word begins with ##: # is punctuation, a word of its own.
+        self._begins_word = np.array(
+            [not piece.startswith("##") for v in (self.teacher, self.student) for piece in v]
+        )
 
     def __reduce__(self) -> tuple:
         return type(self), (self.teacher, self.student)
@@ -314,9 +375,42 @@ class MixedTokenizer:
             seed: of [0, 2^64).
             number: the text's own number, of [0, 2^64): texts with different numbers have
                 independent coins.
+
+        Raises:
+            InputError: an argument out of range, or a text of 2^31 characters or more.
+            ValueError: bytes that are not UTF-8; the message has the offset.
         """
+        _check_size(text)
         coin = _coin(student_prob, seed, number)
         return MixedEncoding(*self._core.encode_words(text, False, *coin))
+
+    def offsets(
+        self, text: Text, *, student_prob: float = 0.5, seed: int = 0, number: int = 0
+    ) -> tuple[MixedEncoding, NDArray[np.int32]]:
+        """What `encode` gives, and where each piece lies in the text.
+
+        Returns:
+            The encoding and spans [n, 2], which mean what `WordPieceTokenizer.offsets` says.
+        """
+        encoding = self.encode(text, student_prob=student_prob, seed=seed, number=number)
+        lengths = np.diff(encoding.word_starts, append=len(encoding.ids))
+        spans = np.empty((len(encoding.ids), 2), np.int32)
+        for student, core in enumerate((self._core, self._student_core)):
+            # All words as one vocabulary cuts them; of these, the words that it is to cut.
+            ids, all_spans = core.encode_spans(text, False)
+            starts = np.flatnonzero(self._begins_word[ids + student * self.teacher.size])
+            words = encoding.from_student == bool(student)
+            all_lengths = np.diff(starts, append=len(ids))
+            spans[np.repeat(words, lengths)] = all_spans[np.repeat(words, all_lengths)]
+        return encoding, spans
+
+    @cached_property
+    def _student_core(self) -> _tokenizer.Tokenizer:
+        """The student's pieces alone."""
+        return _tokenizer.Tokenizer(
+            lowercase=self.student.lowercase,
+            teacher=_tokenizer.WordPiece(list(self.student.pieces), self.student.unk),
+        )
 
     def encode_batch(
         self,
@@ -326,13 +420,30 @@ class MixedTokenizer:
         seed: int = 0,
         first_number: int = 0,
         threads: int | None = None,
-    ) -> FlatBatch:
-        """Cuts texts; text i has number first_number + i. Threads do not change the result."""
+    ) -> MixedBatch:
+        """Cuts texts; text i has number first_number + i. Threads do not change the result.
+
+        Raises:
+            InputError: an argument out of range, or bytes that are not UTF-8 (the message has the
+                text's number and the offset).
+        """
         if isinstance(texts, Text):
             raise InputError("encode_batch takes a list of texts; for one text there is encode")
         coin = _coin(student_prob, seed, first_number)
-        ids, offsets = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
-        return FlatBatch(ids, offsets, np.zeros(len(ids), np.uint8))
+        try:
+            arrays = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return MixedBatch(*arrays, self._begins_word, self.teacher.size)
+
+
+def _check_size(text: Text) -> None:
+    """Refuses a text whose places do not fit into int32."""
+    if len(text) >= 2**31:
+        raise InputError(
+            f"the text has {len(text)} characters or bytes; places are 32-bit, so at most "
+            f"{2**31 - 1}: cut it into several texts"
+        )
 
 
 def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:

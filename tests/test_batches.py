@@ -163,6 +163,34 @@ def test_student_prob_is_the_share_of_student_words(stream):
         assert abs(share - p) <= slack
 
 
+def test_joint_ids_up_to_the_last_of_31_bits(stream):
+    """The usual rows with the ids of both vocabularies moved as far up as int32 goes."""
+    size, ids = 2**31 - 1 - STUDENT.vocab.size, TEACHER.ids
+    up = size - TEACHER.vocab.size
+    wide = Segmentation(TEACHER.ends, ids + up, Vocab(size))
+    rows, usual = (
+        Rows(stream, teacher=teacher, student=STUDENT, T=48, seed=1).read(0, 200)
+        for teacher in (wide, TEACHER)
+    )
+    for name in ("token_type_ids", "masked_positions"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(usual, name))
+    known = usual.labels != IGNORE_INDEX
+    np.testing.assert_array_equal(rows.labels[known], usual.labels[known] + up)
+    masked = np.zeros(rows.input_ids.shape, bool)
+    for row, positions in zip(masked, rows.masked_positions, strict=True):
+        row[positions] = True
+    # [CLS], [SEP] and what stands at masked places may be lower pieces of the large vocabulary.
+    plain = ~masked & (usual.input_ids % TEACHER.vocab.size >= 5)
+    np.testing.assert_array_equal(rows.input_ids[plain], usual.input_ids[plain] + up)
+    drawn = rows.input_ids[masked]
+    assert drawn.min() >= 0
+    assert ((drawn > 2**20) & (drawn < up)).any(), "no piece drawn from the large vocabulary"
+    assert rows.input_ids.max() >= size
+    wider = Segmentation(TEACHER.ends, ids, Vocab(size + 1))
+    with pytest.raises(InputError, match=r"together have more than 2\^31 - 1 pieces"):
+        Rows(stream, teacher=wider, student=STUDENT)
+
+
 # ---- shapes, buffers, description ------------------------------------------------------------
 
 

@@ -1,17 +1,20 @@
 """The tokenizers: ids, batches, offsets and files as Hugging Face's slow BertTokenizer has them."""
 
 import copy
+import mmap
 import multiprocessing
 import pickle
 import random
 import re
 import threading
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mvbert import _tokenizer
+from mvbert import vocab as vocab_module
 from mvbert.errors import InputError
 from mvbert.mixing import drawn, threshold
 from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer, save_tokenizer_files
@@ -311,6 +314,19 @@ def test_smallest_and_widest_vocabularies():
                 assert ids.tolist() == expected
 
 
+def test_ids_and_places_are_of_31_bits(tokenizer, mixed):
+    """What does not fit is refused before anything is made of it."""
+    with pytest.raises(InputError, match="has 2147483648 pieces; ids are 32-bit, so at most"):
+        vocab_module._check_pieces(range(2**31), "the vocabulary", "id", 0)
+    sizes = [SimpleNamespace(size=size, lowercase=True) for size in (2**31 - 100, 100)]
+    with pytest.raises(InputError, match=r"more than 2\^31 - 1 pieces together"):
+        MixedTokenizer(*sizes)
+    with mmap.mmap(-1, 2**31) as nothing, memoryview(nothing) as text:  # never touched
+        for read in (tokenizer.offsets, mixed.encode, mixed.offsets):
+            with pytest.raises(InputError, match="has 2147483648 characters or bytes"):
+                read(text)
+
+
 @pytest.mark.slow
 def test_a_line_of_a_gigabyte(tokenizer, tmp_path):
     """A file of one line and of one word: no place to cut, ids all the same."""
@@ -372,11 +388,51 @@ def test_mixed_ids_are_the_definitions(mixed, student_prob):
 
 
 def test_mixed_batches(mixed):
+    texts = TEXTS * 30
     for threads in (1, 5):
-        batch = mixed.encode_batch(TEXTS * 30, seed=7, first_number=2**40, threads=threads)
-        for i, row in enumerate(batch):
-            expected = mixed.encode((TEXTS * 30)[i], seed=7, number=2**40 + i)
-            assert row.tolist() == expected.ids.tolist()
+        batch = mixed.encode_batch(texts, seed=7, first_number=2**40, threads=threads)
+        assert len(batch) == len(texts)
+        for i, text in enumerate(batch):
+            expected = mixed.encode(texts[i], seed=7, number=2**40 + i)
+            for name in ("ids", "word_starts", "from_student"):
+                got, wanted = getattr(text, name), getattr(expected, name)
+                assert got.dtype == wanted.dtype
+                assert got.tolist() == wanted.tolist()
+        assert batch.ids.tolist() == np.concatenate([text.ids for text in batch]).tolist()
+        words = np.diff(batch.word_offsets)
+        assert words.tolist() == [len(basic_split(text)) for text in TEXTS] * 30
+        assert len(batch.word_starts) == len(batch.from_student) == words.sum()
+        assert batch[-1].ids.tolist() == batch[len(texts) - 1].ids.tolist()
+        with pytest.raises(IndexError):
+            batch[len(texts)]
+    empty = mixed.encode_batch([])
+    assert (len(empty), empty.word_offsets.tolist(), empty.from_student.tolist()) == (0, [0], [])
+    nothing = mixed.encode_batch(["", " "])
+    assert [text.word_starts.tolist() for text in nothing] == [[], []]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_mixed_offsets(lowercase):
+    """Those of each word's own vocabulary."""
+    teacher, student = Vocab(PIECES, lowercase), Vocab(STUDENT, lowercase)
+    mixed = MixedTokenizer(teacher, student)
+    for student_prob in (0, 0.5, 1):
+        for text in (text for text in TEXTS if "[" not in text):  # these are special in one of them
+            encoding, spans = mixed.offsets(text, student_prob=student_prob, seed=3, number=8)
+            expected = mixed.encode(text, student_prob=student_prob, seed=3, number=8)
+            assert encoding.ids.tolist() == expected.ids.tolist()
+            assert spans.shape == (len(expected.ids), 2)
+            if student_prob != 0.5:
+                alone = WordPieceTokenizer(student if student_prob else teacher)
+                assert spans.tolist() == alone.offsets(text)[1].tolist()
+            assert (spans[:, 0] < spans[:, 1]).all()
+            assert (np.diff(spans[:, 0]) >= 0).all()
+    encoding, spans = mixed.offsets("hello hello hello hello", seed=1)
+    assert 0 < encoding.from_student.sum() < 4
+    for word, student in enumerate(encoding.from_student):
+        places = spans[(encoding.word_starts[word] <= np.arange(len(spans)))][: 1 + student]
+        cut = [[0, 2], [2, 5]] if student else [[0, 5]]
+        assert (places - 6 * word).tolist() == cut
 
 
 def test_mixed_refuses(mixed):
@@ -388,6 +444,10 @@ def test_mixed_refuses(mixed):
     ]:
         with pytest.raises(InputError, match=message):
             mixed.encode("a", **options)
+    with pytest.raises(InputError, match="text 1 is not UTF-8: byte 0xff at offset 1"):
+        mixed.encode_batch(["a", b"b\xff"])
+    with pytest.raises(InputError, match="list of texts"):
+        mixed.encode_batch("hello")
     with pytest.raises(InputError, match="lowercase=True and the student's False"):
         MixedTokenizer(Vocab(PIECES), Vocab(STUDENT, lowercase=False))
 
@@ -499,20 +559,35 @@ def test_random_text_as_hugging_face(pair):
         assert ours.encode(text) == slow.encode(text), ascii(text)
 
 
-def test_saved_files_open(pair, tmp_path, shared_data):
+@pytest.mark.parametrize(("name", "lowercase"), SHARED[:2], ids=["uncased", "cased"])
+def test_transformers_opens_it(name, lowercase, shared_file, shared_data, tmp_path):
+    """`as_hf()` and what `AutoTokenizer` makes of a saved folder; of transformers 4 or 5."""
     transformers = pytest.importorskip("transformers")
-    ours, _ = pair
-    ours.save_pretrained(tmp_path)
-    auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    as_hf = ours.as_hf()
-    again = WordPieceTokenizer.from_pretrained(tmp_path)
-    assert again.vocab == ours.vocab
-    assert auto.model_max_length == 512
+    ours = WordPieceTokenizer.from_pretrained(shared_file(name), lowercase)
+    ours.save_pretrained(tmp_path / "saved")
+    assert WordPieceTokenizer.from_pretrained(tmp_path / "saved").vocab == ours.vocab
     lines = (shared_data / "small-ccby.txt").read_text(encoding="utf-8").split("\n")[:60]
-    for line in filter(None, lines):  # transformers takes an empty second text for none
-        expected = ours.encode(line, line[:50])
-        assert auto.encode(line, line[:50], verbose=False) == expected
-        assert as_hf.encode(line, line[:50], verbose=False) == expected
+    # (Of a pair, it is the other text that keeps the odd piece.)
+    rows = {"truncation": True, "max_length": 12, "padding": "max_length"}
+    expected = ours.encode_batch(lines, **rows)
+    for theirs in (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "saved"),
+        ours.as_hf(),
+        pickle.loads(pickle.dumps(ours.as_hf())),
+    ):
+        assert theirs.is_fast
+        assert (theirs.model_max_length, len(theirs)) == (512, len(ours))
+        for piece in SPECIAL_PIECES:
+            told = getattr(theirs, f"{piece.strip('[]').lower()}_token_id")
+            assert told == ours.vocab.ids[piece]
+        for line in filter(None, lines):  # transformers takes an empty second text for none
+            ids = ours.encode(line, line[:50])
+            assert theirs(line, line[:50], verbose=False)["input_ids"] == ids
+        got = theirs(lines, return_token_type_ids=True, **rows)
+        for field in ("input_ids", "token_type_ids", "attention_mask"):
+            assert got[field] == getattr(expected, field).tolist()
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert WordPieceTokenizer.from_pretrained(tmp_path / "theirs").vocab == ours.vocab
 
 
 def test_the_page_is_true(root, shared_file, tmp_path, monkeypatch):
@@ -522,7 +597,7 @@ def test_the_page_is_true(root, shared_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (root / "docs" / "tokenizer.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     names = {}
     for example in examples:
         exec(compile(example, "docs/tokenizer.md", "exec"), names)
