@@ -11,14 +11,12 @@ no stream; "datasets map" splits and cuts with the fast tokenizer into an Arrow 
 way to prepare text. Slow ones get the first megabytes only.
 """
 
-import atexit
 import collections
 import hashlib
 import lzma
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -52,23 +50,16 @@ class Text:
 
 
 @cache
-def folder() -> Path:
-    made = tempfile.TemporaryDirectory(prefix="mvbert-bench-")
-    atexit.register(made.cleanup)
-    return Path(made.name)
-
-
-@cache
 def text(megabytes: float | None = None) -> Text:
     """The text, or its first lines of that size."""
     if megabytes is not None:
         whole = text()
-        path = folder() / f"{megabytes:g}.txt"
+        path = harness.folder("corpus") / f"{megabytes:g}.txt"
         with whole.path.open("rb") as source:
             start = source.read(int(megabytes * 1e6))
         path.write_bytes(start[: start.rindex(b"\n") + 1])
         return Text(whole.name, path)
-    path = folder() / "text.txt"
+    path = harness.folder("corpus") / "text.txt"
     packed = [harness.DATA / f"wiki-train-0{i}.txt.xz" for i in range(2)]
     if all(part.exists() for part in packed):
         with path.open("wb") as out:
@@ -98,7 +89,7 @@ def corpus(megabytes: float | None = None):
     """The text as an opened corpus, nothing held out."""
     from mvbert.corpus import Corpus, build_corpus
 
-    out = folder() / f"corpus-{megabytes}"
+    out = harness.folder("corpus") / f"corpus-{megabytes}"
     build_corpus([text(megabytes).path], out, heldout_share=0.0)
     return Corpus.open(out)
 
@@ -138,9 +129,9 @@ class Build:
     def __call__(self, x: Text) -> None:
         from mvbert.corpus import build_corpus
 
-        shutil.rmtree(folder() / "out", ignore_errors=True)
+        shutil.rmtree(harness.folder("corpus") / "out", ignore_errors=True)
         self.began = time.perf_counter(), time.process_time()
-        build_corpus([x.path], folder() / "out", threads=self.threads)
+        build_corpus([x.path], harness.folder("corpus") / "out", threads=self.threads)
 
     def sample(self, calls: int) -> harness.Sample:
         wall = own = 0.0
@@ -247,7 +238,7 @@ def _(case: Case, device: str):
             cut, batched=True, remove_columns=["text"],
             num_proc=case.threads if case.threads > 1 else None,
         )  # fmt: skip
-        shutil.rmtree(folder() / "arrow", ignore_errors=True)
-        done.save_to_disk(folder() / "arrow")
+        shutil.rmtree(harness.folder("corpus") / "arrow", ignore_errors=True)
+        done.save_to_disk(harness.folder("corpus") / "arrow")
 
     return on_part(run, 8.0)

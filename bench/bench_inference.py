@@ -6,11 +6,9 @@ graphs are exported from the same folders by torch.onnx; int8 is ONNX Runtime's 
 of the weights. `megabytes` in the records is the size of the file that is loaded.
 """
 
-import atexit
 import contextlib
 import io
 import logging
-import tempfile
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -57,15 +55,13 @@ def folder(model: str) -> Path:
     from mvbert.model import MaskedLM
     from mvbert.vocab import Vocab
 
-    made = tempfile.TemporaryDirectory(prefix="mvbert-bench-")
-    atexit.register(made.cleanup)
     layers, H, heads, V = SHAPES[model]
     bert = MaskedLM(ModelConfig(V, H, layers, heads, 4 * H))
     bert.init_weights(0)
-    out = Path(made.name) / "model"
+    out = harness.folder("inference") / model
     out.mkdir()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    lines = Path(made.name) / "vocab.txt"
+    lines = harness.folder("inference") / "vocab.txt"
     lines.write_text("\n".join([*specials, *(f"w{i}" for i in range(V - 5))]) + "\n")
     write_model(out, bert, Vocab.load(lines, lowercase=True), "")
     return out
@@ -125,23 +121,19 @@ def work(case: Case, device: str) -> harness.Work:
     return harness.Work(flop=flop, bytes=size * weights, items=case.B, unit="rows")
 
 
-_truth: dict = {}
-
-
 def check(case: Case, x: torch.Tensor, outputs) -> dict:
     """Relative error of the hidden states against float64; int8 is only reported."""
-    if case not in _truth:
+    hidden, megabytes, bound = outputs
+
+    def truth() -> list[torch.Tensor]:
         from transformers import AutoModel
 
         model = AutoModel.from_pretrained(folder(case.model)).double().eval()
         with torch.no_grad():
-            _truth.clear()
-            _truth[case] = model(x[:1].cpu()).last_hidden_state
-    hidden, megabytes, bound = outputs
-    error = float((hidden[:1].double().cpu() - _truth[case]).norm() / _truth[case].norm())
-    if not error <= bound:
-        raise harness.Wrong(f"hidden states are off by {error:.2g} relative, more than {bound:g}")
-    return {"errors": {"hidden": harness.digits(error, 2)}, "megabytes": harness.digits(megabytes)}
+            return [model(x[:1].cpu()).last_hidden_state]
+
+    facts = harness.relative_errors(case, truth, [hidden[:1].cpu()], {"hidden": bound})
+    return {**facts, "megabytes": harness.digits(megabytes)}
 
 
 BENCH = harness.Bench(

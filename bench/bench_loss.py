@@ -76,25 +76,6 @@ def work(case: Case, device: str) -> harness.Work:
     return harness.Work(flop=6.0 * case.N * case.V * case.H, bytes=2.0 * size * tensors)
 
 
-def truth(x: Inputs, with_bias: bool) -> list[Tensor]:
-    """Loss and gradients in float64, 512 rows at a time."""
-    N = x.hidden.shape[0]
-    hidden, weight, bias = (
-        t.detach().double().requires_grad_() for t in (x.hidden, x.weight, x.bias)
-    )
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for begin in range(0, N, 512):
-        rows = slice(begin, begin + 512)
-        logits = hidden[rows] @ weight.T + (bias if with_bias else 0)
-        part = F.cross_entropy(logits, x.labels[rows], reduction="sum") / N
-        part.backward()
-        total += part.detach()
-    return [total, hidden.grad, weight.grad, *[bias.grad] * with_bias]
-
-
-_truth: dict = {}  # of the last case: the copy that is checked is the same for all providers
-
-
 def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:
     """Relative errors |out - truth| / |truth| of the loss and of each gradient.
 
@@ -103,18 +84,18 @@ def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:
     the problem without one, and its record says so.
     """
     with_bias = len(outputs) == 4
-    if (case, with_bias) not in _truth:
-        _truth.clear()
-        _truth[case, with_bias] = truth(x, with_bias)
+
+    def part(rows: slice, hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        logits = F.linear(hidden[rows], weight, *bias)
+        return F.cross_entropy(logits, x.labels[rows], reduction="sum") / case.N
+
+    def truth() -> list[Tensor]:
+        return harness.by_rows(part, case.N, (x.hidden, x.weight, x.bias)[: 2 + with_bias])
+
     bound = 2e-2 if x.hidden.dtype == torch.bfloat16 else 1e-4
-    errors = {}
-    names = ("loss", "hidden", "weight", "bias")
-    for name, got, true in zip(names, outputs, _truth[case, with_bias], strict=False):
-        error = float((got.detach().double() - true).norm() / true.norm())
-        errors[name] = harness.digits(error, 2)
-        if not error <= bound:
-            raise harness.Wrong(f"{name} is off by {error:.2g} relative, more than {bound:g}")
-    return {"errors": errors} if with_bias else {"errors": errors, "note": "no bias"}
+    bounds = dict.fromkeys(("loss", "hidden", "weight", "bias"), bound)
+    facts = harness.relative_errors((case, with_bias), truth, outputs, bounds)
+    return facts if with_bias else {**facts, "note": "no bias"}
 
 
 BENCH = harness.Bench("loss", cases=cases, inputs=inputs, work=work, check=check)

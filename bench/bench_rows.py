@@ -18,7 +18,7 @@ from functools import cache
 
 import harness
 import numpy as np
-from bench_corpus import corpus, folder, teacher_vocab
+from bench_corpus import corpus, teacher_vocab
 
 from mvbert import mixing
 from mvbert.batches import Batch, Rows
@@ -50,7 +50,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 def segmentations() -> dict:
     """The lexicon cut by teacher and student, the latter learned from it."""
     student = Vocab(tuple(learn_vocab(corpus().words, corpus().counts, 4928)))
-    student.save(folder() / "student.txt")
+    student.save(harness.folder("rows") / "student.txt")
     teacher = Vocab.load(teacher_vocab(), lowercase=True)
     return {"teacher": corpus().segment(teacher), "student": corpus().segment(student)}
 

@@ -13,18 +13,17 @@ the documentation strings of Python's standard library; the record names it. Lib
 empties what it remembers before each call. TF Text runs where bench/.venv-tf has it.
 """
 
-import atexit
 import json
 import lzma
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import harness
+from bench_corpus import teacher_vocab
 
 TF_PYTHON = harness.ROOT / "bench" / ".venv-tf" / "bin" / "python"
 TF_INSTALL = "python -m venv bench/.venv-tf && bench/.venv-tf/bin/pip install tensorflow-text"
@@ -82,13 +81,6 @@ class Material:
 
 
 @cache
-def folder() -> Path:
-    made = tempfile.TemporaryDirectory(prefix="mvbert-bench-")
-    atexit.register(made.cleanup)
-    return Path(made.name)
-
-
-@cache
 def text() -> tuple[str, str]:
     """(name, text): a paragraph a line."""
     shared = harness.DATA / "openstax.txt.xz"
@@ -97,7 +89,7 @@ def text() -> tuple[str, str]:
             return "openstax", source.read(12_000_000)
     from mvbert.demo import docstring_corpus
 
-    made = folder() / "stdlib.txt"
+    made = harness.folder("tokenizer") / "stdlib.txt"
     docstring_corpus(made, ["stdlib"])
     return "docstrings of Python's standard library", made.read_text(encoding="utf-8")
 
@@ -109,21 +101,13 @@ def vocabularies() -> Path:
     from mvbert.learner import learn_vocab
     from mvbert.vocab import Vocab
 
-    teacher = harness.DATA / "vocab.txt"
-    if not teacher.exists():
-        from mvbert.demo import default_teacher
-
-        teacher = default_teacher() / "vocab.txt"
-    Vocab.load(teacher, lowercase=True).save(folder() / "vocab.txt")
-    (folder() / "text.txt").write_text(text()[1], encoding="utf-8")
-    build_corpus([folder() / "text.txt"], folder() / "corpus")
-    corpus = Corpus.open(folder() / "corpus")
-    import numpy as np
-
-    lexicon = (corpus.words.data.tobytes(), np.asarray(corpus.words.ends))
-    pieces = learn_vocab(lexicon, np.asarray(corpus.counts), 4928)
-    (folder() / "student.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
-    return folder() / "vocab.txt"
+    out = harness.folder("tokenizer")
+    Vocab.load(teacher_vocab(), lowercase=True).save(out / "vocab.txt")
+    (out / "text.txt").write_text(text()[1], encoding="utf-8")
+    build_corpus([out / "text.txt"], out / "corpus")
+    corpus = Corpus.open(out / "corpus")
+    Vocab(tuple(learn_vocab(corpus.words, corpus.counts, 4928))).save(out / "student.txt")
+    return out / "vocab.txt"
 
 
 @cache
@@ -140,7 +124,8 @@ def material(kind: str, megabytes: float) -> Material:
                 texts.append(" ".join(block))
                 block = []
     sizes = tuple(len(one.encode()) for one in texts)
-    made = Material(name, folder() / f"{kind}-{megabytes:g}.json", vocabularies(), sizes)
+    file = harness.folder("tokenizer") / f"{kind}-{megabytes:g}.json"
+    made = Material(name, file, vocabularies(), sizes)
     count, _ = made.prefix(megabytes * 1e6)
     made.texts.write_text(json.dumps(texts[:count]), encoding="utf-8")
     return Material(name, made.texts, made.vocab, sizes[:count])

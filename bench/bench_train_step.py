@@ -118,40 +118,32 @@ def config(case: Case):
     return TrainConfig(rows=case.B, lr=1e-4, steps=10**6, warmup=0.0, cuda_graph="auto")
 
 
-_truth: dict = {}
-
-
 def check(case: Case, x: dict, outputs) -> dict:
     """First loss and gradient norm against float32 without dropout."""
-    loss, norm = (float(value) for value in outputs[:2])
+    loss, norm = (torch.as_tensor(float(value)) for value in outputs[:2])
     if len(outputs) > 2:  # another task on other labels: only that it is sane
         if not (0 < loss < 12 and norm > 0):
             raise harness.Wrong(f"loss {loss}, gradient norm {norm}")
         return {}
-    if case not in _truth:
+
+    def truth() -> list[torch.Tensor]:
+        from mvbert.model import DeviceBatch
+
         model = start(case).train().to(x["input_ids"].device)
         for module in model.modules():
             for name in ("dropout", "hidden_dropout", "attention_dropout"):
                 if hasattr(module, name):
                     setattr(module, name, 0.0)
-        from mvbert.model import DeviceBatch
-
         batch = DeviceBatch.part(x, slice(None))
         hidden = model.encode(batch.input_ids, batch.token_type_ids)
         true = model.losses(model.masked_hidden(hidden, batch.masked_index), batch.labels).mean()
         true.backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        _truth.clear()
-        _truth[case] = float(true.detach()), float(nn.utils.get_total_norm(gradients))
-    errors = {
-        "loss": abs(loss / _truth[case][0] - 1),
-        "norm": abs(norm / _truth[case][1] - 1),
-    }
+        return [true.detach().cpu(), nn.utils.get_total_norm(gradients).cpu()]
+
     # Dropout itself moves the norm.
-    for name, bound in (("loss", 0.005), ("norm", 0.3 if case.dropout else 0.02)):
-        if not errors[name] < bound:
-            raise harness.Wrong(f"{name} is off by {errors[name]:.2g}, more than {bound}")
-    return {"errors": {name: harness.digits(value, 2) for name, value in errors.items()}}
+    bounds = {"loss": 0.005, "norm": 0.3 if case.dropout else 0.02}
+    return harness.relative_errors(case, truth, (loss, norm), bounds)
 
 
 BENCH = harness.Bench(

@@ -27,6 +27,7 @@ on a line, appended, never edited; the run it belongs to is described by a line 
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import importlib.metadata
@@ -36,10 +37,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,14 @@ class Bench:
 def default_dtype(device: str) -> str:
     """bfloat16 on a GPU, float32 on a CPU."""
     return "bfloat16" if device == "cuda" else "float32"
+
+
+@cache
+def folder(name: str) -> Path:
+    """A bench's own folder, gone when this process ends."""
+    made = tempfile.TemporaryDirectory(prefix=f"mvbert-bench-{name}-")
+    atexit.register(made.cleanup)
+    return Path(made.name)
 
 
 # ---- clocks --------------------------------------------------------------------------------------
@@ -297,6 +308,47 @@ def cpu_peak(bench: Bench, case_number: int, provider: Provider, quick: bool) ->
         print(f"    no peak memory: {done.stderr.strip().splitlines()[-1:]}", flush=True)
         return None
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+# ---- gates ---------------------------------------------------------------------------------------
+
+_truth: dict = {}  # of the last problem: what is checked is the same copy for all providers
+
+
+def relative_errors(
+    key: Any, truth: Callable[[], Sequence[Any]], outputs: Sequence[Any], bounds: dict[str, float]
+) -> dict:
+    """The facts {"errors": name -> |out - truth| / |truth|}; raises Wrong above a bound, or NaN.
+
+    Args:
+        key: says which problem it is; `truth()` gives what is right in float64, once a problem.
+        outputs: tensors, perhaps fewer than there are bounds.
+        bounds: name of each output -> the largest error.
+    """
+    if key not in _truth:
+        _truth.clear()
+        _truth[key] = truth()
+    errors = {}
+    for (name, bound), got, true in zip(bounds.items(), outputs, _truth[key], strict=False):
+        error = float((got.detach().double() - true).norm() / true.norm())
+        errors[name] = digits(error, 2)
+        if not error <= bound:
+            raise Wrong(f"{name} is off by {error:.2g} relative, more than {bound:g}")
+    return {"errors": errors}
+
+
+def by_rows(part: Callable[..., Any], N: int, tensors: Iterable[Any]) -> list[Any]:
+    """A loss over N rows and its gradients in float64, 512 rows at a time.
+
+    `part(rows, *tensors)` is what the rows of a slice add to the loss.
+    """
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    total = 0.0
+    for begin in range(0, N, 512):
+        loss = part(slice(begin, begin + 512), *wide)
+        loss.backward()
+        total = loss.detach() + total
+    return [total, *(tensor.grad for tensor in wide)]
 
 
 # ---- what a run was made with --------------------------------------------------------------------

@@ -175,6 +175,24 @@ def test_a_lost_device_is_told_from_a_failing_peer(device, harness, bench):
         run_on(device, harness, bench, only=["raising", "absent"])
 
 
+def test_errors_are_told_and_bounded(harness):
+    calls = []
+
+    def truth():
+        calls.append(1)
+        return [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor(2.0)]
+
+    bounds = {"out": 0.3, "loss": 0.01}
+    right = torch.tensor([3.0, 5.0])
+    facts = harness.relative_errors("key", truth, [right, torch.tensor(2.0)], bounds)
+    assert facts == {"errors": {"out": 0.2, "loss": 0.0}}
+    assert harness.relative_errors("key", truth, [right], bounds) == {"errors": {"out": 0.2}}
+    assert len(calls) == 1
+    for bad in (2.03, float("nan")):
+        with pytest.raises(harness.Wrong, match="loss is off by"):
+            harness.relative_errors("key", truth, [right, torch.tensor(bad)], bounds)
+
+
 def test_percentiles(harness):
     assert harness.percentiles([3.0, 1.0, 2.0]) == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
 
