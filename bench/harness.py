@@ -425,26 +425,31 @@ class Entry:
     samples: list[Sample] = field(default_factory=list)
 
 
-def run_bench(
-    bench: Bench,
-    *,
-    device: str,
-    quick: bool,
-    emit: Callable[[dict], None],
-    only: Sequence[str] = (),
-    without: Sequence[str] = (),
-    rounds: int | None = None,
-    budget: float | None = None,
-    toy: bool = False,
-) -> list[dict]:
-    """Measures every case and provider; `emit` gets each record as soon as its case is done.
+@dataclass(frozen=True)
+class Settings:
+    """How a bench is run.
 
     Args:
+        device: cpu or cuda.
+        quick: fewer cases, shorter measurements.
         only: names of providers; empty: all.
         without: names of providers to leave out.
         rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
         budget: seconds for the rounds of one case; None: 60, or 6 when quick.
         toy: the first case alone, shrunk, two rounds: to see that everything runs.
+    """
+
+    device: str
+    quick: bool
+    only: Sequence[str] = ()
+    without: Sequence[str] = ()
+    rounds: int | None = None
+    budget: float | None = None
+    toy: bool = False
+
+
+def run_bench(bench: Bench, how: Settings, emit: Callable[[dict], None]) -> list[dict]:
+    """Measures every case and provider; `emit` gets each record as soon as its case is done.
 
     Raises:
         Lost: a provider left the device unusable; the exception's argument is its name.
@@ -453,16 +458,12 @@ def run_bench(
 
     threads = torch.get_num_threads()
     torch.set_num_threads(bench.threads or threads)
-    cases = bench.cases(device, quick)
-    if toy:
-        cases, rounds = [shrunk(cases[0])], 2
-    budget = budget or (6.0 if quick else 60.0)
-    # Tens of milliseconds are long for events, short for a clock on a busy host.
-    target = bench.seconds / (1 if not quick else 10 if device == "cuda" else 4)
-    settings = Settings(device, quick, only, without, rounds, budget, target, toy)
+    cases = bench.cases(how.device, how.quick)
+    if how.toy:
+        cases = [shrunk(cases[0])]
     records: list[dict] = []
     stream: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if device == "cuda":
+    if how.device == "cuda":
         stream = torch.cuda.stream(torch.cuda.Stream())
 
     def keep(record: dict) -> None:
@@ -477,26 +478,12 @@ def run_bench(
             # providers of a case, which would make the first compile again while it is timed.
             if "torch._dynamo" in sys.modules:
                 torch.compiler.reset()
-            run_case(bench, case, number, settings, keep)
+            run_case(bench, case, number, how, keep)
             gc.collect()
-            if device == "cuda":
+            if how.device == "cuda":
                 torch.cuda.empty_cache()
     torch.set_num_threads(threads)
     return records
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a bench is run, see `run_bench`."""
-
-    device: str
-    quick: bool
-    only: Sequence[str]
-    without: Sequence[str]
-    rounds: int | None
-    budget: float
-    target: float  # seconds of one measurement
-    toy: bool
 
 
 def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable) -> None:
@@ -549,11 +536,14 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
                 check_device(device, provider.name)
         else:
             entries.append(entry)
-    each(lambda entry: warm_up(entry, copies, device, how.target, quick), tuple(entries))
+    # Tens of milliseconds are long for events, short for a clock on a busy host.
+    target = bench.seconds / (1 if not quick else 10 if device == "cuda" else 4)
+    each(lambda entry: warm_up(entry, copies, device, target, quick), tuple(entries))
     # On a GPU a measurement goes over its calls twice: by the clock, and between events.
     twice = 2 if device == "cuda" else 1
     per_round = twice * sum(entry.calls * entry.seconds for entry in entries)
-    turns = how.rounds or max(5, min(30, int(how.budget / max(per_round, 1e-9))))
+    budget = how.budget or (6.0 if quick else 60.0)
+    turns = 2 if toy else how.rounds or max(5, min(30, int(budget / max(per_round, 1e-9))))
 
     def sample(entry: Entry) -> None:
         entry.samples.append(measure(entry.run, copies, entry.calls, device))

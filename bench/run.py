@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,13 +72,11 @@ def main() -> None:
         return
     run = harness.run_record(chosen, args.device, args.quick, args.only)
     emit = harness.appender(None if args.no_output else args.output, run)
+    how = harness.Settings(**{f.name: getattr(args, f.name) for f in fields(harness.Settings)})
     records = []
     for bench in chosen:
         try:
-            records += harness.run_bench(
-                bench, device=args.device, quick=args.quick, emit=emit, only=args.only,
-                without=args.without, rounds=args.rounds, budget=args.budget, toy=args.toy,
-            )  # fmt: skip
+            records += harness.run_bench(bench, how, emit)
         except harness.Lost as lost:
             again(str(lost))
         emit({"record": "end", "bench": bench.name})

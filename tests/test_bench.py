@@ -64,7 +64,7 @@ def test_only_what_is_right_is_timed(harness, bench, tmp_path):
     file = tmp_path / "double.jsonl"
     run = harness.run_record([bench], "cpu", quick=True)
     emit = harness.appender(file, run)
-    harness.run_bench(bench, device="cpu", quick=True, emit=emit, toy=True)
+    harness.run_bench(bench, harness.Settings("cpu", quick=True, toy=True), emit)
     first, *records = [json.loads(line) for line in file.read_text().splitlines()]
     assert first["record"] == "run"
     assert first["torch"] == torch.__version__
@@ -91,9 +91,8 @@ def test_who_fails_while_timed_leaves_and_the_rest_goes_on(harness, bench):
         return x * 2
 
     bench.provider("failing later")(lambda case, device: third_call_fails)
-    records = harness.run_bench(
-        bench, device="cpu", quick=True, emit=lambda record: None, toy=True, without=["wrong"]
-    )
+    how = harness.Settings("cpu", quick=True, toy=True, without=["wrong"])
+    records = harness.run_bench(bench, how, lambda record: None)
     found = {record["provider"]: record for record in records}
     assert found["failing later"]["failed"] == "RuntimeError: no more"
     assert "ms" not in found["failing later"]
@@ -146,9 +145,8 @@ def device(harness, monkeypatch):
 
 def run_on(device, harness, bench, **options):
     bench.memory = True
-    records = harness.run_bench(
-        bench, device="cuda", quick=True, emit=lambda record: None, toy=True, **options
-    )
+    how = harness.Settings("cuda", quick=True, toy=True, **options)
+    records = harness.run_bench(bench, how, lambda record: None)
     return {record["provider"]: record for record in records}
 
 
