@@ -138,7 +138,7 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]
 def print_corpus_report(report: dict[str, Any]) -> None:
     """The report as a table, to stderr (stdout is for the JSON)."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     heldout = report["heldout"]
@@ -149,7 +149,8 @@ def print_corpus_report(report: dict[str, Any]) -> None:
     table.add_row("bytes of text", f"{report['bytes']:,}", "")
     console.print(table)
     if report["vocabularies"]:
-        table = Table("vocabulary", "pieces", "pieces per word", "whole words", "unknown")
+        column = Column("vocabulary", overflow="fold")  # paths that differ at their ends
+        table = Table(column, "pieces", "pieces per word", "whole words", "unknown")
         for name, cut in report["vocabularies"].items():
             table.add_row(
                 name,
