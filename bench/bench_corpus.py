@@ -34,7 +34,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"text to corpus, {self.threads} threads"
+        return f"text to corpus, {harness.threads(self.threads)}"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.words} rows, {self.threads} threads"
+        return f"{self.words} rows, {harness.threads(self.threads)}"
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -43,8 +43,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        return f"{self.task} {self.texts}, {threads}, {self.state}"
+        return f"{self.task} {self.texts}, {harness.threads(self.threads)}, {self.state}"
 
 
 def cases(device: str, quick: bool) -> list[Case]:

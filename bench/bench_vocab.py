@@ -31,7 +31,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.size} pieces from {self.megabytes:g} MB, {self.threads} threads"
+        return f"{self.size} pieces from {self.megabytes:g} MB, {harness.threads(self.threads)}"
 
 
 def cases(device: str, quick: bool) -> list[Case]:

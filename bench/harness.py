@@ -707,6 +707,11 @@ def fields_of(case: Any) -> dict:
     return {name: value for name, value in vars(case).items() if not name.startswith("_")}
 
 
+def threads(count: int) -> str:
+    """How labels say it."""
+    return f"{count} thread" + "s" * (count != 1)
+
+
 def label(case: Any) -> str:
     """What a case is called in tables: its fields, unless it says better."""
     own = getattr(case, "label", None)

@@ -262,6 +262,28 @@ def test_gpu_table_has_the_fastest_of_a_peer_and_says_what_it_lacks(bench_path, 
     assert "a GPU; torch 2.11; 2099-01-01, quick run." in text
 
 
+def test_who_is_faster_and_who_is_absent_is_said(bench_path):
+    import tables
+
+    def record(case, provider, ms=None, **more):
+        times = {} if ms is None else {"ms": {"p50": ms}}
+        return {"case": case, "provider": provider, **times, **more}
+
+    records = [record("a", "mvbert", 2.0), record("a", "quick", 1.0), record("a", "slow", 3.0)]
+    records += [record("a", "sha256", 0.1), record("a", "gone", skipped="not here")]
+    assert tables.faster_peers(records[:1]) == ""
+    assert "quick` in 1 of 1 cases, 2.00 x at most (a)." in tables.faster_peers(records)
+    records += [record("b", "mvbert", 2.0), record("b", "quick", 4.0), record("b", "slow", 1.0)]
+    records += [record("b", "gone", skipped="not here"), record("b", "off", wrong="by 1")]
+    assert tables.faster_peers(records) == (
+        "Faster than mvbert: `quick` in 1 of 2 cases, 2.00 x at most (a); `slow` in 1 of 2 cases, "
+        "2.00 x at most (b)."
+    )
+    assert tables.faster_peers([records[0], records[2]]).endswith(": none of these peers.")
+    cases = tables.by_case([*records, record("a", "off", 1.0)])
+    assert tables.not_timed(cases) == "- skipped: not here: gone\n- wrong: by 1: off (b)"
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(None, ""), (0.01234, "0.0123"), (12.34, "12.3"), (123456.0, "123,000")]
 )
