@@ -247,7 +247,7 @@ def test_files(tokenizer, tmp_path):
     path.write_text(text, encoding="utf-8", newline="")
     assert path.stat().st_size > 3 << 20  # more than two parts
     expected = tokenizer.encode(text, add_special_tokens=False)
-    for threads in (1, 3):
+    for threads in (0, 3, 64):
         assert tokenizer.encode_file(path, threads=threads).tolist() == expected
     path.write_bytes(b"")
     assert tokenizer.encode_file(path).tolist() == []
@@ -312,6 +312,17 @@ def test_smallest_and_widest_vocabularies():
                 assert ids.tolist() == [id + len(pieces) for id in wordpiece_.cut(word)]
                 ids, _, _ = mixed.encode_words(word, False, 0)
                 assert ids.tolist() == expected
+
+
+def test_words_of_a_million_letters(tokenizer, mixed):
+    unk = tokenizer.vocab.unk
+    for letters in ("x" * 10**6, "é" * 10**6, "x\0" * 10**6, "x\ud800" * 10**6):
+        assert tokenizer.encode(letters, letters) == [2, unk, 3, unk, 3]
+        assert tokenizer.encode_batch([letters] * 3, threads=2).ids.tolist() == [2, unk, 3] * 3
+        ids, spans = tokenizer.offsets(letters)
+        assert (ids.tolist(), spans.tolist()) == ([unk], [[0, len(letters.rstrip("\0\ud800"))]])
+        encoding, spans = mixed.offsets(letters, student_prob=1)
+        assert encoding.ids.tolist() == [len(PIECES) + mixed.student.unk]
 
 
 def test_ids_and_places_are_of_31_bits(tokenizer, mixed):
@@ -389,7 +400,7 @@ def test_mixed_ids_are_the_definitions(mixed, student_prob):
 
 def test_mixed_batches(mixed):
     texts = TEXTS * 30
-    for threads in (1, 5):
+    for threads in (0, 5, 64):
         batch = mixed.encode_batch(texts, seed=7, first_number=2**40, threads=threads)
         assert len(batch) == len(texts)
         for i, text in enumerate(batch):
