@@ -21,9 +21,11 @@ The dtype of `hidden` is the dtype of the products. The softmax and the sums ove
 these functions into autograd.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -34,6 +36,8 @@ CHUNK_BYTES = 32 << 20
 BLOCK_BYTES = 2 << 20
 # Columns of the vocabulary in one product.
 COLUMNS = 2048
+# Tables from here on are not taken from the heap, where freed memory waits for the next of a size.
+LARGE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,19 @@ def pitch(V: int) -> int:
 def chunk_rows(V: int, itemsize: int) -> int:
     """Rows of a chunk: as many as CHUNK_BYTES hold, within 64 .. 1024, where products are fast."""
     return max(64, min(1024, CHUNK_BYTES // (itemsize * pitch(V)) // 16 * 16))
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of the dtype and on the device of `like`.
+
+    Large ones on a CPU come from NumPy, which asks Linux for pages of 2 MB that are zero when they
+    come: torch.zeros takes pages of 4 KB, and writes what is zero already.
+    """
+    size = math.prod(shape) * like.element_size()
+    real = type(like) is Tensor and not torch.compiler.is_compiling()
+    if like.is_cuda or size < LARGE_BYTES or not real:
+        return like.new_zeros(shape)
+    return torch.from_numpy(numpy.zeros(size, numpy.uint8)).view(like.dtype).view(shape)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

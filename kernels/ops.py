@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mvbert.kernels import chunked
 from mvbert.kernels.chunked import Need, accumulator_dtype
@@ -590,6 +591,59 @@ def _mixed_embedding_backward(ctx, dhidden, dmean, drstd):
 
 
 mixed_embedding.register_autograd(_mixed_embedding_backward, setup_context=_save_mixed_embedding)
+
+
+@torch.library.custom_op("mvbert::gather_rows", mutates_args=())
+def gather_rows(
+    input_ids: Tensor,  # [.., T]
+    teacher_table: Tensor | None,  # [V_t, H]
+    student_rows: Tensor | None,  # [V_s, H]
+    padding_id: int,  # -1: none
+) -> Tensor:
+    """table[id] of table = [teacher; student], in plain PyTorch, without making that table."""
+    if teacher_table is None or student_rows is None:
+        table = student_rows if teacher_table is None else teacher_table
+        # F.embedding would give a view, to which nothing could be added in place.
+        out = table.new_empty(*input_ids.shape, table.shape[1])
+        torch.index_select(table, 0, input_ids.flatten(), out=out.view(-1, table.shape[1]))
+        return out
+    V = teacher_table.shape[0]
+    return torch.where(
+        (input_ids >= V)[..., None],
+        F.embedding((input_ids - V).clamp_(min=0), student_rows),
+        F.embedding(input_ids.where(input_ids < V, 0), teacher_table),
+    )
+
+
+@gather_rows.register_fake
+def _(input_ids, teacher_table, student_rows, padding_id):
+    tables = [table for table in (teacher_table, student_rows) if table is not None]
+    dtype = torch.promote_types(tables[0].dtype, tables[-1].dtype)
+    return tables[0].new_empty(*input_ids.shape, tables[0].shape[1], dtype=dtype)
+
+
+def _save_gather_rows(ctx, inputs, output):
+    input_ids, *tables, ctx.padding_id = inputs
+    ctx.sizes = [0 if table is None else table.shape[0] for table in tables]
+    ctx.save_for_backward(input_ids)
+
+
+def _gather_rows_backward(ctx, dout):
+    """One sum of both tables' rows, as the ids number them; a table without need has none."""
+    (ids,) = ctx.saved_tensors
+    need = ctx.needs_input_grad[1:3]
+    sizes = [V if n else 0 for V, n in zip(ctx.sizes, need, strict=True)]
+    last = sum(sizes)  # one row more, for the pieces that give no gradient
+    row = ids.long() - (0 if need[0] else ctx.sizes[0])
+    row = torch.where((row < 0) | (row >= last) | (ids == ctx.padding_id), last, row)
+    dout = dout.flatten(0, -2)
+    total = chunked.zeros(dout, last + 1, dout.shape[1])
+    total.scatter_add_(0, row.reshape(-1, 1).expand_as(dout), dout)
+    tables = (g if n else None for g, n in zip(total[:last].split(sizes), need, strict=True))
+    return None, *tables, None
+
+
+gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_gather_rows)
 
 
 # ---- residual + dropout + LayerNorm ------------------------------------------------------------

@@ -190,11 +190,14 @@ def mixed_embedding(
         )
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    V = sum(table.shape[0] for table in tables)
+    if padding_id is not None and not 0 <= padding_id < V:
+        raise ValueError(f"padding_id must lie in [0, {V}), got {padding_id}")
     if len(frequent_ids) > 2:
         raise ValueError(f"frequent_ids holds at most two ids, got {len(frequent_ids)}")
     backend = _backend(backend, input_ids)
     if not torch.compiler.is_compiling():
-        ops.check_range("input_ids", input_ids, sum(table.shape[0] for table in tables))
+        ops.check_range("input_ids", input_ids, V)
         if position_table is not None and position_ids is not None:
             ops.check_range("position_ids", position_ids, position_table.shape[0])
         if type_table is not None and token_type_ids is not None:
@@ -217,7 +220,9 @@ def mixed_embedding(
             token_type_ids, position_ids, ln_weight, ln_bias, seed, float(eps), float(dropout_p),
             -1 if padding_id is None else padding_id, list(frequent_ids), deterministic,
         )[0]  # fmt: skip
-    total = _gather(input_ids, teacher_table, student_rows, padding_id)
+    total = ops.gather_rows(
+        input_ids, teacher_table, student_rows, -1 if padding_id is None else padding_id
+    )
     # In place: the gathered rows are nobody else's, and a fresh [B, T, H] costs its page faults.
     if position_table is not None:
         if position_ids is None:
@@ -230,36 +235,10 @@ def mixed_embedding(
         else:
             # As a product: its gradient sums thousands of pieces into two rows at full speed.
             numbers = torch.arange(type_table.shape[0], device=total.device)
-            one_hot = (token_type_ids.reshape(-1, 1) == numbers).to(total.dtype)
-            total.view(-1, H).addmm_(one_hot, type_table.to(total.dtype))
+            one_hot = (token_type_ids[..., None] == numbers).to(total.dtype)
+            total.baddbmm_(one_hot, type_table.to(total.dtype).expand(B, -1, -1))
     hidden = F.layer_norm(total, (H,), ln_weight, ln_bias, eps)
     return F.dropout(hidden, dropout_p, training)
-
-
-def _gather(
-    input_ids: Tensor,
-    teacher_table: Tensor | None,
-    student_rows: Tensor | None,
-    padding_id: int | None,
-) -> Tensor:
-    """table[id] of [teacher; student], without making that table."""
-    if teacher_table is None or student_rows is None:
-        table = student_rows if teacher_table is None else teacher_table
-        assert table is not None
-        return F.embedding(input_ids, table, padding_idx=padding_id)
-    V = teacher_table.shape[0]
-    is_student = (input_ids >= V)[..., None]
-    of_teacher = F.embedding(
-        torch.where(is_student[..., 0], 0, input_ids),
-        teacher_table,
-        padding_idx=padding_id if padding_id is not None and padding_id < V else None,
-    )
-    of_student = F.embedding(
-        torch.where(is_student[..., 0], input_ids - V, 0),
-        student_rows,
-        padding_idx=padding_id - V if padding_id is not None and padding_id >= V else None,
-    )
-    return torch.where(is_student, of_student, of_teacher)
 
 
 def residual_layer_norm(

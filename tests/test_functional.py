@@ -211,21 +211,58 @@ def test_no_second_derivative_in_silence():
 # ---- embeddings --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding_id", [None, 3, 12])
+@pytest.mark.parametrize("tables", ["both", "teacher", "student", "frozen teacher"])
+@pytest.mark.parametrize("padding_id", [None, 3, -4])
 @pytest.mark.parametrize("positions", [False, True])
-def test_mixed_embedding(padding_id, positions):
-    ids = torch.randint(0, 16, (3, 7))
-    ids[0, :5] = torch.tensor([0, 10, 11, 15, 3])
+def test_mixed_embedding(padding_id, positions, tables, monkeypatch):
+    monkeypatch.setattr(chunked, "LARGE_BYTES", 0 if positions else 1 << 20)
+    teacher, student = parameters((11, 20), (5, 20))
+    V = {"teacher": 11, "student": 5}.get(tables, 16)
+    ids = torch.randint(0, V, (7, 3)).t()
+    ids[0, :4] = torch.tensor([0, 3, V - 4, V - 1])
     kinds = torch.randint(0, 2, (3, 7))
-    options = {"padding_id": padding_id}
+    options = {"padding_id": padding_id if padding_id is None else padding_id % V}
     if positions:
         options["position_ids"] = torch.randint(0, 9, (3, 7))
-    same(
-        lambda be, t, s, p, k, w, b: MF.mixed_embedding(
-            ids, t, s, p, k, kinds, w, b, backend=be, **options
-        ),
-        parameters((11, 20), (5, 20), (9, 20), (2, 20), (20,), (20,)),
+    known = {"teacher": [teacher, None], "student": [None, student]}.get(
+        tables, [teacher.detach(), student]
     )
+    wanted = [teacher, student] if tables == "both" else [t for t in known if t is not None][-1:]
+
+    def embed(backend, *inputs):
+        given = list(inputs[: len(wanted)]) if tables == "both" else known
+        return MF.mixed_embedding(
+            ids, *given, *inputs[len(wanted) : -2], kinds, *inputs[-2:], backend=backend, **options
+        )
+
+    same(embed, [*wanted, *parameters((9, 20), (2, 20), (20,), (20,))])
+
+
+def test_gradients_of_tables_have_their_dtypes(monkeypatch):
+    """A table in float32 and rows that autocast made in bfloat16: summed in float32."""
+    monkeypatch.setattr(chunked, "LARGE_BYTES", 0)
+    (teacher,), (student,) = parameters((11, 20), dtype=torch.float32), parameters((5, 20))
+    student = student.detach().bfloat16().requires_grad_()
+    ids, one = torch.tensor([[0, 11, 11, 15], [11, 3, 12, 15]]), torch.ones(20)
+    out = MF.mixed_embedding(ids, teacher, student, None, None, None, one, one)
+    wide = [t.detach().float().requires_grad_() for t in (teacher, student)]
+    true = MF.mixed_embedding(ids, *wide, None, None, None, one, one, backend="reference")
+    upstream = torch.randn_like(out)
+    found = torch.autograd.grad(out, (teacher, student), upstream)
+    expected = torch.autograd.grad(true, wide, upstream)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, true)
+    for a, b, table in zip(found, expected, (teacher, student), strict=True):
+        torch.testing.assert_close(a, b.to(table.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_large_zeros(dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "LARGE_BYTES", 1)
+    for shape in ((3, 5), (0, 5), (1, 1)):
+        found = chunked.zeros(torch.ones(2, dtype=dtype), *shape)
+        assert found.dtype == dtype
+        assert torch.equal(found, torch.zeros(shape, dtype=dtype))
 
 
 def test_projected_rows_are_the_projected_table():
@@ -391,6 +428,7 @@ def test_bad_loss_arguments(change, message):
         ({"token_type_ids": torch.tensor([[0, 2]])}, r"token_type_ids must lie in \[0, 2\), got 2"),
         ({"token_type_ids": torch.tensor([0, 1])}, r"token_type_ids \[B, T\] like input_ids"),
         ({"ln_weight": torch.ones(4)}, r"ln_weight \[H\] with H = 5, got \[4\]"),
+        ({"padding_id": 9}, r"padding_id must lie in \[0, 9\), got 9"),
         ({"dropout_p": 1.0}, r"dropout_p must lie in \[0, 1\), got 1.0"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -46,6 +46,7 @@ def test_embedding(both, dropout_p, draw, device):
         False,
     )  # fmt: skip
     torch.library.opcheck(ops.mixed_embedding, arguments, test_utils=TESTS)
+    torch.library.opcheck(ops.gather_rows, (ids, t, s if both else None, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
