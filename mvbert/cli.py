@@ -295,15 +295,22 @@ class InfoCommand:
 
     run_folder: Positional[Path]
     """Folder of a Stage I or Stage II run, or of a corpus."""
+    plot: Path | None = None
+    """Draw the run's loss curves into this file, a PNG."""
 
     def run(self) -> dict[str, Json]:
         if any((self.run_folder / name).exists() for name in ("train.u32", "lexicon.bytes")):
             from mvbert.corpus import run_corpus_info
 
+            if self.plot is not None:
+                raise InputError(f"--plot draws the losses of a run; {self.run_folder} is a corpus")
             return run_corpus_info(self.run_folder)
-        from mvbert.report import run_info
+        from mvbert.report import plot_run, run_info
 
-        return run_info(self.run_folder)
+        info = run_info(self.run_folder)
+        if self.plot is not None:
+            plot_run(self.run_folder, self.plot)
+        return info
 
 
 VERBS: dict[str, Any] = {

@@ -660,6 +660,7 @@ def test_the_verb_merges_and_reports(awkward, tmp_path, capsys, student_pieces):
     assert f"100.0% of the pieces of {other} are in {vocab}" in printed.err
 
     assert cli.main(["info", m]) == 0
+    assert cli.main(["info", m, "--plot", "loss.png"]) == 2
     printed = capsys.readouterr()
     assert json.loads(printed.out) == corpus_report(corpus, {})
     assert "every file has the SHA-256" in printed.err

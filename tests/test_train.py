@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvbert import checkpoint, device, huggingface, report, runs, train
+from mvbert import checkpoint, cli, device, huggingface, report, runs, train
 from mvbert.batches import Rows
 from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, to_dict
 from mvbert.corpus import Corpus, build_corpus
@@ -466,8 +466,8 @@ def test_a_run_folder_explains_itself(stage2, tmp_path):
 
 def test_loss_curves_are_drawn(stage2, tmp_path):
     pytest.importorskip("matplotlib")
-    stage2(tmp_path / "run")
-    report.plot_run(tmp_path / "run", tmp_path / "loss.png")
+    stage2(tmp_path / "run", description={"stage": 2, **describe(STAGE2)})
+    assert cli.main(["info", str(tmp_path / "run"), "--plot", str(tmp_path / "loss.png")]) == 0
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "run" / "log.jsonl").write_text("")
     with pytest.raises(InputError, match="no losses to draw yet"):
