@@ -50,8 +50,6 @@ softmax; `student_vocab.txt` the student's pieces.
         }[stage2.start]
         positions = "sine waves" if stage2.positions == "sinusoidal" else "random"
         began = f"Its positions\nstarted at {positions}, the encoder at random."
-        if stage2.encoder_start == "teacher":
-            began = "Its positions\nand its encoder started at the Stage I teacher's, projected."
         losses = "masked language modelling"
         if stage2.distill:
             losses += f" and distillation ({' + '.join(stage2.distill)}) from the Stage I teacher"

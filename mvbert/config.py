@@ -290,8 +290,6 @@ class Stage2Config(TrainConfig):
     """Student layers x hidden size."""
     start: Literal["stage1", "random"] = "stage1"
     """Where the student's embeddings come from."""
-    encoder_start: Literal["random", "teacher"] = "random"
-    """Where its layers start; teacher: the teacher's, through the affine map, positions too."""
     positions: Literal["sinusoidal", "random"] = "sinusoidal"
     """Where its position embeddings start; they train either way."""
     distill: tuple[str, ...] = ()

@@ -29,7 +29,6 @@ from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.errors import InputError
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.progress import Progress
-from mvbert.projected_start import project_start
 from mvbert.speed import encoder_flops, head_flops
 from mvbert.vocab import Vocab
 
@@ -225,8 +224,6 @@ class Stage2:
         if config.positions == "sinusoidal":
             tables = self.model.embeddings
             sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
-        if config.encoder_start == "teacher":
-            project_start(self.model, teacher)
         self.module = nn.ModuleDict({"model": self.model})
         # A buffer, so that weights may change from step to step inside one CUDA graph.
         self._losses = ("mlm", *config.distill)

@@ -134,7 +134,7 @@ def test_the_packaged_settings_are_valid():
     assert list(config.arms) == ["random", "paper", "distilled"]
     assert config.vocab.size == 4928
     assert config.arm("paper").distill == ()
-    assert config.arm("distilled").distill == ("hidden", "logits")
+    assert config.arm("distilled").distill == ("relations",)
     assert {config.arm(name).steps for name in config.arms} == {config.stage2.steps}
 
 

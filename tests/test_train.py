@@ -190,11 +190,6 @@ def test_a_student_of_another_width_cannot_start_from_stage_one(corpus, stage1_m
         Stage2(replace(STAGE2, shape="1x128"), ROW, corpus, stage1_model, Quiet())
 
 
-def test_a_student_too_wide_for_its_teacher_cannot_start_from_its_layers(corpus, stage1_model):
-    with pytest.raises(InputError, match="student heads of 64 cannot be made of teacher heads of"):
-        Stage2(replace(STAGE2, encoder_start="teacher"), ROW, corpus, stage1_model, Quiet())
-
-
 def test_rows_longer_than_the_positions_are_refused(corpus, teacher, student_vocab):
     with pytest.raises(InputError, match="rows of 21 pieces do not fit the model's 20 positions"):
         Stage1(STAGE1, RowConfig(length=21), corpus, teacher, student_vocab, Quiet())
