@@ -39,11 +39,11 @@ def imported_at_load(path: Path) -> set[str]:
     return names
 
 
-def git_files(root: Path) -> list[str]:
+def git_files(root: Path, *options: str) -> list[str]:
     if not (root / ".git").exists():
         pytest.skip("needs the git checkout")
     listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-z", *options], cwd=root, capture_output=True, text=True, check=True
     )
     return [name for name in listed.stdout.split("\0") if name]
 
@@ -176,37 +176,28 @@ def test_the_commands_of_the_readme_exist(root):
 
 
 def test_the_file_tree_of_the_readme_is_the_tree(root):
-    """Every source file has its phrase in the README, and every phrase its file."""
+    """Every file has its phrase in the README, or its folder has; and every phrase its file."""
     readme = (root / "README.md").read_text(encoding="utf-8")
     tree = re.search(r"<!-- tree -->\n```\n(.*?)```", readme, re.S)[1]
-    listed: set[str] = set()
-    folder = ""
-    for line in tree.splitlines():
-        if not line.strip():
-            continue
+    folder, listed = "", []
+    for line in filter(str.strip, tree.splitlines()):
         name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            if folder:
-                continue
-        elif not folder:
-            continue
-        listed.add(folder + name)
-    for name in sorted(listed):
+        folder = folder if line.startswith(" ") else ""
+        listed.append(folder + name)
+        folder = folder or name
+    for name in listed:
         assert list(root.glob(name)), f"the README names {name}, which does not exist"
+    # A folder whose files are named stands for none of them, a header for its .cc file.
+    whole = tuple(
+        name for name in listed
+        if name.endswith("/") and not any(n != name and n.startswith(name) for n in listed)
+    )  # fmt: skip
     covered = {str(path.relative_to(root)) for name in listed for path in root.glob(name)}
-    for folder, suffixes in [
-        ("csrc", (".h", ".cc", ".inc")),
-        ("kernels", (".py", ".cu")),
-        ("mvbert", (".py",)),
-        ("bench", (".py",)),
-    ]:
-        for path in sorted((root / folder).glob("*")):
-            if path.suffix in suffixes:
-                name = str(path.relative_to(root))
-                # A header stands for its .cc file.
-                alone = name in covered or str(Path(name).with_suffix(".h")) in covered
-                assert alone, f"the README's file tree lacks {name}"
+    for name in git_files(root, "--cached", "--others", "--exclude-standard"):
+        alone = name in covered or str(Path(name).with_suffix(".h")) in covered
+        hidden = name.startswith(".") or name in ("README.md", "mvbert/kernels", "mvbert/py.typed")
+        gone = not os.path.lexists(root / name)
+        assert alone or hidden or gone or name.startswith(whole), f"the file tree lacks {name}"
 
 
 # ---- distributions: minutes, so only on request ------------------------------------------------
