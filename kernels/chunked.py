@@ -297,13 +297,16 @@ def kl(
         _, y = teacher.logits(at)
         for part in student.parts(z):
             picked = rows[at][part]
-            log_p = student.log_softmax(student.wide(z[part], temperature))
-            log_q = teacher.log_softmax(teacher.wide(y[part], temperature))
-            q = torch.exp(log_q, out=teacher.blocks[0, : log_q.shape[0]])
-            loss[picked] = temperature**2 * log_q.sub_(log_p).mul_(q).sum(1).to(loss.dtype)
+            wide_z = student.wide(z[part], temperature)
+            wide_y = teacher.wide(y[part], temperature)
+            p, q = student.softmax(wide_z), teacher.softmax(wide_y)
+            # Of log p and log q only differences: what two near models share is never rounded.
+            rest = (q.amax(1) / p.amax(1)).log() - (wide_y.amax(1) - wide_z.amax(1))
+            apart = wide_y.sub_(wide_z).mul_(q).sum(1)
+            loss[picked] = temperature**2 * (apart + rest).to(loss.dtype)
             if not need:
                 continue
-            dz = log_p.exp_().sub_(q)
+            dz = p.sub_(q)
             if dloss is not None:
                 dz *= dloss[picked][:, None]
             student.keep(z[part], dz)

@@ -200,6 +200,24 @@ def test_bfloat16_autocast_is_as_good_as_torchs():
         assert ours <= 1.2 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-4])
+def test_divergence_of_near_models_is_as_good_as_torchs(apart):
+    """Its value is far smaller than the logits whose differences it is made of."""
+    hidden, weight, bias = parameters((200, 64), (503, 64), (503,), dtype=torch.float32)
+    near = (hidden + apart * torch.randn_like(hidden)).detach()
+    arguments = (hidden, weight, bias, near, weight.detach(), bias.detach())
+
+    def of(arguments, backend):
+        loss = MF.linear_kl(*arguments, temperature=2.0, reduction="none", backend=backend)
+        gradient = torch.autograd.grad(loss.sum(), arguments[0])[0]
+        return loss.detach().double(), gradient.double()
+
+    truth = of([x.detach().double().requires_grad_() for x in arguments], "reference")
+    ours, theirs = of(arguments, "chunked"), of(arguments, "reference")
+    for found, other, true in zip(ours, theirs, truth, strict=True):
+        assert (found - true).norm() <= 1.1 * (other - true).norm()
+
+
 def test_no_second_derivative_in_silence():
     hidden, weight = parameters((5, 20), (37, 20))
     loss = MF.linear_cross_entropy(hidden, weight, torch.arange(5))
