@@ -215,7 +215,7 @@ def test_divergence_of_near_models_is_as_good_as_torchs(apart):
     truth = of([x.detach().double().requires_grad_() for x in arguments], "reference")
     ours, theirs = of(arguments, "chunked"), of(arguments, "reference")
     for found, other, true in zip(ours, theirs, truth, strict=True):
-        assert (found - true).norm() <= 1.1 * (other - true).norm()
+        assert (found - true).norm() <= 1.2 * (other - true).norm()
 
 
 def test_no_second_derivative_in_silence():
