@@ -94,9 +94,11 @@ class MaskedLM(nn.Module):
 
         Training wants `reduction` "sum": gradients are then made from the logits that forward had.
         """
+        # Dense: a row of text that fills its T pieces has as many labels as room for them.
         return functional.linear_cross_entropy(
-            masked_hidden, self.embeddings.word.weight, labels, self.head.bias, reduction=reduction
-        )
+            masked_hidden, self.embeddings.word.weight, labels, self.head.bias,
+            reduction=reduction, dense=True,
+        )  # fmt: skip
 
     def logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V] (for reading words off, not for training)."""
@@ -140,10 +142,14 @@ class MixedMaskedLM(MaskedLM):
         V = self.config.vocab_size
         of_teacher = labels.where(labels < V, functional.IGNORE_INDEX)
         of_student = (labels - V).where(labels >= V, functional.IGNORE_INDEX)
+        # Not dense: about half of the rows belong to either vocabulary.
+        teacher = functional.linear_cross_entropy(
+            masked_hidden, self.embeddings.word.weight, of_teacher, self.head.bias, reduction="sum"
+        )
         student = functional.linear_cross_entropy(
             masked_hidden, student_rows, of_student, self.student.bias, reduction="sum"
         )
-        return self.losses(masked_hidden, of_teacher, "sum"), student
+        return teacher, student
 
     def student_logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the student's vocabulary, [N, V_s]."""
