@@ -73,8 +73,13 @@ def _empty_gradients(hidden, weight, bias, need):
     )
 
 
-def _rows_like(hidden: Tensor) -> Tensor:
+def _rows_like(hidden: Tensor, *others) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+
+
+def _sum_like(hidden, weight, bias, *others):
+    need = next(x for x in others if isinstance(x, list))
+    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
 
 
 def _total(loss: Tensor, scale: Tensor) -> Tensor:
@@ -141,27 +146,21 @@ def linear_cross_entropy_sum(
     return _total(loss, scale), *gradients
 
 
-@linear_cross_entropy_sum.register_fake
-def _(hidden, weight, bias, labels, scale, ignore_index, label_smoothing, need, backend, dense):
-    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
-
-
 def _save_gradients(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-3:])
 
 
-def _cross_entropy_sum_backward(ctx, dtotal, *dgradients):
+def _sum_backward(ctx, dtotal, *dgradients):
     _refuse_second_order(dgradients)
+    others = (None,) * (len(ctx.needs_input_grad) - 3)
     if dtotal is None:
-        return (None,) * 10
-    dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
-    return dhidden, dweight, dbias, *(None,) * 7
+        return None, None, None, *others
+    return *(_scaled(g, dtotal) for g in ctx.saved_tensors), *others
 
 
-linear_cross_entropy_sum.register_autograd(
-    _cross_entropy_sum_backward, setup_context=_save_gradients
-)
+linear_cross_entropy_sum.register_fake(_sum_like)
+linear_cross_entropy_sum.register_autograd(_sum_backward, setup_context=_save_gradients)
 
 
 @torch.library.custom_op("mvbert::linear_cross_entropy_rows", mutates_args=())
@@ -276,20 +275,8 @@ def linear_kl_sum(
     return _total(loss, scale), *gradients
 
 
-@linear_kl_sum.register_fake
-def _(hidden, weight, bias, th, tw, tb, mask, scale, temperature, need, backend):
-    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
-
-
-def _kl_sum_backward(ctx, dtotal, *dgradients):
-    _refuse_second_order(dgradients)
-    if dtotal is None:
-        return (None,) * 11
-    dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
-    return dhidden, dweight, dbias, *(None,) * 8
-
-
-linear_kl_sum.register_autograd(_kl_sum_backward, setup_context=_save_gradients)
+linear_kl_sum.register_fake(_sum_like)
+linear_kl_sum.register_autograd(_sum_backward, setup_context=_save_gradients)
 
 
 @torch.library.custom_op("mvbert::linear_kl_rows", mutates_args=())
@@ -308,11 +295,6 @@ def linear_kl_rows(
         backend, "kl", hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask,
         temperature, None, Need(),
     )[0]  # fmt: skip
-
-
-@linear_kl_rows.register_fake
-def _(hidden, weight, bias, th, tw, tb, mask, temperature, backend):
-    return _rows_like(hidden)
 
 
 @torch.library.custom_op("mvbert::linear_kl_rows_backward", mutates_args=())
@@ -336,28 +318,29 @@ def linear_kl_rows_backward(
     return tuple(gradients)
 
 
-@linear_kl_rows_backward.register_fake
-def _(dloss, hidden, weight, bias, th, tw, tb, mask, temperature, need, backend):
-    return _empty_gradients(hidden, weight, bias, need)
-
-
 def _save_kl_rows(ctx, inputs, output):
     *tensors, ctx.temperature, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
-def _kl_rows_backward(ctx, dloss):
-    if dloss is None:
-        return (None,) * 9
-    need = [bool(n) for n in ctx.needs_input_grad[:3]]
-    gradients = linear_kl_rows_backward(
-        dloss, *ctx.saved_tensors, ctx.temperature, need, ctx.backend
-    )
-    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 6
+def _register_rows(forward, backward) -> None:
+    """Fakes and autograd of a divergence by rows."""
+
+    def gradients(ctx, dloss):
+        others = (None,) * (len(ctx.needs_input_grad) - 3)
+        if dloss is None:
+            return None, None, None, *others
+        need = [bool(n) for n in ctx.needs_input_grad[:3]]
+        found = backward(dloss, *ctx.saved_tensors, ctx.temperature, need, ctx.backend)
+        return *(g if n else None for g, n in zip(found, need, strict=True)), *others
+
+    forward.register_fake(_rows_like)
+    backward.register_fake(lambda dloss, *given: _empty_gradients(*given[:3], given[-2]))
+    forward.register_autograd(gradients, setup_context=_save_kl_rows)
 
 
-linear_kl_rows.register_autograd(_kl_rows_backward, setup_context=_save_kl_rows)
+_register_rows(linear_kl_rows, linear_kl_rows_backward)
 
 
 @torch.library.custom_op("mvbert::sparse_linear_kl_sum", mutates_args=())
@@ -376,34 +359,14 @@ def sparse_linear_kl_sum(
     need = Need(*need)
     dloss = scale if need else None
     loss, *gradients = _run(
-        backend,
-        "sparse_kl",
-        hidden,
-        weight,
-        bias,
-        target_ids,
-        target_probs,
-        temperature,
-        dloss,
+        backend, "sparse_kl", hidden, weight, bias, target_ids, target_probs, temperature, dloss,
         need,
-    )
+    )  # fmt: skip
     return _total(loss, scale), *gradients
 
 
-@sparse_linear_kl_sum.register_fake
-def _(hidden, weight, bias, target_ids, target_probs, scale, temperature, need, backend):
-    return _rows_like(hidden).new_empty(()), *_empty_gradients(hidden, weight, bias, need)
-
-
-def _sparse_kl_sum_backward(ctx, dtotal, *dgradients):
-    _refuse_second_order(dgradients)
-    if dtotal is None:
-        return (None,) * 9
-    dhidden, dweight, dbias = (_scaled(g, dtotal) for g in ctx.saved_tensors)
-    return dhidden, dweight, dbias, *(None,) * 6
-
-
-sparse_linear_kl_sum.register_autograd(_sparse_kl_sum_backward, setup_context=_save_gradients)
+sparse_linear_kl_sum.register_fake(_sum_like)
+sparse_linear_kl_sum.register_autograd(_sum_backward, setup_context=_save_gradients)
 
 
 @torch.library.custom_op("mvbert::sparse_linear_kl_rows", mutates_args=())
@@ -418,22 +381,9 @@ def sparse_linear_kl_rows(
 ) -> Tensor:
     check_range("target_ids", target_ids, weight.shape[0], used=lambda: target_probs > 0)
     return _run(
-        backend,
-        "sparse_kl",
-        hidden,
-        weight,
-        bias,
-        target_ids,
-        target_probs,
-        temperature,
-        None,
+        backend, "sparse_kl", hidden, weight, bias, target_ids, target_probs, temperature, None,
         Need(),
-    )[0]
-
-
-@sparse_linear_kl_rows.register_fake
-def _(hidden, weight, bias, target_ids, target_probs, temperature, backend):
-    return _rows_like(hidden)
+    )[0]  # fmt: skip
 
 
 @torch.library.custom_op("mvbert::sparse_linear_kl_rows_backward", mutates_args=())
@@ -449,36 +399,13 @@ def sparse_linear_kl_rows_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, *gradients = _run(
-        backend,
-        "sparse_kl",
-        hidden,
-        weight,
-        bias,
-        target_ids,
-        target_probs,
-        temperature,
-        dloss,
+        backend, "sparse_kl", hidden, weight, bias, target_ids, target_probs, temperature, dloss,
         Need(*need),
-    )
+    )  # fmt: skip
     return tuple(gradients)
 
 
-@sparse_linear_kl_rows_backward.register_fake
-def _(dloss, hidden, weight, bias, target_ids, target_probs, temperature, need, backend):
-    return _empty_gradients(hidden, weight, bias, need)
-
-
-def _sparse_kl_rows_backward(ctx, dloss):
-    if dloss is None:
-        return (None,) * 7
-    need = [bool(n) for n in ctx.needs_input_grad[:3]]
-    gradients = sparse_linear_kl_rows_backward(
-        dloss, *ctx.saved_tensors, ctx.temperature, need, ctx.backend
-    )
-    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 4
-
-
-sparse_linear_kl_rows.register_autograd(_sparse_kl_rows_backward, setup_context=_save_kl_rows)
+_register_rows(sparse_linear_kl_rows, sparse_linear_kl_rows_backward)
 
 
 # ---- mixed embedding ---------------------------------------------------------------------------

@@ -347,7 +347,7 @@ def linear_cross_entropy(
         bias: [V] or None.
         reduction: "mean" over the rows that have a label, "sum", or "none". "none" makes the
             logits again in backward, 2 N V H FLOP more, as forward cannot know what comes back for
-            each row; on a CPU only if that differs between rows. So does `return_lse`.
+            each row; on a CPU only if that differs between rows. `return_lse` always does.
         label_smoothing: share of the target spread evenly over V, in [0, 1).
         return_lse: also return log-sum-exp of each row's logits, differentiable, 0 on ignored rows.
         dense: few rows are ignored. A matter of speed only: on a GPU, bfloat16 products of wide
