@@ -277,6 +277,32 @@ def test_many_python_threads(tokenizer):
     assert not wrong
 
 
+def test_large_batches_of_pairs_from_many_threads(tokenizer):
+    """Several parts of a batch for each of the core's threads, calls of all sizes at once."""
+    texts, pairs = TEXTS * 30, TEXTS[::-1] * 30
+    assert sum(len(text.encode("utf-8", "ignore")) for text in texts) > 3 << 18
+    rows = [tokenizer.encode(*both) for both in zip(TEXTS, TEXTS[::-1], strict=True)] * 30
+    wrong = []
+
+    def work(threads):
+        for count in (len(texts), 5, len(texts) - 7):
+            some = texts[:count], pairs[:count]
+            flat = tokenizer.encode_batch(*some, threads=threads)
+            padded = tokenizer.encode_batch(*some, threads=threads, padding=True, truncation=True,
+                                            max_length=9000)  # fmt: skip
+            for i, row in enumerate(rows[:count]):
+                kept = padded.input_ids[i][padded.attention_mask[i] == 1].tolist()
+                if flat[i].tolist() != row or kept != row:
+                    wrong.append((threads, count, i))
+
+    workers = [threading.Thread(target=work, args=(threads,)) for threads in (1, 2, 3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_child_goes_on(tokenizer):
     """A child forked after use, while threads of the parent have workers, encodes the same."""
