@@ -11,6 +11,7 @@ it goes through the command line that users have.
 """
 
 import argparse
+import contextlib
 import json
 import lzma
 import os
@@ -103,11 +104,13 @@ def train(work: Path, stage: int, seconds: float, compiled: bool, toy: bool) -> 
     if toy:
         limits = ["--steps", 3, "--log-every", 1]
     args = [*command(work, stage, out, toy), *limits, *["--compile"] * compiled]
-    done = subprocess.run([sys.executable, "-m", "mvbert", *map(str, args)], check=False)
+    facts: dict = {"stage": stage, "compiled": compiled, "exit": None}
+    with contextlib.suppress(KeyboardInterrupt):  # late: the log has what was measured by now
+        done = subprocess.run([sys.executable, "-m", "mvbert", *map(str, args)], check=False)
+        facts["exit"] = done.returncode
     log = out / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    lines = [line for line in lines if "pieces_per_second" in line]
-    facts: dict = {"stage": stage, "compiled": compiled, "exit": done.returncode}
+    whole = log.read_text().split("\n")[:-1] if log.exists() else []
+    lines = [line for line in map(json.loads, whole) if "pieces_per_second" in line]
     facts["log_lines"] = len(lines)
     if lines:
         steady = lines[len(lines) // 3 :]  # compiling and capturing come first

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -309,16 +310,24 @@ def test_parts_come_behind_what_they_need(bench_path):
 def test_a_late_part_ends_with_its_children(bench_path, tmp_path):
     import gpu_check
 
-    code = (
-        "import subprocess, sys; child = subprocess.Popen(['sleep', '60']);"
-        "print(child.pid, flush=True); child.wait()"
-    )
+    code = """if True:
+        import subprocess
+        child = subprocess.Popen(["sh", "-c", "trap '' INT; exec sleep 60"])
+        print(child.pid, flush=True)
+        try:
+            child.wait()
+        except KeyboardInterrupt:
+            print("what there is")
+    """
     part = gpu_check.Part("slow", [sys.executable, "-c", code], 60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it
     begin = time.monotonic()
     outcome = gpu_check.run(part, 3, tmp_path / "log", dict(os.environ))
+    signal.signal(signal.SIGINT, before)
     assert outcome.state == "late"
     assert time.monotonic() - begin < 20
-    child = int(outcome.tail)
+    child, last_word = outcome.tail.split(maxsplit=1)
+    assert last_word == "what there is"
     state = Path(f"/proc/{child}/stat")
 
     def gone() -> bool:
@@ -339,6 +348,22 @@ def test_a_failing_part_says_why(bench_path, tmp_path):
     part = gpu_check.Part("bad", [sys.executable, "-c", "raise SystemExit('no such thing')"], 60)
     outcome = gpu_check.run(part, 60, tmp_path / "log", dict(os.environ))
     assert (outcome.state, outcome.tail) == ("failed", "no such thing")
+
+
+def test_a_late_run_is_reported_by_its_log(bench_path, tmp_path, monkeypatch):
+    import gpu_stages
+
+    def interrupted(command, check):
+        out = Path(command[command.index("-o") + 1])
+        out.mkdir()
+        lines = ['{"pieces_per_second": 7.0}', '{"heldout": 1}', '{"pieces_per_second": 9.0}']
+        (out / "log.jsonl").write_text("\n".join([*lines, '{"pieces_per_sec']))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_stages.subprocess, "run", interrupted)
+    facts = gpu_stages.train(tmp_path, 2, 60, compiled=False, toy=False)
+    assert facts["exit"] is None
+    assert (facts["log_lines"], facts["pieces_per_second"]) == (2, 8.0)
 
 
 def test_targets_are_passed_and_missed(bench_path, tmp_path):
