@@ -1,11 +1,15 @@
 """The tokenizers: ids, batches, offsets and files as Hugging Face's slow BertTokenizer has them."""
 
+import contextlib
 import copy
+import itertools
+import lzma
 import mmap
 import multiprocessing
 import pickle
 import random
 import re
+import tarfile
 import threading
 import unicodedata
 from types import SimpleNamespace
@@ -518,6 +522,41 @@ def test_as_hugging_face(pair, shared_data):
             ids, skip_special_tokens=True
         )
         assert ours.offsets(line)[0].tolist() == ids[1:-1]
+
+
+def blocks_of(path):
+    """The text of a file or of an archive's files, in whole lines of about 8 MB together."""
+    with contextlib.ExitStack() as stack:
+        if path.name.endswith(".tar.xz"):
+            archive = stack.enter_context(tarfile.open(path))
+            files = [archive.extractfile(member) for member in archive if member.isfile()]
+        else:
+            opener = lzma.open if path.suffix == ".xz" else open
+            files = [stack.enter_context(opener(path, "rb"))]
+        for file in files:
+            while lines := file.readlines(8 << 20):
+                yield b"".join(lines).decode()
+
+
+@pytest.mark.slow
+def test_every_shared_file_as_hugging_face(pair, shared_data):
+    """All text there is. What stands between ASCII spaces is cut by itself in the definition."""
+    ours, slow = pair
+    known: dict[str, list[int]] = {}
+    paths = [path for path in sorted(shared_data.iterdir()) if path.suffix in (".xz", ".txt")]
+    for path in paths:
+        for number, text in enumerate(blocks_of(path)):
+            chunks = re.split("[ \t\r\n]+", text)
+            for chunk in set(chunks) - known.keys():
+                known[chunk] = slow.convert_tokens_to_ids(slow.tokenize(chunk))
+            ids = itertools.chain.from_iterable(map(known.__getitem__, chunks))
+            got = ours.encode_batch([text], add_special_tokens=False).ids
+            assert np.array_equal(got, np.fromiter(ids, np.int32)), path
+            if number == 0:
+                whole = slow.encode(text[:20_000], add_special_tokens=False, verbose=False)
+                assert ours.encode(text[:20_000], add_special_tokens=False) == whole
+    assert len(paths) > 10
+    assert len(known) > 10**6
 
 
 def test_truncation_and_padding_as_hugging_face(pair):
