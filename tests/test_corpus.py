@@ -1,8 +1,10 @@
 """Corpus folders: equal to a plain count, whole or not there, checked when opened."""
 
 import collections
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -472,6 +474,26 @@ def test_words_are_a_sequence(built):
     assert words[np.int64(3)] == listed[3]
     with pytest.raises(IndexError, match="word id must lie in"):
         words[len(words)]
+
+
+def test_a_bar_is_drawn_on_a_terminal(root, awkward, tmp_path):
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-m", "mvbert", "corpus", str(awkward), "-o", str(tmp_path / "c")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**os.environ, "PYTHONPATH": str(root), "TERM": "xterm"},
+    ) as process:
+        os.close(stderr)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal ends
+            while data := os.read(terminal, 1 << 16):
+                shown += data
+        os.close(terminal)
+        assert json.loads(process.stdout.read())["documents"] > 0
+    assert re.search(rb"corpus \S*\x1b.* bytes", shown)
+    assert b"distinct words" in shown
 
 
 # ---- interruptions ---------------------------------------------------------------------------
