@@ -150,24 +150,19 @@ def times(record: dict | None, ours: dict | None) -> str:
     return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:,.0f} x"
 
 
-def ours_of(found: dict[str, dict]) -> dict | None:
-    """Our record of a case: the plain one, where there are several."""
-    return next((r for p, r in found.items() if p.startswith("mvbert")), None)
-
-
 def faster_peers(records: Sequence[dict]) -> str:
     """Who is faster than we are, in how many cases and by how much; a sentence."""
     cases = by_case(records)
     found: dict[str, list[tuple[float, str]]] = {}
     compared: dict[str, int] = {}
     for case, providers in cases.items():
-        own = median(ours_of(providers))
+        own = median(next((r for p, r in providers.items() if p.startswith("mvbert")), None))
         for provider, record in providers.items():
             theirs = median(record)
             if own is None or theirs is None or provider.startswith("mvbert"):
                 continue
             compared[provider] = compared.get(provider, 0) + 1
-            if theirs < own and provider not in FLOORS:
+            if own / theirs >= 1.005 and provider not in FLOORS:
                 found.setdefault(provider, []).append((own / theirs, case))
     if not compared:
         return ""
