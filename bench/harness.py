@@ -570,9 +570,9 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
 
 
 def shrunk(case: Any) -> Any:
-    """The case with whole numbers of 256 at most: enough for any of them to be used."""
+    """The case with whole numbers of 512 at most: a vocabulary has to hold an alphabet."""
     numbers = {n: v for n, v in vars(case).items() if isinstance(v, int) and v is not True}
-    return replace(case, **{name: min(value, 256) for name, value in numbers.items()})
+    return replace(case, **{name: min(value, 512) for name, value in numbers.items()})
 
 
 def prepare(bench, provider, case, x, device, record) -> Entry | None:
