@@ -395,7 +395,7 @@ HEADLINES = [
      "tokenizer", "mixed documents, 1 thread, warm", "mvbert mixed",
      {"Hugging Face's splitter and a dict": "HF words + dict"}),
     ("text files to word ids on the disk, hashed", "corpus", "text to corpus, 2 threads", "mvbert",
-     {"`map` of datasets": "datasets map"}),
+     {"`datasets.map`, which also cuts the words": "datasets map"}),
     ("4,928 pieces learned from 32 MB of text, one thread",
      "vocab", "4928 pieces from 32 MB, 1 thread", "mvbert topdown",
      {"sentencepiece bpe": "sentencepiece bpe"}),
