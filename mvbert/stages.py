@@ -10,8 +10,6 @@ EACL 2021, arXiv 1909.11687.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +20,14 @@ from torch import Tensor, nn
 from mvbert import huggingface
 from mvbert.batches import Rows
 from mvbert.card import model_card
-from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, student_shape
+from mvbert.config import (
+    ModelConfig,
+    RowConfig,
+    Stage1Config,
+    Stage2Config,
+    TrainConfig,
+    student_shape,
+)
 from mvbert.corpus import Corpus, Segmentation
 from mvbert.distillation import Distillation, Teacher
 from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
@@ -87,17 +92,11 @@ class Stage1:
         model.pooler.requires_grad_(False)  # no masked-language-model loss reaches it
         self.teacher_size = shape.vocab_size
         self._row = row
-        teacher_cut = corpus.segment(self.teacher_vocab)
-        student_cut = corpus.segment(student_vocab)
-        cuts = (teacher_cut, student_cut)
-        self.rows = _rows(corpus.train, *cuts, row, config.seed, config.student_prob)
+        cuts = (corpus.segment(self.teacher_vocab), corpus.segment(student_vocab))
         self.late_start = row.late_start(config.steps)
-        self.late_rows: Rows | None = None
-        if self.late_start < config.steps:
-            late = replace(row, length=row.late_length)
-            self.late_rows = _rows(corpus.train, *cuts, late, config.seed, config.student_prob)
-        with _about_heldout():
-            self.heldout = _rows(corpus.heldout, *cuts, row, HELDOUT_SEED, config.student_prob)
+        self.rows, self.late_rows, self.heldout = _all_rows(
+            corpus, *cuts, row, config, config.student_prob
+        )
 
     def student_prob(self, step: int) -> float:
         return self._config.student_prob_at(step)
@@ -235,14 +234,8 @@ class Stage2:
             self.distillation = Distillation(config, shape, Teacher(teacher))
             self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
-        self.rows = student_rows(corpus.train, cut, row, config.seed)
         self.late_start = row.late_start(config.steps)
-        self.late_rows: Rows | None = None
-        if self.late_start < config.steps:
-            late = replace(row, length=row.late_length)
-            self.late_rows = student_rows(corpus.train, cut, late, config.seed)
-        with _about_heldout():
-            self.heldout = student_rows(corpus.heldout, cut, row, HELDOUT_SEED)
+        self.rows, self.late_rows, self.heldout = _all_rows(corpus, None, cut, row, config, 1.0)
         if self.distillation is not None:
             progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
             costs = self._costs()
@@ -304,28 +297,26 @@ class Stage2:
 
     def _costs(self) -> dict[str, float | None]:
         """What a piece costs the student and, if there is one, the teacher."""
-        T = self.rows.T
-        head = self._row.mask_prob * head_flops(self.model.config, self.vocab.size)
-        student = 3.0 * (encoder_flops(self.model.config, T) + head)
+        student, teacher = self._flops_of_a_piece()
         costs: dict[str, float | None] = {"student_mflop": round(student / 1e6, 3)}
         if self.distillation is not None:
-            teacher = self.distillation.teacher_flops(T, self._row.mask_prob)
             costs["teacher_mflop"] = round(teacher / 1e6, 3)
             costs["teacher_us_per_piece"] = self.distillation.teacher.microseconds
         return costs
 
     def flops(self) -> float:
-        shape = self.model.config
-        pieces = self._pieces
-        masked = self._row.mask_prob * pieces
-        trained = pieces * encoder_flops(shape, self.rows.T) + masked * head_flops(
-            shape, self.vocab.size
-        )
-        if self.distillation is None:
-            return 3.0 * trained
-        mapped = self.distillation.map_flops()
-        teacher = self.distillation.teacher_flops(self.rows.T, self._row.mask_prob)
-        return 3.0 * trained + pieces * (3.0 * mapped + teacher)
+        each = sum(self._flops_of_a_piece())
+        if self.distillation is not None:
+            each += 3.0 * self.distillation.map_flops()
+        return self._pieces * each
+
+    def _flops_of_a_piece(self) -> tuple[float, float]:
+        """Of the student, forward and backward, and of its teacher, forward."""
+        T, mask_prob = self.rows.T, self._row.mask_prob
+        head = mask_prob * head_flops(self.model.config, self.vocab.size)
+        student = 3.0 * (encoder_flops(self.model.config, T) + head)
+        teacher = self.distillation.teacher_flops(T, mask_prob) if self.distillation else 0.0
+        return student, teacher
 
     def write_model(self, folder: Path) -> None:
         card = model_card("stage2", self.model.config, self._config)
@@ -364,11 +355,23 @@ def _with_dropout(shape: ModelConfig, dropout: float) -> ModelConfig:
     return replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
 
 
-@contextlib.contextmanager
-def _about_heldout() -> Iterator[None]:
-    """Says of what Rows refuses that it is the held-out part."""
+def _all_rows(
+    corpus: Corpus,
+    teacher: Segmentation | None,
+    student: Segmentation,
+    row: RowConfig,
+    config: TrainConfig,
+    student_prob: float,
+) -> tuple[Rows, Rows | None, Rows]:
+    """Rows to train on, longer ones for the last steps if there are to be any, held-out rows."""
+    cuts = (teacher, student)
+    rows = _rows(corpus.train, *cuts, row, config.seed, student_prob)
+    late = None
+    if row.late_start(config.steps) < config.steps:
+        longer = replace(row, length=row.late_length)
+        late = _rows(corpus.train, *cuts, longer, config.seed, student_prob)
     try:
-        yield
+        return rows, late, _rows(corpus.heldout, *cuts, row, HELDOUT_SEED, student_prob)
     except InputError as error:
         raise InputError(f"held-out text: {error}") from None
 
