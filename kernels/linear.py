@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvbert.kernels import launch
+from mvbert.kernels.chunked import Need, accumulator_dtype
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -358,13 +359,17 @@ def gather_rows(x: Tensor, rows: Tensor, count: Tensor, fill: bool = False) -> T
     if x.stride(1) != 1:
         x = x.contiguous()
     out = x.new_empty(N, H)
-    block_n, block_h = 8, min(1024, triton.next_power_of_2(H))
-    grid = (triton.cdiv(N, block_n), triton.cdiv(H, block_h))
-    gather_rows_kernel[grid](
-        x, rows, count, out, N, H, x.stride(0),
-        FILL=fill, BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
-    )  # fmt: skip
+    grid, blocks = row_blocks(N, H)
+    gather_rows_kernel[grid](x, rows, count, out, N, H, x.stride(0), FILL=fill, **blocks)
     return out
+
+
+def row_blocks(N: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and blocks of a pass over rows [N, H]."""
+    block_h = min(1024, triton.next_power_of_2(H))
+    return (triton.cdiv(N, 8), triton.cdiv(H, block_h)), {
+        "BLOCK_N": 8, "BLOCK_H": block_h, "num_warps": 4,
+    }  # fmt: skip
 
 
 class LinearRows:
@@ -384,7 +389,7 @@ class LinearRows:
         self.V = weight.shape[0]
         self.chunk = min(launch.CHUNK_ROWS, self.N)
         self.pitch = launch.pitch(self.V)
-        self.acc_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.acc_dtype = accumulator_dtype(hidden.dtype)
         self.shape = (self.N, self.V, self.H)
         self.common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
         self.blocks = launch.product_blocks(
@@ -397,6 +402,17 @@ class LinearRows:
 
     def starts(self) -> range:
         return range(0, self.N, self.chunk)
+
+    def rows_from(self, start: int) -> int:
+        """c, the rows of the chunk that begins there."""
+        return min(self.chunk, self.N - start)
+
+    def passes(self, c: int, sums: bool) -> tuple[tuple[int, int], dict[str, int], Tensor]:
+        """Grid and blocks of a pass over logits [c, V], and room for the sums of its columns."""
+        tile = launch.elementwise_blocks(self.x, self.shape, self.V)
+        rows = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
+        partial = self.tile_max.new_empty(rows if sums else 0, self.pitch)
+        return (rows, triton.cdiv(self.pitch, tile["BLOCK_V"])), tile, partial
 
     def logits(
         self,
@@ -416,7 +432,7 @@ class LinearRows:
         if store and self.buffer is None:
             self.buffer = self.x.new_empty(self.chunk, self.pitch)
         logits = self.buffer if store else self.x
-        c = min(self.chunk, self.N - start)
+        c = self.rows_from(start)
         grid = (triton.cdiv(c, self.blocks["BLOCK_M"]) * self.tiles,)
         logits_kernel[grid](
             self.x, self.weight, self.x if self.bias is None else self.bias,
@@ -435,16 +451,15 @@ class LinearRows:
 
     def dx(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
         """out[rows] = scale * dlogits @ weight, for the rows of this chunk."""
-        c = min(self.chunk, self.N - start)
+        c = self.rows_from(start)
         if self.dense and launch.library("dx", self.x, self.shape):
             # Whole 16-byte columns for the library; the last few are added while spreading rows.
             whole = self.V // 8 * 8
             dx = torch.mm(dlogits[:c, :whole], self.weight[:whole])
-            block_n, block_h = 8, min(1024, triton.next_power_of_2(self.H))
-            spread_rows_kernel[(triton.cdiv(c, block_n), triton.cdiv(self.H, block_h))](
+            grid, blocks = row_blocks(c, self.H)
+            spread_rows_kernel[grid](
                 dx, dlogits, self.weight, self.rows, self.count, scale, out, start, c, self.V,
-                self.H, self.weight.stride(0), self.pitch, whole, ACC=self.common["ACC"],
-                BLOCK_N=block_n, BLOCK_H=block_h, num_warps=4,
+                self.H, self.weight.stride(0), self.pitch, whole, ACC=self.common["ACC"], **blocks,
             )  # fmt: skip
             return
         blocks = launch.product_blocks("dx", self.x, self.shape, c, self.H, self.V)
@@ -456,7 +471,7 @@ class LinearRows:
 
     def dweight(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
         """out (+)= scale * dlogits.T @ x, added from the second chunk on."""
-        c = min(self.chunk, self.N - start)
+        c = self.rows_from(start)
         if self.whole_dweight is not None:
             # All columns of the pitch, whole 16-byte rows for the library; from V on they are zero.
             product(dlogits[:c].t(), self.x[start : start + c], self.whole_dweight, add=start > 0)
@@ -479,3 +494,48 @@ class LinearRows:
             self.whole_dweight = self.x.new_empty(self.pitch, self.H, dtype=dtype)
             return self.whole_dweight[: self.V]
         return self.x.new_empty(self.V, self.H, dtype=dtype)
+
+
+class Gradients:
+    """What a loss adds up over the chunks of its rows, and what it then hands out."""
+
+    def __init__(self, linear: LinearRows, hidden, weight, bias, need: Need, scale: Tensor | None):
+        """`scale` [1] multiplies all of them."""
+        self.linear, self.need, self.scale = linear, need, scale
+        self.inputs = hidden, weight, bias
+        self.dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
+        self.dweight = linear.new_dweight(weight.dtype) if need.weight else None
+        self.dbias = None
+
+    def add(self, start: int, dlogits: Tensor, partial: Tensor) -> None:
+        """`partial` [row blocks, pitch]: sums of the columns of dlogits."""
+        if self.need.bias:
+            column = partial.sum(0)[: self.linear.V] * self.scale
+            self.dbias = column if self.dbias is None else self.dbias + column
+        if self.need.hidden:
+            self.linear.dx(start, dlogits, self.scale, self.dhidden)
+        if self.need.weight:
+            self.linear.dweight(start, dlogits, self.scale, self.dweight)
+
+    def all(self) -> tuple[Tensor, Tensor, Tensor]:
+        return handed_out(*self.inputs, self.dhidden, self.dweight, self.dbias)
+
+
+def handed_out(hidden, weight, bias, dhidden, dweight, dbias) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in the dtypes of the inputs; empty where there is none."""
+    nothing = hidden.new_empty
+    return (
+        dhidden,
+        nothing(0) if dweight is None else dweight.to(weight.dtype),
+        nothing(0) if dbias is None else dbias.to(bias.dtype),
+    )
+
+
+def no_rows(hidden, weight, bias, need: Need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dhidden, dweight, dbias) for N = 0."""
+    return hidden.new_zeros(0, dtype=accumulator_dtype(hidden.dtype)), *handed_out(
+        hidden, weight, bias,
+        hidden.new_zeros(hidden.shape if need.hidden else 0),
+        torch.zeros_like(weight) if need.weight else None,
+        torch.zeros_like(bias) if need.bias else None,
+    )  # fmt: skip

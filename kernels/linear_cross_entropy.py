@@ -26,8 +26,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mvbert.kernels import launch
-from mvbert.kernels.chunked import Need
-from mvbert.kernels.linear import LinearRows, gather_rows, list_rows
+from mvbert.kernels.chunked import Need, accumulator_dtype
+from mvbert.kernels.linear import (
+    Gradients,
+    LinearRows,
+    gather_rows,
+    handed_out,
+    list_rows,
+    no_rows,
+)  # fmt: skip
 
 # ---- kernels, wide rows ------------------------------------------------------------------------
 
@@ -398,36 +405,19 @@ def cross_entropy(
 
     `dense` (wide rows): few rows are ignored, so products may run over all of them.
     """
-    N = hidden.shape[0]
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    loss = hidden.new_zeros(N, dtype=acc)
+    if hidden.shape[0] == 0:
+        loss, *gradients = no_rows(hidden, weight, bias, need)
+        return loss, torch.zeros_like(loss), *gradients
+    loss = hidden.new_zeros(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
     lse = torch.zeros_like(loss)
-    dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
-    dweight = dbias = None
-    if N == 0:
-        dweight = torch.zeros_like(weight) if need.weight else None
-        dbias = torch.zeros_like(bias) if need.bias else None
-    else:
-        labels = labels.contiguous()
-        rows, count = list_rows(labels, ignore_index)
-        arguments = (
-            hidden, weight, bias, labels, label_smoothing, rows, count,
-            dloss if dloss is None else dloss.contiguous(),
-            dlse if dlse is None else dlse.contiguous(),
-            need, loss, lse, dhidden,
-        )  # fmt: skip
-        if launch.narrow(hidden):
-            dweight, dbias = flash(*arguments)
-        else:
-            dweight, dbias = materialised(*arguments, dense)
-    nothing = hidden.new_empty
-    return (
-        loss,
-        lse,
-        dhidden,
-        nothing(0) if dweight is None else dweight.to(weight.dtype),
-        nothing(0) if dbias is None else dbias.to(bias.dtype),
-    )
+    labels = labels.contiguous()
+    rows, count = list_rows(labels, ignore_index)
+    dloss = dloss if dloss is None else dloss.contiguous()
+    dlse = dlse if dlse is None else dlse.contiguous()
+    given = (hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need)
+    if launch.narrow(hidden):
+        return loss, lse, *flash(*given, loss, lse)
+    return loss, lse, *materialised(*given, loss, lse, dense)
 
 
 def means(weight: Tensor, bias: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -452,81 +442,47 @@ def losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean) 
 
 
 def materialised(
-    hidden,
-    weight,
-    bias,
-    labels,
-    label_smoothing,
-    rows,
-    count,
-    dloss,
-    dlse,
-    need,
-    loss,
-    lse,
-    dhidden,
-    dense,
+    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse, dense
 ):
-    """(dweight, dbias) or None; fills loss, lse and dhidden."""
+    """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
     dense = dense and hidden.dtype == launch.DENSE_DTYPE
     linear = LinearRows(hidden, weight, bias, rows, count, dense)
     target = torch.empty_like(loss)
-    dweight = linear.new_dweight(weight.dtype) if need.weight else None
-    dbias = None
     by_row = dloss is not None and dloss.ndim == 1
-    scale = None if dloss is None else torch.ones_like(lse[:1]) if by_row or dense else dloss
+    scale = torch.ones_like(lse[:1]) if by_row or (dense and dloss is not None) else dloss
+    gradients = Gradients(linear, hidden, weight, bias, need, scale)
     for start in linear.starts():
         z = linear.logits(start, lse=lse, store=bool(need), labels=labels, target=target)
-        if not need:
-            continue
-        column = cross_entropy_dlogits(
-            linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, need.bias
-        )
-        if need.bias:
-            dbias = column * scale if dbias is None else dbias + column * scale
-        if need.hidden:
-            linear.dx(start, z, scale, dhidden)
-        if need.weight:
-            linear.dweight(start, z, scale, dweight)
+        if need:
+            partial = cross_entropy_dlogits(
+                linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, need.bias
+            )
+            gradients.add(start, z, partial)
     mean = means(linear.weight, bias, label_smoothing)
     losses(linear.x, labels, rows, count, lse, target, loss, linear.V, label_smoothing, mean)
-    return dweight, dbias
+    return gradients.all()
 
 
 def cross_entropy_dlogits(
     linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, has_bias
 ):
-    """Turns the chunk's logits into dz in place; the columns' sums [V] if `has_bias`."""
-    c = min(linear.chunk, linear.N - start)
-    tile = launch.elementwise_blocks(z, linear.shape, linear.V)
-    blocks = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
-    partial = z.new_empty(blocks if has_bias else 0, linear.pitch, dtype=lse.dtype)
-    cross_entropy_dlogits_kernel[(blocks, triton.cdiv(linear.pitch, tile["BLOCK_V"]))](
+    """Turns the chunk's logits into dz in place; sums of its columns [row blocks, pitch]."""
+    c = linear.rows_from(start)
+    grid, tile, partial = linear.passes(c, has_bias)
+    cross_entropy_dlogits_kernel[grid](
         z, labels, linear.rows, linear.count, lse,
         dloss, lse if dlse is None else dlse, partial, start, c, linear.V, linear.pitch,
         SMOOTHING=label_smoothing, ROWS=by_row, HAS_DLSE=dlse is not None, HAS_BIAS=has_bias,
         SCALED=linear.dense and not by_row, FILL=linear.dense,
         ACC=linear.common["ACC"], **tile,
     )  # fmt: skip
-    return partial.sum(0)[: linear.V] if has_bias else None
+    return partial
 
 
-def flash(
-    hidden,
-    weight,
-    bias,
-    labels,
-    label_smoothing,
-    rows,
-    count,
-    dloss,
-    dlse,
-    need,
-    loss,
-    lse,
-    dhidden,
-):
-    """(dweight, dbias) or None; fills loss, lse and dhidden."""
+def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse):
+    """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
+    dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
+    inputs = hidden, weight, bias
     N, H = hidden.shape
     V = weight.shape[0]
     x = gather_rows(hidden, rows, count)
@@ -558,7 +514,7 @@ def flash(
         ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
     )  # fmt: skip
     if not (need.weight or need.bias):
-        return None, None
+        return handed_out(*inputs, dhidden, None, None)
 
     blocks, splits = launch.flash_dweight_blocks(N, V, x)
     dweight = lse.new_empty(splits, V, H)
@@ -570,4 +526,7 @@ def flash(
         HAS_BIAS=has_bias, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip
-    return dweight.sum(0) if need.weight else None, dbias.sum(0) if need.bias else None
+    return handed_out(
+        *inputs, dhidden, dweight.sum(0) if need.weight else None,
+        dbias.sum(0) if need.bias else None,
+    )  # fmt: skip

@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvbert.kernels import launch
 from mvbert.kernels.chunked import Need
-from mvbert.kernels.linear import LinearRows, list_rows
+from mvbert.kernels.linear import Gradients, LinearRows, list_rows, no_rows
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -253,47 +252,12 @@ def column_sums_kernel(
 # ---- launchers ---------------------------------------------------------------------------------
 
 
-class Gradients:
-    """What both divergences accumulate over chunks."""
-
-    def __init__(self, hidden, weight, bias, dloss, temperature, linear: LinearRows, need: Need):
-        self.need, self.linear = need, linear
-        self.by_row = dloss is not None and dloss.ndim == 1
-        self.dloss = dloss
-        self.dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
-        self.dweight = linear.new_dweight(weight.dtype) if need.weight else None
-        self.dbias = hidden.new_zeros(linear.V, dtype=linear.acc_dtype) if need.bias else None
-        if need:
-            one = torch.ones(1, dtype=linear.acc_dtype, device=hidden.device)
-            self.scale = (one if self.by_row else dloss.to(one.dtype).reshape(1)) * temperature
-        self.dtypes = weight.dtype, None if bias is None else bias.dtype
-
-    def add(self, start: int, dlogits: Tensor, column: Tensor | None) -> None:
-        if self.need.bias:
-            self.dbias += column * self.scale
-        if self.need.hidden:
-            self.linear.dx(start, dlogits, self.scale, self.dhidden)
-        if self.need.weight:
-            self.linear.dweight(start, dlogits, self.scale, self.dweight)
-
-    def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        nothing = self.dhidden.new_empty
-        return (
-            self.dhidden,
-            nothing(0) if self.dweight is None else self.dweight.to(self.dtypes[0]),
-            nothing(0) if self.dbias is None else self.dbias.to(self.dtypes[1]),
-        )
-
-
-def no_rows(hidden, weight, bias, need: Need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The answer for N = 0."""
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return (
-        hidden.new_zeros(0, dtype=acc),
-        hidden.new_zeros(hidden.shape if need.hidden else 0),
-        weight.new_zeros(weight.shape if need.weight else 0),
-        hidden.new_zeros(0) if not need.bias else bias.new_zeros(bias.shape),
-    )
+def scale_of(dloss: Tensor | None, temperature: float, linear: LinearRows) -> Tensor | None:
+    """[1]: what all gradients are multiplied by; an upstream gradient by row is in dz already."""
+    if dloss is None:
+        return None
+    one = torch.ones(1, dtype=linear.acc_dtype, device=dloss.device)
+    return (one if dloss.ndim == 1 else dloss.to(one.dtype).reshape(1)) * temperature
 
 
 def kl(
@@ -316,31 +280,29 @@ def kl(
     student = LinearRows(hidden, weight, bias, rows, count)
     teacher = LinearRows(teacher_hidden.to(hidden.dtype), teacher_weight, teacher_bias, rows, count)
     dloss = None if dloss is None else dloss.contiguous()
-    gradients = Gradients(hidden, weight, bias, dloss, temperature, student, need)
+    by_row = dloss is not None and dloss.ndim == 1
+    scale = scale_of(dloss, temperature, student)
+    gradients = Gradients(student, hidden, weight, bias, need, scale)
     loss = hidden.new_zeros(N, dtype=student.acc_dtype)
     top, log_sum = torch.empty_like(loss), torch.empty_like(loss)
     teacher_top, teacher_log_sum = torch.empty_like(loss), torch.empty_like(loss)
-    tile = launch.elementwise_blocks(student.x, student.shape, student.V)
-    column_blocks = triton.cdiv(student.pitch, tile["BLOCK_V"])
     for start in student.starts():
         options = {"store": True, "temperature": temperature}
         z = student.logits(start, lse=log_sum, top=top, **options)
         y = teacher.logits(start, lse=teacher_log_sum, top=teacher_top, **options)
-        c = min(student.chunk, N - start)
-        row_blocks = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
-        gap = loss.new_empty(c, column_blocks)
-        partial = loss.new_empty(row_blocks if need.bias else 0, student.pitch)
-        kl_dlogits_kernel[(row_blocks, column_blocks)](
+        c = student.rows_from(start)
+        grid, tile, partial = student.passes(c, need.bias)
+        gap = loss.new_empty(c, grid[1])
+        kl_dlogits_kernel[grid](
             z, y, rows, count, top, log_sum, teacher_top, teacher_log_sum,
-            dloss if gradients.by_row else loss, gap, partial, start, c, student.V, student.pitch,
-            GRAD=bool(need), ROWS=gradients.by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"],
-            **tile,
+            dloss if by_row else loss, gap, partial, start, c, student.V, student.pitch,
+            GRAD=bool(need), ROWS=by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"], **tile,
         )  # fmt: skip
         kl_loss_kernel[(c,)](
-            gap, rows, count, loss, start, c, column_blocks, temperature,
-            BLOCK_T=triton.next_power_of_2(column_blocks), num_warps=1,
+            gap, rows, count, loss, start, c, grid[1], temperature,
+            BLOCK_T=triton.next_power_of_2(grid[1]), num_warps=1,
         )  # fmt: skip
-        gradients.add(start, z, partial.sum(0)[: student.V] if need.bias else None)
+        gradients.add(start, z, partial)
     return loss, *gradients.all()
 
 
@@ -362,14 +324,15 @@ def sparse_kl(
     rows, count = list_rows((target_probs > 0).any(1).to(torch.int32), 0)
     linear = LinearRows(hidden, weight, bias, rows, count)
     dloss = None if dloss is None else dloss.contiguous()
-    gradients = Gradients(hidden, weight, bias, dloss, temperature, linear, need)
+    by_row = dloss is not None and dloss.ndim == 1
+    gradients = Gradients(linear, hidden, weight, bias, need, scale_of(dloss, temperature, linear))
     loss = hidden.new_zeros(N, dtype=linear.acc_dtype)
     top, log_sum, mass = (torch.empty_like(loss) for _ in range(3))
     picked = loss.new_empty(linear.chunk, max(K, 1))
     block_k = triton.next_power_of_2(max(K, 1))
     for start in linear.starts():
         z = linear.logits(start, lse=log_sum, top=top, store=True, temperature=temperature)
-        c = min(linear.chunk, N - start)
+        c = linear.rows_from(start)
         sparse_kl_pick_kernel[(c,)](
             z, target_ids, target_probs, rows, count, top, log_sum, picked, mass, loss,
             start, c, linear.V, K, linear.pitch, temperature,
@@ -377,12 +340,11 @@ def sparse_kl(
         )  # fmt: skip
         if not need:
             continue
-        tile = launch.elementwise_blocks(z, linear.shape, linear.V)
-        grid = (triton.cdiv(c, tile["BLOCK_M"]), triton.cdiv(linear.pitch, tile["BLOCK_V"]))
-        del tile["STEPS"]
-        row_dloss = dloss if gradients.by_row else mass
-        options = {"ROWS": gradients.by_row, "ACC": linear.common["ACC"]}
-        sparse_kl_dlogits_kernel[grid](
+        grid, tile, partial = linear.passes(c, need.bias)
+        steps = tile.pop("STEPS")
+        row_dloss = dloss if by_row else mass
+        options = {"ROWS": by_row, "ACC": linear.common["ACC"]}
+        sparse_kl_dlogits_kernel[triton.cdiv(c, tile["BLOCK_M"]), grid[1]](
             z, rows, count, top, log_sum, mass, row_dloss, start, c, linear.V, linear.pitch,
             **tile, **options,
         )  # fmt: skip
@@ -391,17 +353,9 @@ def sparse_kl(
             start, c, linear.V, K, linear.pitch, BLOCK_K=block_k, BLOCK_J=16,
             num_warps=max(1, min(8, block_k // 64)), **options,
         )  # fmt: skip
-        gradients.add(start, z, column_sums(linear, start, z) if need.bias else None)
+        if need.bias:
+            column_sums_kernel[grid](
+                z, count, partial, start, c, linear.pitch, ACC=options["ACC"], STEPS=steps, **tile,
+            )  # fmt: skip
+        gradients.add(start, z, partial)
     return loss, *gradients.all()
-
-
-def column_sums(linear: LinearRows, start: int, dlogits: Tensor) -> Tensor:
-    """[V]: the sum of dlogits over the rows of the chunk."""
-    c = min(linear.chunk, linear.N - start)
-    tile = launch.elementwise_blocks(dlogits, linear.shape, linear.V)
-    blocks = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
-    partial = dlogits.new_empty(blocks, linear.pitch, dtype=linear.acc_dtype)
-    column_sums_kernel[(blocks, triton.cdiv(linear.pitch, tile["BLOCK_V"]))](
-        dlogits, linear.count, partial, start, c, linear.pitch, ACC=linear.common["ACC"], **tile,
-    )  # fmt: skip
-    return partial.sum(0)[: linear.V]
