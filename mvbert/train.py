@@ -139,133 +139,158 @@ def train(
 
         among.first(claim)
         stop = stack.enter_context(stop_signals())
-        return _train(task, config, out, description, progress, stop, among)
+        return _Run(task, config, out, description, progress, stop, among).make()
 
 
-def _train(
-    task: Task,
-    config: TrainConfig,
-    out: Path,
-    description: dict[str, Json],
-    progress: Progress,
-    stop: Stop,
-    among: Ranks,
-) -> dict[str, Json]:
-    _check_shares(config, among)
-    torch.set_num_threads(config.threads or max(1, cores(0) // among.local_count))
-    where = choose_device(config, among.local_rank, among.local_count)
-    facts = environment(where.device, where.reason, among.count)
-    among.first(lambda: describe_run(out / "run.json", description, environment=facts))
-    checkpoints = out / "checkpoints"
-    module = task.module.to(where.device)
-    optimizer = make_optimizer(module, config, where.device)
-    pieces_per_step = config.rows * task.rows.T
-    peak, source = peak_flops(
-        where.device, where.autocast or torch.float32, torch.get_num_threads()
-    )
-    if config.compile:
-        compile_layers(module)
-    graph, graph_reason = choose_graph(config, where.device, among.count)
-    compiled = "; layers compiled" if config.compile else ""
-    progress.note(f"device {where.device}, {where.reason}; {graph_reason}{compiled}")
-    progress.note(f"peak {peak / 1e12:.3g} TFLOP/s ({source}), processes: {among.count}")
-    progress.note(
-        f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
-        f"{config.steps * pieces_per_step / 1e6:.2f} M pieces, "
-        f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
-    )
+class _Run:
+    """A run on its way: where it stands, and what its steps are made with."""
 
-    parts = _parts(task, config, among)
-    for part in parts[1:]:
-        progress.note(
-            f"from step {parts[0].end} on {part.config.rows} rows x {part.rows.T} pieces a step"
+    def __init__(
+        self,
+        task: Task,
+        config: TrainConfig,
+        out: Path,
+        description: dict[str, Json],
+        progress: Progress,
+        stop: Stop,
+        among: Ranks,
+    ) -> None:
+        _check_shares(config, among)
+        torch.set_num_threads(config.threads or max(1, cores(0) // among.local_count))
+        self._task, self._config, self._out, self._progress = task, config, out, progress
+        self._stop, self._among = stop, among
+        self._where = where = choose_device(config, among.local_rank, among.local_count)
+        facts = environment(where.device, where.reason, among.count)
+        among.first(lambda: describe_run(out / "run.json", description, environment=facts))
+        self._checkpoints = out / "checkpoints"
+        self._module = task.module.to(where.device)
+        self._optimizer = make_optimizer(self._module, config, where.device)
+        self._pieces_per_step = config.rows * task.rows.T
+        self._peak, source = peak_flops(
+            where.device, where.autocast or torch.float32, torch.get_num_threads()
         )
-    step, state = 0, dict[str, Json]()
-    newest = among.first(lambda: checkpoint.newest_name(checkpoints, progress.note))
-    if newest is not None:
-        task.read_model(checkpoints / newest)
-        step, state = checkpoint.load(checkpoints / newest, module, optimizer)
-        progress.note(f"resuming from {newest}")
-    log = Log(out / "log.jsonl", keep_until=step if state else -1) if among.lead else None
-
-    with (
-        where.stream(),
-        log or nullcontext(),
-        progress.steps(config.steps, step),
-        ExitStack() as feeds,
-    ):
-        losses = among.wrap(Losses(task))
-
-        def enter(part: Part) -> tuple[Feed, Step]:
-            """What makes the steps of one part."""
-            task.rows = part.rows
-            ending = replace(part.config, steps=part.end)
-            feed = feeds.enter_context(Feed(task, ending, among, where.device, step))
-            captured = CudaGraph() if graph else None
-            settings = (part.config, where, among, optimizer, state, captured)
-            return feed, Step(task, losses, *settings)
-
-        left = [part for part in parts if step < part.end] or parts[-1:]
-        feed, make = enter(left[0])
-        journal = Journal(log, progress, task, left[0].config, feed, make, peak * among.count, step)
-
-        def evaluate() -> float | None:
-            result = _evaluate(task, config, where, among)
-            journal.evaluated(step, result)
-            return result["loss"]
-
-        def save(heldout: float | None) -> None:
-            journal.flush()
-            saved = {"step": step, "heldout": heldout, **make.state()}
-            among.first(
-                lambda: checkpoint.save(
-                    checkpoints, saved, module, optimizer, task.write_model, config
-                )
+        if config.compile:
+            compile_layers(self._module)
+        self._graph, why = choose_graph(config, where.device, among.count)
+        compiled = "; layers compiled" if config.compile else ""
+        progress.note(f"device {where.device}, {where.reason}; {why}{compiled}")
+        progress.note(f"peak {self._peak / 1e12:.3g} TFLOP/s ({source}), processes: {among.count}")
+        progress.note(
+            f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
+            f"{config.steps * self._pieces_per_step / 1e6:.2f} M pieces, "
+            f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
+        )
+        parts = _parts(task, config, among)
+        for part in parts[1:]:
+            progress.note(
+                f"from step {parts[0].end} on {part.config.rows} rows x {part.rows.T} pieces a step"
             )
+        self._step, self._state = self._resume()
+        self._left = [part for part in parts if self._step < part.end] or parts[-1:]
 
-        def best(heldout: float | None) -> bool:
-            return among.first(lambda: checkpoint.is_best(checkpoints, heldout, config.keep_best))
+    def _resume(self) -> tuple[int, dict[str, Json]]:
+        """Goes back to the newest whole checkpoint; its step and state, or 0 and {}."""
+        note = self._progress.note
+        newest = self._among.first(lambda: checkpoint.newest_name(self._checkpoints, note))
+        if newest is None:
+            return 0, {}
+        folder = self._checkpoints / newest
+        self._task.read_model(folder)
+        resumed = checkpoint.load(folder, self._module, self._optimizer)
+        note(f"resuming from {newest}")
+        return resumed
 
-        if not state:
-            with journal.paused():
-                save(evaluate())
-        while step < config.steps:
-            if step == left[0].end:
-                journal.finish()
-                state = make.state()  # the next part goes on from it as from a checkpoint
-                del left[0]
-                feed, make = enter(left[0])
-                journal.follow(feed, make, left[0].config)
-            make(feed, step)
-            step += 1
-            journal.finish()  # a line begun earlier: the device has this step to do meanwhile
-            last = step == config.steps
-            if last or step % config.log_every == 0:
-                journal.begin(step)
-            # Asked once: a signal that comes later is seen after the next step, which is saved.
-            asked, late = among.any(stop.asked), among.any(_late(config))
-            evaluating = last or step % config.eval_every == 0
-            saving = last or step % config.save_every == 0 or asked or late
-            if evaluating or saving:
-                journal.finish()
-                with journal.paused():
-                    heldout = evaluate() if evaluating else None
-                    if saving or best(heldout):
-                        save(heldout)
-            progress.advance(step)
-            if (asked or late) and not last:
-                _stop(step, config, asked)
-    among.first(lambda: _write_result(task, out))
-    if among.any(stop.asked):
-        raise Interrupted(f"{out} is complete; run the same command to go on with what follows")
-    return among.first(lambda: _report(out, config, pieces_per_step))
+    def make(self) -> dict[str, Json]:
+        """Makes the steps that are left and the result; returns the report."""
+        among, config, out = self._among, self._config, self._out
+        keep_until = self._step if self._state else -1
+        log = Log(out / "log.jsonl", keep_until) if among.lead else None
+        with (
+            self._where.stream(),
+            log or nullcontext(),
+            self._progress.steps(config.steps, self._step),
+            ExitStack() as self._feeds,
+        ):
+            self._losses = among.wrap(Losses(self._task))
+            self._enter()
+            self._journal = Journal(
+                log, self._progress, self._task, self._left[0].config,
+                self._feed, self._make, self._peak * among.count, self._step,
+            )  # fmt: skip
+            if not self._state:
+                with self._journal.paused():
+                    self._save(self._evaluate())
+            while self._step < config.steps:
+                if self._step == self._left[0].end:
+                    self._follow()
+                self._make(self._feed, self._step)
+                self._step += 1
+                self._after_step()
+        among.first(lambda: _write_result(self._task, out))
+        if among.any(self._stop.asked):
+            raise Interrupted(f"{out} is complete; run the same command to go on with what follows")
+        return among.first(lambda: _report(out, config, self._pieces_per_step))
+
+    def _enter(self) -> None:
+        """Prepares what makes the steps of the first part that is left."""
+        part, task, among, where = self._left[0], self._task, self._among, self._where
+        task.rows = part.rows
+        ending = replace(part.config, steps=part.end)
+        self._feed = self._feeds.enter_context(Feed(task, ending, among, where.device, self._step))
+        captured = CudaGraph() if self._graph else None
+        settings = (part.config, where, among, self._optimizer, self._state, captured)
+        self._make = Step(task, self._losses, *settings)
+
+    def _follow(self) -> None:
+        """Goes on with the next part, from the last one's state as from a checkpoint."""
+        self._journal.finish()
+        self._state = self._make.state()
+        del self._left[0]
+        self._enter()
+        self._journal.follow(self._feed, self._make, self._left[0].config)
+
+    def _after_step(self) -> None:
+        """Logs, evaluates and saves where that is due; leaves where that was asked for."""
+        config, among, step = self._config, self._among, self._step
+        self._journal.finish()  # a line begun earlier: the device has this step to do meanwhile
+        last = step == config.steps
+        if last or step % config.log_every == 0:
+            self._journal.begin(step)
+        # Asked once: a signal that comes later is seen after the next step, which is saved.
+        asked, late = among.any(self._stop.asked), among.any(_late(config))
+        evaluating = last or step % config.eval_every == 0
+        saving = last or step % config.save_every == 0 or asked or late
+        if evaluating or saving:
+            self._journal.finish()
+            with self._journal.paused():
+                heldout = self._evaluate() if evaluating else None
+                if saving or self._is_best(heldout):
+                    self._save(heldout)
+        self._progress.advance(step)
+        if (asked or late) and not last:
+            _leave(step, config, asked)
+
+    def _evaluate(self) -> float | None:
+        result = _evaluate(self._task, self._config, self._where, self._among)
+        self._journal.evaluated(self._step, result)
+        return result["loss"]
+
+    def _is_best(self, heldout: float | None) -> bool:
+        keep = self._config.keep_best
+        return self._among.first(lambda: checkpoint.is_best(self._checkpoints, heldout, keep))
+
+    def _save(self, heldout: float | None) -> None:
+        self._journal.flush()
+        saved: dict[str, Json] = {"step": self._step, "heldout": heldout, **self._make.state()}
+        place = (self._checkpoints, saved, self._module, self._optimizer)
+        self._among.first(lambda: checkpoint.save(*place, self._task.write_model, self._config))
 
 
 def _late(config: TrainConfig) -> bool:
     return 0 < config.max_hours * 3600 <= time.monotonic() - STARTED
 
 
-def _stop(step: int, config: TrainConfig, asked: bool) -> NoReturn:
+def _leave(step: int, config: TrainConfig, asked: bool) -> NoReturn:
     """Leaves a run that goes on another time."""
     if asked:
         raise Interrupted(f"stopped at step {step}; run the same command to go on from there")
