@@ -207,6 +207,17 @@ def test_accumulated_micro_batches_give_the_whole_batch(stage2, tmp_path, at):
     torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile warns of itself
+def test_compiled_layers_learn_what_eager_ones_do(stage1, tmp_path):
+    """On a CPU with the same dropout, too."""
+    curves = []
+    for compiled in (False, True):
+        stage1(tmp_path / str(compiled), replace(STAGE1, compile=compiled))
+        curves.append([r.get("heldout", r)["loss"] for r in numbers(tmp_path / str(compiled))])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
 def test_warm_up_and_decay():
     config = Stage1Config(steps=100, warmup=0.1, final_lr=0.1, lr=1.0)
     rates = [learning_rate(step, config) for step in range(100)]
@@ -529,7 +540,7 @@ def test_a_kill_anywhere_in_saving_leaves_the_same_bits(stage2, in_child, tmp_pa
 # ---- it refuses -----------------------------------------------------------------------------
 
 
-def test_another_runs_folder_is_refused(stage1, tmp_path):
+def test_another_curvesfolder_is_refused(stage1, tmp_path):
     stage1(tmp_path)
     with pytest.raises(InputError, match=r"other settings \(train\.lr: 0\.001 there, 0\.5 now\)"):
         stage1(tmp_path, replace(STAGE1, lr=0.5))
