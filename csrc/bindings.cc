@@ -292,17 +292,22 @@ py::tuple EncodeRows(const mvbert::Tokenizer& tokenizer, const py::iterable& tex
     throw std::invalid_argument("there are " + std::to_string(first.get().size()) + " texts and " +
                                 std::to_string(second->get().size()) + " pairs");
   }
-  mvbert::Encoding encoding, second_encoding;
+  struct Parts {
+    const mvbert::Tokenizer& tokenizer;
+    std::vector<mvbert::Encoding> encodings;
+    ~Parts() { tokenizer.Recycle(&encodings); }
+  };
+  Parts parts{tokenizer, {}}, second_parts{tokenizer, {}};
   std::optional<mvbert::TokenRows> rows;
   {
     py::gil_scoped_release release;
     first.Check("text");
-    tokenizer.Encode(first.get(), text_options, 0, threads, &encoding);
+    tokenizer.EncodeParts(first.get(), text_options, 0, threads, &parts.encodings);
     if (second) {
       second->Check("pair");
-      tokenizer.Encode(second->get(), text_options, 0, threads, &second_encoding);
+      tokenizer.EncodeParts(second->get(), text_options, 0, threads, &second_parts.encodings);
     }
-    rows.emplace(encoding, second ? &second_encoding : nullptr, options);
+    rows.emplace(parts.encodings, second ? &second_parts.encodings : nullptr, options);
   }
   if (!padded) {
     const auto total = static_cast<py::ssize_t>(rows->offsets().back());

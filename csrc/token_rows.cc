@@ -1,7 +1,6 @@
 #include "token_rows.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -9,14 +8,6 @@
 
 namespace mvbert {
 namespace {
-
-std::uint64_t Begin(const Encoding& encoding, std::size_t i) {
-  return i == 0 ? 0 : encoding.ends[i - 1];
-}
-
-std::uint64_t Length(const Encoding& encoding, std::size_t i) {
-  return encoding.ends[i] - Begin(encoding, i);
-}
 
 std::uint64_t Specials(const RowOptions& options, bool pairs) {
   return options.special ? (pairs ? 3 : 2) : 0;
@@ -52,9 +43,25 @@ std::uint64_t TokenRows::Limit(const RowOptions& options) {
   return options.truncation == Truncation::kNone ? TextOptions().limit : options.max_length + 1;
 }
 
-TokenRows::TokenRows(const Encoding& texts, const Encoding* pairs, const RowOptions& options)
-    : texts_(texts), pairs_(pairs), options_(options) {
-  const std::size_t rows = texts.ends.size();
+std::vector<TokenRows::Ids> TokenRows::AllIds(const std::vector<Encoding>& parts) {
+  std::vector<Ids> texts;
+  std::size_t count = 0;
+  for (const Encoding& part : parts) count += part.ends.size();
+  texts.reserve(count);
+  for (const Encoding& part : parts) {
+    const std::int32_t* begin = part.ids.data();
+    for (const std::uint64_t end : part.ends) {
+      texts.push_back({begin, part.ids.data() + end});
+      begin = texts.back().end;
+    }
+  }
+  return texts;
+}
+
+TokenRows::TokenRows(const std::vector<Encoding>& texts, const std::vector<Encoding>* pairs,
+                     const RowOptions& options)
+    : options_(options), first_(AllIds(texts)) {
+  if (pairs != nullptr) second_ = AllIds(*pairs);
   const std::uint64_t specials = Specials(options, pairs != nullptr);
   const bool truncate = options.truncation != Truncation::kNone;
   if (truncate && options.max_length < specials) {
@@ -62,12 +69,13 @@ TokenRows::TokenRows(const Encoding& texts, const Encoding* pairs, const RowOpti
                                 " leaves no room for the " + std::to_string(specials) +
                                 " special tokens of a row");
   }
-  kept_.resize(pairs == nullptr ? rows : 2 * rows);
-  offsets_.reserve(rows + 1);
+  offsets_.reserve(first_.size() + 1);
   offsets_.push_back(0);
-  for (std::size_t i = 0; i < rows; ++i) {
-    std::uint64_t first = Length(texts, i);
-    std::uint64_t second = pairs == nullptr ? 0 : Length(*pairs, i);
+  for (std::size_t i = 0; i < first_.size(); ++i) {
+    auto first = static_cast<std::uint64_t>(first_[i].end - first_[i].begin);
+    auto second = pairs == nullptr
+                      ? std::uint64_t{0}
+                      : static_cast<std::uint64_t>(second_[i].end - second_[i].begin);
     if (truncate && !Truncate(options.truncation, options.max_length - specials, &first, &second)) {
       const bool only_first = options.truncation == Truncation::kOnlyFirst;
       throw std::invalid_argument(
@@ -76,11 +84,8 @@ TokenRows::TokenRows(const Encoding& texts, const Encoding* pairs, const RowOpti
           (only_first ? "only_first" : "only_second") +
           "': the other text alone is too long; use 'longest_first'");
     }
-    if (std::max(first, second) > std::numeric_limits<std::uint32_t>::max()) {
-      throw std::length_error("a text of 2^32 pieces");
-    }
-    kept_[i] = static_cast<std::uint32_t>(first);
-    if (pairs != nullptr) kept_[rows + i] = static_cast<std::uint32_t>(second);
+    first_[i].end = first_[i].begin + first;
+    if (pairs != nullptr) second_[i].end = second_[i].begin + second;
     const std::uint64_t length = first + second + specials;
     longest_ = std::max(longest_, length);
     offsets_.push_back(offsets_.back() + static_cast<std::int64_t>(length));
@@ -91,13 +96,11 @@ template <typename T, typename Type>
 std::size_t TokenRows::Row(std::size_t row, T* ids, Type* types) const {
   T* out = ids;
   if (options_.special) *out++ = options_.cls;
-  const std::int32_t* text = texts_.ids.data() + Begin(texts_, row);
-  out = std::copy(text, text + kept_[row], out);
+  out = std::copy(first_[row].begin, first_[row].end, out);
   if (options_.special) *out++ = options_.sep;
   const auto first = static_cast<std::size_t>(out - ids);
-  if (pairs_ != nullptr) {
-    text = pairs_->ids.data() + Begin(*pairs_, row);
-    out = std::copy(text, text + kept_[size() + row], out);
+  if (!second_.empty()) {
+    out = std::copy(second_[row].begin, second_[row].end, out);
     if (options_.special) *out++ = options_.sep;
   }
   const auto length = static_cast<std::size_t>(out - ids);

@@ -27,13 +27,14 @@ struct RowOptions {
   std::uint64_t max_length = 0;  // of a row, special pieces counted; only for truncation
 };
 
-// The shape of a batch of rows, and its filling. Holds references to the encodings.
+// The shape of a batch of rows, and its filling. The encodings must outlive it.
 class TokenRows {
  public:
-  // Row i is texts' text i and, unless `pairs` is null, pairs' text i. Throws std::invalid_argument
-  // if the special pieces alone are longer than max_length, or if truncating one text of a row is
-  // not enough.
-  TokenRows(const Encoding& texts, const Encoding* pairs, const RowOptions& options);
+  // Row i is text i of `texts`' parts and, unless `pairs` is null, text i of pairs'. Throws
+  // std::invalid_argument if the special pieces alone are longer than max_length, or if truncating
+  // one text of a row is not enough.
+  TokenRows(const std::vector<Encoding>& texts, const std::vector<Encoding>* pairs,
+            const RowOptions& options);
   TokenRows(const TokenRows&) = delete;
   TokenRows& operator=(const TokenRows&) = delete;
 
@@ -63,10 +64,16 @@ class TokenRows {
   template <typename T, typename Type>
   std::size_t Row(std::size_t row, T* ids, Type* types) const;
 
-  const Encoding& texts_;
-  const Encoding* const pairs_;
+  // The ids of a text that stay.
+  struct Ids {
+    const std::int32_t* begin;
+    const std::int32_t* end;
+  };
+  static std::vector<Ids> AllIds(const std::vector<Encoding>& parts);
+
   const RowOptions options_;
-  std::vector<std::uint32_t> kept_;  // ids of each text that stay; then of each pair's second
+  std::vector<Ids> first_;
+  std::vector<Ids> second_;  // of pairs; else empty
   std::vector<std::int64_t> offsets_;
   std::uint64_t longest_ = 0;
 };

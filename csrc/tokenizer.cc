@@ -561,7 +561,10 @@ Tokenizer::Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teac
   seeds_ = std::make_unique<const Cache>(*teacher_, student_.get());
 }
 
-Tokenizer::~Tokenizer() { ForgetWords(); }
+Tokenizer::~Tokenizer() {
+  ForgetWords();
+  for (auto& place : buffers_) std::free(place.exchange(nullptr));
+}
 
 void Tokenizer::ForgetWords() const {
   for (auto& place : idle_) delete place.exchange(nullptr);
@@ -663,15 +666,15 @@ void Tokenizer::CheckCoin(const Coin& coin) const {
   }
 }
 
-Tokenizer::Parts Tokenizer::EncodeParts(const std::vector<std::string_view>& texts,
-                                        const TextOptions& options, std::uint64_t first_number,
-                                        int threads) const {
+void Tokenizer::EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
+                            std::uint64_t first_number, int threads,
+                            std::vector<Encoding>* out) const {
   CheckCoin(options.coin);
-  // Parts of about 256 KiB, so that threads stay busy to the end; less is not worth a thread.
+  // Parts of about 256 KiB: threads stay busy to the end, and their memory is used again.
   constexpr std::size_t kPart = std::size_t{1} << 18;
   std::vector<std::size_t> begins = {0};
   std::size_t bytes = 0;
-  for (std::size_t i = 0; threads > 1 && i + 1 < texts.size(); ++i) {
+  for (std::size_t i = 0; i + 1 < texts.size(); ++i) {
     bytes += texts[i].size();
     if (bytes >= kPart) {
       begins.push_back(i + 1);
@@ -679,26 +682,32 @@ Tokenizer::Parts Tokenizer::EncodeParts(const std::vector<std::string_view>& tex
     }
   }
   begins.push_back(texts.size());
-  Parts parts(begins.size() - 1);
+  std::vector<Encoding>& parts = *out;
+  parts.resize(begins.size() - 1);
   Share(parts.size(), threads, [&](auto&& next) {
     Lease worker(*this);
     for (std::size_t p; next(&p);) {
       parts[p].ends.reserve(begins[p + 1] - begins[p]);
+      parts[p].ids = TakeBuffer();
       worker->Encode(texts.data() + begins[p], begins[p + 1] - begins[p], options,
                      first_number + begins[p], &parts[p].ids, &parts[p].ends, nullptr);
     }
     worker.Finish();
   });
-  return parts;
 }
 
 void Tokenizer::Encode(const std::vector<std::string_view>& texts, const TextOptions& options,
                        std::uint64_t first_number, int threads, Encoding* out) const {
-  Parts parts = EncodeParts(texts, options, first_number, threads);
-  if (parts.size() == 1 && out->ids.size() == 0 && out->ends.empty()) {
-    *out = std::move(parts[0]);
+  if (threads <= 1) {
+    CheckCoin(options.coin);
+    Lease worker(*this);
+    worker->Encode(texts.data(), texts.size(), options, first_number, &out->ids, &out->ends,
+                   nullptr);
+    worker.Finish();
     return;
   }
+  std::vector<Encoding> parts;
+  EncodeParts(texts, options, first_number, threads, &parts);
   std::vector<std::size_t> bases = {out->ids.size()};
   for (const Encoding& part : parts) bases.push_back(bases.back() + part.ids.size());
   out->ids.Reserve(bases.back() - bases.front());
@@ -713,6 +722,33 @@ void Tokenizer::Encode(const std::vector<std::string_view>& texts, const TextOpt
   for (std::size_t p = 0; p < parts.size(); ++p) {
     for (const std::uint64_t end : parts[p].ends) out->ends.push_back(bases[p] + end);
   }
+  Recycle(&parts);
+}
+
+IdBuffer Tokenizer::TakeBuffer() const {
+  std::int32_t* kept = nullptr;
+  for (auto& place : buffers_) {
+    if (place.load(std::memory_order_relaxed) == nullptr) continue;
+    kept = place.exchange(nullptr, std::memory_order_acquire);
+    if (kept != nullptr) break;
+  }
+  return IdBuffer(kept, kPartIds);
+}
+
+void Tokenizer::Recycle(std::vector<Encoding>* parts) const {
+  auto place = buffers_.begin();
+  for (Encoding& part : *parts) {
+    if (part.ids.capacity() != kPartIds) continue;  // it has grown
+    std::int32_t* expected = nullptr;
+    while (place != buffers_.end() &&
+           !place->compare_exchange_strong(expected, part.ids.data(), std::memory_order_release)) {
+      expected = nullptr;
+      ++place;
+    }
+    if (place == buffers_.end()) break;
+    part.ids.Release();
+  }
+  parts->clear();
 }
 
 void Tokenizer::EncodeWords(std::string_view text, const TextOptions& options,

@@ -4,7 +4,8 @@
 // both vocabularies, so a mixed text costs what a plain one does. A word that is not there is cut by
 // the tries and remembered. The cache is bounded (8 MiB, and 4 MiB for longer words), filled with the
 // vocabulary's own whole words at first, and belongs to one call at a time: results never depend on
-// it.
+// it. Between calls a Tokenizer keeps a cache for each thread that was at work at once, and up to 64
+// buffers of 512 KiB.
 //
 // A Tokenizer is immutable to its callers: any number of threads may use one. There is no lock and no
 // thread that outlives a call, so a forked child can go on using it.
@@ -49,6 +50,12 @@ struct TextOptions {
 class IdBuffer {
  public:
   IdBuffer() = default;
+  // Takes memory of malloc's with room for `capacity` ids, or null for new memory.
+  IdBuffer(std::int32_t* data, std::size_t capacity) : data_(data), capacity_(capacity) {
+    if (data_ != nullptr) return;
+    data_ = static_cast<std::int32_t*>(std::malloc(capacity * sizeof(std::int32_t)));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
   ~IdBuffer() { std::free(data_); }
   IdBuffer(IdBuffer&& other) noexcept { *this = std::move(other); }
   IdBuffer& operator=(IdBuffer&& other) noexcept {
@@ -60,6 +67,7 @@ class IdBuffer {
 
   std::int32_t* data() const { return data_; }
   std::size_t size() const { return size_; }
+  std::size_t capacity() const { return capacity_; }
   std::int32_t* end() const { return data_ + size_; }
   void SetEnd(const std::int32_t* end) { size_ = static_cast<std::size_t>(end - data_); }
 
@@ -127,7 +135,16 @@ class Tokenizer {
   void Encode(const std::vector<std::string_view>& texts, const TextOptions& options,
               std::uint64_t first_number, int threads, Encoding* out) const;
 
-  // The same for one text on one thread, with its words unless `words` is null.
+  // The same as parts, each of consecutive texts, as the threads made them: nothing is joined. The
+  // ends of a part count from its own first id.
+  void EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
+                   std::uint64_t first_number, int threads, std::vector<Encoding>* parts) const;
+
+  // Takes the memory of such parts back, for later calls: malloc may give so much back to the system,
+  // and then the next call meets a page fault every 4 KiB.
+  void Recycle(std::vector<Encoding>* parts) const;
+
+  // The same as Encode for one text on one thread, with its words unless `words` is null.
   void EncodeWords(std::string_view text, const TextOptions& options, std::uint64_t number,
                    IdBuffer* ids, WordMap* words) const;
 
@@ -150,12 +167,13 @@ class Tokenizer {
   class Cache;
   class Worker;
   class Lease;
-  using Parts = std::vector<Encoding>;  // of consecutive texts; ends count from a part's first id
+
+  static constexpr std::size_t kPartIds = std::size_t{1} << 17;  // room in a part for a start
 
   void CheckCoin(const Coin& coin) const;
 
-  Parts EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
-                    std::uint64_t first_number, int threads) const;
+  // An empty buffer of kPartIds, one that Recycle has kept if there is one.
+  IdBuffer TakeBuffer() const;
 
   // Calls found(text, -1) for stretches between special pieces and found(text, id) for these, until
   // it gives false.
@@ -173,6 +191,7 @@ class Tokenizer {
   std::string special_bytes_;  // what special pieces begin with
   std::unique_ptr<const Cache> seeds_;
   mutable std::array<std::atomic<Worker*>, 64> idle_{};  // workers that no call is using
+  mutable std::array<std::atomic<std::int32_t*>, 64> buffers_{};  // of kPartIds, unused
 };
 
 }  // namespace mvbert

@@ -62,12 +62,12 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
   TextOptions text_options;
   text_options.find_special = true;
   text_options.limit = TokenRows::Limit(options);
-  Encoding encoding, second;
-  tokenizer.Encode(texts, text_options, 0, threads, &encoding);
-  if (pairs != nullptr) tokenizer.Encode(*pairs, text_options, 0, threads, &second);
+  std::vector<Encoding> first, second;
+  tokenizer.EncodeParts(texts, text_options, 0, threads, &first);
+  if (pairs != nullptr) tokenizer.EncodeParts(*pairs, text_options, 0, threads, &second);
   std::optional<TokenRows> made;
   try {
-    made.emplace(encoding, pairs != nullptr ? &second : nullptr, options);
+    made.emplace(first, pairs != nullptr ? &second : nullptr, options);
   } catch (const std::invalid_argument&) {
     Require(!possible, "rows were refused");
     return;
@@ -95,6 +95,8 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
       if (inside) Require(ids[begin + j] == id && types[begin + j] == type, "another flat id");
     }
   }
+  tokenizer.Recycle(&first);
+  tokenizer.Recycle(&second);
 }
 
 }  // namespace
