@@ -89,7 +89,7 @@ def stage1(work: Path, teacher: Path) -> list:
 def command(work: Path, stage: int, out: Path, toy: bool) -> list:
     """The arguments of `mvbert train` for a stage at full speed."""
     args = [*stage1(work, work / "large")] if stage == 1 else [
-        "--stage", 2, "--corpus", work / "corpus", "--stage1", work / "seed",
+        "--stage", 2, "--corpus", work / "corpus", "--stage1", work / "seed", "--distill",
     ]  # fmt: skip
     rows = 4 if toy else {1: 256, 2: 1024}[stage]
     args += ["--rows", rows, "--eval-rows", 8, "--eval-every", NEVER, "--save-every", NEVER]

@@ -292,7 +292,7 @@ class Stage2Config(TrainConfig):
     """Where the student's embeddings come from."""
     positions: Literal["sinusoidal", "random"] = "sinusoidal"
     """Where its position embeddings start; they train either way."""
-    distill: tuple[str, ...] = ()
+    distill: tuple[str, ...] = ("relations",)
     """Losses against the Stage I teacher: logits, hidden, relations (none: the paper)."""
     temperature: float = 1.0
     """Of the logits loss."""

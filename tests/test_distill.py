@@ -29,6 +29,7 @@ dropout = 0.0
 threads = 1
 [stage2]
 shape = "1x64"
+distill = []
 steps = 4
 rows = 4
 eval_rows = 4

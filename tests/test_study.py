@@ -43,6 +43,7 @@ embedding_size = 64
 dropout = 0.0
 threads = 1
 [stage2]
+distill = []
 shape = "1x64"
 steps = 4
 rows = 4

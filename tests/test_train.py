@@ -33,7 +33,7 @@ SMALL = {
     "dtype": "float32", "threads": 1, "lr": 1e-3,
 }  # fmt: skip
 STAGE1 = Stage1Config(**SMALL, embedding_size=64, dropout=0.1)
-STAGE2 = Stage2Config(**SMALL, shape="1x64", dropout=0.1, relation_heads=8)
+STAGE2 = Stage2Config(**SMALL, shape="1x64", dropout=0.1, distill=(), relation_heads=8)
 
 
 @pytest.fixture(scope="module")
