@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,20 +130,6 @@ def shared_file(shared_data):
     return find
 
 
-@pytest.fixture
-def run_cli(tmp_path):
-    """A function that runs `python -m mvbert ARGS` in an empty folder and returns what came out."""
-
-    def run(*args, timeout: float = 600, **kwargs) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "mvbert", *map(str, args)]
-        kwargs.setdefault("cwd", tmp_path)
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs
-        )
-
-    return run
-
-
 # ---- children that are killed ----------------------------------------------------------------
 
 # What Python tells audit hooks of before it happens; fsync is told of below.
@@ -220,38 +205,23 @@ The vocabulary of a child grows by ten words a day, and nobody is teaching them.
 """
 
 
-def _unique(pieces: list[str]) -> list[str]:
-    return list(dict.fromkeys(pieces))
+def _vocab(words: list[str]):
+    from mvbert.vocab import Vocab
+
+    pieces = [*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *words]
+    return Vocab(tuple(dict.fromkeys(pieces)))
 
 
 @pytest.fixture(scope="session")
-def teacher_pieces() -> list[str]:
-    """The pieces of a tiny teacher vocabulary, in order; [PAD] is 0."""
-    return _unique([*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *TEACHER_WORDS])
+def teacher_vocab():
+    """A tiny teacher vocabulary."""
+    return _vocab(TEACHER_WORDS)
 
 
 @pytest.fixture(scope="session")
-def student_pieces() -> list[str]:
-    """The pieces of a tinier student vocabulary, in order: every letter, few words."""
-    return _unique([*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *STUDENT_WORDS])
-
-
-@pytest.fixture
-def teacher_vocab_file(tmp_path, teacher_pieces) -> Path:
-    """The tiny teacher vocabulary as a vocab.txt."""
-    path = tmp_path / "teacher" / "vocab.txt"
-    path.parent.mkdir()
-    path.write_text("\n".join(teacher_pieces) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def student_vocab_file(tmp_path, student_pieces) -> Path:
-    """The tiny student vocabulary as a vocab.txt."""
-    path = tmp_path / "student" / "vocab.txt"
-    path.parent.mkdir()
-    path.write_text("\n".join(student_pieces) + "\n", encoding="utf-8")
-    return path
+def student_vocab():
+    """A tinier student vocabulary: every letter, few words."""
+    return _vocab(STUDENT_WORDS)
 
 
 @pytest.fixture(scope="session")
@@ -260,42 +230,92 @@ def text() -> str:
     return TEXT
 
 
-@pytest.fixture
-def text_file(tmp_path, text) -> Path:
-    """The three short documents as a file."""
-    path = tmp_path / "text.txt"
-    path.write_text(text, encoding="utf-8")
-    return path
+@pytest.fixture(scope="session")
+def write_teacher():
+    """A function that writes a tiny BERT with random weights as a new Hugging Face folder."""
+    from mvbert import huggingface
+    from mvbert.config import ModelConfig
+    from mvbert.model import MaskedLM
+
+    def write(folder: Path, vocab) -> None:
+        model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=32))
+        model.init_weights(1)
+        folder.mkdir()
+        huggingface.write_model(folder, model, vocab, "")
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def training_inputs(tmp_path_factory, text, teacher_pieces, student_pieces) -> Path:
-    """A folder with corpus/, teacher/ and stage1/, the result of a Stage I that did not train."""
-    from mvbert import checkpoint, huggingface
-    from mvbert.config import ModelConfig, RowConfig, Stage1Config
+def training_inputs(tmp_path_factory, text, write_teacher, teacher_vocab, student_vocab) -> Path:
+    """text.txt, corpus/, teacher/ and stage1/, the result of a Stage I that did not train; to read.
+
+    Tests that change them take `job`.
+    """
+    from mvbert import checkpoint
+    from mvbert.config import RowConfig, Stage1Config
     from mvbert.corpus import Corpus, build_corpus
-    from mvbert.model import MaskedLM
     from mvbert.progress import Progress
     from mvbert.stages import Stage1
-    from mvbert.vocab import Vocab
 
     folder = tmp_path_factory.mktemp("training")
     (folder / "text.txt").write_text(text * 4)
     build_corpus([folder / "text.txt"], folder / "corpus", heldout_share=0.2)
-    vocab = Vocab(tuple(teacher_pieces))
-    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=32))
-    model.init_weights(1)
-    (folder / "teacher").mkdir()
-    huggingface.write_model(folder / "teacher", model, vocab, "")
+    write_teacher(folder / "teacher", teacher_vocab)
     task = Stage1(
         Stage1Config(embedding_size=64),
         RowConfig(length=16),
         Corpus.open(folder / "corpus"),
         folder / "teacher",
-        Vocab(tuple(student_pieces)),
+        student_vocab,
         Progress("test"),
     )
+    torch.nn.init.normal_(task.model.student.bias, std=0.1)  # as trained: not all 0
     (folder / "stage1").mkdir()
     task.write_model(folder / "stage1")
     checkpoint.write_manifest(folder / "stage1")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(training_inputs):
+    """The corpus of `training_inputs`, opened."""
+    from mvbert.corpus import Corpus
+
+    return Corpus.open(training_inputs / "corpus")
+
+
+# ---- what a run leaves -----------------------------------------------------------------------
+
+
+def _numbers(out: Path) -> list[dict]:
+    from mvbert import runs
+
+    clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
+    return [{k: v for k, v in r.items() if k not in clock} for r in runs.read_log(out)]
+
+
+@pytest.fixture(scope="session")
+def numbers():
+    """A function from a run's folder to its log without what depends on the clock."""
+    return _numbers
+
+
+@pytest.fixture(scope="session")
+def losses():
+    """A function from a run's folder to all numbers of `numbers`, one after the other."""
+    return lambda out: [v for r in _numbers(out) for v in r.get("heldout", r).values()]
+
+
+@pytest.fixture(scope="session")
+def assert_same_run():
+    """A function that asserts that two runs wrote the same log and the same weights."""
+
+    def weights(folder: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (folder / "model").glob("*.safetensors")}
+
+    def check(out: Path, reference: Path) -> None:
+        assert _numbers(out) == _numbers(reference), out
+        assert weights(out) == weights(reference) != {}, out
+
+    return check

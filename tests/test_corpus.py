@@ -79,13 +79,6 @@ def awkward(tmp_path):
     return path
 
 
-@pytest.fixture
-def tiny_vocab(student_pieces):
-    from mvbert.vocab import Vocab
-
-    return Vocab(student_pieces)
-
-
 # ---- equality with the plain definition ------------------------------------------------------
 
 
@@ -662,10 +655,10 @@ def test_merged_corpora_are_the_corpus_of_all_texts(awkward, tmp_path):
         build_corpus([awkward], tmp_path / "m")
 
 
-def test_the_verb_merges_and_reports(awkward, tmp_path, capsys, student_pieces):
+def test_the_verb_merges_and_reports(awkward, tmp_path, capsys, student_vocab):
     more = texts_of(tmp_path, 30)
     vocab, other = tmp_path / "vocab.txt", tmp_path / "other.txt"
-    vocab.write_text("".join(f"{piece}\n" for piece in student_pieces), encoding="utf-8")
+    student_vocab.save(vocab)
     other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     a, b, m = (str(tmp_path / name) for name in "abm")
     assert cli.main(["corpus", str(awkward), "-o", a, "--heldout-share", "0"]) == 0
@@ -676,7 +669,7 @@ def test_the_verb_merges_and_reports(awkward, tmp_path, capsys, student_pieces):
     report = json.loads(printed.out)
     corpus = Corpus.open(m, verify="sha256")
     assert report["words"] == sum(Corpus.open(part).manifest["words"] for part in (a, b))
-    assert report["vocabularies"][str(vocab)]["shared"] == {str(other): 5 / len(student_pieces)}
+    assert report["vocabularies"][str(vocab)]["shared"] == {str(other): 5 / student_vocab.size}
     assert report["vocabularies"][str(other)]["shared"] == {str(vocab): 1.0}
     assert report["vocabularies"][str(other)]["unknown"] == 1.0
     assert f"100.0% of the pieces of {other} are in {vocab}" in printed.err
@@ -733,16 +726,16 @@ def test_corpora_that_do_not_fit_together(awkward, tmp_path):
 # ---- segmentation and report -----------------------------------------------------------------
 
 
-def test_segmentation_is_wordpiece_of_every_word(built, tiny_vocab):
+def test_segmentation_is_wordpiece_of_every_word(built, student_vocab):
     corpus = Corpus.open(built)
-    cut = corpus.segment(tiny_vocab, threads=3)
+    cut = corpus.segment(student_vocab, threads=3)
     assert cut.ends.dtype == np.uint32
     assert cut.ids.dtype == np.int32
     assert cut.ends[0] == 0
     begin = 0
     for word, end in zip(corpus.words, cut.ends, strict=True):
-        pieces = [tiny_vocab.pieces[i] for i in cut.ids[begin:end]]
-        assert pieces == (wordpiece(word.decode(), tiny_vocab.ids) if word else [])
+        pieces = [student_vocab.pieces[i] for i in cut.ids[begin:end]]
+        assert pieces == (wordpiece(word.decode(), student_vocab.ids) if word else [])
         begin = end
     np.testing.assert_array_equal(np.cumsum(cut.lengths), cut.ends)
 
@@ -760,20 +753,20 @@ def test_segmentation_does_not_depend_on_threads(shared_file, tmp_path):
         np.testing.assert_array_equal(one.ids, other.ids)
 
 
-def test_rows_of_a_corpus_are_a_pure_function(awkward, tmp_path, tiny_vocab):
+def test_rows_of_a_corpus_are_a_pure_function(awkward, tmp_path, student_vocab):
     build_corpus([awkward], tmp_path / "corpus", heldout_share=0)
     corpus = Corpus.open(tmp_path / "corpus")
     settings = {"T": 16, "mask_prob": 0.2, "student_prob": 0.3}
-    vocabs = {"teacher": tiny_vocab, "student": tiny_vocab}
-    cut = corpus.segment(tiny_vocab)
+    vocabs = {"teacher": student_vocab, "student": student_vocab}
+    cut = corpus.segment(student_vocab)
     rows = Rows(corpus.train, teacher=cut, student=cut, seed=7, **settings)
     first = corpus.rows(7, 2, 3, 5, **vocabs, **settings)
-    other = corpus.rows(7, 2, 3, 5, student=tiny_vocab, T=12)
+    other = corpus.rows(7, 2, 3, 5, student=student_vocab, T=12)
     for batch in (first, corpus.rows(7, 2, 3, 5, **vocabs, **settings, threads=2)):
         for name, array in vars(rows.read(2 * rows.count + 3, 5)).items():
             np.testing.assert_array_equal(getattr(batch, name), array)
     assert other.input_ids.shape == (5, 12)
-    assert other.input_ids.max() < tiny_vocab.size <= first.input_ids.max()
+    assert other.input_ids.max() < student_vocab.size <= first.input_ids.max()
     out = Batch.empty(5, 16, rows.capacity)
     assert corpus.rows(7, 0, 0, 5, **vocabs, **settings, out=out) is out
     with pytest.raises(InputError, match="teacher segmentation, a student"):
@@ -782,18 +775,18 @@ def test_rows_of_a_corpus_are_a_pure_function(awkward, tmp_path, tiny_vocab):
         corpus.rows(7, 1, -1, 5, **vocabs)
 
 
-def test_a_cased_vocabulary_does_not_fit_an_uncased_corpus(built, tiny_vocab):
+def test_a_cased_vocabulary_does_not_fit_an_uncased_corpus(built, student_vocab):
     from dataclasses import replace
 
     with pytest.raises(InputError, match=r"the vocabulary is cased but the corpus .* is uncased"):
-        Corpus.open(built).segment(replace(tiny_vocab, lowercase=False))
+        Corpus.open(built).segment(replace(student_vocab, lowercase=False))
 
 
-def test_the_report_counts_pieces_and_unknown_words(built, tiny_vocab):
+def test_the_report_counts_pieces_and_unknown_words(built, student_vocab):
     corpus = Corpus.open(built)
-    report = corpus_report(corpus, {"tiny": tiny_vocab})
+    report = corpus_report(corpus, {"tiny": student_vocab})
     words = [w for document in read_stream(corpus, corpus.train) for w in document]
-    cuts = [wordpiece(word, tiny_vocab.ids) for word in words]
+    cuts = [wordpiece(word, student_vocab.ids) for word in words]
     tiny = report["vocabularies"]["tiny"]
     assert tiny["pieces_per_word"] == pytest.approx(sum(map(len, cuts)) / len(words))
     assert tiny["unknown"] == pytest.approx(cuts.count(["[UNK]"]) / len(words))
@@ -804,9 +797,11 @@ def test_the_report_counts_pieces_and_unknown_words(built, tiny_vocab):
     json.dumps(report, allow_nan=False)
 
 
-def test_run_corpus_prints_a_table_and_returns_the_report(awkward, tmp_path, capsys, tiny_vocab):
-    report = run_corpus([awkward], tmp_path / "c", vocabs={"tiny": tiny_vocab}, heldout_share=0.5)
-    assert report == corpus_report(Corpus.open(tmp_path / "c"), {"tiny": tiny_vocab})
+def test_run_corpus_prints_a_table_and_returns_it(awkward, tmp_path, capsys, student_vocab):
+    report = run_corpus(
+        [awkward], tmp_path / "c", vocabs={"tiny": student_vocab}, heldout_share=0.5
+    )
+    assert report == corpus_report(Corpus.open(tmp_path / "c"), {"tiny": student_vocab})
     printed = capsys.readouterr()
     assert printed.out == ""
     for text in ("distinct words", "pieces per word", f"{report['words']:,}", "seed 0"):

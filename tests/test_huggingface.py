@@ -12,17 +12,13 @@ from mvbert.config import ModelConfig
 from mvbert.errors import InputError
 from mvbert.files import read_json_object, write_json
 from mvbert.model import MaskedLM
-from mvbert.vocab import Vocab
 
 
 @pytest.fixture
-def vocab(student_pieces) -> Vocab:
-    return Vocab(tuple(student_pieces))
-
-
-@pytest.fixture
-def model(vocab) -> MaskedLM:
-    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=24)).eval()
+def model(student_vocab) -> MaskedLM:
+    model = MaskedLM(
+        ModelConfig(student_vocab.size, 32, 2, 2, 64, max_position_embeddings=24)
+    ).eval()
     model.init_weights(3)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that a swap shows
         for i, parameter in enumerate(model.parameters()):
@@ -32,10 +28,10 @@ def model(vocab) -> MaskedLM:
 
 
 @pytest.fixture
-def folder(tmp_path, model, vocab):
+def folder(tmp_path, model, student_vocab):
     path = tmp_path / "model"
     path.mkdir()
-    huggingface.write_model(path, model, vocab, "# card\n")
+    huggingface.write_model(path, model, student_vocab, "# card\n")
     return path
 
 
@@ -53,9 +49,9 @@ def test_a_folder_loads_to_the_same_model(folder, model):
         assert torch.equal(a, b), name
 
 
-def test_transformers_gives_the_same_logits_and_hidden_states(folder, model, vocab):
+def test_transformers_gives_the_same_logits_and_hidden_states(folder, model, student_vocab):
     transformers = pytest.importorskip("transformers")
-    ids = torch.from_numpy(np.random.default_rng(0).integers(0, vocab.size, (2, 9)))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, student_vocab.size, (2, 9)))
     types = torch.tensor([[0] * 5 + [1] * 4, [0] * 9])
     hf = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -74,14 +70,15 @@ def test_transformers_gives_the_same_logits_and_hidden_states(folder, model, voc
     assert sum(p.numel() for p in bare.parameters()) == model.config.encoder_parameters
 
 
-def test_transformers_gives_the_same_tokens(folder, vocab, text):
+def test_transformers_gives_the_same_tokens(folder, student_vocab, text):
     transformers = pytest.importorskip("transformers")
     from mvbert.wordpiece import basic_split, wordpiece
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    expected = [vocab.ids[p] for w in basic_split(text) for p in wordpiece(w, vocab.ids)]
+    ids = student_vocab.ids
+    expected = [ids[p] for w in basic_split(text) for p in wordpiece(w, ids)]
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
-    assert tokenizer.mask_token_id == vocab.mask
+    assert tokenizer.mask_token_id == student_vocab.mask
     assert tokenizer.model_max_length == 512
 
 
@@ -167,8 +164,8 @@ def test_a_wrong_folder_is_named(folder, spoil, part):
     assert str(folder) in str(error.value)
 
 
-def test_a_vocabulary_of_another_size_is_refused(folder, student_pieces):
-    (folder / "vocab.txt").write_text("\n".join([*student_pieces, "more"]) + "\n")
+def test_a_vocabulary_of_another_size_is_refused(folder, student_vocab):
+    (folder / "vocab.txt").write_text("\n".join([*student_vocab.pieces, "more"]) + "\n")
     with pytest.raises(InputError, match="do not belong together"):
         huggingface.load_vocab(folder, huggingface.read_model_config(folder))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mvbert import checkpoint, runs
+from mvbert import checkpoint
 from mvbert.ranks import Ranks
 
 SETTINGS = [
@@ -76,24 +76,19 @@ def start(training_inputs, tmp_path):
     return run
 
 
-def losses(out: Path) -> list[float]:
-    """Every number of the log that does not depend on the clock, in order."""
-    numbers = []
-    for record in runs.read_log(out):
-        values = record.pop("heldout", record)
-        clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
-        numbers += [value for name, value in values.items() if name not in clock]
-    return numbers
+@pytest.fixture
+def assert_the_same(losses):
+    """A function that asserts that logs are alike to rounding, checkpoints the same."""
+
+    def check(out: Path, reference: Path) -> None:
+        assert losses(out) == pytest.approx(losses(reference), rel=2e-5, abs=1e-6)
+        names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (out, reference)]
+        assert names[0] == names[1]
+
+    return check
 
 
-def assert_the_same(out: Path, reference: Path) -> None:
-    """Logs alike to rounding, with as many lines; the same checkpoints."""
-    assert losses(out) == pytest.approx(losses(reference), rel=2e-5, abs=1e-6)
-    names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (out, reference)]
-    assert names[0] == names[1]
-
-
-def test_two_processes_learn_what_one_learns(start, tmp_path):
+def test_two_processes_learn_what_one_learns(start, tmp_path, assert_the_same):
     one = start("one", 1)
     assert one.returncode == 0, one.stderr
     two = start("two", 2, "--micro-rows", 2)  # so that gradients are accumulated as well
@@ -111,7 +106,7 @@ def test_two_processes_learn_what_one_learns(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_processes_learn_what_one_learns(start, tmp_path):
+def test_four_processes_learn_what_one_learns(start, tmp_path, assert_the_same):
     late = ("--row.late-length", 32, "--row.late-share", 0.5)  # another length on the way
     for out, processes in (("one", 1), ("four", 4)):
         done = start(out, processes, *late)
@@ -120,7 +115,7 @@ def test_four_processes_learn_what_one_learns(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_run_and_it_resumes(start, tmp_path):
+def test_a_process_that_dies_ends_the_run_and_it_resumes(start, tmp_path, assert_the_same, losses):
     assert start("whole", 2).returncode == 0
     program = tmp_path / "dying.py"
     program.write_text(DIE)
@@ -145,7 +140,7 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes(start, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["terminate", "ctrl-c"])
-def test_a_signal_to_torchrun_saves_first(start, tmp_path, how):
+def test_a_signal_to_torchrun_saves_first(start, tmp_path, how, losses):
     program = tmp_path / "asking.py"
     program.write_text(ASK[how])
     stopped = start("stopped", 2, program=(program,))

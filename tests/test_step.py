@@ -10,9 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvbert import device, functional, runs, speed, step, train
+from mvbert import device, functional, speed, step, train
 from mvbert.config import ModelConfig, RowConfig, Stage2Config, TrainConfig, student_shape
-from mvbert.corpus import Corpus
 from mvbert.errors import InputError
 from mvbert.kernels import ops
 from mvbert.progress import Progress
@@ -92,25 +91,14 @@ class RecordedGraph(TorchDispatchMode):
 
 
 @pytest.fixture
-def stage2_run(training_inputs):
-    """A function that runs Stage II in a folder; returns every number of its log, in order."""
+def stage2_run(training_inputs, corpus, numbers):
+    """A function that runs Stage II in a folder; returns its log."""
 
-    def run(out: Path, row: RowConfig = ROW, **settings) -> list[float]:
+    def run(out: Path, row: RowConfig = ROW, **settings) -> list[dict]:
         config = replace(CONFIG, **settings)
-        task = Stage2(
-            config,
-            row,
-            Corpus.open(training_inputs / "corpus"),
-            training_inputs / "stage1",
-            Progress("test"),
-        )
+        task = Stage2(config, row, corpus, training_inputs / "stage1", Progress("test"))
         train.train(task, config, out, {}, Progress("test"))
-        numbers = []
-        for record in runs.read_log(out):
-            values = record.pop("heldout", record)
-            clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
-            numbers += [value for name, value in values.items() if name not in clock]
-        return numbers
+        return numbers(out)
 
     return run
 
@@ -180,12 +168,10 @@ def test_the_recorder_sees_what_waits_for_the_device(stage2_run, tmp_path, recor
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graph_on_a_gpu_gives_the_losses_of_eager_steps(stage2_run, tmp_path):
-    on = {"device": "cuda", "dtype": "float32"}
-    eager = stage2_run(tmp_path / "eager", cuda_graph="off", **on)
-    graph = stage2_run(tmp_path / "graph", cuda_graph="on", **on)
-    for a, b in zip(eager, graph, strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
+def test_a_graph_on_a_gpu_gives_the_losses_of_eager_steps(stage2_run, tmp_path, losses):
+    for name in ("off", "on"):
+        stage2_run(tmp_path / name, cuda_graph=name, device="cuda", dtype="float32")
+    assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
 
 
 def test_captured_on_the_current_stream_or_beside_the_default_one(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import torch
 
 from mvbert import cli, huggingface, measures, probe, study_report
 from mvbert.config import ModelConfig, load_toml
-from mvbert.corpus import Corpus, build_corpus
 from mvbert.device import Device
 from mvbert.errors import InputError
 from mvbert.model import MaskedLM
@@ -70,15 +70,9 @@ size = 75
 
 
 @pytest.fixture
-def job(tmp_path, text, teacher_pieces):
+def job(tmp_path, training_inputs):
     """A folder with settings, text, a teacher and a few labelled sentences."""
-    folder = tmp_path / "teacher"
-    folder.mkdir()
-    vocab = Vocab(tuple(teacher_pieces))
-    model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=20))
-    model.init_weights(1)
-    huggingface.write_model(folder, model, vocab, "")
-    (tmp_path / "text.txt").write_text(text * 4)
+    shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
     (tmp_path / "study.toml").write_text(SETTINGS)
     (tmp_path / "SST-2").mkdir()
     lines = [
@@ -202,13 +196,6 @@ def test_the_studies_in_the_docs_are_valid(root):
 # ---- bits per word --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def corpus(tmp_path, text) -> Corpus:
-    (tmp_path / "text.txt").write_text(text)
-    build_corpus([tmp_path / "text.txt"], tmp_path / "corpus", heldout_share=0.4)
-    return Corpus.open(tmp_path / "corpus")
-
-
 def test_words_are_chosen_at_even_distances():
     stream = np.array([0, 5, 6, 0, 7, 8, 9, 3, 0], np.uint32)
     assert measures.choose_words(stream, 3).tolist() == [2, 5, 7]
@@ -217,9 +204,8 @@ def test_words_are_chosen_at_even_distances():
         measures.choose_words(np.zeros(3, np.uint32), 2)
 
 
-def test_a_word_is_asked_for_piece_by_piece_in_its_document(corpus, student_pieces):
-    vocab = Vocab(tuple(student_pieces))
-    cut = corpus.segment(vocab)
+def test_a_word_is_asked_for_piece_by_piece_in_its_document(corpus, student_vocab):
+    cut = corpus.segment(student_vocab)
     stream = np.asarray(corpus.heldout)
     places = measures.choose_words(stream, 1000)
     words = measures.ask(stream, cut, places, 2, 64)
@@ -228,10 +214,10 @@ def test_a_word_is_asked_for_piece_by_piece_in_its_document(corpus, student_piec
     texts = [corpus.words[int(stream[place])].decode() for place in places]
     for number in (0, 1, 7, len(places) - 1):
         own = [q for q in words.questions if q.word == number]
-        pieces = [vocab.pieces[q.piece] for q in own]
+        pieces = [student_vocab.pieces[q.piece] for q in own]
         assert "".join(p.removeprefix("##") for p in pieces) == texts[number]
         for i, question in enumerate(own):
-            row = [vocab.pieces[id] for id in question.ids]
+            row = [student_vocab.pieces[id] for id in question.ids]
             assert row[0] == "[CLS]"
             assert row[-1] == "[SEP]"
             assert row.count("[MASK]") == len(own) - i
@@ -247,50 +233,51 @@ def test_a_word_is_asked_for_piece_by_piece_in_its_document(corpus, student_piec
     assert words.pieces == pytest.approx(len(words.questions) / words.count)
 
 
-def test_a_context_that_does_not_fit_loses_its_farthest_words(corpus, student_pieces):
-    vocab = Vocab(tuple(student_pieces))
+def test_a_context_that_does_not_fit_loses_its_farthest_words(corpus, student_vocab):
     stream = np.asarray(corpus.heldout)
     places = measures.choose_words(stream, 20)
-    words = measures.ask(stream, corpus.segment(vocab), places, 30, 16)
+    words = measures.ask(stream, corpus.segment(student_vocab), places, 30, 16)
     assert words.trimmed > 0
     assert max(len(q.ids) for q in words.questions) <= 16
     # What is too long for any row is left out, not cut.
     places = measures.choose_words(stream, 1000)
-    tight = measures.ask(stream, corpus.segment(vocab), places, 30, 8)
-    lengths = corpus.segment(vocab).lengths[stream[places]]
+    tight = measures.ask(stream, corpus.segment(student_vocab), places, 30, 8)
+    lengths = corpus.segment(student_vocab).lengths[stream[places]]
     assert tight.unknown == (lengths > 6).sum() > 0
 
 
-def test_a_word_with_an_unknown_piece_is_left_out(corpus, student_pieces):
-    vocab = Vocab(tuple(piece for piece in student_pieces if piece not in ("e", "##e")))
+def test_a_word_with_an_unknown_piece_is_left_out(corpus, student_vocab):
+    vocab = Vocab(tuple(piece for piece in student_vocab.pieces if piece not in ("e", "##e")))
     stream = np.asarray(corpus.heldout)
     words = measures.ask(stream, corpus.segment(vocab), measures.choose_words(stream, 50), 2, 64)
     assert 0 < words.unknown < 50
     assert words.count + words.unknown == 50
 
 
-def test_a_model_that_knows_nothing_needs_the_bits_of_every_piece(corpus, student_pieces):
-    vocab = Vocab(tuple(student_pieces))
-    model = MaskedLM(ModelConfig(vocab.size, 16, 1, 1, 32))
+def test_a_model_that_knows_nothing_needs_the_bits_of_every_piece(corpus, student_vocab):
+    model = MaskedLM(ModelConfig(student_vocab.size, 16, 1, 1, 32))
     model.init_weights(0)
     with torch.no_grad():
         model.embeddings.word.weight.zero_()  # all logits are alike
     stream = np.asarray(corpus.heldout)
-    words = measures.ask(stream, corpus.segment(vocab), measures.choose_words(stream, 30), 3, 64)
-    found = measures.bits_per_word(model, vocab.pad, words, CPU)
-    expected = len(words.questions) / words.count * math.log2(vocab.size)
+    words = measures.ask(
+        stream, corpus.segment(student_vocab), measures.choose_words(stream, 30), 3, 64
+    )
+    found = measures.bits_per_word(model, student_vocab.pad, words, CPU)
+    expected = len(words.questions) / words.count * math.log2(student_vocab.size)
     assert found["bits_per_word"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_padding_does_not_change_what_a_word_costs(corpus, student_pieces, monkeypatch):
-    vocab = Vocab(tuple(student_pieces))
-    model = MaskedLM(ModelConfig(vocab.size, 16, 2, 2, 32))
+def test_padding_does_not_change_what_a_word_costs(corpus, student_vocab, monkeypatch):
+    model = MaskedLM(ModelConfig(student_vocab.size, 16, 2, 2, 32))
     model.init_weights(0)
     stream = np.asarray(corpus.heldout)
-    words = measures.ask(stream, corpus.segment(vocab), measures.choose_words(stream, 30), 3, 64)
-    together = measures.bits_per_word(model, vocab.pad, words, CPU)
+    words = measures.ask(
+        stream, corpus.segment(student_vocab), measures.choose_words(stream, 30), 3, 64
+    )
+    together = measures.bits_per_word(model, student_vocab.pad, words, CPU)
     monkeypatch.setattr(measures, "BATCH", 1)
-    alone = measures.bits_per_word(model, vocab.pad, words, CPU)
+    alone = measures.bits_per_word(model, student_vocab.pad, words, CPU)
     assert together == pytest.approx(alone, rel=1e-5)
 
 
