@@ -4,15 +4,17 @@ import mmap
 import os
 import random
 import threading
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
 from mvbert.batches import IGNORE_INDEX, Batch, Rows
+from mvbert.corpus import Segmentation
 from mvbert.errors import InputError
 
-FIELDS = ("input_ids", "token_type_ids", "masked_positions", "labels")
+FIELDS = tuple(field.name for field in fields(Batch))
 
 
 class Vocab:
@@ -22,9 +24,8 @@ class Vocab:
         self.size = size
 
 
-class Segmentation:
-    def __init__(self, ends, ids, vocab):
-        self.ends, self.ids, self.vocab = np.array(ends, np.uint32), np.array(ids, np.int32), vocab
+def cut(ends, ids, size: int) -> Segmentation:
+    return Segmentation(np.array(ends, np.uint32), np.array(ids, np.int32), Vocab(size))
 
 
 def make(words: int, size: int, longest: int, seed: int) -> Segmentation:
@@ -33,7 +34,7 @@ def make(words: int, size: int, longest: int, seed: int) -> Segmentation:
     for _ in range(words - 1):
         ids += [rng.randrange(5, size) for _ in range(rng.randint(1, longest))]
         ends.append(len(ids))
-    return Segmentation(ends, ids, Vocab(size))
+    return cut(ends, ids, size)
 
 
 WORDS = 200
@@ -154,8 +155,8 @@ def test_zero_and_one_are_the_pure_tokenisations(stream, student_prob):
 
 def test_student_prob_is_the_share_of_student_words(stream):
     ends = np.arange(WORDS)
-    a = Segmentation(ends, np.full(WORDS - 1, 5), Vocab(10))
-    b = Segmentation(ends, np.full(WORDS - 1, 5), Vocab(20))
+    a = cut(ends, np.full(WORDS - 1, 5), 10)
+    b = cut(ends, np.full(WORDS - 1, 5), 20)
     rows = Rows(stream, teacher=a, student=b, mask_prob=0.0)
     for p in (0.1, 0.5, 0.9):
         ids = rows.read(0, 2000, student_prob=p).input_ids
@@ -167,7 +168,7 @@ def test_joint_ids_up_to_the_last_of_31_bits(stream):
     """The usual rows with the ids of both vocabularies moved as far up as int32 goes."""
     size, ids = 2**31 - 1 - STUDENT.vocab.size, TEACHER.ids
     up = size - TEACHER.vocab.size
-    wide = Segmentation(TEACHER.ends, ids + up, Vocab(size))
+    wide = cut(TEACHER.ends, ids + up, size)
     rows, usual = (
         Rows(stream, teacher=teacher, student=STUDENT, T=48, seed=1).read(0, 200)
         for teacher in (wide, TEACHER)
@@ -186,7 +187,7 @@ def test_joint_ids_up_to_the_last_of_31_bits(stream):
     assert drawn.min() >= 0
     assert ((drawn > 2**20) & (drawn < up)).any(), "no piece drawn from the large vocabulary"
     assert rows.input_ids.max() >= size
-    wider = Segmentation(TEACHER.ends, ids, Vocab(size + 1))
+    wider = cut(TEACHER.ends, ids, size + 1)
     with pytest.raises(InputError, match=r"together have more than 2\^31 - 1 pieces"):
         Rows(stream, teacher=wider, student=STUDENT)
 
@@ -341,23 +342,23 @@ BAD = {
         "entry [0-9]+ is word [0-9]+, the segmentation has 190 words",
     ),
     "another vocabulary": (
-        {"teacher": Segmentation(TEACHER.ends, TEACHER.ids + 5, Vocab(300))},
+        {"teacher": cut(TEACHER.ends, TEACHER.ids + 5, 300)},
         r"teacher ids must lie in \[0, 300\), got 30",
     ),
     "a word without pieces": (
-        {"student": Segmentation([0, 2, 2], [7, 8], Vocab(10)), "teacher": None},
+        {"student": cut([0, 2, 2], [7, 8], 10), "teacher": None},
         "no pieces for word 2",
     ),
     "ends that fall": (
-        {"student": Segmentation([0, 2, 1], [7, 8], Vocab(10)), "teacher": None},
+        {"student": cut([0, 2, 1], [7, 8], 10), "teacher": None},
         "ends word 2 at piece 1",
     ),
     "ends behind the ids": (
-        {"student": Segmentation([0, 2, 5], [7, 8], Vocab(10)), "teacher": None},
+        {"student": cut([0, 2, 5], [7, 8], 10), "teacher": None},
         "ends word 2 at piece 5",
     ),
     "only special pieces": (
-        {"student": Segmentation([0, 1], [1], Vocab(5)), "teacher": None},
+        {"student": cut([0, 1], [1], 5), "teacher": None},
         "only special pieces",
     ),
 }

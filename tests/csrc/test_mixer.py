@@ -8,6 +8,7 @@ import pytest
 
 from mvbert import mixing
 from mvbert.batches import IGNORE_INDEX, Rows
+from mvbert.corpus import Segmentation
 
 FIELDS = ("input_ids", "token_type_ids", "masked_positions", "labels")
 
@@ -26,13 +27,6 @@ class FakeVocab:
         return {self.pad, self.unk, self.cls, self.sep, self.mask}
 
 
-@dataclass(frozen=True)
-class FakeSegmentation:
-    ends: np.ndarray
-    ids: np.ndarray
-    vocab: FakeVocab
-
-
 def segmentation(rng: random.Random, words: int, vocab: FakeVocab, longest: int):
     """Random pieces for every word, mostly few, never a special one but [UNK]."""
     ends, ids = [0], []
@@ -41,7 +35,7 @@ def segmentation(rng: random.Random, words: int, vocab: FakeVocab, longest: int)
         length = 1 if rng.random() < 0.5 else rng.randint(1, longest)
         ids += rng.choices(pieces, k=length)
         ends.append(len(ids))
-    return FakeSegmentation(np.array(ends, np.uint32), np.array(ids, np.int32), vocab)
+    return Segmentation(np.array(ends, np.uint32), np.array(ids, np.int32), vocab)
 
 
 def make_stream(rng: random.Random, length: int, words: int, mark_share: float) -> np.ndarray:
@@ -215,7 +209,7 @@ def test_whole_words_are_masked():
     words = 100
     ids = np.arange(5, 5 + 3 * (words - 1), dtype=np.int32)
     ends = np.array([0, *range(3, 3 * words, 3)], np.uint32)
-    teacher = FakeSegmentation(ends, ids, vocab)
+    teacher = Segmentation(ends, ids, vocab)
     rng = random.Random(2)
     stream = make_stream(rng, 5000, words, 0.0)
     rows = Rows(stream, teacher=teacher, T=128, pair_prob=0.0, seed=3)
@@ -231,7 +225,7 @@ def test_whole_words_are_masked():
 def test_every_word_is_equally_likely_to_be_masked():
     """One piece a word, no marks: all places have the same chance."""
     words = 20
-    teacher = FakeSegmentation(
+    teacher = Segmentation(
         np.arange(words, dtype=np.uint32), np.arange(5, 4 + words, dtype=np.int32), FakeVocab(50)
     )
     stream = make_stream(random.Random(3), 2000, words, 0.0)
