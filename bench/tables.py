@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "benchmarks.md"
-PLOTS = ROOT / "docs"
 
 TITLES = {
     "tokenizer": "Text to ids",
@@ -46,12 +45,15 @@ NOT_OF_CCE = "CCE torch_compile"
 FLOORS = {"sha256"}
 
 
+Cases = dict[str, dict[str, dict]]  # case -> provider -> record, in the order they came
+
+
 class Results:
     """The records that count."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self.runs: dict[str, dict] = {}
-        self.ended: set[tuple[str, str]] = set()
+        ended: set[tuple[str, str]] = set()
         records: list[dict] = []
         for file in sorted(folder.glob("*.jsonl")):
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -59,39 +61,50 @@ class Results:
                     record = json.loads(line)
                 except ValueError as error:
                     sys.exit(f"{file}:{number} is not JSON: {error}")
-                if record.get("record") == "run":
+                if record["record"] == "run":
                     self.runs[record["run"]] = record
-                elif record.get("record") == "end":
-                    self.ended.add((record["run"], record["bench"]))
-                elif record.get("record") == "result":
+                elif record["record"] == "end":
+                    ended.add((record["run"], record["bench"]))
+                else:
                     # As older records have it.
                     record["case"] = record["case"].replace(" 1 threads", " 1 thread")
                     records.append(record)
-        chosen: dict[tuple[str, str], str] = {}
+        # Rather ended than cut short, rather whole than quick, rather later than earlier.
+        last: dict[tuple[str, str], tuple] = {}
         for record in records:
             key, run = (record["bench"], record["device"]), record["run"]
-            if self.runs[run].get("only"):
-                continue
-            bench = record["bench"]
-            if key not in chosen or self._rank(run, bench) >= self._rank(chosen[key], bench):
-                chosen[key] = run
-        self.records = [r for r in records if chosen.get((r["bench"], r["device"])) == r["run"]]
+            facts = self.runs[run]
+            if not facts["only"]:
+                whole = (run, record["bench"]) in ended or not facts.get("ends")
+                last[key] = max(last.get(key, ()), (whole, not facts["quick"], run))
+        self.records = [
+            r for r in records if last.get((r["bench"], r["device"]), [""])[-1] == r["run"]
+        ]
 
-    def _rank(self, run: str, bench: str) -> tuple[bool, bool, str]:
-        """Ended before cut short, whole before quick, later before earlier."""
-        facts = self.runs[run]
-        ended = (run, bench) in self.ended or not facts.get("ends")
-        return ended, not facts["quick"], run
-
-    def of(self, bench: str, device: str) -> list[dict]:
+    def all_of(self, bench: str, device: str = "cpu") -> list[dict]:
+        """Also of those that were skipped, wrong or failed."""
         return [r for r in self.records if (r["bench"], r["device"]) == (bench, device)]
 
-    def run_of(self, records: Sequence[dict]) -> dict:
-        return self.runs[records[0]["run"]]
+    def of(self, bench: str, device: str = "cpu") -> list[dict]:
+        """Of those that were timed."""
+        return [r for r in self.all_of(bench, device) if "ms" in r]
 
-    def digest(self, benches: Iterable[str]) -> str:
+    def cases(self, bench: str, device: str = "cpu") -> Cases:
+        return by_case(self.of(bench, device))
+
+    def machine(self, bench: str, device: str = "cpu") -> str:
+        """What a bench ran on, and the versions, in a line."""
+        run = self.runs[self.all_of(bench, device)[0]["run"]]
+        what = run.get("gpu") or f"{run['processor']}, {run['cores']} cores"
+        date = f"{run['run'][:4]}-{run['run'][4:6]}-{run['run'][6:8]}"
+        quick = ", quick run" if run["quick"] else ""
+        versions = [f"torch {run['torch']}", *(f"{n} {v}" for n, v in run["peers"].items())]
+        commit = f"commit {run['commit']}, " if run["commit"] else ""
+        return f"{what}; {', '.join(versions)}; {commit}{date}{quick}."
+
+    def digest(self, bench: str) -> str:
         """Of what a plot was drawn from."""
-        text = json.dumps([r for r in self.records if r["bench"] in benches], sort_keys=True)
+        text = json.dumps([r for r in self.records if r["bench"] == bench], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -102,6 +115,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
+
+
+def joined(parts: Iterable[str]) -> str:
+    """The parts that there are, a blank line between."""
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+
+
+def providers_of(cases: Cases) -> list[str]:
+    return list(dict.fromkeys(p for found in cases.values() for p in found))
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -116,19 +138,8 @@ def span(ms: dict[str, float]) -> str:
     return f"{figure(ms['p50'])} ({figure(ms['p20'])}-{figure(ms['p80'])})"
 
 
-def machine(run: dict) -> str:
-    """The device and versions of a run, in a line."""
-    what = run.get("gpu") or f"{run['processor']}, {run['cores']} cores"
-    date = f"{run['run'][:4]}-{run['run'][4:6]}-{run['run'][6:8]}"
-    quick = ", quick run" if run["quick"] else ""
-    versions = [f"torch {run['torch']}", *(f"{n} {v}" for n, v in run["peers"].items())]
-    commit = f"commit {run['commit']}, " if run["commit"] else ""
-    return f"{what}; {', '.join(versions)}; {commit}{date}{quick}"
-
-
-def by_case(records: Sequence[dict]) -> dict[str, dict[str, dict]]:
-    """case -> provider -> record, in the order they came."""
-    found: dict[str, dict[str, dict]] = {}
+def by_case(records: Iterable[dict]) -> Cases:
+    found: Cases = {}
     for record in records:
         found.setdefault(record["case"], {})[record["provider"]] = record
     return found
@@ -136,9 +147,12 @@ def by_case(records: Sequence[dict]) -> dict[str, dict[str, dict]]:
 
 def median(record: dict | None) -> float | None:
     """Milliseconds: the device's own where there is one."""
-    if record is None or "ms" not in record:
-        return None
-    return record.get("device_ms", record["ms"])["p50"]
+    return record.get("device_ms", record["ms"])["p50"] if record else None
+
+
+def rates(cases: Cases, provider: str) -> list[str]:
+    """What a provider does in a second, case by case."""
+    return [figure(found.get(provider, {}).get("items_s")) for found in cases.values()]
 
 
 def times(record: dict | None, ours: dict | None) -> str:
@@ -150,20 +164,19 @@ def times(record: dict | None, ours: dict | None) -> str:
     return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:,.0f} x"
 
 
-def faster_peers(records: Sequence[dict]) -> str:
+def faster_peers(cases: Cases) -> str:
     """Who is faster than we are, in how many cases and by how much; a sentence."""
-    cases = by_case(records)
     found: dict[str, list[tuple[float, str]]] = {}
     compared: dict[str, int] = {}
     for case, providers in cases.items():
         own = median(next((r for p, r in providers.items() if p.startswith("mvbert")), None))
         for provider, record in providers.items():
-            theirs = median(record)
-            if own is None or theirs is None or provider.startswith("mvbert"):
+            if own is None or provider.startswith("mvbert"):
                 continue
             compared[provider] = compared.get(provider, 0) + 1
-            if own / theirs >= 1.005 and provider not in FLOORS:
-                found.setdefault(provider, []).append((own / theirs, case))
+            ratio = own / median(record)
+            if ratio >= 1.005 and provider not in FLOORS:
+                found.setdefault(provider, []).append((ratio, case))
     if not compared:
         return ""
     told = [
@@ -178,77 +191,64 @@ def faster_peers(records: Sequence[dict]) -> str:
 
 
 def tokenizer_tables(results: Results) -> str:
-    records = results.of("tokenizer", "cpu")
-    if not records:
-        return ""
-    run = results.run_of(records)
-    text = next(r["text"] for r in records if "text" in r)
-    parts = []
-    for task in ("plain", "mixed"):
-        cases = by_case([r for r in records if r["fields"]["task"] == task])
-        providers = list(dict.fromkeys(p for found in cases.values() for p in found))
+    records = results.of("tokenizer")
+    compared = [r for r in reversed(records) if r.get("equal") is not None]  # the first case counts
+    equal = {r["provider"]: f"{100 * r['equal']:.4g} %" for r in compared}
+    tables = []
+    for task, share in (("plain", ["texts with equal ids"]), ("mixed", [])):
+        cases = by_case(r for r in records if r["fields"]["task"] == task)
+        rows = [
+            [p, *rates(cases, p), *(equal.get(p, "") for _ in share)] for p in providers_of(cases)
+        ]
         heads = [name.split(" ", 1)[1] for name in cases]
-        rows = []
-        for provider in providers:
-            found = [cases[case].get(provider, {}) for case in cases]
-            if not any("items_s" in r for r in found):
-                continue
-            equal = next((r["equal"] for r in found if r.get("equal") is not None), None)
-            share = [] if task == "mixed" else ["" if equal is None else f"{100 * equal:.4g} %"]
-            rows.append([provider, *(figure(r.get("items_s")) for r in found), *share])
-        share = [] if task == "mixed" else ["texts with equal ids"]
-        parts.append(table([f"{task}, MB/s", *heads, *share], rows))
+        tables.append(table([f"{task}, MB/s", *heads, *share], rows))
     return (
-        f"**Tokenizers**, MB of text a second, on {text}; ids compared with those of transformers' "
-        "slow tokenizer before any clock. Warm: a library has seen the text; cold: it forgets all "
-        "before each call (empty: it remembers nothing). Mixed: each word cut by one of two "
-        "vocabularies, by a coin; `HF words + dict` splits with Hugging Face's normaliser and "
-        "splitter and looks words up in a dict, `HF twice, spliced` encodes with both vocabularies "
-        f"and chooses. {faster_peers(records)} {machine(run)}.\n\n" + "\n".join(parts)
+        f"**Tokenizers**, MB of text a second, on {records[0]['text']}; ids compared with those of "
+        "transformers' slow tokenizer before any clock. Warm: a library has seen the text; cold: "
+        "it forgets all before each call (empty: it remembers nothing). Mixed: each word cut by "
+        "one of two vocabularies, by a coin; `HF words + dict` splits with Hugging Face's "
+        "normaliser and splitter and looks words up in a dict, `HF twice, spliced` encodes with "
+        f"both vocabularies and chooses. {faster_peers(results.cases('tokenizer'))} "
+        f"{results.machine('tokenizer')}\n\n" + "\n".join(tables)
     )
 
 
 def loss_table(results: Results) -> str:
     """Cross-entropy on this CPU: ours, and how long the others take."""
-    records = results.of("loss", "cpu")
-    if not records:
-        return ""
-    cases = by_case(records)
-    peers = [p for p in dict.fromkeys(r["provider"] for r in records if "ms" in r) if p != "mvbert"]
+    cases = results.cases("loss")
+    peers = [p for p in providers_of(cases) if p != "mvbert"]
     rows = []
     for case, found in cases.items():
-        ours = found.get("mvbert", {})
+        ours = found.get("mvbert")
         megabytes = [figure(found.get(p, {}).get("peak_mb")) for p in ("mvbert", "HF head, eager")]
         ratios = [times(found.get(p), ours) for p in peers]
         rows.append([case, figure(median(ours)), *ratios, *megabytes])
-    unequal = {r["provider"] for r in records if r.get("note") == "no bias"}
+    unequal = {r["provider"] for r in results.of("loss") if r.get("note") == "no bias"}
     names = [f"{p} (no bias)" if p in unequal else p for p in peers]
     head = ["CPU", "mvbert, ms", *names, "MB, mvbert", "MB, HF head"]
     return (
         "**Linear cross-entropy on a CPU**, float32, forward and backward, on labelled rows only: "
         "our time, the others' as a multiple of it, and the memory one call needs beyond its "
-        f"inputs. {faster_peers(records)} {machine(results.run_of(records))}.\n\n"
-        + table(head, rows)
+        f"inputs. {faster_peers(cases)} {results.machine('loss')}\n\n{table(head, rows)}"
     )
 
 
 def fastest(found: dict[str, dict], peer: str) -> dict | None:
     """Of a peer's settings."""
-    timed = [r for p, r in found.items() if p.startswith(peer) and p != NOT_OF_CCE and "ms" in r]
+    timed = [r for p, r in found.items() if p.startswith(peer) and p != NOT_OF_CCE]
     return min(timed, key=median, default=None)
 
 
 def gpu_loss_table(results: Results) -> str:
     """Against the floor and the peers on a GPU; empty cells where nothing was measured."""
     title = "**Linear cross-entropy on a GPU**"
-    records = results.of("loss", "cuda")
-    if not records:
+    cases = results.cases("loss", "cuda")
+    if not cases:
         return (
             f"{title}: not measured yet. Where there is one, `bench/gpu_check.sh` builds, tests, "
             "benches and trains for nine minutes at most and prints every target beside what it "
             "measured."
         )
-    cases = by_case(records)
     rows = []
     for N, V, H in GPU_SHAPES:
         found = cases.get(f"N={N} V={V} H={H}", {})
@@ -266,27 +266,27 @@ def gpu_loss_table(results: Results) -> str:
     return (
         f"{title}, bfloat16, forward and backward, random inputs; the floor is 6NVH floating-point "
         "operations at the measured rate of a large product. Device time; of each peer the fastest "
-        f"of its settings, as a multiple of ours.{unequal} {faster_peers(records)} "
-        f"{machine(results.run_of(records))}.\n\n" + table(head, rows)
+        f"of its settings, as a multiple of ours.{unequal} {faster_peers(cases)} "
+        f"{results.machine('loss', 'cuda')}\n\n{table(head, rows)}"
     )
 
 
+def one_row(results: Results) -> list[dict]:
+    """Of inference, the records of batches of one."""
+    return [r for r in results.of("inference") if r["fields"]["B"] == 1]
+
+
 def inference_table(results: Results) -> str:
-    records = results.of("inference", "cpu")
-    if not records:
-        return ""
     providers = ["torch eager", "ONNX Runtime", "ONNX Runtime int8"]
     rows = []
-    for case, found in by_case(records).items():
-        if found[next(iter(found))]["fields"]["B"] != 1:
-            continue
+    for case, found in by_case(one_row(results)).items():
         sizes = [figure(found.get(p, {}).get("megabytes")) for p in providers[1:]]
         latency = [figure(median(found.get(p))) for p in providers]
         rows.append([case, *sizes, *latency])
     head = ["one row, one thread", "MB, float32", "MB, int8", *(f"{p}, ms" for p in providers)]
     return (
         "**Size against latency**: a row of 128 pieces through the student and through BERTs of "
-        f"other shapes, one CPU thread. {machine(results.run_of(records))}.\n\n{table(head, rows)}"
+        f"other shapes, one CPU thread. {results.machine('inference')}\n\n{table(head, rows)}"
         "\n![size against latency](docs/bench-inference.svg)\n"
     )
 
@@ -314,46 +314,34 @@ WHAT = {
 
 def rows_table(results: Results) -> str:
     """Teacher rows, which peers make too; the others, which none does, in a sentence."""
-    records = [r for r in results.of("rows", "cpu") if "items_s" in r]
-    cases = by_case(records)
-    raced = next((case for case, found in cases.items() if len(found) > 1), None)
-    if raced is None:
-        return ""
+    cases = results.cases("rows")
+    raced = next(case for case, found in cases.items() if len(found) > 1)
     fast_first = sorted(cases[raced].values(), key=median)
-    rows = [
-        [r["provider"], figure(r["items_s"]), WHAT["rows"].get(r["provider"], "")]
-        for r in fast_first
-    ]
+    rows = [[r["provider"], figure(r["items_s"]), WHAT["rows"][r["provider"]]] for r in fast_first]
     alone = [f"{c}: {figure(f['mvbert']['items_s'])}" for c, f in cases.items() if c != raced]
     return (
-        f"**Training rows** on a CPU: rows of {records[0]['T']} pieces, masked. Rows that no peer "
-        f"makes, in M pieces a second: {'; '.join(alone)}. {machine(results.run_of(records))}."
+        f"**Training rows** on a CPU: rows of {fast_first[0]['T']} pieces, masked. Rows that no "
+        f"peer makes, in M pieces a second: {'; '.join(alone)}. {results.machine('rows')}"
         f"\n\n{table([raced, 'M pieces a second', 'what it does'], rows)}"
     )
 
 
 def step_table(results: Results) -> str:
     """Pieces a second of every provider, both stages side by side."""
-    records = [r for r in results.of("train_step", "cpu") if "items_s" in r]
-    if not records:
-        return ""
-    cases = by_case(records)
-    rows = [
-        [p, *(figure(found.get(p, {}).get("items_s")) for found in cases.values()), what]
-        for p, what in WHAT["train_step"].items()
-    ]
+    cases = results.cases("train_step")
+    rows = [[p, *rates(cases, p), what] for p, what in WHAT["train_step"].items()]
     return (
-        f"**Training steps** on a CPU, pieces a second. {faster_peers(records)} "
-        f"{machine(results.run_of(records))}.\n\n{table(['', *cases, 'what it is'], rows)}"
+        f"**Training steps** on a CPU, pieces a second. {faster_peers(cases)} "
+        f"{results.machine('train_step')}\n\n{table(['', *cases, 'what it is'], rows)}"
     )
 
 
 def other_parts(results: Results) -> str:
     """What has no table in the README, in a sentence each."""
     told = [
-        f"- {TITLES[bench]}, {len(by_case(records))} cases. {faster_peers(records)}"
+        f"- {TITLES[bench]}, {len(cases)} cases. {faster_peers(cases)}"
         for bench in ("corpus", "vocab", "embedding", "kl")
-        if (records := results.of(bench, "cpu"))
+        if (cases := results.cases(bench))
     ]
     return (
         "**The other parts** on a CPU, tables in [docs/benchmarks.md](docs/benchmarks.md):\n\n"
@@ -376,7 +364,7 @@ def readme_section(results: Results) -> str:
         gpu_loss_table(results),
         inference_table(results),
     ]
-    return "\n" + "\n\n".join(part.strip("\n") for part in parts if part) + "\n\n"
+    return "\n" + joined(parts) + "\n"
 
 
 # ---- the README's first screen -------------------------------------------------------------------
@@ -424,7 +412,7 @@ def glance(results: Results) -> str:
     """The headlines, and what they were measured on."""
     rows = []
     for what, bench, case, provider, peers in HEADLINES:
-        cases = by_case(results.of(bench, "cpu"))
+        cases = results.cases(bench)
         ours = cases.get(case, {}).get(provider)
         others = []
         for name, where in peers.items():
@@ -434,11 +422,11 @@ def glance(results: Results) -> str:
                 others.append(f"{name} {amount(record)} (**{ratio}**)")
         if others:
             rows.append([what, amount(ours), "; ".join(others)])
-    run = results.run_of(results.of("tokenizer", "cpu"))
+    machine = results.machine("tokenizer").split(";")[0]
     gpu = "" if any(r["device"] == "cuda" for r in results.records) else ", no GPU so far"
     return (
         f"\n{table(['', 'mvbert', 'others, and how many times as long they take'], rows)}\n"
-        f"{run['processor']}, {run['cores']} cores{gpu}; everything measured, also where others "
+        f"{machine}{gpu}; everything measured, also where others "
         "are faster: [speed and size](#speed-and-size).\n\n"
     )
 
@@ -458,26 +446,23 @@ def page(results: Results) -> str:
         "![tokenizers](bench-tokenizer.svg)\n\n![cross-entropy](bench-loss.svg)\n\n"
         "![size against latency](bench-inference.svg)",
     ]
-    explained = ""
     for bench, title in TITLES.items():
-        for device in ("cuda", "cpu"):
-            records = results.of(bench, device)
-            if not records:
-                continue
-            if explained != bench:
-                explained = bench
-                source = (ROOT / "bench" / f"bench_{bench}.py").read_text(encoding="utf-8")
-                parts += [f"## {title}", ast.get_docstring(ast.parse(source)) or ""]
+        measured = [device for device in ("cuda", "cpu") if results.all_of(bench, device)]
+        if measured:
+            source = (ROOT / "bench" / f"bench_{bench}.py").read_text(encoding="utf-8")
+            parts += [f"## {title}", ast.get_docstring(ast.parse(source))]
+        for device in measured:
             parts.append(f"### {title}, {'GPU' if device == 'cuda' else 'CPU'}")
-            cases = by_case(records)
-            said = [f"{machine(results.run_of(records))}.", ceiling(records), faster_peers(records)]
+            cases = results.cases(bench, device)
+            ceiling = ceilings(results.of(bench, device))
+            said = [results.machine(bench, device), ceiling, faster_peers(cases)]
             parts.append(" ".join(filter(None, said)))
             parts += [case_table(case, found) for case, found in cases.items()]
-            parts.append(not_timed(cases))
-    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
+            parts.append(not_timed(by_case(results.all_of(bench, device))))
+    return joined(parts)
 
 
-def ceiling(records: Sequence[dict]) -> str:
+def ceilings(records: Sequence[dict]) -> str:
     """What this machine reached in the same run, if the bench has a floor."""
     rates = {(r["ceiling"]["matmul_tflop_s"], r["ceiling"]["copy_gb_s"])
              for r in records if "times_floor" in r}  # fmt: skip
@@ -485,7 +470,7 @@ def ceiling(records: Sequence[dict]) -> str:
     return f"Ceilings: {'; '.join(told)}." if told else ""
 
 
-def not_timed(cases: dict[str, dict[str, dict]]) -> str:
+def not_timed(cases: Cases) -> str:
     """Who has no time and why; the cases only where it is not all."""
     found: dict[str, dict[str, list[str]]] = {}
     for case, records in cases.items():
@@ -525,44 +510,32 @@ def case_table(case: str, found: dict[str, dict]) -> str:
         ("worst error", lambda r: f"{max(r['errors'].values()):.1e}" if r.get("errors") else ""),
         ("note", lambda r: r.get("note", "")),
     ]
-    timed = [r for r in found.values() if "ms" in r]
-    rows = [[r["provider"], *(cell(r) for _, cell in columns)] for r in timed]
+    rows = [[p, *(cell(r) for _, cell in columns)] for p, r in found.items()]
     used = [i for i in range(len(columns) + 1) if any(row[i] for row in rows)]
     head = [case, *(name for name, _ in columns)]
-    return table([head[i] for i in used], ([row[i] for i in used] for row in rows)) if rows else ""
+    return table([head[i] for i in used], ([row[i] for i in used] for row in rows))
 
 
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def plots(results: Results) -> dict[str, Callable]:
-    """File name -> (benches it shows, function that draws on axes)."""
-    return {
-        "bench-tokenizer.svg": (("tokenizer",), draw_tokenizer),
-        "bench-loss.svg": (("loss",), draw_loss),
-        "bench-inference.svg": (("inference",), draw_inference),
-    }
-
-
 def draw_tokenizer(axes, results: Results) -> None:
-    cases = by_case(results.of("tokenizer", "cpu"))
-    first = next(iter(cases.values()), {})
-    bars = [(p, r["items_s"]) for p, r in first.items() if "items_s" in r]
-    bars.sort(key=lambda bar: bar[1])
-    colours = ["tab:orange" if name.startswith("mvbert") else "tab:blue" for name, _ in bars]
-    axes.barh([name for name, _ in bars], [value for _, value in bars], color=colours)
+    case, found = next(iter(results.cases("tokenizer").items()))
+    bars = sorted((r["items_s"], p) for p, r in found.items())
+    colours = ["tab:orange" if name.startswith("mvbert") else "tab:blue" for _, name in bars]
+    axes.barh([name for _, name in bars], [value for value, _ in bars], color=colours)
     axes.set_xscale("log")
-    axes.set_xlabel(f"MB of text a second: {next(iter(cases), 'not measured')}")
+    axes.set_xlabel(f"MB of text a second: {case}")
 
 
 def draw_loss(axes, results: Results) -> None:
     device = "cuda" if results.of("loss", "cuda") else "cpu"
-    cases = by_case([r for r in results.of("loss", device) if "times_floor" in r])
-    providers = list(dict.fromkeys(p for found in cases.values() for p in found))
-    height = 0.8 / max(1, len(providers))
+    cases = results.cases("loss", device)
+    providers = providers_of(cases)
+    height = 0.8 / len(providers)
     for number, provider in enumerate(providers):
         places = [i + height * number for i in range(len(cases))]
-        values = [found.get(provider, {}).get("times_floor") or 0 for found in cases.values()]
+        values = [found.get(provider, {}).get("times_floor", 0) for found in cases.values()]
         axes.barh(places, values, height=height, label=provider)
     axes.set_yticks([i + 0.4 for i in range(len(cases))], list(cases), fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -572,11 +545,9 @@ def draw_loss(axes, results: Results) -> None:
 
 
 def draw_inference(axes, results: Results) -> None:
-    records = [r for r in results.of("inference", "cpu") if "megabytes" in r and "ms" in r]
-    records = [r for r in records if r["fields"]["B"] == 1]
+    records = one_row(results)
     for provider in dict.fromkeys(r["provider"] for r in records):
-        mine = [r for r in records if r["provider"] == provider]
-        points = [(r["megabytes"], median(r)) for r in mine]
+        points = [(r["megabytes"], median(r)) for r in records if r["provider"] == provider]
         axes.plot(*zip(*points, strict=True), marker="o", label=provider, linewidth=0.8)
     for record in records:
         if record["provider"] == "torch eager":
@@ -589,6 +560,13 @@ def draw_inference(axes, results: Results) -> None:
     axes.legend(fontsize=7)
 
 
+PLOTS = {"tokenizer": draw_tokenizer, "loss": draw_loss, "inference": draw_inference}
+
+
+def plot_file(bench: str) -> Path:
+    return ROOT / "docs" / f"bench-{bench}.svg"
+
+
 def draw(results: Results) -> None:
     """Writes every plot, marked with the digest of its records; the same results, the same file."""
     try:
@@ -599,22 +577,12 @@ def draw(results: Results) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "mvbert"
     from matplotlib import pyplot
 
-    for name, (benches, function) in plots(results).items():
+    for bench, function in PLOTS.items():
         figure_, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         function(axes, results)
-        marks = {"Date": None, "Description": f"records {results.digest(benches)}"}
-        figure_.savefig(PLOTS / name, metadata=marks)
+        marks = {"Date": None, "Description": f"records {results.digest(bench)}"}
+        figure_.savefig(plot_file(bench), metadata=marks)
         pyplot.close(figure_)
-
-
-def stale_plots(results: Results) -> list[str]:
-    found = []
-    for name, (benches, _) in plots(results).items():
-        file = PLOTS / name
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        if f"records {results.digest(benches)}" not in text:
-            found.append(f"docs/{name}")
-    return found
 
 
 def main() -> None:
@@ -622,26 +590,27 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if stale")
     args = parser.parse_args()
     results = Results()
-    readme = wanted = README.read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     for name, section in (("glance", glance(results)), ("bench", readme_section(results))):
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        marked = re.search(f"{begin}.*?{end}", wanted, re.S)
+        marked = re.search(f"{begin}.*?{end}", readme, re.S)
         if not marked:
             sys.exit(f"README.md has no lines {begin.strip()} and {end.strip()}")
-        wanted = wanted.replace(marked[0], begin + section + end)
-    whole = page(results)
+        readme = readme.replace(marked[0], begin + section + end)
+    pages = {README: readme, PAGE: page(results)}
     if args.check:
-        stale = ["README.md"] if wanted != readme else []
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != whole:
-            stale.append("docs/benchmarks.md")
-        stale += stale_plots(results)
+        stale = [p for p, text in pages.items() if p.read_text(encoding="utf-8") != text]
+        stale += [
+            plot_file(bench)
+            for bench in PLOTS
+            if f"records {results.digest(bench)}" not in plot_file(bench).read_text()
+        ]
         if stale:
-            sys.exit(
-                f"not what bench/results says: {', '.join(stale)}; run: python bench/tables.py"
-            )
+            names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+            sys.exit(f"not what bench/results says: {names}; run: python bench/tables.py")
         return
-    README.write_text(wanted, encoding="utf-8")
-    PAGE.write_text(whole, encoding="utf-8")
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     draw(results)
 
 

@@ -233,11 +233,11 @@ def test_tables_take_the_last_whole_run(bench_path, tmp_path):
     made += lines("4", False, 4.0, only=["mvbert"])
     made += [{**lines("5", False, 5.0)[0], "ends": True}, lines("5", False, 5.0)[1]]  # cut short
     (tmp_path / "loss.jsonl").write_text("\n".join(map(json.dumps, made)))
-    (record,) = tables.Results(tmp_path).of("loss", "cpu")
+    (record,) = tables.Results(tmp_path).of("loss")
     assert record["ms"]["p50"] == 2.0
     with (tmp_path / "loss.jsonl").open("a") as file:
         file.write('\n{"record": "end", "run": "5", "bench": "loss"}')
-    (record,) = tables.Results(tmp_path).of("loss", "cpu")
+    (record,) = tables.Results(tmp_path).of("loss")
     assert record["ms"]["p50"] == 5.0
 
 
@@ -263,26 +263,40 @@ def test_gpu_table_has_the_fastest_of_a_peer_and_says_what_it_lacks(bench_path, 
     assert "a GPU; torch 2.11; 2099-01-01, quick run." in text
 
 
-def test_who_is_faster_and_who_is_absent_is_said(bench_path):
+def test_who_is_faster_and_who_is_absent_is_said(bench_path, tmp_path):
     import tables
 
     def record(case, provider, ms=None, **more):
         times = {} if ms is None else {"ms": {"p50": ms}}
-        return {"case": case, "provider": provider, **times, **more}
+        return {
+            "record": "result", "bench": "loss", "device": "cpu", "run": "1", "case": case,
+            "provider": provider, **times, **more,
+        }  # fmt: skip
 
-    records = [record("a", "mvbert", 2.0), record("a", "quick", 1.0), record("a", "slow", 3.0)]
-    records += [record("a", "sha256", 0.1), record("a", "gone", skipped="not here")]
-    assert tables.faster_peers(records[:1]) == ""
-    assert "quick` in 1 of 1 cases, 2.00 x at most (a)." in tables.faster_peers(records)
+    def results(*records):
+        run = {"record": "run", "run": "1", "quick": False, "only": []}
+        (tmp_path / "loss.jsonl").write_text("\n".join(map(json.dumps, [run, *records])))
+        return tables.Results(tmp_path)
+
+    def faster(*records):
+        return tables.faster_peers(results(*records).cases("loss"))
+
+    ours, slow = record("a", "mvbert", 2.0), record("a", "slow", 3.0)
+    records = [record("a", "mvbert here not", skipped="not here"), ours, record("a", "quick", 1.0)]
+    records += [slow, record("a", "sha256", 0.1), record("a", "gone", skipped="not here")]
+    assert faster(ours) == ""
+    assert "quick` in 1 of 1 cases, 2.00 x at most (a)." in faster(*records)
     records += [record("b", "mvbert", 2.0), record("b", "quick", 4.0), record("b", "slow", 1.0)]
     records += [record("b", "gone", skipped="not here"), record("b", "off", wrong="by 1")]
-    assert tables.faster_peers(records) == (
+    assert faster(*records) == (
         "Faster than mvbert: `quick` in 1 of 2 cases, 2.00 x at most (a); `slow` in 1 of 2 cases, "
         "2.00 x at most (b)."
     )
-    assert tables.faster_peers([records[0], records[2]]).endswith(": none of these peers.")
-    cases = tables.by_case([*records, record("a", "off", 1.0)])
-    assert tables.not_timed(cases) == "- skipped: not here: gone\n- wrong: by 1: off (b)"
+    assert faster(ours, slow).endswith(": none of these peers.")
+    cases = tables.by_case(results(*records, record("a", "off", 1.0)).all_of("loss"))
+    assert tables.not_timed(cases) == (
+        "- skipped: not here: mvbert here not; gone\n- wrong: by 1: off (b)"
+    )
 
 
 @pytest.mark.parametrize(
