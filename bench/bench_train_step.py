@@ -8,9 +8,14 @@ learning-rate scheduler, the check of the loss for NaN. On a CPU the Trainer's d
 `mvbert mixed` does what Stage I does on top: a second vocabulary of 4,928 pieces, projected, with
 a softmax of its own.
 
+On a CPU, mvbert's loop tells malloc to keep what is freed (mvbert.device.keep_memory). The rows of
+transformers run with malloc as it comes, but for `memory kept`, which has the same; all of them
+alternate in one process.
+
 The gate: loss and gradient norm of the first step, from the same weights, on the same rows.
 """
 
+import ctypes
 from dataclasses import dataclass
 
 import harness
@@ -152,6 +157,20 @@ BENCH = harness.Bench(
 )  # fmt: skip
 
 
+def set_malloc(kept: bool) -> None:
+    """Whether malloc keeps what is freed, from now on."""
+    from mvbert.device import keep_memory
+
+    if kept:
+        keep_memory()
+        return
+    # What glibc's own rule comes to where blocks of 32 MB were freed; once set, the rule is off.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
 # ---- ours ----------------------------------------------------------------------------------------
 
 
@@ -222,6 +241,8 @@ def ours(case: Case, device: str, task: Mlm, graph: bool):
 
     def run(x):
         nonlocal number
+        if device == "cpu":
+            set_malloc(kept=True)
         if graph:
             for name, tensor in x.items():
                 if name.startswith("hf_"):
@@ -288,7 +309,10 @@ def _(case, device):
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
-def theirs(case: Case, device: str, *, bf16: bool, compiled: bool = False, fused: bool = False):
+def theirs(
+    case: Case, device: str, *,
+    bf16: bool, compiled: bool = False, fused: bool = False, kept: bool = False,
+):  # fmt: skip
     """The step of transformers' Trainer on given rows."""
     from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
@@ -325,6 +349,8 @@ def theirs(case: Case, device: str, *, bf16: bool, compiled: bool = False, fused
 
     def run(x):
         nonlocal first, total
+        if device == "cpu":
+            set_malloc(kept)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = forward(
                 input_ids=x["hf_input_ids"], attention_mask=x["hf_attention_mask"],
@@ -364,3 +390,13 @@ def _(case, device):
 @BENCH.provider("HF bf16, fuse()d", needs=["transformers"])
 def _(case, device):
     return theirs(case, device, bf16=True, fused=True)
+
+
+@BENCH.provider("HF bf16, memory kept", needs=["transformers"], devices=["cpu"])
+def _(case, device):
+    return theirs(case, device, bf16=True, kept=True)
+
+
+@BENCH.provider("HF bf16, torch.compile, memory kept", needs=["transformers"], devices=["cpu"])
+def _(case, device):
+    return theirs(case, device, bf16=True, compiled=True, kept=True)

@@ -47,7 +47,7 @@ def attention(qkv: Tensor, attention_mask: Tensor | None, dropout_p: float) -> T
     scores = torch.matmul(query * qkv.shape[-1] ** -0.5, key.transpose(-1, -2))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.matmul(F.dropout(scores.softmax(-1), dropout_p, dropout_p > 0), value)
+    return torch.matmul(functional.dropout(scores.softmax(-1), dropout_p), value)
 
 
 class Taps:

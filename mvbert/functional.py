@@ -31,6 +31,7 @@ from mvbert.kernels.definitions import IGNORE_INDEX, reduce_rows, split_labels
 __all__ = [
     "IGNORE_INDEX",
     "check_on_gpu",
+    "dropout",
     "linear_cross_entropy",
     "linear_kl",
     "mixed_embedding",
@@ -207,7 +208,7 @@ def mixed_embedding(
             input_ids, teacher_table, student_rows, position_table, type_table,
             token_type_ids, position_ids, ln_weight, ln_bias, eps, padding_id,
         )  # fmt: skip
-        return F.dropout(hidden, dropout_p, training)
+        return dropout(hidden, dropout_p, training)
     if backend == "triton":
         dropout_p = dropout_p if training else 0.0
         seed = None
@@ -238,7 +239,28 @@ def mixed_embedding(
             one_hot = (token_type_ids[..., None] == numbers).to(total.dtype)
             total.baddbmm_(one_hot, type_table.to(total.dtype).expand(B, -1, -1))
     hidden = F.layer_norm(total, (H,), ln_weight, ln_bias, eps)
-    return F.dropout(hidden, dropout_p, training)
+    return dropout(hidden, dropout_p, training)
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """torch's dropout; on a CPU drawn in an eighth of the time.
+
+    Args:
+        x: [..], floating point.
+        p: probability of zeroing a value, in [0, 1); on a CPU rounded to a multiple of 2^-16. What
+            is left is scaled so that the mean stays.
+        training: whether dropout is active.
+
+    Returns:
+        [..], dtype of x.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout needs p in [0, 1), got {p}")
+    if p == 0 or not training:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    return x * ops.dropout_factors(x.detach(), p)
 
 
 def residual_layer_norm(
@@ -280,7 +302,7 @@ def residual_layer_norm(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     dropout_p = dropout_p if training else 0.0
     if _backend(backend, x) != "triton":
-        return F.layer_norm(residual + F.dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
+        return F.layer_norm(residual + dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
     return ops.residual_layer_norm(
         x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, seed, float(eps),

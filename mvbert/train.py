@@ -19,7 +19,7 @@ from mvbert import checkpoint
 from mvbert.batches import Rows
 from mvbert.config import TrainConfig
 from mvbert.corpus_folder import cores
-from mvbert.device import Device, choose_device, choose_graph
+from mvbert.device import Device, choose_device, choose_graph, keep_memory
 from mvbert.encoder import compile_layers
 from mvbert.environment import environment
 from mvbert.errors import InputError, Interrupted, OutOfTime
@@ -160,6 +160,8 @@ class _Run:
         self._task, self._config, self._out, self._progress = task, config, out, progress
         self._stop, self._among = stop, among
         self._where = where = choose_device(config, among.local_rank, among.local_count)
+        if where.device.type == "cpu":
+            keep_memory()
         facts = environment(where.device, where.reason, among.count)
         among.first(lambda: describe_run(out / "run.json", description, environment=facts))
         self._checkpoints = out / "checkpoints"

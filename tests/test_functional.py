@@ -460,3 +460,55 @@ def test_bad_embedding_arguments(change, message):
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=message):
         MF.mixed_embedding(**arguments)
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_zeroes_with_its_probability_and_keeps_the_mean(p, dtype):
+    torch.manual_seed(int(10 * p))
+    x = torch.ones(101, 10_007, dtype=dtype, requires_grad=True)  # not a multiple of four
+    y = MF.dropout(x, p)
+    y.backward(torch.full_like(y, 3.0))
+    assert torch.equal(x.grad, 3 * y.detach())  # the same elements, in both directions
+    assert y.dtype == dtype
+    assert y.unique().numel() == 2
+    assert y.max().item() == pytest.approx(
+        1 / (1 - p), rel=2e-4 if dtype == torch.float32 else 4e-3
+    )
+    zeroed = (y == 0).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(zeroed.mean().item() - p) < 5 * deviation / zeroed.numel() ** 0.5 + 2**-17
+    # No element knows of its neighbours, nor a row of the next: 4 elements are of one number.
+    for shift in (1, 2, 3, 4, 10_007):
+        flat = (zeroed.flatten() - p) / deviation
+        assert abs((flat[shift:] * flat[:-shift]).mean().item()) < 5 / flat.numel() ** 0.5
+
+
+def test_dropout_is_drawn_by_torchs_seed_and_only_in_training():
+    x = torch.randn(3, 4, 5)[:, ::2].transpose(0, 1)  # not contiguous
+    drawn = []
+    for seed in (7, 7, 8):
+        torch.manual_seed(seed)
+        drawn.append(MF.dropout(x, 0.5))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], x * (2 * (drawn[0] != 0)))
+    assert MF.dropout(x, 0.5, training=False) is x
+    assert MF.dropout(x, 0.0) is x
+    assert MF.dropout(torch.empty(0, 5), 0.5).shape == (0, 5)
+    for p in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=rf"p in \[0, 1\), got {p}"):
+            MF.dropout(x, p)
+
+
+def test_compiled_dropout_is_one_graph_and_draws_what_eager_does():
+    compiled = torch.compile(lambda x: MF.dropout(x, 0.3) * 2, fullgraph=True, backend="aot_eager")
+    x, gradients = torch.randn(6, 7, requires_grad=True), []
+    for run in (compiled, lambda x: MF.dropout(x, 0.3) * 2):
+        torch.manual_seed(1)
+        gradients += torch.autograd.grad(run(x).sum(), x)
+    assert torch.equal(*gradients)
+    assert (gradients[0] == 0).any()

@@ -1,0 +1,31 @@
+"""Where a run computes, and what it asks of the system's memory."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, torch
+from mvbert.device import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(30_000, 384)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+as_it_comes = faults()
+keep_memory()
+faults()  # the last that are met
+print(as_it_comes, faults())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_kept_memory_is_not_met_again_as_page_faults():
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    as_it_comes, kept = map(int, run.stdout.split())
+    assert as_it_comes > 100_000
+    assert kept < 100
