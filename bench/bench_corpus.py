@@ -105,6 +105,7 @@ BENCH = harness.Bench(
     work=lambda case, device: harness.Work(items=text().megabytes, unit="MB"),
     check=lambda case, x, output: {"text": x.name},
     memory=False,
+    devices=("cpu",),
     seconds=1.0,
 )
 
@@ -142,7 +143,7 @@ class Build:
         return harness.Sample(wall / calls, own / calls)
 
 
-@BENCH.provider("mvbert", devices=("cpu",))
+@BENCH.provider("mvbert")
 def _(case: Case, device: str):
     from mvbert.wordpiece import basic_split
 
@@ -155,7 +156,7 @@ def _(case: Case, device: str):
     return Build(case.threads)
 
 
-@BENCH.provider("sha256", devices=("cpu",))
+@BENCH.provider("sha256")
 def _(case: Case, device: str):
     if case.threads > 1:
         raise harness.NotMeant
@@ -184,20 +185,20 @@ def shell(command: str):
     return run
 
 
-@BENCH.provider("wc -w", devices=("cpu",))
+@BENCH.provider("wc -w")
 def _(case: Case, device: str):
     if case.threads > 1:
         raise harness.NotMeant
     return shell('wc -w "$1"')
 
 
-@BENCH.provider("tr | sort | uniq -c", devices=("cpu",))
+@BENCH.provider("tr | sort | uniq -c")
 def _(case: Case, device: str):
     command = f"tr -s '[:space:]' '\\n' < \"$1\" | sort --parallel={case.threads} | uniq -c"
     return on_part(shell(command), 20.0)
 
 
-@BENCH.provider("HF split + Counter", needs=("tokenizers",), devices=("cpu",))
+@BENCH.provider("HF split + Counter", needs=("tokenizers",))
 def _(case: Case, device: str):
     if case.threads > 1:
         raise harness.NotMeant
@@ -218,7 +219,7 @@ def _(case: Case, device: str):
     return on_part(run, 2.0)
 
 
-@BENCH.provider("datasets map", needs=("datasets", "transformers"), devices=("cpu",))
+@BENCH.provider("datasets map", needs=("datasets", "transformers"))
 def _(case: Case, device: str):
     import datasets
     import transformers

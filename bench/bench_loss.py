@@ -80,22 +80,15 @@ def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:
     """Relative errors |out - truth| / |truth| of the loss and of each gradient.
 
     Wrong is what is off by more than 2 % in bfloat16 or 0.01 % in float32: no choice of summation
-    order does that. How far the rest are apart is in the record. A peer without a bias is held to
-    the problem without one, and its record says so.
+    order does that. How far the rest are apart is in the record.
     """
-    with_bias = len(outputs) == 4
 
     def part(rows: slice, hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
         logits = F.linear(hidden[rows], weight, *bias)
         return F.cross_entropy(logits, x.labels[rows], reduction="sum") / case.N
 
-    def truth() -> list[Tensor]:
-        return harness.by_rows(part, case.N, (x.hidden, x.weight, x.bias)[: 2 + with_bias])
-
     bound = 2e-2 if x.hidden.dtype == torch.bfloat16 else 1e-4
-    bounds = dict.fromkeys(("loss", "hidden", "weight", "bias"), bound)
-    facts = harness.relative_errors((case, with_bias), truth, outputs, bounds)
-    return facts if with_bias else {**facts, "note": "no bias"}
+    return harness.loss_errors(case, part, (x.hidden, x.weight, x.bias), outputs, bound)
 
 
 BENCH = harness.Bench("loss", cases=cases, inputs=inputs, work=work, check=check)

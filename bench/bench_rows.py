@@ -79,13 +79,14 @@ BENCH = harness.Bench(
     work=work,
     check=check,
     memory=False,
+    devices=("cpu",),
 )
 
 
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-@BENCH.provider("mvbert", devices=("cpu",))
+@BENCH.provider("mvbert")
 def _(case: Case, device: str):
     source = rows(case.words)
     check_definition(case.words)
@@ -162,7 +163,7 @@ def of_rows(run, count: float):
     return run
 
 
-@BENCH.provider("numpy", devices=("cpu",))
+@BENCH.provider("numpy")
 def _(case: Case, device: str):
     teacher_alone(case)
     ids = rows("teacher", 0.0).read(0, 1024).input_ids
@@ -179,7 +180,7 @@ def _(case: Case, device: str):
     return of_rows(run, 1024)
 
 
-@BENCH.provider("HF text", needs=("transformers",), devices=("cpu",))
+@BENCH.provider("HF text", needs=("transformers",))
 def _(case: Case, device: str):
     teacher_alone(case)
     import transformers
@@ -228,11 +229,11 @@ def collate(case: Case, by_words: bool):
     return of_rows(lambda x: collator(features)["input_ids"], 64)
 
 
-@BENCH.provider("HF pieces", needs=("transformers",), devices=("cpu",))
+@BENCH.provider("HF pieces", needs=("transformers",))
 def _(case: Case, device: str):
     return collate(case, by_words=False)
 
 
-@BENCH.provider("HF words", needs=("transformers",), devices=("cpu",))
+@BENCH.provider("HF words", needs=("transformers",))
 def _(case: Case, device: str):
     return collate(case, by_words=True)

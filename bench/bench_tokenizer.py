@@ -231,7 +231,14 @@ def check(case: Case, x: Material, worker: Worker) -> dict:
 
 
 BENCH = harness.Bench(
-    "tokenizer", cases=cases, inputs=inputs, work=work, check=check, memory=False, seconds=0.5
+    "tokenizer",
+    cases=cases,
+    inputs=inputs,
+    work=work,
+    check=check,
+    memory=False,
+    devices=("cpu",),
+    seconds=0.5,
 )
 
 
@@ -261,7 +268,7 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
             worker.use(2e6)
         return worker
 
-    BENCH.provider(name, needs=needs, devices=("cpu",))(make)
+    BENCH.provider(name, needs=needs)(make)
 
 
 def gate_mixed(case: Case) -> None:

@@ -68,6 +68,7 @@ BENCH = harness.Bench(
     ),
     check=check,
     memory=False,
+    devices=("cpu",),
 )
 
 
@@ -95,7 +96,7 @@ def check_definition() -> None:
         raise harness.Wrong("the pieces are not those of the plain definition")
 
 
-@BENCH.provider("mvbert topdown", devices=("cpu",))
+@BENCH.provider("mvbert topdown")
 def _(case: Case, device: str):
     check_definition()
     return ours(case, "topdown")
@@ -106,19 +107,19 @@ def slow(case: Case) -> None:
         raise harness.NotMeant
 
 
-@BENCH.provider("sentencepiece bpe", needs=("sentencepiece",), devices=("cpu",))
+@BENCH.provider("sentencepiece bpe", needs=("sentencepiece",))
 def _(case: Case, device: str):
     slow(case)
     return ours(case, "bpe")
 
 
-@BENCH.provider("sentencepiece unigram", needs=("sentencepiece",), devices=("cpu",))
+@BENCH.provider("sentencepiece unigram", needs=("sentencepiece",))
 def _(case: Case, device: str):
     slow(case)
     return ours(case, "unigram")
 
 
-@BENCH.provider("HF WordPieceTrainer", needs=("tokenizers",), devices=("cpu",))
+@BENCH.provider("HF WordPieceTrainer", needs=("tokenizers",))
 def _(case: Case, device: str):
     slow(case)
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers

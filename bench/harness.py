@@ -26,7 +26,6 @@ floor of a case is the time its least work takes at those ceilings. Every record
 on a line, appended, never edited; the run it belongs to is described by a line of its own.
 """
 
-import argparse
 import atexit
 import contextlib
 import gc
@@ -45,6 +44,8 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -96,8 +97,8 @@ class Provider:
 
     name: str
     make: Callable[[Any, str], Callable[[Any], Any]]
-    needs: tuple[str, ...] = ()  # distributions
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    needs: Sequence[str]  # distributions
+    devices: Sequence[str]
 
 
 @dataclass
@@ -114,6 +115,7 @@ class Bench:
         memory: whether peak memory of a call says something.
         seconds: what one measurement lasts at least, before --quick.
         threads: how many torch may use on a CPU; None: all.
+        devices: where its providers run, if they do not say.
     """
 
     name: str
@@ -125,15 +127,14 @@ class Bench:
     memory: bool = True
     seconds: float = 0.2
     threads: int | None = None
+    devices: Sequence[str] = ("cpu", "cuda")
     providers: list[Provider] = field(default_factory=list)
 
-    def provider(
-        self, name: str, *, needs: Iterable[str] = (), devices: Iterable[str] = ("cpu", "cuda")
-    ):
+    def provider(self, name: str, *, needs: Sequence[str] = (), devices: Sequence[str] = ()):
         """Registers a provider; see `Provider`."""
 
         def register(make):
-            self.providers.append(Provider(name, make, tuple(needs), tuple(devices)))
+            self.providers.append(Provider(name, make, needs, devices or self.devices))
             return make
 
         return register
@@ -199,15 +200,7 @@ def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """p20, p50, p80 in milliseconds (linear between neighbours), four digits."""
-    ordered = sorted(values)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return {f"p{round(100 * share)}": digits(1e3 * at(share)) for share in (0.2, 0.5, 0.8)}
+    return {f"p{at}": digits(1e3 * np.percentile(values, at)) for at in (20, 50, 80)}
 
 
 def digits(value: float, count: int = 4) -> float:
@@ -215,44 +208,29 @@ def digits(value: float, count: int = 4) -> float:
     return float(f"{value:.{count}g}")
 
 
-_ceilings: dict[tuple, dict[str, float]] = {}
-
-
-def ceilings(device: str, dtype: str, quick: bool, toy: bool = False) -> dict[str, float]:
+@cache
+def ceilings(device: str, dtype: str, threads: int, quick: bool, toy: bool) -> dict[str, float]:
     """What this machine reaches today: a copy in GB/s (read + written), a product in TFLOP/s."""
     import torch
 
-    key = (device, dtype, torch.get_num_threads())
-    if key in _ceilings:
-        return _ceilings[key]
-    kind = getattr(torch, dtype)
     large = device == "cuda"
     source = torch.randn(2**29 if large else 2**25 >> 5 * toy, device=device)
     target = torch.empty_like(source)
     n = 8192 if large else 2048 >> 3 * toy
-    left, right = (torch.randn(n, n, device=device).to(kind) for _ in range(2))
-    found = {"copy_gb_s": 0.0, "matmul_tflop_s": 0.0}
+    left, right = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
 
-    def product(_):
-        return left @ right
-
-    def copy(_):
-        target.copy_(source)
-
-    rounds = 5 if quick else 9
-    for name, run, amount in (
-        ("copy_gb_s", copy, 2 * source.numel() * source.element_size() / 1e9),
-        ("matmul_tflop_s", product, 2 * n**3 / 1e12),
-    ):
+    def rate(run: Callable[[Any], Any], amount: float) -> float:
         calls = 10 if large else 1
         measure(run, [None], calls, device)
-        samples = [measure(run, [None], calls, device) for _ in range(rounds)]
+        samples = [measure(run, [None], calls, device) for _ in range(5 if quick else 9)]
         # The best: a ceiling is what the machine can do, not what was left of it just then. On a
         # CPU `own` is the sum over the cores.
-        best = min(sample.own if large else sample.wall for sample in samples)
-        found[name] = digits(amount / best)
-    _ceilings[key] = found
-    return found
+        return digits(amount / min(sample.own if large else sample.wall for sample in samples))
+
+    return {
+        "copy_gb_s": rate(lambda _: target.copy_(source), 2 * source.nbytes / 1e9),
+        "matmul_tflop_s": rate(lambda _: left @ right, 2 * n**3 / 1e12),
+    }
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -294,12 +272,12 @@ def _resident() -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
 
 
-def cpu_peak(bench: Bench, case_number: int, provider: Provider, quick: bool) -> float | None:
+def cpu_peak(bench: Bench, case_number: int, provider: Provider) -> float | None:
     """`cpu_peak_here` in a fresh process, where freed memory goes back to the system at once."""
     if not Path("/proc/self/clear_refs").exists():
         return None
     command = [sys.executable, str(ROOT / "bench" / "run.py"), bench.name, "--device", "cpu"]
-    command += ["--peak", str(case_number), provider.name] + ["--quick"] * quick
+    command += ["--peak", str(case_number), provider.name]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, check=False
@@ -349,6 +327,31 @@ def by_rows(part: Callable[..., Any], N: int, tensors: Iterable[Any]) -> list[An
         loss.backward()
         total = loss.detach() + total
     return [total, *(tensor.grad for tensor in wide)]
+
+
+def loss_errors(
+    case: Any,
+    part: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    bound: float,
+) -> dict:
+    """`relative_errors` of a loss over case.N rows and of the gradients of hidden, weight and bias.
+
+    A peer without a bias has one output fewer: it is held to the problem without one.
+
+    Args:
+        part: what the rows of a slice add to the loss; see `by_rows`.
+        inputs: hidden, weight, bias.
+    """
+    count = len(outputs)
+    names = ("loss", "hidden", "weight", "bias")[:count]
+
+    def truth() -> list[Any]:
+        return by_rows(part, case.N, inputs[: count - 1])
+
+    facts = relative_errors((case, count), truth, outputs, dict.fromkeys(names, bound))
+    return facts if "bias" in names else {**facts, "note": "no bias"}
 
 
 # ---- what a run was made with --------------------------------------------------------------------
@@ -415,11 +418,11 @@ def nvidia_smi() -> dict[str, str] | None:
 
 @dataclass
 class Entry:
-    """A provider that runs here, and its measurements of one case."""
+    """A provider, what it made of one case, and the measurements."""
 
     provider: Provider
-    run: Callable[[Any], Any]
     record: dict
+    run: Any = None
     calls: int = 1
     seconds: float = 0.0  # a call takes about
     samples: list[Sample] = field(default_factory=list)
@@ -493,49 +496,58 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
     device, quick, toy = how.device, how.quick, how.toy
     work = bench.work(case, device)
     dtype = bench.dtype(case, device)
-    ceiling = ceilings(device, dtype, quick, toy)
+    ceiling = ceilings(device, dtype, torch.get_num_threads(), quick, toy)
     floor = max(
         work.flop / (ceiling["matmul_tflop_s"] * 1e12),
         work.bytes / (ceiling["copy_gb_s"] * 1e9),
     )
     base = {
-        "record": "result", "bench": bench.name, "case": label(case), "fields": fields_of(case),
+        "record": "result", "bench": bench.name, "case": label(case), "fields": {**vars(case)},
         "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
     }  # fmt: skip
     print(f"{bench.name} {label(case)}", flush=True)
     copies = [bench.inputs(case, device, 0)] if toy else input_copies(bench, case, device)
-    entries: list[Entry] = []
+    entries = [
+        Entry(provider, {**base, "provider": provider.name})
+        for provider in bench.providers
+        if not how.only or provider.name in how.only
+    ]
 
     def each(step: Callable[[Entry], None], some: Sequence[Entry]) -> None:
-        """Takes a step with every entry; one that fails leaves, and its record says why."""
+        """Takes a step with every entry; one that cannot leaves, and its record says why."""
         for entry in some:
             try:
                 step(entry)
             except Exception as error:  # a peer may fail in any way
-                entry.record["failed"] = told(error)
-                entry.record.pop("ms", None)
                 entries.remove(entry)
                 close(entry.run)
+                if isinstance(error, NotMeant):
+                    continue
+                kind = {Skip: "skipped", Wrong: "wrong"}.get(type(error), "failed")
+                entry.record[kind] = told(error) if kind == "failed" else str(error)
+                entry.record.pop("ms", None)
                 keep(entry.record)
-                check_device(device, entry.provider.name)
+                if kind == "failed":
+                    check_device(device, entry.provider.name)
 
-    for provider in bench.providers:
-        if how.only and provider.name not in how.only:
-            continue
-        record = {**base, "provider": provider.name}
-        try:
-            if provider.name in how.without:
-                record["skipped"], entry = "left out", None
-            else:
-                entry = prepare(bench, provider, case, copies[0], device, record)
-        except NotMeant:
-            continue
-        if entry is None:
-            keep(record)
-            if "failed" in record:
-                check_device(device, provider.name)
-        else:
-            entries.append(entry)
+    def prepare(entry: Entry) -> None:
+        """Makes the provider and holds it to the gate."""
+        provider = entry.provider
+        if provider.name in how.without:
+            raise Skip("left out")
+        if device not in provider.devices:
+            raise Skip(f"runs on {', '.join(provider.devices)} only")
+        missing = [name for name in provider.needs if version(name) is None]
+        if missing:
+            pip = dict.fromkeys(PIP.get(name, f"pip install {name}") for name in missing)
+            entry.record["pip"] = "; ".join(pip)
+            raise Skip(f"not installed: {', '.join(missing)}")
+        entry.run = provider.make(case, device)
+        outputs = entry.run(copies[0])
+        if bench.check is not None:
+            entry.record.update(bench.check(case, copies[0], outputs))
+
+    each(prepare, tuple(entries))
     # Tens of milliseconds are long for events, short for a clock on a busy host.
     target = bench.seconds / (1 if not quick else 10 if device == "cuda" else 4)
     each(lambda entry: warm_up(entry, copies, device, target, quick), tuple(entries))
@@ -561,7 +573,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
             if not getattr(entry.run, "captured", False):
                 entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
         elif bench.memory and not quick and not toy:
-            peak = cpu_peak(bench, number, entry.provider, quick)
+            peak = cpu_peak(bench, number, entry.provider)
             entry.record["peak_mb"] = None if peak is None else digits(peak)
         close(entry.run)
         keep(entry.record)
@@ -573,35 +585,6 @@ def shrunk(case: Any) -> Any:
     """The case with whole numbers of 512 at most: a vocabulary has to hold an alphabet."""
     numbers = {n: v for n, v in vars(case).items() if isinstance(v, int) and v is not True}
     return replace(case, **{name: min(value, 512) for name, value in numbers.items()})
-
-
-def prepare(bench, provider, case, x, device, record) -> Entry | None:
-    """Makes a provider and holds it to the gate; or None, the reason in the record."""
-    if device not in provider.devices:
-        record["skipped"] = f"runs on {', '.join(provider.devices)} only"
-        return None
-    missing = [name for name in provider.needs if version(name) is None]
-    if missing:
-        record["skipped"] = f"not installed: {', '.join(missing)}"
-        record["pip"] = "; ".join(dict.fromkeys(PIP.get(n, f"pip install {n}") for n in missing))
-        return None
-    run = None
-    try:
-        run = provider.make(case, device)
-        outputs = run(x)
-        if bench.check is not None:
-            record.update(bench.check(case, x, outputs))
-        return Entry(provider, run, record)
-    except NotMeant:
-        raise
-    except Skip as error:
-        record["skipped"] = str(error)
-    except Wrong as error:
-        record["wrong"] = str(error)
-    except Exception as error:  # a peer may fail in any way: the record says how
-        record["failed"] = told(error)
-    close(run)
-    return None
 
 
 def told(error: Exception) -> str:
@@ -676,14 +659,12 @@ def input_copies(bench: Bench, case: Any, device: str) -> list[Any]:
 def tensor_bytes(x: Any) -> int:
     """The bytes of every tensor or array in a structure of dataclasses, lists, tuples, dicts."""
     if hasattr(x, "nbytes"):
-        return int(x.nbytes)
-    if isinstance(x, (str, bytes)):
-        return len(x)
+        return x.nbytes
     if isinstance(x, dict):
-        return sum(map(tensor_bytes, x.values()))
-    if isinstance(x, (list, tuple)):
-        return sum(map(tensor_bytes, x))
-    return sum(map(tensor_bytes, vars(x).values())) if hasattr(x, "__dict__") else 0
+        x = x.values()
+    elif not isinstance(x, (list, tuple)):
+        x = vars(x).values() if hasattr(x, "__dict__") else ()
+    return sum(map(tensor_bytes, x))
 
 
 def cache_bytes(device: str) -> int:
@@ -703,10 +684,6 @@ def cache_bytes(device: str) -> int:
 # ---- printing ------------------------------------------------------------------------------------
 
 
-def fields_of(case: Any) -> dict:
-    return {name: value for name, value in vars(case).items() if not name.startswith("_")}
-
-
 def threads(count: int) -> str:
     """How labels say it."""
     return f"{count} thread" + "s" * (count != 1)
@@ -715,7 +692,7 @@ def threads(count: int) -> str:
 def label(case: Any) -> str:
     """What a case is called in tables: its fields, unless it says better."""
     own = getattr(case, "label", None)
-    return own or " ".join(f"{name}={value}" for name, value in fields_of(case).items())
+    return own or " ".join(f"{name}={value}" for name, value in vars(case).items())
 
 
 def reason(record: dict) -> str:
@@ -765,22 +742,3 @@ def appender(output: Path | None, run: dict) -> Callable[[dict], None]:
             out.write(json.dumps({**record, "run": run["run"]}) + "\n")
 
     return emit
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that every bench has."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--quick", action="store_true", help="fewer cases and shorter rounds")
-    parser.add_argument("--only", nargs="+", default=(), metavar="PROVIDER")
-    parser.add_argument(
-        "--without", nargs="+", action="extend", default=[], metavar="PROVIDER",
-        help="what to leave out",
-    )  # fmt: skip
-    parser.add_argument("--toy", action="store_true", help="one small case: does it run at all?")
-    parser.add_argument("--rounds", type=int, help="measurements of each provider")
-    parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS,
-        help="folder or .jsonl file to append to (default: bench/results)",
-    )  # fmt: skip
-    parser.add_argument("--no-output", action="store_true", help="write nothing")

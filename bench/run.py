@@ -46,7 +46,21 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="BENCH", help=", ".join(known))
     parser.add_argument("--list", action="store_true", help="cases and providers, nothing is run")
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "PROVIDER"), help=argparse.SUPPRESS)
-    harness.add_arguments(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and shorter rounds")
+    parser.add_argument("--only", nargs="+", default=(), metavar="PROVIDER")
+    parser.add_argument(
+        "--without", nargs="+", action="extend", default=[], metavar="PROVIDER",
+        help="what to leave out",
+    )  # fmt: skip
+    parser.add_argument("--toy", action="store_true", help="one small case: does it run at all?")
+    parser.add_argument("--rounds", type=int, help="measurements of each provider")
+    parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")
+    parser.add_argument(
+        "--output", type=Path, default=harness.RESULTS,
+        help="folder or .jsonl file to append to (default: bench/results)",
+    )  # fmt: skip
+    parser.add_argument("--no-output", action="store_true", help="write nothing")
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in known]
     if unknown:
@@ -68,7 +82,7 @@ def main() -> None:
                 print(f"    provider  {provider.name}{needs}")
         return
     if args.peak:
-        peak(chosen[0], int(args.peak[0]), args.peak[1], args.quick)
+        peak(chosen[0], int(args.peak[0]), args.peak[1])
         return
     run = harness.run_record(chosen, args.device, args.quick, args.only)
     emit = harness.appender(None if args.no_output else args.output, run)
@@ -103,12 +117,12 @@ def outcome(run: dict, records: list[dict]) -> dict:
     return {"run": run["run"], "timed": sum("ms" in r for r in records), "not timed": missing}
 
 
-def peak(bench: harness.Bench, number: int, name: str, quick: bool) -> None:
+def peak(bench: harness.Bench, number: int, name: str) -> None:
     """The child process of `harness.cpu_peak`."""
     import torch
 
     torch.set_num_threads(bench.threads or torch.get_num_threads())
-    case = bench.cases("cpu", quick)[number]
+    case = bench.cases("cpu", False)[number]
     provider = next(provider for provider in bench.providers if provider.name == name)
     run = provider.make(case, "cpu")
     mb = harness.cpu_peak_here(run, bench.inputs(case, "cpu", 0))

@@ -19,12 +19,19 @@ from pathlib import Path
 PEERS = {}
 
 
-def peer(name):
-    """Registers a function (vocab file, threads) -> (encode, ids of the result, forget or None).
+class Tokenizer:
+    """What a peer gives.
 
     `encode` takes a list of str and is what is timed; `ids` makes lists of its result, without
-    [CLS] and [SEP]; `forget` empties what the tokenizer remembers of earlier texts.
+    [CLS] and [SEP]; `forget` empties what the tokenizer remembers of earlier texts, if it does.
     """
+
+    def __init__(self, encode, ids=list, forget=None):
+        self.encode, self.ids, self.forget = encode, ids, forget
+
+
+def peer(name):
+    """Registers a function (vocab file, threads) -> Tokenizer."""
 
     def register(function):
         PEERS[name] = function
@@ -37,7 +44,26 @@ def flat_lists(ids, offsets):
     return [ids[a:b].tolist() for a, b in itertools.pairwise(offsets)]
 
 
+def student_of(vocab):
+    """The student's vocabulary lies beside the teacher's."""
+    return str(Path(vocab).with_name("student.txt"))
+
+
 # ---- ours ----------------------------------------------------------------------------------------
+
+
+def ours(make, **options):
+    """A tokenizer of ours; it forgets by being made again."""
+    tokenizer = make()
+
+    def encode(texts):
+        return tokenizer.encode_batch(texts, **options)
+
+    def forget():
+        nonlocal tokenizer
+        tokenizer = make()
+
+    return Tokenizer(encode, lambda batch: flat_lists(batch.ids, batch.offsets), forget)
 
 
 @peer("mvbert")
@@ -46,35 +72,16 @@ def _(vocab, threads):
     from mvbert.vocab import Vocab
 
     pieces = Vocab.load(vocab, lowercase=True)
-    tokenizer = [WordPieceTokenizer(pieces)]
-
-    def forget():
-        tokenizer[0] = WordPieceTokenizer(pieces)
-
-    return (
-        lambda texts: tokenizer[0].encode_batch(texts, add_special_tokens=False, threads=threads),
-        lambda batch: flat_lists(batch.ids, batch.offsets),
-        forget,
-    )
+    return ours(lambda: WordPieceTokenizer(pieces), add_special_tokens=False, threads=threads)
 
 
 @peer("mvbert mixed")
-def _(vocab, threads, student_prob=0.5):
+def _(vocab, threads):
     from mvbert.tokenizer import MixedTokenizer
     from mvbert.vocab import Vocab
 
-    teacher = Vocab.load(vocab, lowercase=True)
-    student = Vocab.load(Path(vocab).with_name("student.txt"), lowercase=True)
-    tokenizer = [MixedTokenizer(teacher, student)]
-
-    def forget():
-        tokenizer[0] = MixedTokenizer(teacher, student)
-
-    return (
-        lambda texts: tokenizer[0].encode_batch(texts, student_prob=student_prob, threads=threads),
-        lambda batch: flat_lists(batch.ids, batch.offsets),
-        forget,
-    )
+    both = [Vocab.load(path, lowercase=True) for path in (vocab, student_of(vocab))]
+    return ours(lambda: MixedTokenizer(*both), student_prob=0.5, threads=threads)
 
 
 # ---- Hugging Face --------------------------------------------------------------------------------
@@ -91,26 +98,28 @@ def hugging_face_fast(vocab):
 @peer("HF encode_batch_fast")
 def _(vocab, threads):
     tokenizer = hugging_face_fast(vocab).backend_tokenizer
-    return (
+    return Tokenizer(
         lambda texts: [
             row.ids for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ],
-        lambda rows: rows,
-        None,
+        ]
     )
 
 
 @peer("transformers fast")
 def _(vocab, threads):
     tokenizer = hugging_face_fast(vocab)
-    return (
-        lambda texts: tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"],
-        lambda rows: rows,
-        None,
-    )  # fmt: skip
+    options = dict.fromkeys(
+        ("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False
+    )
+    return Tokenizer(lambda texts: tokenizer(texts, **options)["input_ids"])
+
+
+def one_by_one(tokenizer, ids=list):
+    """Of BERT's first interface."""
+    return Tokenizer(
+        lambda texts: [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts],
+        ids,
+    )
 
 
 @peer("transformers slow")
@@ -119,18 +128,14 @@ def _(vocab, threads):
 
     tokenizer = transformers.BertTokenizer(vocab, do_lower_case=True)
     tokenizer.model_max_length = 10**9
-    return (
-        lambda texts: [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts],
-        lambda rows: rows,
-        None,
-    )
+    return one_by_one(tokenizer)
 
 
 @peer("HF twice, spliced")
 def _(vocab, threads):
     """Mixed cutting with what there is: ids by both vocabularies, chosen word by word."""
     teacher = hugging_face_fast(vocab).backend_tokenizer
-    student = hugging_face_fast(str(Path(vocab).with_name("student.txt"))).backend_tokenizer
+    student = hugging_face_fast(student_of(vocab)).backend_tokenizer
     size = teacher.get_vocab_size()
     coin = random.Random(0)
 
@@ -155,14 +160,14 @@ def _(vocab, threads):
             rows.append(row)
         return rows
 
-    return encode, lambda rows: rows, None
+    return Tokenizer(encode)
 
 
 @peer("HF words + dict")
 def _(vocab, threads):
     """Hugging Face's normaliser and word splitter, then a Python dict of both cuts of each word."""
     teacher = hugging_face_fast(vocab).backend_tokenizer
-    student = hugging_face_fast(str(Path(vocab).with_name("student.txt"))).backend_tokenizer
+    student = hugging_face_fast(student_of(vocab)).backend_tokenizer
     normalize, split = teacher.normalizer.normalize_str, teacher.pre_tokenizer.pre_tokenize_str
     size = teacher.get_vocab_size()
     draw = random.Random(0).random
@@ -187,7 +192,7 @@ def _(vocab, threads):
     def forget():
         known[:] = {}, {}
 
-    return encode, lambda rows: rows, forget
+    return Tokenizer(encode, forget=forget)
 
 
 # ---- others --------------------------------------------------------------------------------------
@@ -199,10 +204,8 @@ def _(vocab, threads):
     from flash_tokenizer.bert_tokenizer_original import OriginalBertTokenizer
 
     tokenizer = OriginalBertTokenizer(vocab, True, 10**9)
-    return (
-        lambda texts: [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts],
-        lambda rows: [[id for id in row if id not in (101, 102)] for row in rows],
-        None,
+    return one_by_one(
+        tokenizer, lambda rows: [[id for id in row if id not in (101, 102)] for row in rows]
     )
 
 
@@ -211,7 +214,7 @@ def _(vocab, threads):
     import nanotoken
 
     tokenizer = nanotoken.Tokenizer.from_vocab(vocab)
-    return (
+    return Tokenizer(
         lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False, parallel=threads > 1),
         lambda batch: flat_lists(batch.ids, batch.offsets),
         tokenizer.clear_cache,
@@ -233,7 +236,9 @@ def _(vocab, threads):
         flat, lengths = result
         return flat_lists(flat, np.concatenate(([0], np.cumsum(lengths.astype(np.int64)))))
 
-    return lambda texts: tokenizer.encode_batch_flat(texts, add_special_tokens=False), ids, None
+    return Tokenizer(
+        lambda texts: tokenizer.encode_batch_flat(texts, add_special_tokens=False), ids
+    )
 
 
 @peer("BlingFire")
@@ -252,7 +257,7 @@ def _(vocab, threads):
     def encode(texts):
         return list(pool.map(one, texts, chunksize=64)) if pool else [one(text) for text in texts]
 
-    return encode, lambda rows: [row.tolist() for row in rows], None
+    return Tokenizer(encode, lambda rows: [row.tolist() for row in rows])
 
 
 @peer("flash-tokenizer")
@@ -260,10 +265,9 @@ def _(vocab, threads):
     import flash_tokenizer
 
     tokenizer = flash_tokenizer.BertTokenizerFlash(vocab, model_max_length=10**7).tokenizer
-    return (
+    return Tokenizer(
         lambda texts: tokenizer.batch_encode(texts, "do_not_pad", -1, threads > 1),
         lambda rows: [row[1:-1] for row in rows],
-        None,
     )
 
 
@@ -286,7 +290,7 @@ def _(vocab, threads):
             for a in range(0, len(texts), 1024)
         ]
 
-    return encode, lambda parts: [row for part in parts for row in part.to_list()], None
+    return Tokenizer(encode, lambda parts: [row for part in parts for row in part.to_list()])
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -308,23 +312,22 @@ def main():
         print(json.dumps(facts), file=out, flush=True)
 
     try:
-        begin = time.perf_counter()
-        encode, ids, forget = PEERS[name](vocab, threads)
-        answer(load=time.perf_counter() - begin, remembers=forget is not None)
+        tokenizer = PEERS[name](vocab, threads)
+        answer(remembers=tokenizer.forget is not None)
         texts = json.loads(Path(texts_file).read_text(encoding="utf-8"))
         for line in sys.stdin:
             command = json.loads(line)
             some = texts[: command["texts"]] if command.get("texts") else texts
             if command["do"] == "digests":
-                rows = ids(encode(some))
-                answer(digests=[digest(row) for row in rows], pieces=sum(map(len, rows)))
+                rows = tokenizer.ids(tokenizer.encode(some))
+                answer(digests=[digest(row) for row in rows])
                 continue
             wall = own = 0.0
             for _ in range(command["calls"]):
-                if command["cold"] and forget is not None:
-                    forget()
+                if command["cold"]:
+                    tokenizer.forget()
                 begin, begin_own = time.perf_counter(), time.process_time()
-                encode(some)
+                tokenizer.encode(some)
                 own += time.process_time() - begin_own
                 wall += time.perf_counter() - begin
             answer(wall=wall / command["calls"], own=own / command["calls"])
