@@ -172,33 +172,18 @@ def _(case, device):
     return run
 
 
-@BENCH.provider("eager")
-def _(case, device):
-    return lambda x: x.gradients(plain(x.input_ids, x.token_type_ids, *x.parameters()))
-
-
-@BENCH.provider("eager, two gathers")
-def _(case, device):
-    if not case.V_s:
+def of_torch(case, device, function, compiled: bool = False):
+    if function is gathers and not case.V_s:
         raise harness.NotMeant
-    return lambda x: x.gradients(gathers(x.input_ids, x.token_type_ids, *x.parameters()))
+    if compiled:
+        function = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return lambda x: x.gradients(function(x.input_ids, x.token_type_ids, *x.parameters()))
 
 
-def compiled(function):
-    call = torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return lambda x: x.gradients(call(x.input_ids, x.token_type_ids, *x.parameters()))
-
-
-@BENCH.provider("torch.compile max-autotune")
-def _(case, device):
-    return compiled(plain)
-
-
-@BENCH.provider("torch.compile max-autotune, two gathers")
-def _(case, device):
-    if not case.V_s:
-        raise harness.NotMeant
-    return compiled(gathers)
+BENCH.add("eager", of_torch, function=plain)
+BENCH.add("eager, two gathers", of_torch, function=gathers)
+BENCH.add("torch.compile max-autotune", of_torch, function=plain, compiled=True)
+BENCH.add("torch.compile max-autotune, two gathers", of_torch, function=gathers, compiled=True)
 
 
 @BENCH.provider("HF BertEmbeddings", needs=["transformers"])

@@ -9,6 +9,7 @@ of the weights. `megabytes` in the records is the size of the file that is loade
 import contextlib
 import io
 import logging
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -145,7 +146,7 @@ def megabytes(file: Path) -> float:
     return file.stat().st_size / 1e6
 
 
-def torch_provider(case: Case, device: str, compiled: bool, dtype: torch.dtype):
+def with_torch(case: Case, device: str, dtype: torch.dtype, compiled: bool = False):
     from transformers import AutoModel
 
     out = folder(case.model)
@@ -163,34 +164,22 @@ def torch_provider(case: Case, device: str, compiled: bool, dtype: torch.dtype):
     return run
 
 
-@BENCH.provider("torch eager", needs=["transformers"], devices=["cpu"])
-def _(case, device):
-    return torch_provider(case, device, False, torch.float32)
+CPU = {"needs": ["transformers"], "devices": ["cpu"], "dtype": torch.float32}
+GPU = {"needs": ["transformers"], "devices": ["cuda"], "dtype": torch.bfloat16}
+BENCH.add("torch eager", with_torch, **CPU)
+BENCH.add("torch.compile max-autotune", with_torch, compiled=True, **CPU)
+BENCH.add("torch eager bf16", with_torch, **GPU)
+BENCH.add("torch.compile max-autotune bf16", with_torch, compiled=True, **GPU)
 
 
-@BENCH.provider("torch.compile max-autotune", needs=["transformers"], devices=["cpu"])
-def _(case, device):
-    return torch_provider(case, device, True, torch.float32)
-
-
-@BENCH.provider("torch eager bf16", needs=["transformers"], devices=["cuda"])
-def _(case, device):
-    return torch_provider(case, device, False, torch.bfloat16)
-
-
-@BENCH.provider("torch.compile max-autotune bf16", needs=["transformers"], devices=["cuda"])
-def _(case, device):
-    return torch_provider(case, device, True, torch.bfloat16)
-
-
-def onnx_provider(case: Case, name: str, bound: float):
+def with_onnx(case: Case, device: str, file: str, bound: float):
     import onnxruntime
 
-    file = exported(case.model) / name
+    path = exported(case.model) / file
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    size = megabytes(file)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    size = megabytes(path)
 
     def run(ids):
         feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
@@ -199,14 +188,9 @@ def onnx_provider(case: Case, name: str, bound: float):
     return run
 
 
-ONNX = ("onnxruntime", "onnx", "onnxscript", "transformers")
-
-
-@BENCH.provider("ONNX Runtime", needs=ONNX, devices=["cpu"])
-def _(case, device):
-    return onnx_provider(case, "model.onnx", 1e-4)
-
-
-@BENCH.provider("ONNX Runtime int8", needs=ONNX, devices=["cpu"])
-def _(case, device):
-    return onnx_provider(case, "int8.onnx", float("inf"))
+ONNX = {
+    "needs": ["onnxruntime", "onnx", "onnxscript", "transformers"],
+    "devices": ["cpu"],
+}
+BENCH.add("ONNX Runtime", with_onnx, file="model.onnx", bound=1e-4, **ONNX)
+BENCH.add("ONNX Runtime int8", with_onnx, file="int8.onnx", bound=math.inf, **ONNX)

@@ -35,9 +35,10 @@ class Inputs:
     bias: Tensor  # [V]
     labels: Tensor  # [N]
 
-    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+    def gradients(self, loss: Tensor, bias: bool = True) -> tuple[Tensor, ...]:
         """(loss, of hidden, of weight, of bias)"""
-        return loss, *torch.autograd.grad(loss, (self.hidden, self.weight, self.bias))
+        inputs = (self.hidden, self.weight, self.bias)
+        return loss, *torch.autograd.grad(loss, inputs if bias else inputs[:2])
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -97,7 +98,7 @@ BENCH = harness.Bench("loss", cases=cases, inputs=inputs, work=work, check=check
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def ours(dense: bool):
+def ours(case, device, dense: bool):
     from mvbert.functional import linear_cross_entropy
 
     return lambda x: x.gradients(
@@ -105,14 +106,8 @@ def ours(dense: bool):
     )
 
 
-@BENCH.provider("mvbert")
-def _(case, device):
-    return ours(dense=True)
-
-
-@BENCH.provider("mvbert, rows may lack labels", devices=["cuda"])
-def _(case, device):
-    return ours(dense=False)
+BENCH.add("mvbert", ours, dense=True)
+BENCH.add("mvbert, rows may lack labels", ours, dense=False, devices=["cuda"])
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------
@@ -139,30 +134,25 @@ def _(case, device):
     return lambda x: x.gradients(compiled(x.hidden, x.weight, x.bias, x.labels))
 
 
-def torch_native(**options):
-    """torch.nn.functional.linear_cross_entropy, in chunks."""
+def torch_native(case, device, rows: int | None = None):
+    """torch.nn.functional.linear_cross_entropy, in chunks of so many rows."""
     if not hasattr(F, "linear_cross_entropy"):
         raise harness.Skip(f"torch {torch.__version__} has none; it came with 2.13")
+    options = {} if rows is None else {"batch_chunk_size": min(rows, case.N)}
     chosen = torch.nn.LinearCrossEntropyOptions(**options)
     return lambda x: x.gradients(
         F.linear_cross_entropy(x.hidden, x.weight, x.labels, linear_bias=x.bias, options=chosen)
     )
 
 
-@BENCH.provider("torch linear_cross_entropy")
-def _(case, device):
-    return torch_native()
-
-
-@BENCH.provider("torch linear_cross_entropy, chunks of 4096")
-def _(case, device):
-    return torch_native(batch_chunk_size=min(4096, case.N))
+BENCH.add("torch linear_cross_entropy", torch_native)
+BENCH.add("torch linear_cross_entropy, chunks of 4096", torch_native, rows=4096)
 
 
 # ---- Liger ---------------------------------------------------------------------------------------
 
 
-def liger(accum_dtype, chunks: int | None = None):
+def liger(case, device, accum_dtype=None, chunks: int | None = None):
     """`chunks`: how many times the logits that Liger's own rule allows in memory."""
     import inspect
 
@@ -185,27 +175,17 @@ def liger(accum_dtype, chunks: int | None = None):
     return run
 
 
-@BENCH.provider("Liger", needs=["liger-kernel"], devices=["cuda"])
-def _(case, device):
-    return liger(None)
-
-
-@BENCH.provider("Liger, float32 accumulation", needs=["liger-kernel"], devices=["cuda"])
-def _(case, device):
-    return liger(torch.float32)
-
-
-@BENCH.provider(
-    "Liger, float32 accumulation, large chunks", needs=["liger-kernel"], devices=["cuda"]
-)
-def _(case, device):
-    return liger(torch.float32, chunks=16)
+LIGER = {"needs": ["liger-kernel"], "devices": ["cuda"]}
+FLOAT32 = {"accum_dtype": torch.float32}
+BENCH.add("Liger", liger, **LIGER)
+BENCH.add("Liger, float32 accumulation", liger, **FLOAT32, **LIGER)
+BENCH.add("Liger, float32 accumulation, large chunks", liger, chunks=16, **FLOAT32, **LIGER)
 
 
 # ---- cut cross-entropy ---------------------------------------------------------------------------
 
 
-def cut(**options):
+def cut(case, device, **options):
     """cut_cross_entropy at the options given; versions to 25.1.1 know no bias."""
     import inspect
 
@@ -221,29 +201,11 @@ def cut(**options):
     loss = cut_cross_entropy.linear_cross_entropy
     if "bias" in inspect.signature(loss).parameters:
         return lambda x: x.gradients(loss(x.hidden, x.weight, x.labels, bias=x.bias, **options))
-
-    def without_bias(x: Inputs):
-        value = loss(x.hidden, x.weight, x.labels, **options)
-        return value, *torch.autograd.grad(value, (x.hidden, x.weight))
-
-    return without_bias
+    return lambda x: x.gradients(loss(x.hidden, x.weight, x.labels, **options), bias=False)
 
 
-@BENCH.provider("CCE", needs=["cut-cross-entropy"], devices=["cuda"])
-def _(case, device):
-    return cut(impl="cce")
-
-
-@BENCH.provider("CCE without filter", needs=["cut-cross-entropy"], devices=["cuda"])
-def _(case, device):
-    return cut(impl="cce", filter_eps=None)
-
-
-@BENCH.provider("CCE exact", needs=["cut-cross-entropy"], devices=["cuda"])
-def _(case, device):
-    return cut(impl="cce_exact")
-
-
-@BENCH.provider("CCE torch_compile", needs=["cut-cross-entropy"])
-def _(case, device):
-    return cut(impl="torch_compile")
+CCE = {"needs": ["cut-cross-entropy"]}
+BENCH.add("CCE", cut, impl="cce", devices=["cuda"], **CCE)
+BENCH.add("CCE without filter", cut, impl="cce", filter_eps=None, devices=["cuda"], **CCE)
+BENCH.add("CCE exact", cut, impl="cce_exact", devices=["cuda"], **CCE)
+BENCH.add("CCE torch_compile", cut, impl="torch_compile", **CCE)

@@ -204,7 +204,7 @@ def _(case: Case, device: str):
     return of_rows(run, len(run(None)))
 
 
-def collate(case: Case, by_words: bool):
+def collate(case: Case, device: str, by_words: bool):
     """The collator over 64 rows that are cut already."""
     teacher_alone(case)
     import transformers
@@ -229,11 +229,5 @@ def collate(case: Case, by_words: bool):
     return of_rows(lambda x: collator(features)["input_ids"], 64)
 
 
-@BENCH.provider("HF pieces", needs=("transformers",))
-def _(case: Case, device: str):
-    return collate(case, by_words=False)
-
-
-@BENCH.provider("HF words", needs=("transformers",))
-def _(case: Case, device: str):
-    return collate(case, by_words=True)
+BENCH.add("HF pieces", collate, by_words=False, needs=["transformers"])
+BENCH.add("HF words", collate, by_words=True, needs=["transformers"])

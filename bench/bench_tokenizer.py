@@ -231,15 +231,9 @@ def check(case: Case, x: Material, worker: Worker) -> dict:
 
 
 BENCH = harness.Bench(
-    "tokenizer",
-    cases=cases,
-    inputs=inputs,
-    work=work,
-    check=check,
-    memory=False,
+    "tokenizer", cases=cases, inputs=inputs, work=work, check=check, memory=False, seconds=0.5,
     devices=("cpu",),
-    seconds=0.5,
-)
+)  # fmt: skip
 
 
 def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
@@ -268,7 +262,7 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
             worker.use(2e6)
         return worker
 
-    BENCH.provider(name, needs=needs)(make)
+    BENCH.add(name, make, needs=needs)
 
 
 def gate_mixed(case: Case) -> None:

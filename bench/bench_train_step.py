@@ -223,14 +223,21 @@ class Given:
         pass
 
 
-def ours(case: Case, device: str, task: Mlm, graph: bool):
-    """A step of mvbert's loop on given rows."""
+def ours(
+    case: Case, device: str, kind: type[Mlm] = Mlm, compiled: bool = False, graph: bool = True
+):
+    """A step of mvbert's loop on given rows, as one CUDA graph where there is a GPU."""
     from mvbert.device import Device
+    from mvbert.encoder import compile_layers
     from mvbert.optim import make_optimizer
     from mvbert.ranks import Ranks
     from mvbert.step import CudaGraph, Losses, Step
 
     where = Device(torch.device(device), torch.bfloat16, "")
+    graph = graph and device == "cuda"
+    task = kind(case)
+    if compiled:
+        compile_layers(task.module)
     module = task.module.to(where.device)
     settings = config(case)
     optimizer = make_optimizer(module, settings, where.device)
@@ -263,30 +270,16 @@ def ours(case: Case, device: str, task: Mlm, graph: bool):
     return run
 
 
-@BENCH.provider("mvbert")
-def _(case, device):
-    return ours(case, device, Mlm(case), graph=device == "cuda")
-
-
-@BENCH.provider("mvbert compiled")
-def _(case, device):
-    from mvbert.encoder import compile_layers
-
-    task = Mlm(case)
-    compile_layers(task.module)
-    return ours(case, device, task, graph=device == "cuda")
-
-
-@BENCH.provider("mvbert eager", devices=("cuda",))
-def _(case, device):
-    return ours(case, device, Mlm(case), graph=False)
+BENCH.add("mvbert", ours)
+BENCH.add("mvbert compiled", ours, compiled=True)
+BENCH.add("mvbert eager", ours, graph=False, devices=["cuda"])
 
 
 @BENCH.provider("mvbert mixed")
 def _(case, device):
     if not case.name.startswith("Stage I,") and case.name != "Stage I":
         raise harness.NotMeant
-    run = ours(case, device, MixedMlm(case), graph=device == "cuda")
+    run = ours(case, device, MixedMlm)
     mixed = {}
 
     def mixed_run(x):
@@ -311,7 +304,7 @@ def _(case, device):
 
 def theirs(
     case: Case, device: str, *,
-    bf16: bool, compiled: bool = False, fused: bool = False, kept: bool = False,
+    bf16: bool = True, compiled: bool = False, fused: bool = False, kept: bool = False,
 ):  # fmt: skip
     """The step of transformers' Trainer on given rows."""
     from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
@@ -372,31 +365,12 @@ def theirs(
     return run
 
 
-@BENCH.provider("HF", needs=["transformers"], devices=["cpu"])
-def _(case, device):
-    return theirs(case, device, bf16=False)
-
-
-@BENCH.provider("HF bf16", needs=["transformers"])
-def _(case, device):
-    return theirs(case, device, bf16=True)
-
-
-@BENCH.provider("HF bf16, torch.compile", needs=["transformers"])
-def _(case, device):
-    return theirs(case, device, bf16=True, compiled=True)
-
-
-@BENCH.provider("HF bf16, fuse()d", needs=["transformers"])
-def _(case, device):
-    return theirs(case, device, bf16=True, fused=True)
-
-
-@BENCH.provider("HF bf16, memory kept", needs=["transformers"], devices=["cpu"])
-def _(case, device):
-    return theirs(case, device, bf16=True, kept=True)
-
-
-@BENCH.provider("HF bf16, torch.compile, memory kept", needs=["transformers"], devices=["cpu"])
-def _(case, device):
-    return theirs(case, device, bf16=True, compiled=True, kept=True)
+HF = {"needs": ["transformers"]}
+BENCH.add("HF", theirs, bf16=False, devices=["cpu"], **HF)
+BENCH.add("HF bf16", theirs, **HF)
+BENCH.add("HF bf16, torch.compile", theirs, compiled=True, **HF)
+BENCH.add("HF bf16, fuse()d", theirs, fused=True, **HF)
+BENCH.add("HF bf16, memory kept", theirs, kept=True, devices=["cpu"], **HF)
+BENCH.add(
+    "HF bf16, torch.compile, memory kept", theirs, compiled=True, kept=True, devices=["cpu"], **HF
+)

@@ -72,7 +72,12 @@ BENCH = harness.Bench(
 )
 
 
-def ours(case: Case, learner: str) -> Callable:
+def learned(case: Case, device: str, learner: str) -> Callable:
+    """What `mvbert.learner` makes; but for ours, on one thread."""
+    if learner == "topdown":
+        check_definition()
+    else:
+        slow(case)
     words = of_case(case)
 
     def run(x) -> list[str]:
@@ -96,27 +101,14 @@ def check_definition() -> None:
         raise harness.Wrong("the pieces are not those of the plain definition")
 
 
-@BENCH.provider("mvbert topdown")
-def _(case: Case, device: str):
-    check_definition()
-    return ours(case, "topdown")
-
-
 def slow(case: Case) -> None:
     if case.threads > 1:
         raise harness.NotMeant
 
 
-@BENCH.provider("sentencepiece bpe", needs=("sentencepiece",))
-def _(case: Case, device: str):
-    slow(case)
-    return ours(case, "bpe")
-
-
-@BENCH.provider("sentencepiece unigram", needs=("sentencepiece",))
-def _(case: Case, device: str):
-    slow(case)
-    return ours(case, "unigram")
+BENCH.add("mvbert topdown", learned, learner="topdown")
+BENCH.add("sentencepiece bpe", learned, learner="bpe", needs=["sentencepiece"])
+BENCH.add("sentencepiece unigram", learned, learner="unigram", needs=["sentencepiece"])
 
 
 @BENCH.provider("HF WordPieceTrainer", needs=("tokenizers",))

@@ -12,7 +12,10 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+from tables import median
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -72,7 +75,7 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     # A line a test: what failed is in the log also where the rest is late.
     tests = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     tests += ["--no-header", "--tb=short"]
-    side_by_side = ["-n", "8"] if has("xdist") and not toy else []
+    side_by_side = ["-n", "8"] if find_spec("xdist") and not toy else []
     # The dry run has no device: it shows that the tests are found.
     graph = "tests/test_step.py::test_a_graph_on_a_gpu_gives_the_losses_of_eager_steps"
     kernels = [graph, "tests/kernels", "--ignore", "tests/kernels/test_aot.py", *side_by_side]
@@ -124,12 +127,6 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
         benches["train_step"], Part("stage 2 compiled", compiled, 75, text), benches["kl"],
         benches["inference"],
     ]  # fmt: skip
-
-
-def has(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 def choose(some: list[Part], only: list[str] | None) -> list[Part]:
@@ -214,23 +211,12 @@ def at_least(what: str, limit: float, value: float | None) -> Target:
     return Target(what, f">= {limit:g}", value, value is not None and value >= limit)
 
 
-def read_records(file: Path) -> list[dict]:
-    if not file.exists():
-        return []
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line.get("record") == "result"]
-
-
-def milliseconds(record: dict) -> float:
-    """The device's own time where there is one."""
-    return record.get("device_ms", record["ms"])["p50"]
-
-
 def targets(out: Path) -> list[Target]:
     """The table: speed against the measured floor and against every peer, memory, training."""
     rows: list[Target] = []
+    file = out / "results.jsonl"
     timed: dict[tuple, dict[str, dict]] = {}
-    for record in read_records(out / "results.jsonl"):
+    for record in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         if "ms" in record:
             timed.setdefault((record["bench"], record["case"]), {})[record["provider"]] = record
     for (bench, case), found in timed.items():
@@ -240,9 +226,7 @@ def targets(out: Path) -> list[Target]:
             continue
         name = f"{bench} {case}"
         peers = {
-            p: milliseconds(r) / milliseconds(ours)
-            for p, r in found.items()
-            if not p.startswith("mvbert")
+            p: median(r) / median(ours) for p, r in found.items() if not p.startswith("mvbert")
         }
         best = min(peers.values(), default=None)
         if bench == "loss":
@@ -418,10 +402,7 @@ def main() -> None:
             {"name": o.part.name, "state": o.state, "seconds": round(o.seconds, 1)}
             for o in outcomes
         ],
-        "targets": [
-            {"what": r.what, "target": r.target, "measured": r.measured, "passed": r.passed}
-            for r in rows
-        ],
+        "targets": [vars(row) for row in rows],
     }
     (out / "summary.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     bad = [o.part.name for o in outcomes if o.state in ("failed", "late")]

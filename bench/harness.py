@@ -41,7 +41,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,17 @@ class Bench:
     devices: Sequence[str] = ("cpu", "cuda")
     providers: list[Provider] = field(default_factory=list)
 
-    def provider(self, name: str, *, needs: Sequence[str] = (), devices: Sequence[str] = ()):
-        """Registers a provider; see `Provider`."""
+    def add(
+        self, name: str, make: Callable[..., Any], *, needs: Sequence[str] = (),
+        devices: Sequence[str] = (), **options: Any,
+    ) -> None:  # fmt: skip
+        """Adds a provider; see `Provider`. `make` gets the options as well."""
+        make = partial(make, **options)
+        self.providers.append(Provider(name, make, needs, devices or self.devices))
 
-        def register(make):
-            self.providers.append(Provider(name, make, needs, devices or self.devices))
-            return make
-
-        return register
+    def provider(self, name: str, **options: Any) -> Callable[[Callable[..., Any]], None]:
+        """`add` as a decorator."""
+        return lambda make: self.add(name, make, **options)
 
 
 def default_dtype(device: str) -> str:

@@ -53,11 +53,11 @@ def bench(harness):
         check=check,
         memory=False,
     )
-    bench.provider("right")(lambda case, device: lambda x: x * 2)
-    bench.provider("wrong")(lambda case, device: lambda x: x * 3)
-    bench.provider("raising")(lambda case, device: lambda x: 1 / 0)
-    bench.provider("absent", needs=["no-such-package"])(lambda case, device: None)
-    bench.provider("elsewhere", devices=["cuda"])(lambda case, device: None)
+    bench.add("right", lambda case, device: lambda x: x * 2)
+    bench.add("wrong", lambda case, device: lambda x: x * 3)
+    bench.add("raising", lambda case, device: lambda x: 1 / 0)
+    bench.add("absent", lambda case, device: None, needs=["no-such-package"])
+    bench.add("elsewhere", lambda case, device: None, devices=["cuda"])
     return bench
 
 
@@ -91,7 +91,7 @@ def test_who_fails_while_timed_leaves_and_the_rest_goes_on(harness, bench):
             raise RuntimeError("no more")
         return x * 2
 
-    bench.provider("failing later")(lambda case, device: third_call_fails)
+    bench.add("failing later", lambda case, device: third_call_fails)
     how = harness.Settings("cpu", quick=True, toy=True, without=["wrong"])
     records = harness.run_bench(bench, how, lambda record: None)
     found = {record["provider"]: record for record in records}
@@ -156,7 +156,7 @@ def test_times_and_memory_of_a_device(device, harness, bench):
         return x * 2
 
     captured.captured = True
-    bench.provider("captured")(lambda case, device: captured)
+    bench.add("captured", lambda case, device: captured)
     found = run_on(device, harness, bench, only=["right", "captured"])
     right = found["right"]
     assert right["device_ms"]["p50"] == pytest.approx(2.0 / min(right["calls"], 50), rel=1e-3)
