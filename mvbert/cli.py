@@ -391,7 +391,10 @@ def _usage() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
-    return guarded(lambda: run(sys.argv[1:] if arguments is None else arguments))
+    code = guarded(lambda: run(sys.argv[1:] if arguments is None else arguments))
+    if "mvbert.ranks" in sys.modules:
+        sys.modules["mvbert.ranks"].leave(code)
+    return code
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -420,8 +423,6 @@ def guarded(work: Callable[[], None]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()
-        if "mvbert.ranks" in sys.modules:
-            sys.modules["mvbert.ranks"].leave()
     except FailedElsewhere:
         return 2
     except InputError as error:

@@ -5,11 +5,13 @@ dealt out among them by number. Rank 0 alone writes: the log, the checkpoints, w
 """
 
 import functools
-import itertools
 import json
 import os
+import sys
+import time
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
@@ -37,8 +39,7 @@ class Ranks:
     count: int = 1
     local_rank: int = 0  # among those of this machine
     local_count: int = 1
-    store: "dist.Store | None" = None  # type: ignore[name-defined]
-    _calls: "itertools.count[int]" = field(default_factory=itertools.count)
+    patient: "dist.ProcessGroup | None" = None  # of all processes, for what may take long
 
     @property
     def lead(self) -> bool:
@@ -51,22 +52,30 @@ class Ranks:
 
     def first(self, work: Callable[[], J]) -> J:
         """Rank 0 works, all others wait for it and get its result, or fail as it did."""
-        if self.store is None:
+        if self.patient is None:
             return work()
-        key = f"first/{next(self._calls)}"
-        if not self.lead:
-            self.store.wait([key], PATIENCE)
-            answer = json.loads(self.store.get(key))
-            if "error" in answer:
-                raise FailedElsewhere(answer["error"])
-            return answer["value"]
-        try:
-            value = work()
-        except InputError as error:
-            self.store.set(key, json.dumps({"error": str(error)}))
-            raise
-        self.store.set(key, json.dumps({"value": value}))
-        return value
+        failed, text = None, b""
+        if self.lead:
+            try:
+                text = json.dumps({"value": work()}).encode()
+            except InputError as error:
+                failed, text = error, json.dumps({"error": str(error)}).encode()
+        answer = json.loads(self._of_lead(text))
+        if failed is not None:
+            raise failed
+        if "error" in answer:
+            raise FailedElsewhere(answer["error"])
+        return answer["value"]
+
+    def _of_lead(self, text: bytes) -> bytes:
+        """What rank 0 has passed; fails at once in all others when it dies instead."""
+        size = torch.tensor(len(text))
+        dist.broadcast(size, 0, self.patient)
+        letters = torch.empty(int(size), dtype=torch.uint8)
+        if self.lead:
+            letters = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(letters, 0, self.patient)
+        return letters.numpy().tobytes()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over all processes, in place."""
@@ -108,9 +117,7 @@ def ranks() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
-    # torchrun's store outlives a restart, with addresses and answers of the processes before it.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+    store = _unused(store, rank, count)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     return Ranks(
@@ -118,11 +125,49 @@ def ranks() -> Ranks:
         count,
         int(os.environ.get("LOCAL_RANK", rank)),
         int(os.environ.get("LOCAL_WORLD_SIZE", count)),
-        dist.PrefixStore("mvbert", store),  # type: ignore[attr-defined]
+        dist.new_group(backend="gloo", timeout=PATIENCE),
     )
 
 
-def leave() -> None:
-    """Ends the connections to the other processes, if there are any."""
-    if dist.is_available() and dist.is_initialized():
+def _unused(store: "dist.Store", rank: int, count: int) -> "dist.Store":  # type: ignore[name-defined]
+    """A part of torchrun's store that only the processes of this start know of.
+
+    The store outlives a restart, with addresses of processes that are gone, and machines may count
+    the restarts differently. So rank 0 tells a new name to whoever asks, until all others use it.
+    """
+    name = uuid.uuid4().hex
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+
+    def nap() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all of {count} processes have come within {TIMEOUT}")
+        time.sleep(0.05)
+
+    if rank:
+        store.set(f"asks/{rank}", name)
+        while not store.check([f"told/{name}"]):
+            nap()
+        name = store.get(f"told/{name}").decode()
+    part = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    part.set(f"here/{rank}", "")
+    while missing := [r for r in range(count) if not part.check([f"here/{r}"])]:
+        for asking in () if rank else missing:
+            if store.check([f"asks/{asking}"]):  # perhaps one that is gone: then it asks anew
+                store.set(f"told/{store.get(f'asks/{asking}').decode()}", name)
+        nap()
+    return part
+
+
+def leave(code: int) -> None:
+    """Ends a process that has joined others; does nothing in one that has not.
+
+    Without tearing Python down: threads of torch.distributed that let go of Python objects only
+    then would end a run that is done with SIGABRT.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if code == 0:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -140,23 +140,30 @@ class Log:
         self._board = _tensorboard(path.parent / "tensorboard", keep_until + 1)
 
     def write(self, record: dict[str, Json]) -> None:
-        try:
+        with self._told_of():
             self._file.write(json.dumps(record, allow_nan=True) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise write_error(self._path, error) from error
-        if self._board is not None:
-            heldout = record.get("heldout")
-            prefix, values = ("heldout", heldout) if heldout else ("train", record)
-            assert isinstance(values, dict)
-            for name, value in values.items():
-                if name not in ("step", "pieces") and value is not None:
-                    self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+            if self._board is not None:
+                heldout = record.get("heldout")
+                prefix, values = ("heldout", heldout) if heldout else ("train", record)
+                assert isinstance(values, dict)
+                for name, value in values.items():
+                    if name not in ("step", "pieces") and value is not None:
+                        self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 
     def flush(self) -> None:
-        """Writes out TensorBoard's events (those of log.jsonl are out at once)."""
-        if self._board is not None:
-            self._board.flush()
+        """Forces to the disk what is written: a checkpoint's log must be there as it is."""
+        with self._told_of():
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.flush()
+
+    @contextlib.contextmanager
+    def _told_of(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard raises what its thread met in an earlier call
+            raise write_error(self._path, error) from error
 
     def __enter__(self) -> Log:
         return self
@@ -164,7 +171,8 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # all that a checkpoint needs has been flushed
+                self._board.close()
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from mvbert import checkpoint
-from mvbert.ranks import Ranks
+from mvbert.ranks import Ranks, _unused
 
 SETTINGS = [
     "--steps", 6, "--rows", 8, "--eval-rows", 10, "--eval-every", 3, "--save-every", 2,
@@ -23,6 +25,8 @@ DIE = """
 import os, signal, sys
 from mvbert import cli, step
 first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+if not first:  # as on two machines of which one has not noticed a restart
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
 update = step.Step.__call__
 
 def dying(self, feed, number):
@@ -34,7 +38,23 @@ step.Step.__call__ = dying
 sys.exit(cli.main())
 """
 
-# The same, with a signal to torchrun itself, or to all of them as a terminal sends it.
+# Rank 0 does, while the others wait for its checkpoint.
+DIE_SAVING = """
+import os, pathlib, signal, sys
+from mvbert import checkpoint, cli
+save = checkpoint.save
+
+def dying(folder, state, *rest):
+    if state["step"] == 4:
+        pathlib.Path("death").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(folder, state, *rest)
+
+checkpoint.save = dying
+sys.exit(cli.main())
+"""
+
+# The first one, with a signal to torchrun itself, or to all of them as a terminal sends it.
 ASK = {
     how: DIE.replace("os.kill(os.getpid(), signal.SIGKILL)", signal)
     for how, signal in (
@@ -139,6 +159,16 @@ def test_a_process_that_dies_ends_the_run_and_it_resumes(start, tmp_path, assert
 
 
 @pytest.mark.slow
+def test_a_death_while_saving_ends_those_who_wait(start, tmp_path):
+    program = tmp_path / "dying.py"
+    program.write_text(DIE_SAVING)
+    assert start("died", 2, program=(program,)).returncode != 0
+    # torchrun would have killed after half a minute what does not end when it is told to.
+    assert time.time() - (tmp_path / "death").stat().st_mtime < 20
+    assert start("died", 2).returncode == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["terminate", "ctrl-c"])
 def test_a_signal_to_torchrun_saves_first(start, tmp_path, how, losses):
     program = tmp_path / "asking.py"
@@ -167,3 +197,16 @@ def test_one_process_needs_no_other():
     assert alone.first(lambda: 5) == 5
     assert alone.any(True)
     assert not alone.any(False)
+
+
+def test_what_an_earlier_start_left_in_the_store_is_not_read():
+    """Machines may count restarts differently, and torchrun's store outlives all of them."""
+    store, found = torch.distributed.HashStore(), []
+    store.set("asks/1", "a process that is gone")
+    for start in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(pool.map(lambda rank: _unused(store, rank, 3), range(3)))
+        assert not parts[start].check(["key"])
+        parts[start].set("key", str(start))
+        found += [part.get("key") for part in parts]
+    assert found == [b"0"] * 3 + [b"1"] * 3 + [b"2"] * 3

@@ -4,10 +4,12 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +412,27 @@ def test_tensorboard_gets_the_same_numbers(stage2, tmp_path, numbers):
         for r in logged:
             loss = r["heldout"]["loss"] if records == "heldout" else r["loss"]
             assert told[r["step"]] == pytest.approx(loss)
+
+
+def test_a_disk_filled_by_tensorboard_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """Its thread meets the error, a later call raises it."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(log: runs.Log) -> None:
+        for step in range(40):
+            log.write({"step": step, "pieces": 0, "loss": 1.0})
+            log.flush()
+
+    with runs.Log(tmp_path / "log.jsonl", -1) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+        try:
+            with pytest.raises(InputError, match=r"cannot write .*log\.jsonl"):
+                fill(log)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "log.jsonl").stat().st_size < 2048  # it was not the log itself
 
 
 # ---- it tells -------------------------------------------------------------------------------
