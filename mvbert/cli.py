@@ -294,7 +294,7 @@ class InfoCommand:
     """Tell where a run stands; check a corpus and tell what is in it."""
 
     run_folder: Positional[Path]
-    """Folder of a Stage I or Stage II run, or of a corpus."""
+    """Folder of a run, of a job or study with runs in it, or of a corpus."""
     plot: Path | None = None
     """Draw the run's loss curves into this file, a PNG."""
 

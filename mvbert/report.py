@@ -52,16 +52,22 @@ def print_distill_report(report: dict[str, Any]) -> None:
 
 
 def run_info(folder: Path) -> dict[str, Json]:
-    """Where a run stands: its stage, steps done and losses.
+    """Where a run stands: its stage, steps done and losses; of a job or study, every run in it.
 
     Raises:
         InputError: `folder` is not the folder of a run.
     """
     if not (folder / "run.json").is_file():
-        raise InputError(f"{folder}: no run.json in it; expected the folder of a training run")
+        runs = sorted(path.parent for path in folder.rglob("run.json"))
+        if not runs:
+            raise InputError(f"{folder}: no run.json in it; expected the folder of a training run")
+        return {"runs": {str(run.relative_to(folder)): run_info(run) for run in runs}}
     run = read_json_object(folder / "run.json")
-    description: Any = run["description"]
-    records = read_log(folder)
+    description: Any = run.get("description")
+    if not isinstance(description, dict) or "environment" not in run:
+        raise InputError(f"{folder / 'run.json'} does not say what the run is: was it changed?")
+    # A run that has only just started has no log.
+    records = read_log(folder) if (folder / "log.jsonl").exists() else []
     trained = [r for r in records if "heldout" not in r]
     evaluated = [r for r in records if "heldout" in r]
     return {

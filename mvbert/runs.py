@@ -110,15 +110,18 @@ def stop_signals() -> Iterator[Stop]:
 def read_log(out: Path) -> list[dict[str, Any]]:
     """All records of a run's log, oldest first."""
     path = out / "log.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: is {out} the folder of a run?") from None
-    records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # a line that a kill or a full disk cut off
-            records.append(json.loads(line))
-    return records
+    if not path.exists():
+        raise InputError(f"{path} does not exist: is {out} the folder of a run?")
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log with what they say, without those that a kill or a full disk cut off."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                yield line, record
 
 
 class Log:
@@ -130,10 +133,7 @@ class Log:
     def __init__(self, path: Path, keep_until: int) -> None:
         kept = []
         if keep_until >= 0 and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the line a kill cut off
-                    if json.loads(line)["step"] <= keep_until:
-                        kept.append(line)
+            kept = [line for line, record in _records(path) if record["step"] <= keep_until]
         atomic_write(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")

@@ -454,6 +454,25 @@ def test_a_run_folder_explains_itself(stage2, tmp_path):
     assert 0 <= line["data_wait"] <= 1
 
 
+def test_info_in_every_state_of_a_run(tmp_path):
+    run = tmp_path / "job" / "stage1"
+    run.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no run\.json"):
+        report.run_info(tmp_path)
+    described = {"description": {"stage": 1, "train": {"steps": 9}}, "environment": {}}
+    (run / "run.json").write_text(json.dumps(described))
+    assert report.run_info(run)["step"] == 0  # started, nothing logged yet
+    line = b'{"step": 5, "pieces": 80, "loss": 2.0}\n'
+    (run / "log.jsonl").write_bytes(line + b'7\n\xff\x00\n{"step": 6, "pie')  # and killed
+    assert report.run_info(run)["last"]["loss"] == 2.0
+    assert report.run_info(tmp_path)["runs"]["job/stage1"]["step"] == 5
+    with runs.Log(run / "log.jsonl", 5):  # goes on
+        assert (run / "log.jsonl").read_bytes() == line
+    (run / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="does not say what the run is"):
+        report.run_info(run)
+
+
 def test_loss_curves_are_drawn(stage2, tmp_path):
     pytest.importorskip("matplotlib")
     stage2(tmp_path / "run", description={"stage": 2, **describe(STAGE2)})
