@@ -6,6 +6,7 @@ done, 2 wrong input (one sentence, no traceback), 130 interrupted after a safe c
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -419,8 +421,9 @@ def run(arguments: Sequence[str]) -> None:
 
 def guarded(work: Callable[[], None]) -> int:
     """Turns what a user can mend into one sentence and an exit code."""
-    # A verb outside the training loop, which has its own way to stop, ends as on Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # The training loop has its own way to stop; elsewhere both signals end a verb alike.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         work()
     except FailedElsewhere:
@@ -439,7 +442,25 @@ def guarded(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         _say("interrupted; run the same command to go on")
         return 130
+    finally:
+        atexit.register(_go_deaf)
     return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, but not into an import: few extension modules survive that."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"mvbert: interrupted; run the same command to go on\n")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _go_deaf() -> None:
+    """Lets no signal change the exit code of what is done, while Python is being torn down."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(sentence: str, always: bool = False) -> None:

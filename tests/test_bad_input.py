@@ -650,3 +650,29 @@ def test_a_corpus_that_is_interrupted_leaves_nothing(tmp_path, sent):
     assert "Traceback" not in err
     assert not out.strip()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize(("when", "sent"), [("importing", "SIGINT"), ("ending", "SIGTERM")])
+def test_a_signal_outside_of_the_work_is_code_130_too(tmp_path, when, sent):
+    """An import that swallows the interrupt, and one more signal while Python is torn down."""
+    kill = f"os.kill(os.getpid(), signal.{sent})"
+    (tmp_path / "importing.py").write_text(
+        f"import os, signal\ntry:\n    {kill}\nexcept BaseException: pass"
+    )
+    (tmp_path / "ending.py").write_text(
+        "import os, signal\nclass Late:\n"
+        f"    def __del__(self, os=os, signal=signal):\n        {kill}\n"
+        "late = Late()\ndef work():\n    raise KeyboardInterrupt"
+    )
+    code = (
+        "import sys\nfrom mvbert import cli\n"
+        f"def work():\n    import {when}\n    {when}.work()\nsys.exit(cli.guarded(work))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.count("interrupted;")) == (130, 1), done.stderr
