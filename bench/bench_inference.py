@@ -1,16 +1,12 @@
 """Size against latency: the student beside teachers of BERT's shapes, as people run them.
 
 Hugging Face folders with random weights (speed and size do not depend on them), written by mvbert;
-hidden states of all positions out, on one thread where it is a CPU. Batches of 1 and 32 rows. ONNX
-graphs are exported from the same folders by torch.onnx; int8 is ONNX Runtime's dynamic quantisation
-of the weights. `megabytes` in the records is the size of the file that is loaded.
+hidden states of all positions out, on one thread where it is a CPU. Batches of 1 and 32 rows. The
+ONNX files are those of `mvbert export`, of all shapes alike. `megabytes` in the records is the size
+of the file that is loaded.
 """
 
-import contextlib
-import io
-import logging
 import math
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,41 +65,14 @@ def folder(model: str) -> Path:
 
 
 @cache
-def exported(model: str) -> Path:
-    """model.onnx and int8.onnx of the folder's encoder."""
-    import onnxruntime.quantization
-    from transformers import AutoModel
+def exported(model: str, int8: bool) -> Path:
+    """The ONNX file that `mvbert export` makes of the folder, hidden states out."""
+    from mvbert.export import to_onnx
+    from mvbert.huggingface import load_masked_lm
 
-    out = folder(model)
-    bert = AutoModel.from_pretrained(out, attn_implementation="sdpa").eval()
-    bert.config.use_cache = False
-    ids = torch.ones(2, 16, dtype=torch.int64)
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
-    dynamic = {0: batch, 1: length}
-
-    class Encoder(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bert = bert
-
-        def forward(self, input_ids, attention_mask):
-            return self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
-
-    logging.disable(logging.WARNING)  # the exporter's notes on what else it could export
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Encoder().eval(), (ids, torch.ones_like(ids)), str(out / "model.onnx"), dynamo=True,
-            external_data=False, verbose=False, input_names=["input_ids", "attention_mask"],
-            output_names=["hidden"],
-            dynamic_shapes={"input_ids": dynamic, "attention_mask": dynamic},
-        )  # fmt: skip
-        onnxruntime.quantization.quantize_dynamic(
-            out / "model.onnx", out / "int8.onnx",
-            weight_type=onnxruntime.quantization.QuantType.QUInt8,
-        )  # fmt: skip
-    logging.disable(logging.NOTSET)
-    return out
+    file = folder(model) / ("int8.onnx" if int8 else "float32.onnx")
+    file.write_bytes(to_onnx(load_masked_lm(folder(model))[0], int8=int8))
+    return file
 
 
 def inputs(case: Case, device: str, copy: int) -> torch.Tensor:
@@ -172,25 +141,19 @@ BENCH.add("torch eager bf16", with_torch, **GPU)
 BENCH.add("torch.compile max-autotune bf16", with_torch, compiled=True, **GPU)
 
 
-def with_onnx(case: Case, device: str, file: str, bound: float):
-    import onnxruntime
+def with_onnx(case: Case, device: str, int8: bool, bound: float):
+    from mvbert.export import Session
 
-    path = exported(case.model) / file
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    size = megabytes(path)
+    file = exported(case.model, int8)
+    session, size = Session(file), megabytes(file)
 
     def run(ids):
-        feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-        return torch.from_numpy(session.run(None, feed)[0]), size, bound
+        hidden = session(ids, torch.ones_like(ids), torch.zeros_like(ids))["last_hidden_state"]
+        return hidden, size, bound
 
     return run
 
 
-ONNX = {
-    "needs": ["onnxruntime", "onnx", "onnxscript", "transformers"],
-    "devices": ["cpu"],
-}
-BENCH.add("ONNX Runtime", with_onnx, file="model.onnx", bound=1e-4, **ONNX)
-BENCH.add("ONNX Runtime int8", with_onnx, file="int8.onnx", bound=math.inf, **ONNX)
+ONNX = {"needs": ["onnxruntime", "onnx", "transformers"], "devices": ["cpu"]}
+BENCH.add("ONNX Runtime", with_onnx, int8=False, bound=1e-4, **ONNX)
+BENCH.add("ONNX Runtime int8", with_onnx, int8=True, bound=math.inf, **ONNX)

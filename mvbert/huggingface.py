@@ -98,8 +98,18 @@ def from_hugging_face(hf: dict[str, Tensor], names: Iterable[str]) -> dict[str, 
     return out
 
 
-def find_teacher(name: str) -> Path:
+def find_model(name: str) -> Path:
+    """As find_teacher, for any BERT; the folder of a run gives that of its result, model/."""
+    folder = find_teacher(name, "model")
+    run = not (folder / "config.json").exists() and (folder / "model").is_dir()
+    return folder / "model" if run else folder
+
+
+def find_teacher(name: str, what: str = "teacher") -> Path:
     """The folder of a teacher: a local folder, the model inside a Python package, or a hub name.
+
+    Args:
+        what: what messages call it.
 
     Raises:
         InputError: there is no such folder and the name cannot be had from the hub.
@@ -110,7 +120,7 @@ def find_teacher(name: str) -> Path:
         return demo.default_teacher()
     if Path(name).exists():
         raise InputError(
-            f"teacher {name}: expected a folder with config.json, model.safetensors and vocab.txt"
+            f"{what} {name}: expected a folder with config.json, model.safetensors and vocab.txt"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -121,7 +131,7 @@ def find_teacher(name: str) -> Path:
         )
     except ImportError:
         raise InputError(
-            f"teacher {name}: no such folder; "
+            f"{what} {name}: no such folder; "
             "for a name on the Hugging Face hub run: pip install mvbert[hf]"
         ) from None
     try:
@@ -134,7 +144,7 @@ def find_teacher(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"teacher {name}: no such folder, and the Hugging Face hub did not give it ({reason})"
+            f"{what} {name}: no such folder, and the Hugging Face hub did not give it ({reason})"
         ) from None
 
 

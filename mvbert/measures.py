@@ -28,9 +28,19 @@ from torch import Tensor
 from mvbert.corpus_folder import Segmentation
 from mvbert.device import Device
 from mvbert.errors import InputError
-from mvbert.model import MaskedLM
+from mvbert.files import Json
+from mvbert.model import DeviceBatch, MaskedLM
 
 BATCH = 64  # rows of a pass
+
+
+def masked_sums(model: MaskedLM, batch: DeviceBatch) -> dict[str, Tensor]:
+    """Of a batch's masked pieces: the sum of their losses, their number, and those said right."""
+    hidden = model.encode(batch.input_ids, batch.token_type_ids)
+    masked_hidden = model.masked_hidden(hidden, batch.masked_index)
+    mlm = model.losses(masked_hidden, batch.labels, "sum")
+    right = (model.logits(masked_hidden).argmax(-1) == batch.labels).sum()
+    return {"mlm_sum": mlm.double(), "count": (batch.labels >= 0).sum(), "right": right}
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,15 @@ class Words:
     unknown: int
     trimmed: int
     pieces: float
+
+    def facts(self) -> dict[str, Json]:
+        """All but the questions, ready for JSON."""
+        return {
+            "words_asked": self.count,
+            "words_unknown": self.unknown,
+            "words_trimmed": self.trimmed,
+            "pieces_per_word": round(self.pieces, 4),
+        }
 
 
 def choose_words(stream: np.ndarray, count: int) -> np.ndarray:

@@ -32,6 +32,7 @@ from mvbert.corpus import Corpus, Segmentation
 from mvbert.distillation import Distillation, Teacher
 from mvbert.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.errors import InputError
+from mvbert.measures import masked_sums
 from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.progress import Progress
 from mvbert.speed import encoder_flops, head_flops
@@ -57,7 +58,7 @@ class Stage1:
         shape = huggingface.read_model_config(teacher)
         self.teacher_vocab = huggingface.load_vocab(teacher, shape)
         self.student_vocab = student_vocab
-        _check_lengths(row, shape)
+        check_lengths(row, shape)
         self._config = config
         shape = _with_dropout(shape, config.dropout)
         model = MixedMaskedLM(shape, student_vocab.size, config.embedding_size)
@@ -204,7 +205,7 @@ class Stage2:
     ) -> None:
         teacher, self.vocab = load_stage1(stage1)
         shape = student_shape(config.shape, self.vocab.size, config.dropout)
-        _check_lengths(row, shape)
+        check_lengths(row, shape)
         self._config, self._row, self._pieces = config, row, config.rows * row.length
         self.model = MaskedLM(shape)
         self.model.init_weights(config.seed)
@@ -230,7 +231,7 @@ class Stage2:
         self._weights: list[float] = []
         self.distillation: Distillation | None = None
         if config.distill:
-            _check_lengths(row, teacher.config)
+            check_lengths(row, teacher.config)
             self.distillation = Distillation(config, shape, Teacher(teacher))
             self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
@@ -275,11 +276,7 @@ class Stage2:
         return (self.module.get_buffer("weights") * values).sum(), sums
 
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        hidden = self.model.encode(batch.input_ids, batch.token_type_ids)
-        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        mlm = self.model.losses(masked_hidden, batch.labels, "sum")
-        right = (self.model.logits(masked_hidden).argmax(-1) == batch.labels).sum()
-        return {"mlm_sum": mlm.double(), "count": (batch.labels >= 0).sum(), "right": right}
+        return masked_sums(self.model, batch)
 
     def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
         count = sums["count"]
@@ -340,7 +337,8 @@ def _step_means(sums: dict[str, float]) -> dict[str, float | None]:
     return {"grad_norm": _mean(sums["grad_norm"], sums["updates"]), "skipped": sums["skipped"]}
 
 
-def _check_lengths(row: RowConfig, shape: ModelConfig) -> None:
+def check_lengths(row: RowConfig, shape: ModelConfig) -> None:
+    """Refuses rows that a model of this shape cannot read."""
     longest = max(row.length, row.late_length)
     if longest > shape.max_position_embeddings:
         raise InputError(
@@ -370,8 +368,23 @@ def _all_rows(
     if row.late_start(config.steps) < config.steps:
         longer = replace(row, length=row.late_length)
         late = _rows(corpus.train, *cuts, longer, config.seed, student_prob)
+    return rows, late, _heldout(corpus, *cuts, row, student_prob)
+
+
+def heldout_rows(corpus: Corpus, cut: Segmentation, row: RowConfig) -> Rows:
+    """The held-out rows of Stage II: the same ones for every student of a vocabulary."""
+    return _heldout(corpus, None, cut, row, 1.0)
+
+
+def _heldout(
+    corpus: Corpus,
+    teacher: Segmentation | None,
+    student: Segmentation,
+    row: RowConfig,
+    student_prob: float,
+) -> Rows:
     try:
-        return rows, late, _rows(corpus.heldout, *cuts, row, HELDOUT_SEED, student_prob)
+        return _rows(corpus.heldout, teacher, student, row, HELDOUT_SEED, student_prob)
     except InputError as error:
         raise InputError(f"held-out text: {error}") from None
 

@@ -27,7 +27,14 @@ import numpy as np
 
 from mvbert import huggingface
 from mvbert.batches import Rows
-from mvbert.config import JobConfig, Stage1Config, Stage2Config, from_dict, to_dict
+from mvbert.config import (
+    JobConfig,
+    MeasureConfig,
+    Stage1Config,
+    Stage2Config,
+    from_dict,
+    to_dict,
+)
 from mvbert.device import Device, choose_device
 from mvbert.distill import (
     VOCAB_FILE,
@@ -49,25 +56,6 @@ from mvbert.study_report import write_report
 from mvbert.vocab import Vocab
 
 _TABLES = ("vocab", "row", "stage1", "stage2")  # what an arm may change
-
-
-@dataclass(frozen=True)
-class MeasureConfig:
-    """What is measured of a student besides its held-out loss."""
-
-    words: int = 2048
-    """Held-out words asked for at every held-out point (0: none)."""
-    context: int = 6
-    """Words of context on each side."""
-    sst2: str = ""
-    """SST-2's folder or .tar archive, for the linear probe at the end (none: no probe)."""
-    sentences: int = 8000
-    """Training sentences of the probe (0: all)."""
-
-    def __post_init__(self) -> None:
-        for name in ("words", "context", "sentences"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -308,13 +296,7 @@ class _Work:
         model, _ = huggingface.load_masked_lm(checkpoint, complete=True)
         found = bits_per_word(model.to(where.device), vocab.pad, words, where)
         self._progress.note(f"{folder.parent.name} step {step}: {found['bits_per_word']:.3f} bits")
-        return {
-            **found,
-            "words_asked": words.count,
-            "words_unknown": words.unknown,
-            "words_trimmed": words.trimmed,
-            "pieces_per_word": round(words.pieces, 4),
-        }
+        return {**found, **words.facts()}
 
     def _probed(
         self, folder: Path, vocab: Vocab, setting: JobConfig, where: Device
