@@ -155,11 +155,13 @@ def embedding_case(B: int, T: int, H: int, V_t: int, V_s: int):
 
 
 def layer_norm_case(N: int, H: int):
-    x, vector, seed = meta(N, H), meta(H), meta(1, dtype=torch.int64)
-    _, total, mean, rstd = layer_norm.residual_layer_norm_fwd(
-        x, x, vector, vector, 1e-12, 0.1, seed
+    """As in a step under autocast: products in bfloat16, sums and parameters in float32."""
+    x, seed = meta(N, H), meta(1, dtype=torch.int64)
+    residual, vector = meta(N, H, dtype=torch.float32), meta(H, dtype=torch.float32)
+    y, rounded, total, mean, rstd = layer_norm.residual_layer_norm_fwd(
+        x, residual, vector, vector, 1e-12, 0.1, seed, both=True
     )
-    layer_norm.residual_layer_norm_bwd(x, total, vector, mean, rstd, 0.1, seed)
+    layer_norm.residual_layer_norm_bwd(y, total, vector, mean, rstd, 0.1, seed, x.dtype, rounded)
 
 
 CASES: dict[str, Callable[[], None]] = {

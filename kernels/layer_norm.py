@@ -3,9 +3,10 @@
     s = residual + dropout(x)
     y = weight * (s - mean) * rstd + bias
 
-Forward writes y and, for backward, s in the input's dtype and mean and rstd in float32. Backward
-draws the dropout mask again; programs stride over the rows and keep the sums for weight and bias in
-registers, so that the final reduction is over hundreds of rows and not over N.
+Forward writes y, if wanted a second time in the dtype of x, which the next matrix product reads,
+and, for backward, s in the input's dtype and mean and rstd in float32. Backward adds the gradients
+of both and draws the dropout mask again; programs stride over the rows and keep the sums for weight
+and bias in registers, so that the final reduction is over hundreds of rows and not over N.
 """
 
 import torch
@@ -27,6 +28,7 @@ def residual_layer_norm_fwd_kernel(
     bias_ptr,  # [H]
     seed_ptr,  # [1] when P_DROP > 0
     y_ptr,  # [N, H], written
+    rounded_ptr,  # [N, H], written when BOTH: y again
     sum_ptr,  # [N, H], written
     mean_ptr,  # [N], written
     rstd_ptr,  # [N], written
@@ -34,6 +36,7 @@ def residual_layer_norm_fwd_kernel(
     H,
     eps,
     P_DROP: tl.constexpr,
+    BOTH: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -60,11 +63,14 @@ def residual_layer_norm_fwd_kernel(
     tl.store(mean_ptr + n, mean, mask=n < N)
     tl.store(rstd_ptr + n, rstd, mask=n < N)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=both)
+    if BOTH:
+        tl.store(rounded_ptr + at, y.to(rounded_ptr.dtype.element_ty), mask=both)
 
 
 @triton.jit
 def residual_layer_norm_bwd_kernel(
     dy_ptr,  # [N, H]
+    drounded_ptr,  # [N, H] when BOTH: added to dy
     sum_ptr,  # [N, H]
     weight_ptr,  # [H]
     seed_ptr,  # [1] when P_DROP > 0
@@ -77,6 +83,7 @@ def residual_layer_norm_bwd_kernel(
     H,
     P_DROP: tl.constexpr,
     HAS_DX: tl.constexpr,
+    BOTH: tl.constexpr,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -91,6 +98,8 @@ def residual_layer_norm_bwd_kernel(
         both = (n < N)[:, None] & column
         at = n.to(tl.int64)[:, None] * H + h[None, :]
         dy = tl.load(dy_ptr + at, mask=both, other=0.0).to(ACC)
+        if BOTH:
+            dy += tl.load(drounded_ptr + at, mask=both, other=0.0).to(ACC)
         s = tl.load(sum_ptr + at, mask=both, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + n, mask=n < N, other=0.0)
         rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)
@@ -121,12 +130,17 @@ def residual_layer_norm_fwd(
     eps: float,
     dropout_p: float,
     seed: Tensor | None,  # [1], int64
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y [N, H], sum [N, H], mean [N], rstd [N]), y and sum in the dtype of `residual`."""
+    both: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y [N, H], rounded, sum [N, H], mean [N], rstd [N]), y and sum in the dtype of `residual`.
+
+    `rounded` is y [N, H] in the dtype of x when `both`, else empty.
+    """
     N, H = x.shape
     x, residual = x.contiguous(), residual.contiguous()
     ln_weight, ln_bias = ln_weight.contiguous(), ln_bias.contiguous()
     y = torch.empty_like(residual)
+    rounded = torch.empty_like(x) if both else x.new_empty(0)
     total = torch.empty_like(residual)
     acc = torch.float64 if total.dtype == torch.float64 else torch.float32
     mean = total.new_empty(N, dtype=acc)
@@ -134,10 +148,10 @@ def residual_layer_norm_fwd(
     if N:
         tile = launch.row_blocks("layer_norm_fwd", total, N, H)
         residual_layer_norm_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
-            x, residual, ln_weight, ln_bias, x if seed is None else seed, y, total, mean, rstd,
-            N, H, eps, P_DROP=dropout_p, ACC=launch.accumulator(total), **tile,
+            x, residual, ln_weight, ln_bias, x if seed is None else seed, y, rounded, total, mean,
+            rstd, N, H, eps, P_DROP=dropout_p, BOTH=both, ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
-    return y, total, mean, rstd
+    return y, rounded, total, mean, rstd
 
 
 def residual_layer_norm_bwd(
@@ -149,6 +163,7 @@ def residual_layer_norm_bwd(
     dropout_p: float,
     seed: Tensor | None,
     dtype: torch.dtype | None = None,  # of x; None: that of the residual
+    drounded: Tensor | None = None,  # [N, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, residual, ln_weight, ln_bias); that of x is empty where it is the second."""
     N, H = total.shape
@@ -161,9 +176,10 @@ def residual_layer_norm_bwd(
     sums = mean.new_zeros(programs, 2, H)
     if N:
         residual_layer_norm_bwd_kernel[(programs,)](
-            dy.contiguous(), total, ln_weight.contiguous(), total if seed is None else seed,
-            mean, rstd, dx, dresidual, sums, N, H,
-            P_DROP=dropout_p, HAS_DX=has_dx, ACC=launch.accumulator(total), **tile,
+            dy.contiguous(), total if drounded is None else drounded.contiguous(), total,
+            ln_weight.contiguous(), total if seed is None else seed, mean, rstd, dx, dresidual,
+            sums, N, H, P_DROP=dropout_p, HAS_DX=has_dx, BOTH=drounded is not None,
+            ACC=launch.accumulator(total), **tile,
         )  # fmt: skip
     weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
     return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)

@@ -608,24 +608,27 @@ def residual_layer_norm(
     seed: Tensor | None,  # [1]
     eps: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    both: bool,  # the result in the dtype of x, too
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mvbert.kernels import layer_norm
 
     with torch.cuda.device_of(x):
         return layer_norm.residual_layer_norm_fwd(
-            x, residual, ln_weight, ln_bias, eps, dropout_p, seed
+            x, residual, ln_weight, ln_bias, eps, dropout_p, seed, both
         )
 
 
 @residual_layer_norm.register_fake
-def _(x, residual, ln_weight, ln_bias, seed, eps, dropout_p):
+def _(x, residual, ln_weight, ln_bias, seed, eps, dropout_p, both):
     y = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return y, torch.empty_like(y), _rows_like(y), _rows_like(y)
+    rounded = torch.empty_like(y, dtype=x.dtype) if both else x.new_empty(0)
+    return y, rounded, torch.empty_like(y), _rows_like(y), _rows_like(y)
 
 
 @torch.library.custom_op("mvbert::residual_layer_norm_backward", mutates_args=())
 def residual_layer_norm_backward(
     dy: Tensor,
+    drounded: Tensor | None,
     total: Tensor,
     ln_weight: Tensor,
     mean: Tensor,
@@ -638,12 +641,12 @@ def residual_layer_norm_backward(
 
     with torch.cuda.device_of(dy):
         return layer_norm.residual_layer_norm_bwd(
-            dy, total, ln_weight, mean, rstd, dropout_p, seed, dtype
+            dy, total, ln_weight, mean, rstd, dropout_p, seed, dtype, drounded
         )
 
 
 @residual_layer_norm_backward.register_fake
-def _(dy, total, ln_weight, mean, rstd, seed, dropout_p, dtype):
+def _(dy, drounded, total, ln_weight, mean, rstd, seed, dropout_p, dtype):
     vectors = torch.empty_like(ln_weight), torch.empty_like(ln_weight)
     has_dx = dropout_p > 0 or dtype != total.dtype
     dx = torch.empty_like(total, dtype=dtype) if has_dx else total.new_empty(0)
@@ -651,22 +654,24 @@ def _(dy, total, ln_weight, mean, rstd, seed, dropout_p, dtype):
 
 
 def _save_residual_layer_norm(ctx, inputs, output):
-    x, _, ln_weight, _, seed, _, ctx.dropout_p = inputs
+    x, _, ln_weight, _, seed, _, ctx.dropout_p, _ = inputs
     ctx.dtype = x.dtype
-    _, total, mean, rstd = output
+    _, _, total, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, ln_weight, mean, rstd, seed)
 
 
-def _residual_layer_norm_backward(ctx, dy, *others):
+def _residual_layer_norm_backward(ctx, dy, drounded, *others):
     if dy is None:
-        return (None,) * 7
+        dy, drounded = drounded, None
+    if dy is None:
+        return (None,) * 8
     dx, dresidual, *vectors = residual_layer_norm_backward(
-        dy, *ctx.saved_tensors, ctx.dropout_p, ctx.dtype
+        dy, drounded, *ctx.saved_tensors, ctx.dropout_p, ctx.dtype
     )
     # Without dropout two inputs of one dtype have one gradient, which is made once.
     made = ctx.dropout_p > 0 or ctx.dtype != dresidual.dtype
-    return dx if made else dresidual, dresidual, *vectors, None, None, None
+    return dx if made else dresidual, dresidual, *vectors, None, None, None, None
 
 
 residual_layer_norm.register_autograd(

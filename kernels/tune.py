@@ -261,22 +261,24 @@ def embedding_cases(B: int, T: int, H: int, V: int, dtype: torch.dtype, device: 
 
 def layer_norm_cases(N: int, H: int, dtype: torch.dtype, device: str):
     generator = torch.Generator(device).manual_seed(0)
-    x, r, dy = (torch.randn(N, H, generator=generator, device=device).to(dtype) for _ in range(3))
-    vector = torch.ones(H, dtype=dtype, device=device)
+    # As in a step under autocast: what products read and write in `dtype`, sums in float32.
+    r, dy, x = (torch.randn(N, H, generator=generator, device=device) for _ in range(3))
+    x = x.to(dtype)
+    vector = torch.ones(H, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
 
     def forward():
-        return layer_norm.residual_layer_norm_fwd(x, r, vector, vector, 1e-12, 0.1, seed)
+        return layer_norm.residual_layer_norm_fwd(x, r, vector, vector, 1e-12, 0.1, seed, True)
 
     def backward() -> Run:
-        _, total, mean, rstd = forward()
-        return lambda: layer_norm.residual_layer_norm_bwd(dy, total, vector, mean, rstd, 0.1, seed)[
-            1
-        ]
+        _, _, total, mean, rstd = forward()
+        return lambda: layer_norm.residual_layer_norm_bwd(
+            dy, total, vector, mean, rstd, 0.1, seed, dtype, x
+        )[1]
 
     programs = tuple(launch.multiprocessors(torch.device(device)) * n for n in (2, 4, 8))
-    yield Case("layer_norm_fwd", dtype, (N, H), _rows(H), lambda: lambda: forward()[0])
-    yield Case("layer_norm_bwd", dtype, (N, H), _rows(H, programs), backward)
+    yield Case("layer_norm_fwd", r.dtype, (N, H), _rows(H), lambda: lambda: forward()[0])
+    yield Case("layer_norm_bwd", r.dtype, (N, H), _rows(H, programs), backward)
 
 
 def real_cases(device: str = "cuda") -> Iterator[Case]:
@@ -288,7 +290,8 @@ def real_cases(device: str = "cuda") -> Iterator[Case]:
     ):  # fmt: skip
         yield from loss_cases(N, V, H, dtype, device)
     for H, V in ((1024, 35450), (768, 35450), (256, 4928)):
-        yield from embedding_cases(256, 128, H, V, dtype, device)
+        for tables in (torch.float32, dtype):  # the first is what training has
+            yield from embedding_cases(256, 128, H, V, tables, device)
         yield from layer_norm_cases(32768, H, dtype, device)
 
 

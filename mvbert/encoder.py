@@ -93,28 +93,30 @@ class BertLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
+        rounded: Tensor,
         attention_mask: Tensor | None = None,
         kept: list[Tensor] | None = None,
-    ) -> Tensor:
-        """hidden [B, T, H]; attention_mask bool [B, T] or None (all positions count).
+    ) -> tuple[Tensor, Tensor]:
+        """hidden [B, T, H], and the same as matrix products read it -> the next of both.
 
-        Appends queries, keys and values [B, T, 3 H] to `kept`, if given.
+        attention_mask is bool [B, T] or None (all positions count). Appends queries, keys and
+        values [B, T, 3 H] to `kept`, if given.
         """
         B, T, H = hidden.shape
-        flat = self.qkv(hidden)
+        flat = self.qkv(rounded)
         if kept is not None:
             kept.append(flat)
         # (3, B, A, T, H/A)
         qkv = flat.view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
         context = attention(qkv, attention_mask, self.attention_dropout if self.training else 0.0)
         context = context.transpose(1, 2).reshape(B, T, H)
-        hidden = self._add(hidden, self.attention_output(context), self.attention_norm)
-        expanded = self.activation(self.intermediate(hidden))
+        hidden, rounded = self._add(hidden, self.attention_output(context), self.attention_norm)
+        expanded = self.activation(self.intermediate(rounded))
         return self._add(hidden, self.output(expanded), self.output_norm)
 
-    def _add(self, hidden: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def _add(self, hidden: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """The end of both halves: norm(hidden + dropout(x)), on a GPU in one pass."""
-        return functional.residual_layer_norm(
+        return functional.residual_layer_norm_twice(
             x, hidden, norm.weight, norm.bias, norm.eps, self.hidden_dropout, self.training
         )
 
@@ -130,14 +132,15 @@ class BertEncoder(nn.Module):
         self, hidden: Tensor, attention_mask: Tensor | None = None, taps: Taps | None = None
     ) -> Tensor:
         """hidden [B, T, H] -> [B, T, H] of the last layer run; fills `taps`."""
+        rounded = hidden
         if taps is None:
             for layer in self.layers:
-                hidden = layer(hidden, attention_mask)
+                hidden, rounded = layer(hidden, rounded, attention_mask)
             return hidden
         for number in range(taps.depth(len(self.layers)) + 1):
             if number:
                 kept: list[Tensor] | None = [] if number in taps.qkv else None
-                hidden = self.layers[number - 1](hidden, attention_mask, kept)
+                hidden, rounded = self.layers[number - 1](hidden, rounded, attention_mask, kept)
                 if kept is not None:
                     taps.qkv[number] = kept[0]
             if number in taps.hidden:

@@ -39,6 +39,7 @@ __all__ = [
     "project_rows",
     "project_table",
     "residual_layer_norm",
+    "residual_layer_norm_twice",
     "sparse_linear_kl",
 ]
 
@@ -285,8 +286,48 @@ def residual_layer_norm(
         backend: see the module's first lines.
 
     Returns:
-        [.., H].
+        [.., H], dtype of `residual` from the kernel, elsewhere what torch promotes to.
     """
+    return _residual_layer_norm(
+        x, residual, ln_weight, ln_bias, eps, dropout_p, training, backend, both=False
+    )[0]
+
+
+def residual_layer_norm_twice(
+    x: Tensor,
+    residual: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float = 1e-12,
+    dropout_p: float = 0.0,
+    training: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`residual_layer_norm`, and the same again in the dtype of x.
+
+    For mixed precision: the next residual is the first, the next matrix product reads the second.
+    Written by one kernel they cost less than a cast, and so do their gradients.
+
+    Returns:
+        Two [.., H]; one tensor twice where `residual` and x are alike in dtype.
+    """
+    return _residual_layer_norm(
+        x, residual, ln_weight, ln_bias, eps, dropout_p, training, backend, both=True
+    )
+
+
+def _residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout_p: float,
+    training: bool,
+    backend: str,
+    both: bool,
+) -> tuple[Tensor, Tensor]:
     H = x.shape[-1]
     if residual.shape != x.shape:
         raise ValueError(
@@ -302,12 +343,16 @@ def residual_layer_norm(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     dropout_p = dropout_p if training else 0.0
     if _backend(backend, x) != "triton":
-        return F.layer_norm(residual + dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
+        y = F.layer_norm(residual + dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
+        return y, y.to(x.dtype) if both else y
     seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    return ops.residual_layer_norm(
+    both = both and x.dtype != residual.dtype
+    y, rounded, *_ = ops.residual_layer_norm(
         x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, seed, float(eps),
-        float(dropout_p),
-    )[0].reshape(x.shape)  # fmt: skip
+        float(dropout_p), both,
+    )  # fmt: skip
+    y = y.reshape(x.shape)
+    return y, rounded.reshape(x.shape) if both else y
 
 
 # ---- losses ------------------------------------------------------------------------------------

@@ -120,6 +120,23 @@ def test_residual_layer_norm(H, dtype, draw, check_against):
     check_against(of("triton"), of("reference"), inputs)
 
 
+@pytest.mark.parametrize("H", [256, 1024])
+def test_residual_layer_norm_in_two_dtypes(H, draw):
+    """As a step under autocast has it, against torch in float32 on the same numbers."""
+    x = draw(4099, H, dtype=torch.bfloat16)
+    rest = [draw(*s, dtype=torch.float32) for s in ((4099, H), (H,), (H,))]
+    y, rounded = MF.residual_layer_norm_twice(x, *rest, backend="triton")
+    assert torch.equal(rounded, y.bfloat16())
+    wide = x.detach().float().requires_grad_()
+    truth = MF.residual_layer_norm(wide, *rest, backend="reference")
+    torch.testing.assert_close(y, truth, rtol=1e-5, atol=1e-5)
+    first, second = torch.randn_like(y), torch.randn_like(rounded)
+    found = torch.autograd.grad([y, rounded], [x, *rest], [first, second])
+    expected = torch.autograd.grad(truth, [wide, *rest], first + second.float())
+    for a, b, rtol in zip(found, expected, (2**-8, 1e-5, 1e-5, 1e-5), strict=True):
+        assert (a.float() - b).norm() <= rtol * b.norm()
+
+
 def test_more_logits_than_int32_counts(draw, monkeypatch):
     """A chunk of N x V > 2^31: its last row is right only if no offset wraps."""
     N, V, H = 80_000, 30522, 384

@@ -47,6 +47,41 @@ def test_a_residual_of_another_dtype(dropout_p, draw):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("used", ["both", "first", "second", "neither"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_result_in_two_dtypes(dropout_p, used, draw):
+    """The second is the first, rounded; their gradients add up before anything is rounded."""
+    x = draw(5, 20, dtype=torch.float16)
+    rest = [draw(*s, dtype=torch.float32) for s in ((5, 20), (20,), (20,))]
+    options = {"dropout_p": dropout_p, "training": True, "backend": "triton"}
+    upstream = torch.arange(100.0, device=x.device).view(5, 20)
+    first = upstream.cos() * (used in ("both", "first"))
+    second = upstream.sin().half() * (used in ("both", "second"))
+
+    torch.manual_seed(3)
+    y, rounded = MF.residual_layer_norm_twice(x, *rest, **options)
+    assert rounded.dtype == torch.float16
+    assert torch.equal(rounded, y.half())
+    total = 0 * x.float().sum()
+    if used in ("both", "first"):
+        total = total + (y * first).sum()
+    if used in ("both", "second"):
+        total = total + (rounded * second).sum()
+    found = torch.autograd.grad(total, [x, *rest], allow_unused=used == "neither")
+
+    torch.manual_seed(3)
+    plain = MF.residual_layer_norm(x, *rest, **options)
+    truth = torch.autograd.grad(plain, [x, *rest], first + second.float())
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a if a is not None else torch.zeros_like(b), b, rtol=0, atol=0)
+
+
+def test_alike_in_dtype_it_is_one_tensor(draw):
+    inputs = [draw(*s, dtype=torch.float32) for s in ((5, 20), (5, 20), (20,), (20,))]
+    y, again = MF.residual_layer_norm_twice(*inputs, backend="triton")
+    assert again is y
+
+
 def test_no_rows(draw):
     inputs = [draw(*s, dtype=torch.float32) for s in ((0, 20), (0, 20), (20,), (20,))]
     y = of("triton")(*inputs)

@@ -55,16 +55,17 @@ def test_layer_norm(dropout_p, dtype, draw, device):
     x, r, w, b = (draw(*s, dtype=torch.float32) for s in ((5, 12), (5, 12), (12,), (12,)))
     x = x.detach().to(dtype).requires_grad_()
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
-    torch.library.opcheck(
-        ops.residual_layer_norm, (x, r, w, b, seed, 1e-12, dropout_p), test_utils=TESTS
-    )
-    y, total, mean, rstd = ops.residual_layer_norm(x, r, w, b, seed, 1e-12, dropout_p)
-    dy = torch.ones_like(y).detach()
-    torch.library.opcheck(
-        ops.residual_layer_norm_backward,
-        (dy, total.detach(), w, mean.detach(), rstd.detach(), seed, dropout_p, dtype),
-        test_utils=TESTS,
-    )  # fmt: skip
+    for both in (False, True):
+        arguments = (x, r, w, b, seed, 1e-12, dropout_p, both)
+        torch.library.opcheck(ops.residual_layer_norm, arguments, test_utils=TESTS)
+    y, rounded, *kept = ops.residual_layer_norm(x, r, w, b, seed, 1e-12, dropout_p, True)
+    total, mean, rstd = (t.detach() for t in kept)
+    for drounded in (None, torch.ones_like(rounded).detach()):
+        torch.library.opcheck(
+            ops.residual_layer_norm_backward,
+            (torch.ones_like(y).detach(), drounded, total, w, mean, rstd, seed, dropout_p, dtype),
+            test_utils=TESTS,
+        )  # fmt: skip
 
 
 def test_scale(draw):
