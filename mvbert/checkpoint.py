@@ -107,6 +107,13 @@ def save(
             shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)
 
 
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Removes checkpoints later than the one that a run goes on from: they are damaged."""
+    for later in _steps(checkpoints):
+        if later > step:
+            shutil.rmtree(step_folder(checkpoints, later), ignore_errors=True)
+
+
 def is_best(checkpoints: Path, heldout: float | None, keep_best: int) -> bool:
     """Whether a model of this held-out loss is one of the best, so that it should be saved."""
     if heldout is None or not keep_best:

@@ -200,6 +200,8 @@ class _Run:
         self._task.read_model(folder)
         resumed = checkpoint.load(folder, self._module, self._optimizer)
         note(f"resuming from {newest}")
+        # Before the next one is saved, which would be counted among them.
+        self._among.first(lambda: checkpoint.drop_after(self._checkpoints, resumed[0]))
         return resumed
 
     def make(self) -> dict[str, Json]:

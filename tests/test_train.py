@@ -301,12 +301,18 @@ def test_only_the_newest_checkpoints_are_kept(stage1, tmp_path):
 
 
 def test_a_damaged_later_checkpoint_does_not_push_out_whole_ones(stage1, tmp_path):
-    config = replace(STAGE1, keep_last=1)
+    config = replace(STAGE1, keep_last=2, keep_best=0)
     with pytest.raises(Interrupted):
         stage1(tmp_path, config, after={1: _terminate})
-    (tmp_path / "checkpoints" / "step-00000005").mkdir()
-    stage1(tmp_path, config)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    for step in (3, 5):  # neither made again by a later save
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir()
+    kept = []
+
+    def look() -> None:
+        kept.append(sorted(p.name[-1] for p in (tmp_path / "checkpoints").iterdir()))
+
+    stage1(tmp_path, config, after={4: look, 6: look})
+    assert kept == [["2", "4"], ["4", "6"]]
 
 
 def test_a_signal_in_the_last_step_is_heard(stage1, tmp_path):
