@@ -10,6 +10,7 @@ import pytest
 
 from mvbert import huggingface
 from mvbert.config import DistillConfig, load_toml
+from mvbert.report import run_info
 from mvbert.vocab import Vocab
 
 SETTINGS = """
@@ -80,11 +81,16 @@ def test_one_command_makes_students_and_a_second_one_finds_them(job, whole):
         "random_init_heldout_loss", "paper_heldout_loss", "distilled_heldout_loss", "seconds",
     ):  # fmt: skip
         assert key in report
-    assert len(report["stage1_student_loss"]) == 2
     losses = {name: report["arms"][name]["loss"] for name in ("random", "paper", "distilled")}
     assert report["best"] == min(losses, key=losses.get)
     assert report["output"] == f"run/arms/{report['best']}/model"
     assert report["random_init_heldout_loss"] == losses["random"]
+    assert f"{report['best']} (best)" in whole.stdout
+    assert whole.stdout.count("(best)") == 1
+    stage1 = run_info(job / "run" / "stage1")
+    ends = [stage1[key]["student_loss"] for key in ("heldout_first", "heldout_last")]
+    assert report["stage1_student_loss"] == ends
+    assert ends[0] != ends[1]
     assert report["filled"][0]["student"].startswith("The [")
     for part in ("Stage I, held-out loss", "distilled", "teacher"):
         assert part in whole.stdout

@@ -85,8 +85,15 @@ def test_the_teacher_is_rounded_once_to_what_autocast_would_give(mixed, batch):
         found = teacher.read(batch, Taps())
     assert teacher.model.encoder.layers[0].qkv.weight.dtype == torch.bfloat16
     assert torch.equal(found, expected)
-    assert teacher.microseconds > 0
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_the_teacher_says_what_a_piece_takes(mixed, batch, monkeypatch):
+    teacher, seconds = Teacher(mixed), iter(range(100))
+    monkeypatch.setattr(distillation.time, "perf_counter", lambda: 3 * next(seconds))
+    assert teacher.microseconds is None
+    teacher.read(batch, Taps())
+    assert teacher.microseconds == 3e6 / 30
 
 
 def test_layers_that_no_loss_needs_are_not_run(mixed, batch):
@@ -257,6 +264,15 @@ def test_a_part_of_the_rows_counts_for_its_share(mixed, student, batch):
 def test_what_does_not_fit_is_named(mixed, student, change, part):
     with pytest.raises(InputError, match=part):
         Distillation(replace(ALL, **change), student.config, Teacher(mixed))
+
+
+def test_maps_are_drawn_by_the_seed(mixed, student):
+    weights = [
+        Distillation(replace(ALL, seed=seed), student.config, Teacher(mixed)).maps["2"].weight
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_equal_widths_need_no_map(mixed, batch):

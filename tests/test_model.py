@@ -131,6 +131,7 @@ def test_warm_start_wider_than_the_teacher_is_exact(generator):
     student = StudentTable(40, 9, 6)
     assert warm_start(student, rows) == pytest.approx(1.0)
     torch.testing.assert_close(student.rows(), rows, atol=1e-5, rtol=1e-5)
+    assert student.table[:, 6:].all()  # were they 0, as their projection is, they would stay so
 
 
 def test_spelled_rows_take_the_shared_row_or_the_mean_of_the_spelling():

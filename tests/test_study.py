@@ -19,6 +19,7 @@ from mvbert.device import Device
 from mvbert.errors import InputError
 from mvbert.model import MaskedLM
 from mvbert.study import StudyConfig
+from mvbert.tokenizer import WordPieceTokenizer
 from mvbert.vocab import Vocab
 
 CPU = Device(torch.device("cpu"), None, "float32")
@@ -268,17 +269,32 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_every_piece(corpus, studen
     assert found["bits_per_word"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_padding_does_not_change_what_a_word_costs(corpus, student_vocab, monkeypatch):
+def test_what_is_measured_is_the_definition(corpus, student_vocab):
+    """Bits, their error over words and words right, question by question without padding."""
     model = MaskedLM(ModelConfig(student_vocab.size, 16, 2, 2, 32))
     model.init_weights(0)
     stream = np.asarray(corpus.heldout)
-    words = measures.ask(
-        stream, corpus.segment(student_vocab), measures.choose_words(stream, 30), 3, 64
-    )
-    together = measures.bits_per_word(model, student_vocab.pad, words, CPU)
-    monkeypatch.setattr(measures, "BATCH", 1)
-    alone = measures.bits_per_word(model, student_vocab.pad, words, CPU)
-    assert together == pytest.approx(alone, rel=1e-5)
+    cut = corpus.segment(student_vocab)
+    words = measures.ask(stream, cut, measures.choose_words(stream, 30), 3, 64)
+    count = np.bincount([question.word for question in words.questions])
+    with torch.no_grad():  # says a word of one piece everywhere
+        model.head.bias[next(q.piece for q in words.questions if count[q.word] == 1)] = 2.0
+    found = measures.bits_per_word(model, student_vocab.pad, words, CPU)
+    bits, right = {}, {}
+    for question in words.questions:
+        ids = torch.tensor([question.ids])
+        with torch.no_grad():
+            hidden = model.encode(ids, torch.zeros_like(ids))
+            scores = model.logits(model.masked_hidden(hidden, torch.tensor([question.place])))[0]
+        own = -float(scores.double().log_softmax(0)[question.piece]) / math.log(2)
+        bits[question.word] = bits.get(question.word, 0.0) + own
+        first = int(scores.argmax()) == question.piece
+        right[question.word] = right.get(question.word, True) and first
+    values = np.array(list(bits.values()))
+    assert found["bits_per_word"] == pytest.approx(values.mean(), rel=1e-5)
+    assert found["bits_error"] == pytest.approx(values.std() / len(values) ** 0.5, rel=1e-5)
+    assert found["word_accuracy"] == pytest.approx(np.mean(list(right.values())))
+    assert 0 < found["word_accuracy"] < 1
 
 
 # ---- the probe ------------------------------------------------------------------------------
@@ -306,6 +322,34 @@ def test_the_probe_tells_words_apart_and_is_the_same_each_time(job):
     assert found == [1.0, 1.0]
 
 
+def test_states_are_means_over_the_pieces_of_a_sentence(training_inputs):
+    vocab = Vocab.load(training_inputs / "teacher")
+    model, _ = huggingface.load_masked_lm(training_inputs / "teacher")
+    tokenizer = WordPieceTokenizer(vocab)
+    sentences = ["a great old river", "cold", "the light of the world is great", "a house"]
+    states = probe.sentence_states(model, tokenizer, sentences, CPU, 7)
+    for sentence, state in zip(sentences, states, strict=True):
+        ids = torch.tensor([[vocab.cls, *tokenizer.encode(sentence)[1:-1][:5], vocab.sep]])
+        with torch.no_grad():
+            hidden = model.eval().encode(ids, torch.zeros_like(ids))
+        torch.testing.assert_close(state, hidden[0, 1:-1].double().mean(0), atol=1e-6, rtol=1e-4)
+
+
+def test_both_sides_of_the_probe_are_scaled_by_the_training_sentences(monkeypatch, student_vocab):
+    states = {"train": torch.randn(40, 3) * torch.tensor([9.0, 1.0, 0.1]) + 5, "dev": None}
+    states["dev"] = states["train"][:10] * 2
+    seen = []
+    monkeypatch.setattr(probe, "sentence_states", lambda m, t, sentences, *_: states[sentences])
+    monkeypatch.setattr(
+        probe, "fit_logistic", lambda x, y: seen.append(x) or torch.tensor([0.0, 0, 1, 0])
+    )
+    train, dev = ("train", [0] * 40), ("dev", [1] * 10)
+    share = probe.linear_probe(None, student_vocab, train, dev, CPU, length=9)
+    mean, spread = states["train"].mean(0), states["train"].std(0)
+    torch.testing.assert_close(seen[0], (states["train"] - mean) / spread)
+    assert share == pytest.approx(float((states["dev"] > mean)[:, 2].float().mean()))
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
@@ -331,7 +375,8 @@ def test_the_table_compares_seed_by_seed():
         return {
             "arm": arm, "seed": seed, "step": 9, "pieces": 1_500_000, "vocab": 4928, "rows": rows,
             "bits_per_word": bits, "loss": 4.0, "accuracy": 0.25, "student_mflop": 30.0,
-            "teacher_mflop": 21.0 if arm == "kd" else None, "words_asked": 2048, "bits_error": 0.1,
+            "teacher_mflop": 21.0 if arm == "kd" else None, "words_asked": 2048,
+            "bits_error": 0.2 if arm == "kd" else 0.1,
         }  # fmt: skip
 
     records = [
@@ -344,6 +389,7 @@ def test_the_table_compares_seed_by_seed():
     assert "| kd | 2 | 4,928 | 8.250 (8.000 to 8.500) | -1.250 | 4.000 (4.000 to 4.000) |" in table
     assert "| 30.0 + 21.0 |" in table
     assert "SST-2" not in table  # not measured
+    assert "over 2,048 held-out words, standard error up to 0.200" in table
     assert "checksums agree" in table
     # A baseline that lacks a seed is compared where it has one; other rows are told.
     table = study_report.table(
@@ -356,3 +402,15 @@ def test_the_table_compares_seed_by_seed():
     assert "| new | 1 | 4,928 | 5.000 | - |" in table
     assert "checksums differ" in table
     assert study_report.table({}, "base") == "No run is complete.\n"
+
+
+def test_curves_begin_behind_the_first_step(tmp_path):
+    """What an untrained student needs would flatten all the rest."""
+    pytest.importorskip("matplotlib")
+    records = [
+        {"arm": "a", "step": step, "pieces": 1e6 * step, "bits_per_word": bits}
+        for step, bits in ((0, 7000.0), (1, 12.0), (2, 9.0))
+    ]
+    study_report.draw_curves(tmp_path, records)
+    ticks = re.findall(r">([\d.]+)</text>", (tmp_path / "curves.svg").read_text())
+    assert 9 <= max(map(float, ticks)) < 13

@@ -444,8 +444,9 @@ def test_a_disk_filled_by_tensorboard_is_told_in_a_sentence(tmp_path, monkeypatc
 # ---- it tells -------------------------------------------------------------------------------
 
 
-def test_a_run_folder_explains_itself(stage2, tmp_path):
-    stage2(tmp_path, description={"stage": 2, **describe(STAGE2)})
+def test_a_run_folder_explains_itself(stage2, tmp_path, numbers):
+    config = replace(STAGE2, log_every=1)
+    stage2(tmp_path, config, description={"stage": 2, **describe(config)})
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["description"]["train"]["lr"] == 1e-3
     for fact in ("mvbert", "commit", "command", "python", "torch", "device", "dtype", "processor"):
@@ -453,6 +454,9 @@ def test_a_run_folder_explains_itself(stage2, tmp_path):
     info = report.run_info(tmp_path)
     assert info["complete"]
     assert info["step"] == info["steps"] == 6
+    heldout = [record["heldout"] for record in numbers(tmp_path) if "heldout" in record]
+    assert (info["heldout_first"], info["heldout_last"]) == (heldout[0], heldout[-1])
+    assert heldout[0] != heldout[-1]
     assert info["best_checkpoint"].startswith("step-")
     line = info["last"]
     assert line["pieces_per_second"] > 0
