@@ -107,7 +107,7 @@ class Journal:
             raise InputError(
                 f"loss or gradient was not finite in {in_a_row} steps in a row, "
                 f"{self._rows_of(step - in_a_row, step)}; all of these updates were left out, "
-                "and the newest checkpoint is good: try a lower lr"
+                f"and checkpoints before step {step - in_a_row} are good: try a lower lr"
             )
 
     def evaluated(self, step: int, result: dict[str, float | None]) -> None:

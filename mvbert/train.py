@@ -263,13 +263,14 @@ class _Run:
         # Asked once: a signal that comes later is seen after the next step, which is saved.
         asked, late = among.any(self._stop.asked), among.any(_late(config))
         evaluating = last or step % config.eval_every == 0
-        saving = last or step % config.save_every == 0 or asked or late
+        must = last or asked or late
+        saving = must or step % config.save_every == 0
         if evaluating or saving:
             self._journal.finish()
             with self._journal.paused():
                 heldout = self._evaluate() if evaluating else None
                 if saving or self._is_best(heldout):
-                    self._save(heldout)
+                    self._save(heldout, must)
         self._progress.advance(step)
         if (asked or late) and not last:
             _leave(step, config, asked)
@@ -283,9 +284,12 @@ class _Run:
         keep = self._config.keep_best
         return self._among.first(lambda: checkpoint.is_best(self._checkpoints, heldout, keep))
 
-    def _save(self, heldout: float | None) -> None:
+    def _save(self, heldout: float | None, must: bool = True) -> None:
+        state = self._make.state()
+        if state["skipped_in_a_row"] and heldout is None and not must:
+            return  # the weights may be what spoils the losses: those from before are to be kept
         self._journal.flush()
-        saved: dict[str, Json] = {"step": self._step, "heldout": heldout, **self._make.state()}
+        saved: dict[str, Json] = {"step": self._step, "heldout": heldout, **state}
         place = (self._checkpoints, saved, self._module, self._optimizer)
         self._among.first(lambda: checkpoint.save(*place, self._task.write_model, self._config))
 
