@@ -64,7 +64,8 @@ def _read(path: Path, name: str) -> tuple[str, str]:
                 if file is not None:
                     return f"{path}:{member.name}", io.TextIOWrapper(file, "utf-8").read()
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as SST-2's folder or archive: {error}") from None
+        reason = str(error).splitlines()[0].rstrip(":")  # tarfile adds a line for each packing
+        raise InputError(f"{path}: cannot be read as SST-2's folder or archive: {reason}") from None
     raise InputError(f"{path}: no {name} in it; expected SST-2's folder or a .tar archive of it")
 
 

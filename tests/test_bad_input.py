@@ -539,6 +539,53 @@ def test_info_about_no_run(ground, refused, name):
     refused(["info", ground / name], name)
 
 
+# ---- eval and export -----------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, model, *more) -> list:
+    command = ["eval", model, "--corpus", folder / "corpus", "--row.length", "16"]
+    return [*command, "--device", "cpu", "--threads", "1", *more]
+
+
+def export(model, folder: Path, *more) -> list:
+    pytest.importorskip("onnxruntime")
+    return ["export", model, "--corpus", folder / "corpus", "-o", folder / "new", *more]
+
+
+@pytest.mark.parametrize("verb", [evaluated, lambda folder, model: export(model, folder)],
+                         ids=["eval", "export"])  # fmt: skip
+def test_models_that_are_none(ground, refused, verb):
+    refused(verb(ground, ground / "nowhere"), "nowhere", "no such folder")
+    refused(verb(ground, ground / "text.txt"), "text.txt", "expected a folder")
+    refused(verb(ground, ground / "corpus"), "config.json", "does not exist")
+    config = ground / "teacher" / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("true", "false", 1))
+    refused(verb(ground, ground / "teacher"), "cased", ground / "corpus")
+    weights = ground / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    refused(verb(ground, ground / "teacher"), "model.safetensors")
+    assert not (ground / "new").exists()
+
+
+def test_wrong_settings_of_eval(ground, refused):
+    teacher = ground / "teacher"
+    refused(evaluated(ground, teacher, "--row.length", "500"), "500", "32 positions")
+    refused(evaluated(ground, teacher, "--eval-rows", "0"), "eval_rows", "0")
+    refused(evaluated(ground, teacher, "--words", "-1"), "words", "-1")
+    refused(evaluated(ground, teacher, "--sst2", ground / "text.txt"), "text.txt", "SST-2")
+    refused(["eval", teacher, "--corpus", ground / "nowhere"], "nowhere")
+
+
+def test_an_export_to_where_something_is(ground, refused):
+    teacher = ground / "teacher"
+    refused(export(teacher, ground, "--head"), "hidden or pooled or logits")
+    (ground / "new").mkdir()
+    (ground / "new" / "thesis.txt").write_text("mine")
+    refused(export(teacher, ground), "new", "not empty")
+    refused([*export(teacher, ground)[:-1], ground / "text.txt"], "text.txt", "not a folder")
+    assert (ground / "new" / "thesis.txt").read_text() == "mine"
+
+
 # ---- a disk that is full, and signals: in processes of their own ---------------------------------
 
 
@@ -570,7 +617,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("verb", ["corpus", "vocab", "train 1", "train 2"])
+@pytest.mark.parametrize("verb", ["corpus", "vocab", "train 1", "train 2", "export"])
 def test_a_full_disk(ground, verb):
     """What was there is as it was, nothing half-made is left, and the sentence names the file."""
     command, limit = {
@@ -578,6 +625,7 @@ def test_a_full_disk(ground, verb):
         "vocab": (["vocab", ground / "corpus", "--size", "100", "-o", ground / "new"], 100),
         "train 1": (stage1(ground, "new"), 60_000),
         "train 2": (stage2(ground, "new"), 60_000),
+        "export": (export(ground / "teacher", ground), 60_000),
     }[verb]
     before = files_below(ground)
     child = start(command, ground, preexec_fn=small_files(limit))
