@@ -492,8 +492,7 @@ def run(arguments: Sequence[str]) -> None:
 def guarded(work: Callable[[], None]) -> int:
     """Turns what a user can mend into one sentence and an exit code."""
     # The training loop has its own way to stop; elsewhere both signals end a verb alike.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    before = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         work()
     except FailedElsewhere:
@@ -513,6 +512,8 @@ def guarded(work: Callable[[], None]) -> int:
         _say("interrupted; run the same command to go on")
         return 130
     finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
         atexit.register(_go_deaf)
     return 0
 
