@@ -83,11 +83,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` holds in some process: the same answer in all of them."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Which of the flags hold in some process: the same answer in all of them."""
         if self.count == 1:
-            return flag
-        return bool(self.sum_(torch.tensor(int(flag))))
+            return flags
+        return tuple(
+            count > 0 for count in self.sum_(torch.tensor(flags, dtype=torch.int)).tolist()
+        )
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with its gradients summed over all processes as backward makes them."""

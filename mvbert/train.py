@@ -231,7 +231,7 @@ class _Run:
                 self._step += 1
                 self._after_step()
         among.first(lambda: _write_result(self._task, out))
-        if among.any(self._stop.asked):
+        if among.any(self._stop.asked)[0]:
             raise Interrupted(f"{out} is complete; run the same command to go on with what follows")
         return among.first(lambda: _report(out, config, self._pieces_per_step))
 
@@ -261,7 +261,7 @@ class _Run:
         if last or step % config.log_every == 0:
             self._journal.begin(step)
         # Asked once: a signal that comes later is seen after the next step, which is saved.
-        asked, late = among.any(self._stop.asked), among.any(_late(config))
+        asked, late = among.any(self._stop.asked, _late(config))
         evaluating = last or step % config.eval_every == 0
         must = last or asked or late
         saving = must or step % config.save_every == 0

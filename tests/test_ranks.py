@@ -195,8 +195,7 @@ def test_one_process_needs_no_other():
     alone = Ranks()
     assert alone.lead
     assert alone.first(lambda: 5) == 5
-    assert alone.any(True)
-    assert not alone.any(False)
+    assert alone.any(True, False) == (True, False)
 
 
 def test_what_an_earlier_start_left_in_the_store_is_not_read():
