@@ -573,7 +573,7 @@ def test_wrong_settings_of_eval(ground, refused):
     refused(evaluated(ground, teacher, "--eval-rows", "0"), "eval_rows", "0")
     refused(evaluated(ground, teacher, "--words", "-1"), "words", "-1")
     refused(evaluated(ground, teacher, "--sst2", ground / "text.txt"), "text.txt", "SST-2")
-    refused(["eval", teacher, "--corpus", ground / "nowhere"], "nowhere")
+    refused([*evaluated(ground, teacher), "--corpus", ground / "nowhere"], "nowhere")
 
 
 def test_an_export_to_where_something_is(ground, refused):
