@@ -102,6 +102,15 @@ def test_same_keys_parameters_and_round_trip(family):
     assert torch.equal(before.logits, after.logits)
 
 
+def test_positions_go_on_behind_what_was_read_before():
+    plain, fused = (make("bert").bert.embeddings.eval() for _ in range(2))
+    fuse(fused)
+    ids, _ = batch()
+    expected = plain(input_ids=ids, past_key_values_length=7)
+    torch.testing.assert_close(fused(input_ids=ids, past_key_values_length=7), expected)
+    assert not torch.allclose(fused(input_ids=ids), expected)
+
+
 def test_other_arguments_reach_the_encoder():
     plain, fused = make("bert"), make("bert")
     fuse(fused)

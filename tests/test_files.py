@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,21 @@ def test_atomic_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
     files.atomic_write(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs /proc")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Bytes are forced first, then the name is given, then that is forced."""
+    done = []
+    replace = os.replace
+    named = lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}"))  # noqa: E731
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(named(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append(b) or replace(a, b))
+    files.atomic_write(tmp_path / "a.txt", b"1")
+    partial, name, folder = done
+    assert partial.parent == tmp_path
+    assert partial.name != "a.txt"
+    assert (name, folder) == (tmp_path / "a.txt", tmp_path)
 
 
 def test_atomic_write_gives_the_mode_that_open_gives(tmp_path):

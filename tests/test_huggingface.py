@@ -1,6 +1,7 @@
 """Folders that transformers opens: same logits, same names, and clear errors."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from mvbert.model import MaskedLM
 
 @pytest.fixture
 def model(student_vocab) -> MaskedLM:
-    model = MaskedLM(
-        ModelConfig(student_vocab.size, 32, 2, 2, 64, max_position_embeddings=24)
-    ).eval()
+    shape = ModelConfig(student_vocab.size, 32, 2, 2, 64, max_position_embeddings=24)
+    # Settings that matter to the result, and that are no defaults.
+    shape = replace(shape, layer_norm_eps=0.1, hidden_dropout_prob=0.3)
+    model = MaskedLM(shape).eval()
     model.init_weights(3)
     with torch.no_grad():  # biases and norms away from 0 and 1, so that a swap shows
         for i, parameter in enumerate(model.parameters()):
@@ -45,6 +47,7 @@ def test_names_go_there_and_back(model):
 def test_a_folder_loads_to_the_same_model(folder, model):
     loaded, missing = huggingface.load_masked_lm(folder, complete=True)
     assert missing == []
+    assert loaded.config.hidden_dropout_prob == 0.1  # for fine-tuning: the run's was its own
     for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -118,6 +121,9 @@ def test_weights_in_several_files_load(folder, model):
     loaded, missing = huggingface.load_masked_lm(folder, complete=True)
     assert missing == []
     assert torch.equal(loaded.head.bias, model.head.bias)
+    before = huggingface.weights_id(folder)
+    save_file({name: tensors[name] + 1 for name in part}, folder / file)
+    assert huggingface.weights_id(folder) != before  # of the last file, too
 
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "../x.safetensors"}})
     with pytest.raises(InputError, match="leaves the folder"):

@@ -1,5 +1,7 @@
 """The models against plain definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,15 @@ def test_attention_is_torchs_with_its_gradient(generator, T, masked):
     weight = torch.randn_like(ours)
     a, b = (torch.autograd.grad(out, qkv, weight)[0] for out in (ours, theirs))
     torch.testing.assert_close(a, b)
+
+
+def test_attention_is_dropped_out_in_training_alone():
+    model = MaskedLM(replace(SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5))
+    model.init_weights(0)
+    ids = torch.arange(12, dtype=torch.int32)[None]
+    first, second = (model.train().encode(ids, ids * 0) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(model.eval().encode(ids, ids * 0), model.encode(ids, ids * 0))
 
 
 def test_a_device_batch_points_into_the_flattened_rows():

@@ -77,12 +77,12 @@ def test_a_cold_student_table_is_as_spread_as_initial_rows_of_bert(stage1):
     assert float(rows.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_feed_brings_the_rows_of_each_step_and_says_how_long_it_waited(stage2):
+def test_a_feed_brings_its_rows_of_each_step_and_says_how_long_it_waited(stage2):
     task = stage2(STAGE2)
-    with Feed(task, TrainConfig(rows=6, steps=4), Ranks(), CPU, 1) as feed:
+    with Feed(task, TrainConfig(rows=6, steps=4), Ranks(1, 2), CPU, 1) as feed:
         for step in (1, 2, 3):
             feed.fetch()
-            expected = task.rows.read(6 * step, 6)
+            expected = task.rows.read(6 * step + 3, 3)  # the second of two processes
             for name, tensor in feed.device.items():
                 assert tensor.tolist() == getattr(expected, name).tolist(), (step, name)
         assert feed.take_waited() > 0
