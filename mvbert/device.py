@@ -102,9 +102,16 @@ def keep_memory() -> None:
     As it comes, malloc gives large blocks back to the system at once, and the same step of a
     training meets them again as page faults, tens of thousands a step: a fifth of a student's step,
     more than half of the step of transformers' BertForMaskedLM. Nothing happens where malloc is
-    not glibc's. The process stays as large as it once was.
+    not glibc's. The process stays as large as it once was, until `give_memory_back`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def give_memory_back() -> None:
+    """Gives the system what glibc's malloc has kept and nobody uses."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

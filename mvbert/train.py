@@ -19,7 +19,7 @@ from mvbert import checkpoint
 from mvbert.batches import Rows
 from mvbert.config import TrainConfig
 from mvbert.corpus_folder import cores
-from mvbert.device import Device, choose_device, choose_graph, keep_memory
+from mvbert.device import Device, choose_device, choose_graph, give_memory_back, keep_memory
 from mvbert.encoder import compile_layers
 from mvbert.environment import environment
 from mvbert.errors import InputError, Interrupted, OutOfTime
@@ -139,6 +139,7 @@ def train(
 
         among.first(claim)
         stop = stack.enter_context(stop_signals())
+        stack.callback(give_memory_back)
         return _Run(task, config, out, description, progress, stop, among).make()
 
 
