@@ -174,8 +174,10 @@ def test_never_holds_the_logits(monkeypatch):
     assert max(largest) == 2 * 64 * V
 
 
-def test_bfloat16_autocast_is_as_good_as_torchs():
-    N, H, V = 200, 64, 503
+@pytest.mark.parametrize("rows", [1024, 32], ids=["one chunk", "several"])
+def test_bfloat16_autocast_is_as_good_as_torchs(rows, monkeypatch):
+    monkeypatch.setattr(chunked, "chunk_rows", lambda V, itemsize: rows)
+    N, H, V = 300, 64, 503
     inputs = parameters((N, H), (V, H), (V,), dtype=torch.float32)
     labels = labels_of(N, V)
     exact = [x.detach().double().requires_grad_() for x in inputs]
