@@ -185,7 +185,7 @@ class _Graph:
 def quantised(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """A weight [out, in] as int8 of `bits` bits and one scale for each row, [out, 1]; 0 stays 0."""
     largest = np.abs(weight).max(1, keepdims=True)
-    scales = np.where(largest > 0, largest, 1.0) / (2 ** (bits - 1) - 1)
+    scales = np.where(largest > 1e-30, largest, 1.0) / (2 ** (bits - 1) - 1)
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
@@ -380,8 +380,9 @@ class Comparison:
                 if name != OUTPUTS["pooled"]:
                     a, b = a[mask], b[mask]
                 apart = (a - b).double()
-                total[0] = max(total[0], float(apart.abs().max()))
-                total[1] = max(total[1], float(b.abs().max()))
+                # NumPy's maximum keeps a NaN.
+                total[0] = float(np.maximum(total[0], float(apart.abs().max())))
+                total[1] = float(np.maximum(total[1], float(b.abs().max())))
                 total[2] += float(apart.square().sum())
                 total[3] += float(b.double().square().sum())
             if not self._head or not {OUTPUTS["hidden"], OUTPUTS["logits"]} & {*found}:
@@ -398,8 +399,8 @@ class Comparison:
             right += int((ours == label).sum())
             right_torch += int((torchs == label).sum())
         result: dict[str, Any] = {
-            "largest": {name: t[0] / t[1] for name, t in sums.items()},
-            "error": {name: math.sqrt(t[2] / t[3]) for name, t in sums.items()},
+            "largest": {name: t[0] / max(t[1], 1e-30) for name, t in sums.items()},
+            "error": {name: math.sqrt(t[2] / max(t[3], 1e-30)) for name, t in sums.items()},
         }
         if asked:
             result |= {
@@ -473,6 +474,8 @@ def run_export(
             found = compare(session)
             worst = max(found["largest"].values())
             if file == FLOAT and not worst <= BOUND:
+                if not math.isfinite(worst):
+                    raise InputError(f"{folder}: the model's weights are spoiled: outputs are NaN")
                 raise InputError(
                     f"ONNX Runtime {onnxruntime.__version__} is {worst:.1e} of the largest value "
                     f"away from torch's outputs of {folder}, more than {BOUND:.0e}: "

@@ -1,6 +1,8 @@
 """An exported graph says what torch says, int8 nearly so; its folder is whole."""
 
 import json
+import math
+import shutil
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ pytest.importorskip("onnxruntime", reason="needs onnxruntime")
 
 import onnx
 import torch
+from safetensors.torch import load_file, save_file
 
 from mvbert import cli, export
 from mvbert.config import ModelConfig
@@ -150,6 +153,17 @@ def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, capf
     assert cli.main([str(part) for part in command]) == 2
     assert "away from torch's outputs" in capfd.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_spoiled_weights_are_refused(training_inputs, tmp_path, capfd):
+    folder = shutil.copytree(training_inputs / "teacher", tmp_path / "spoiled")
+    weights = load_file(folder / "model.safetensors")
+    next(v for n, v in weights.items() if n.endswith("layer.1.output.dense.bias"))[3] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    command = ["export", folder, "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"]
+    assert cli.main([str(part) for part in command]) == 2
+    assert "weights are spoiled" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_python_s_documentation_is_the_text_where_there_is_no_corpus(teacher_vocab):
