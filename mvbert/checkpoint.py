@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from mvbert.files import (
     sha256_file,
     write_json,
 )
-from mvbert.huggingface import read_tensors, write_tensors
+from mvbert.huggingface import WEIGHTS, read_tensors, write_tensors
 
 MANIFEST = "manifest.json"
 TRAINING = "training.safetensors"
@@ -50,8 +50,12 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"format": "mvbert-checkpoint", "version": 1, "files": files})
 
 
-def check_manifest(folder: Path) -> str | None:
-    """What is wrong with a folder that write_manifest finished, or None if it is whole."""
+def check_manifest(folder: Path, needed: Iterable[str] = ()) -> str | None:
+    """What is wrong with a folder that write_manifest finished, or None if it is whole.
+
+    Args:
+        needed: files that must be listed.
+    """
     try:
         manifest = read_json_object(folder / MANIFEST)
     except InputError as error:
@@ -59,6 +63,9 @@ def check_manifest(folder: Path) -> str | None:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return f"{folder / MANIFEST} lists no files"
+    for name in needed:
+        if name not in files:
+            return f"{folder / MANIFEST} does not list {name}"
     for name, entry in files.items():
         if Path(name).name != name or name in ("", ".", ".."):
             return f"{folder / MANIFEST} names {name!r}, which leaves the folder"
@@ -155,7 +162,7 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
         shutil.rmtree(stale, ignore_errors=True)
     for step in reversed(_steps(checkpoints)):
         folder = step_folder(checkpoints, step)
-        problem = check_manifest(folder)
+        problem = check_manifest(folder, (WEIGHTS, TRAINING, STATE))
         if problem is None:
             return folder
         warn(f"skipping damaged checkpoint {folder.name}: {problem}")

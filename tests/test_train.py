@@ -285,9 +285,13 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(stage1, tmp_path, assert_
     data = bytearray((newest / "training.safetensors").read_bytes())
     data[-1] ^= 1
     (newest / "training.safetensors").write_bytes(bytes(data))
+    emptied = broken / "checkpoints" / "step-00000007"
+    shutil.copytree(newest, emptied)
+    (emptied / "manifest.json").write_text('{"files": {}}')
     (broken / "checkpoints" / "step-00000009").mkdir()  # no manifest: never finished
     _, _, progress = stage1(broken)
     assert any("step-00000005" in n and "SHA-256" in n for n in progress.notes)
+    assert any("step-00000007" in n and "does not list" in n for n in progress.notes)
     assert any("step-00000009" in n and "manifest.json" in n for n in progress.notes)
     assert any("resuming from step-00000004" in n for n in progress.notes)
     assert_same_run(broken, tmp_path / "unbroken")
