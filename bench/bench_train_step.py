@@ -10,7 +10,7 @@ a softmax of its own.
 
 On a CPU, mvbert's loop tells malloc to keep what is freed (mvbert.device.keep_memory). The rows of
 transformers run with malloc as it comes, but for `memory kept`, which has the same; all of them
-alternate in one process.
+alternate in one process, a step untimed after every change.
 
 The gate: loss and gradient norm of the first step, from the same weights, on the same rows.
 """
@@ -157,18 +157,22 @@ BENCH = harness.Bench(
 )  # fmt: skip
 
 
-def set_malloc(kept: bool) -> None:
-    """Whether malloc keeps what is freed, from now on."""
-    from mvbert.device import keep_memory
+def with_malloc(run, kept: bool):
+    """The step; on a CPU each measurement begins with a change of malloc and a step untimed."""
+    from mvbert.device import give_memory_back, keep_memory
 
-    if kept:
-        keep_memory()
-        return
-    # What glibc's own rule comes to where blocks of 32 MB were freed; once set, the rule is off.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+    def settle(x):
+        give_memory_back()
+        if kept:
+            keep_memory()
+        elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+            # What glibc's own rule comes to where blocks of 32 MB were freed; once set, it is off.
+            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+        run(x)
+
+    run.settle = settle
+    return run
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -248,8 +252,6 @@ def ours(
 
     def run(x):
         nonlocal number
-        if device == "cpu":
-            set_malloc(kept=True)
         if graph:
             for name, tensor in x.items():
                 if name.startswith("hf_"):
@@ -267,7 +269,7 @@ def ours(
         return sums["loss_sum"] / sums["count"], sums["grad_norm"]
 
     run.captured = graph
-    return run
+    return with_malloc(run, kept=True)
 
 
 BENCH.add("mvbert", ours)
@@ -296,7 +298,7 @@ def _(case, device):
         return None if result is None else (*result, "mixed")
 
     mixed_run.captured = run.captured
-    return mixed_run
+    return with_malloc(mixed_run, kept=True)
 
 
 # ---- Hugging Face --------------------------------------------------------------------------------
@@ -342,8 +344,6 @@ def theirs(
 
     def run(x):
         nonlocal first, total
-        if device == "cpu":
-            set_malloc(kept)
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = forward(
                 input_ids=x["hf_input_ids"], attention_mask=x["hf_attention_mask"],
@@ -362,7 +362,7 @@ def theirs(
         first = False
         return loss, norm
 
-    return run
+    return with_malloc(run, kept)
 
 
 HF = {"needs": ["transformers"]}

@@ -92,7 +92,8 @@ class Provider:
 
     `make(case, device)` returns a function of one copy of the inputs. It may have a `close`, a
     `sample` (see `measure`), and, if it does only a part of the case's work, that `share`. It is
-    `captured` if it replays a CUDA graph: the memory of one is taken before any call.
+    `captured` if it replays a CUDA graph: the memory of one is taken before any call. What it
+    `settle`s on a CPU before every measurement, with a copy of the inputs, is not timed.
     """
 
     name: str
@@ -178,6 +179,8 @@ def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device
     if hasattr(run, "sample"):
         return run.sample(calls)
     if device != "cuda":
+        if hasattr(run, "settle"):
+            run.settle(copies[0])
         wall, own = time.perf_counter(), time.process_time()
         for call in range(calls):
             run(copies[call % len(copies)])
