@@ -586,7 +586,7 @@ def dropout_factors(x: Tensor, dropout_p: float) -> Tensor:
     long, a third of a layer's step. An element is zeroed with the probability round(2^16 p) / 2^16.
     """
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    zeroed = round(dropout_p * 2**16)
+    zeroed = min(round(dropout_p * 2**16), 2**16 - 1)
     kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= zeroed - 2**15
     return kept.to(x.dtype).mul_(2**16 / (2**16 - zeroed))
 

@@ -106,7 +106,9 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
+        # An older glibc refuses more than 32 MiB.
+        if not mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):
+            mallopt(_M_MMAP_THRESHOLD, 2**25)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 

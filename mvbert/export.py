@@ -447,8 +447,8 @@ def run_export(
         corpus: whose held-out text is used for the check.
 
     Raises:
-        InputError: no such BERT, it lacks what a head needs, `out` is taken, or ONNX Runtime does
-            not give torch's outputs.
+        InputError: no such BERT, it lacks what a head needs, `out` is taken or holds what is read,
+            or ONNX Runtime does not give torch's outputs.
         ImportError: onnx or onnxruntime is not installed.
     """
     onnxruntime = needed()[1]
@@ -456,6 +456,9 @@ def run_export(
         raise InputError(f"a graph needs outputs: --head {' or '.join(OUTPUTS)}")
     progress = Progress("export")
     folder = huggingface.find_model(name)
+    for read in (folder, corpus):  # `out` is replaced as a whole
+        if read is not None and read.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} holds {read}, which is read; give another path")
     model, missing = huggingface.load_masked_lm(folder)
     vocab = huggingface.load_vocab(folder, model.config)
     head = not any(part.startswith("head.") for part in missing)

@@ -5,6 +5,10 @@ import sys
 
 import pytest
 
+pytest.importorskip("torch")
+
+from mvbert import device
+
 FAULTS = """
 import resource, torch
 from mvbert.device import give_memory_back, keep_memory
@@ -32,3 +36,20 @@ def test_kept_memory_is_not_met_again_as_page_faults():
     assert as_it_comes > 100_000
     assert kept < 100
     assert given_back > 10_000
+
+
+def test_an_older_malloc_keeps_what_it_can(monkeypatch):
+    """glibc up to 2.34 refuses thresholds of more than 32 MiB, and says so by a 0."""
+    taken = {}
+
+    class Old:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            if parameter == -3 and value > 32 << 20:
+                return 0
+            taken[parameter] = value
+            return 1
+
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda _: Old)
+    device.keep_memory()
+    assert taken == {-3: 32 << 20, -1: -1}

@@ -155,6 +155,18 @@ def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, capf
     assert not any(tmp_path.iterdir())
 
 
+def test_what_is_read_is_not_overwritten(training_inputs, tmp_path, capfd):
+    """`--overwrite` replaces the folder that is named: not the model's, nor the run's around it."""
+    model = shutil.copytree(training_inputs / "teacher", tmp_path / "run" / "model")
+    corpus = shutil.copytree(training_inputs / "corpus", tmp_path / "corpus")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for source, out in ((model, model), (tmp_path / "run", tmp_path / "run"), (model, corpus)):
+        command = ["export", source, "-o", out, "--overwrite", "--corpus", corpus]
+        assert cli.main([str(part) for part in command]) == 2
+        assert f"{out} holds " in capfd.readouterr().err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
 def test_spoiled_weights_are_refused(training_inputs, tmp_path, capfd):
     folder = shutil.copytree(training_inputs / "teacher", tmp_path / "spoiled")
     weights = load_file(folder / "model.safetensors")

@@ -501,6 +501,7 @@ def test_dropout_is_drawn_by_torchs_seed_and_only_in_training():
     assert MF.dropout(x, 0.5, training=False) is x
     assert MF.dropout(x, 0.0) is x
     assert MF.dropout(torch.empty(0, 5), 0.5).shape == (0, 5)
+    assert MF.dropout(x, 1 - 2**-20).isfinite().all()
     for p in (-0.1, 1.0):
         with pytest.raises(ValueError, match=rf"p in \[0, 1\), got {p}"):
             MF.dropout(x, p)
