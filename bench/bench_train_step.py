@@ -9,14 +9,15 @@ learning-rate scheduler, the check of the loss for NaN. On a CPU the Trainer's d
 a softmax of its own.
 
 On a CPU, mvbert's loop tells malloc to keep what is freed (mvbert.device.keep_memory). The rows of
-transformers run with malloc as it comes, but for `memory kept`, which has the same; all of them
-alternate in one process, a step untimed after every change.
+transformers run with malloc as it comes, but for `memory kept`, which has the same. So each is in a
+process of its own there; they take turns, and a step before each measurement is not timed.
 
 The gate: loss and gradient norm of the first step, from the same weights, on the same rows.
 """
 
-import ctypes
+import multiprocessing
 from dataclasses import dataclass
+from functools import partial
 
 import harness
 import torch
@@ -157,22 +158,72 @@ BENCH = harness.Bench(
 )  # fmt: skip
 
 
-def with_malloc(run, kept: bool):
-    """The step; on a CPU each measurement begins with a change of malloc and a step untimed."""
-    from mvbert.device import give_memory_back, keep_memory
+# ---- a process each ------------------------------------------------------------------------------
 
-    def settle(x):
-        give_memory_back()
-        if kept:
-            keep_memory()
-        elif mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-            # What glibc's own rule comes to where blocks of 32 MB were freed; once set, it is off.
-            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-            mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
-        run(x)
+STEPS = {}  # provider -> (case, device) -> its step
 
-    run.settle = settle
-    return run
+
+def add(name: str, make, *, needs=(), devices=("cpu", "cuda"), **options) -> None:
+    """Adds a provider, which on a CPU has a process of its own."""
+    STEPS[name] = partial(make, **options)
+
+    def made(case: Case, device: str):
+        return Apart(name, case) if device == "cpu" else STEPS[name](case, device)
+
+    BENCH.add(name, made, needs=needs, devices=devices)
+
+
+class Apart:
+    """A provider in a process of its own, with the malloc and the memory its users have."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, end = context.Pipe()
+        given = (end, name, case, torch.get_num_threads())
+        self._process = context.Process(target=serve, args=given, daemon=True)
+        self._process.start()
+        end.close()
+        self._first = self._answer()
+
+    def _answer(self):
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            self.close()
+            raise answer
+        return answer
+
+    def __call__(self, x):
+        """Loss and gradient norm of its first step."""
+        return self._first
+
+    def sample(self, calls: int) -> harness.Sample:
+        self._pipe.send(calls)
+        return harness.Sample(*self._answer())
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join()
+
+
+def serve(pipe, name: str, case: Case, threads: int) -> None:
+    """Makes steps and times them until nobody asks any more."""
+    from mvbert.device import give_memory_back
+
+    torch.set_num_threads(threads)
+    try:
+        copies = [inputs(case, "cpu", number) for number in range(4)]
+        run = STEPS[name](case, "cpu")
+        loss, norm, *rest = run(copies[0])
+        pipe.send((float(loss), float(norm), *rest))
+        while calls := pipe.recv():
+            run(copies[-1])  # not timed: others have run since the last
+            sample = harness.measure(run, copies, calls, "cpu")
+            pipe.send((sample.wall, sample.own))
+            give_memory_back()  # there are many of these processes
+    except EOFError:
+        pass
+    except Exception as error:
+        pipe.send(error)
 
 
 # ---- ours ----------------------------------------------------------------------------------------
@@ -231,7 +282,7 @@ def ours(
     case: Case, device: str, kind: type[Mlm] = Mlm, compiled: bool = False, graph: bool = True
 ):
     """A step of mvbert's loop on given rows, as one CUDA graph where there is a GPU."""
-    from mvbert.device import Device
+    from mvbert.device import Device, keep_memory
     from mvbert.encoder import compile_layers
     from mvbert.optim import make_optimizer
     from mvbert.ranks import Ranks
@@ -249,6 +300,8 @@ def ours(
         task, Losses(task), settings, where, Ranks(), optimizer, {}, CudaGraph() if graph else None
     )
     feed, number = Given(), 0
+    if device == "cpu":
+        keep_memory()
 
     def run(x):
         nonlocal number
@@ -269,16 +322,16 @@ def ours(
         return sums["loss_sum"] / sums["count"], sums["grad_norm"]
 
     run.captured = graph
-    return with_malloc(run, kept=True)
+    return run
 
 
-BENCH.add("mvbert", ours)
-BENCH.add("mvbert compiled", ours, compiled=True)
-BENCH.add("mvbert eager", ours, graph=False, devices=["cuda"])
+add("mvbert", ours)
+add("mvbert compiled", ours, compiled=True)
+add("mvbert eager", ours, graph=False, devices=["cuda"])
 
 
-@BENCH.provider("mvbert mixed")
-def _(case, device):
+def mixed_step(case: Case, device: str):
+    """Stage I's, half of the pieces the student's."""
     if not case.name.startswith("Stage I,") and case.name != "Stage I":
         raise harness.NotMeant
     run = ours(case, device, MixedMlm)
@@ -298,7 +351,10 @@ def _(case, device):
         return None if result is None else (*result, "mixed")
 
     mixed_run.captured = run.captured
-    return with_malloc(mixed_run, kept=True)
+    return mixed_run
+
+
+add("mvbert mixed", mixed_step)
 
 
 # ---- Hugging Face --------------------------------------------------------------------------------
@@ -312,6 +368,7 @@ def theirs(
     from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
     from mvbert import fuse
+    from mvbert.device import keep_memory
     from mvbert.huggingface import to_hugging_face
 
     shape = BertConfig(
@@ -341,6 +398,8 @@ def theirs(
     forward = torch.compile(model) if compiled else model
     total = torch.zeros((), device=device)
     first = True
+    if kept:
+        keep_memory()
 
     def run(x):
         nonlocal first, total
@@ -362,15 +421,13 @@ def theirs(
         first = False
         return loss, norm
 
-    return with_malloc(run, kept)
+    return run
 
 
 HF = {"needs": ["transformers"]}
-BENCH.add("HF", theirs, bf16=False, devices=["cpu"], **HF)
-BENCH.add("HF bf16", theirs, **HF)
-BENCH.add("HF bf16, torch.compile", theirs, compiled=True, **HF)
-BENCH.add("HF bf16, fuse()d", theirs, fused=True, **HF)
-BENCH.add("HF bf16, memory kept", theirs, kept=True, devices=["cpu"], **HF)
-BENCH.add(
-    "HF bf16, torch.compile, memory kept", theirs, compiled=True, kept=True, devices=["cpu"], **HF
-)
+add("HF", theirs, bf16=False, devices=["cpu"], **HF)
+add("HF bf16", theirs, **HF)
+add("HF bf16, torch.compile", theirs, compiled=True, **HF)
+add("HF bf16, fuse()d", theirs, fused=True, **HF)
+add("HF bf16, memory kept", theirs, kept=True, devices=["cpu"], **HF)
+add("HF bf16, torch.compile, memory kept", theirs, compiled=True, kept=True, devices=["cpu"], **HF)

@@ -92,8 +92,7 @@ class Provider:
 
     `make(case, device)` returns a function of one copy of the inputs. It may have a `close`, a
     `sample` (see `measure`), and, if it does only a part of the case's work, that `share`. It is
-    `captured` if it replays a CUDA graph: the memory of one is taken before any call. What it
-    `settle`s on a CPU before every measurement, with a copy of the inputs, is not timed.
+    `captured` if it replays a CUDA graph: the memory of one is taken before any call.
     """
 
     name: str
@@ -179,8 +178,6 @@ def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device
     if hasattr(run, "sample"):
         return run.sample(calls)
     if device != "cuda":
-        if hasattr(run, "settle"):
-            run.settle(copies[0])
         wall, own = time.perf_counter(), time.process_time()
         for call in range(calls):
             run(copies[call % len(copies)])
@@ -578,7 +575,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
         if bench.memory and device == "cuda":
             if not getattr(entry.run, "captured", False):
                 entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
-        elif bench.memory and not quick and not toy:
+        elif bench.memory and not (quick or toy or hasattr(entry.run, "sample")):
             peak = cpu_peak(bench, number, entry.provider)
             entry.record["peak_mb"] = None if peak is None else digits(peak)
         close(entry.run)
