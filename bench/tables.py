@@ -392,8 +392,7 @@ HEADLINES = [
     ("masked training rows, one thread", "rows", "teacher rows, 1 thread", "mvbert",
      {"masking them in numpy": "numpy", "in transformers' collator": "HF words"}),
     ("training the student, 32 rows of 128 a step", "train_step", STEP, "mvbert",
-     {"Hugging Face, bf16, torch.compile, our malloc setting":
-      "HF bf16, torch.compile, memory kept",
+     {"Hugging Face, bf16, our malloc setting": "HF bf16, memory kept",
       "Hugging Face, bf16, torch.compile": "HF bf16, torch.compile",
       "Hugging Face's default": "HF"}),
     ("Hugging Face's own step after `fuse(model)`, bf16", "train_step", STEP, "HF bf16, fuse()d",
