@@ -320,7 +320,7 @@ class Stage2Config(TrainConfig):
     """Weight of the hidden-state loss."""
     hidden_weight_end: float = -1.0
     """Its value at the last step (negative: constant)."""
-    relations_weight: float = 10.0
+    relations_weight: float = 30.0
     """Weight of the relations loss."""
     relations_weight_end: float = -1.0
     """Its value at the last step (negative: constant)."""
