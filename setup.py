@@ -52,12 +52,13 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["mvbert", "mvbert.kernels"],
+    packages=["mvbert", "mvbert.kernels", "mvbert.presets"],
     # The folder's own name is Hugging Face's: it is imported as mvbert.kernels (CONTRIBUTING.md).
     package_dir={"mvbert": "mvbert", "mvbert.kernels": "kernels"},
     package_data={
-        "mvbert": ["py.typed", "*.pyi", "presets/*.toml"],
-        "mvbert.kernels": ["*.cu", "*.cuh", "*.json", "*.md"],
+        "mvbert": ["py.typed", "*.pyi"],
+        "mvbert.kernels": ["*.json", "*.md"],
+        "mvbert.presets": ["*.toml"],
     },
     ext_modules=[Extension("mvbert._tokenizer", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

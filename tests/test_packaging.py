@@ -81,8 +81,8 @@ def test_every_package_is_listed_in_setup(root):
     )
     folders = {
         ".".join(path.parent.relative_to(root).parts)
-        for path in (root / "mvbert").rglob("*.py")
-        if "kernels" not in path.parts
+        for path in (root / "mvbert").rglob("*")
+        if path.suffix in (".py", ".toml") and "kernels" not in path.parts
     }
     assert folders <= listed
     assert not [p for p in (root / "kernels").rglob("*.py") if p.parent != root / "kernels"]
@@ -212,6 +212,7 @@ def distributions(root, tmp_path_factory):
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "is absent from the `packages` configuration" not in done.stdout + done.stderr
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
@@ -228,7 +229,7 @@ def test_the_sdist_is_complete(root, distributions):
 @pytest.mark.slow
 def test_the_wheel_holds_the_kernels_under_mvbert_only(distributions):
     names = zipfile.ZipFile(distributions[1]).namelist()
-    assert "mvbert/kernels/__init__.py" in names
+    assert {"mvbert/kernels/__init__.py", "mvbert/presets/demo.toml"} <= {*names}
     assert any(re.match(r"mvbert/_tokenizer\..*\.so$", name) for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mvbert"}
 
