@@ -67,8 +67,8 @@ def folder(model: str) -> Path:
 @cache
 def exported(model: str, int8: bool) -> Path:
     """The ONNX file that `mvbert export` makes of the folder, hidden states out."""
-    from mvbert.export import to_onnx
     from mvbert.huggingface import load_masked_lm
+    from mvbert.onnx_graph import to_onnx
 
     file = folder(model) / ("int8.onnx" if int8 else "float32.onnx")
     file.write_bytes(to_onnx(load_masked_lm(folder(model))[0], int8=int8))

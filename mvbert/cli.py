@@ -337,8 +337,9 @@ class ExportCommand:
     """Folder to make; transformers.js, Optimum and ONNX Runtime open it."""
     int8: bool = False
     """Write an int8 graph too, a quarter of the size."""
-    head: tuple[Literal["hidden", "pooled", "logits"], ...] = ("hidden",)
-    """Outputs: hidden states, their mean over a row's pieces, scores over the vocabulary."""
+    head: tuple[Literal["hidden", "pooled", "logits"], ...] = ()
+    """Outputs: hidden states, their mean over a row's pieces, scores of labels or of all pieces
+    (none: scores where the BERT was fine-tuned for labels, else hidden states)."""
     corpus: Path | None = None
     """Compare on this corpus's held-out text (none: on Python's documentation strings)."""
     overwrite: bool = False

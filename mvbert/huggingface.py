@@ -28,7 +28,7 @@ from mvbert.files import (
     write_error,
     write_json,
 )
-from mvbert.model import MaskedLM
+from mvbert.model import LabelHead, MaskedLM
 from mvbert.tokenizer import save_tokenizer_files
 from mvbert.vocab import Vocab
 
@@ -55,6 +55,13 @@ _QKV = ("query", "key", "value")
 _IGNORED = re.compile(
     r"cls\.predictions\.decoder\.|cls\.seq_relationship\.|.*\.position_ids$|.*\.token_type_ids$"
 )
+
+# What fine-tuning leaves: the layer that scores labels, whether of a text as a whole, its outputs.
+_LABEL_HEADS: dict[str, tuple[str, bool, list[str]]] = {
+    "BertForSequenceClassification": ("classifier", True, ["logits"]),
+    "BertForTokenClassification": ("classifier", False, ["logits"]),
+    "BertForQuestionAnswering": ("qa_outputs", False, ["start_logits", "end_logits"]),
+}
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -277,6 +284,35 @@ def load_masked_lm(
         for name, value in found.items():
             own[name].copy_(value)
     return model, missing
+
+
+def load_label_head(folder: Path, config: ModelConfig) -> LabelHead | None:
+    """The head of a BERT that was fine-tuned for labels; None if config.json names no such BERT.
+
+    Raises:
+        InputError: its weights are absent or do not fit.
+    """
+    architectures = read_json_object(folder / "config.json").get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    for architecture in named:
+        if architecture not in _LABEL_HEADS:
+            continue
+        name, of_text, outputs = _LABEL_HEADS[architecture]
+        weights = read_weights(folder)
+        for needed in (f"{name}.weight", f"{name}.bias", *["bert.pooler.dense.weight"] * of_text):
+            if needed not in weights:
+                raise InputError(f"{folder} is a {architecture}, but {WEIGHTS} has no {needed}")
+        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        fits = len(outputs) in (1, len(weight))
+        if weight.shape[1:] != (config.hidden_size,) or bias.shape != weight.shape[:1] or not fits:
+            raise InputError(
+                f"{folder}: {name} of a {architecture} of hidden size {config.hidden_size} is "
+                f"{tuple(weight.shape)}, its bias {tuple(bias.shape)}"
+            )
+        head = LabelHead(config.hidden_size, len(weight), of_text, outputs)
+        head.scores.load_state_dict({"weight": weight, "bias": bias})
+        return head
+    return None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

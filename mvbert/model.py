@@ -105,6 +105,30 @@ class MaskedLM(nn.Module):
         return nn.functional.linear(masked_hidden, self.embeddings.word.weight, self.head.bias)
 
 
+class LabelHead(nn.Module):
+    """The linear layer that fine-tuning puts on a BERT: scores of labels.
+
+    Args:
+        labels: how many.
+        of_text: whether a text as a whole is scored, from what the pooler makes of its first
+            piece, or every piece.
+        outputs: "logits", or a name for each label: then each has its scores for itself.
+    """
+
+    def __init__(self, hidden_size: int, labels: int, of_text: bool, outputs: list[str]) -> None:
+        super().__init__()
+        self.scores = nn.Linear(hidden_size, labels)
+        self.of_text, self.outputs = of_text, outputs
+
+    def forward(self, model: MaskedLM, hidden: Tensor) -> dict[str, Tensor]:
+        """hidden [B, T, H] -> [B, labels] of a text; of pieces [B, T, labels], or [B, T] each."""
+        if self.of_text:
+            hidden = torch.tanh(model.pooler(hidden[:, 0]))
+        scores = self.scores(hidden)
+        parts = [scores] if len(self.outputs) == 1 else scores.unbind(-1)
+        return dict(zip(self.outputs, parts, strict=True))
+
+
 class MixedMaskedLM(MaskedLM):
     """A teacher that also reads and predicts student pieces (Stage I).
 

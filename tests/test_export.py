@@ -16,7 +16,7 @@ import onnx
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvbert import cli, export
+from mvbert import cli, export, onnx_graph
 from mvbert.config import ModelConfig
 from mvbert.model import MaskedLM
 
@@ -65,7 +65,7 @@ def test_a_graph_is_the_model(changes):
         "logits": model.logits(model.head(hidden)),
     }
     for int8, bound in ((False, 1e-5), (True, 0.1)):
-        session = export.Session(export.to_onnx(model, tuple(export.OUTPUTS), int8))
+        session = export.Session(onnx_graph.to_onnx(model, tuple(onnx_graph.OUTPUTS), int8))
         found = session(ids, mask, types)
         assert [*found] == [*wanted]
         for name, truth in wanted.items():
@@ -83,21 +83,23 @@ def test_a_graph_is_the_model(changes):
 def test_the_word_table_is_in_the_file_once():
     model = bert(vocab_size=4000)
     for int8, size in ((False, 4), (True, 1)):
-        alone, tied = (len(export.to_onnx(model, [head], int8)) for head in ("hidden", "logits"))
+        alone, tied = (
+            len(onnx_graph.to_onnx(model, [head], int8)) for head in ("hidden", "logits")
+        )
         matrix, bias, table = 24 * 24 * size, 4 * 4000, 4000 * 24 * size
         assert table < alone < tied < alone + matrix + bias + 3000 < alone + table
 
 
 def test_quantised_weights():
     weight = np.array([[0.6, -1.0, 0.25], [0.0, 0.0, 0.0], [3.0, 6.0, -6.0]], np.float32)
-    values, scales = export.quantised(weight, 7)
+    values, scales = onnx_graph.quantised(weight, 7)
     assert values.tolist() == [[38, -63, 16], [0, 0, 0], [32, 63, -63]]
     assert (np.abs(values * scales - weight) <= scales / 1.999).all()
-    assert np.abs(export.quantised(weight, 8)[0]).max() == 127
+    assert np.abs(onnx_graph.quantised(weight, 8)[0]).max() == 127
 
 
 def test_integer_products_fit_the_16_bits_of_old_processors():
-    graph = onnx.load_from_string(export.to_onnx(bert(), ["hidden", "logits"], True)).graph
+    graph = onnx.load_from_string(onnx_graph.to_onnx(bert(), ["hidden", "logits"], True)).graph
     value = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     made_by = {node.output[0]: node for node in graph.node}
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
@@ -144,6 +146,68 @@ def test_the_verb(training_inputs, tmp_path, capfd):
 
     assert cli.main([str(part) for part in command]) == 2  # it is there already
     assert "exists and is not empty" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("SequenceClassification", 3), ("SequenceClassification", 1), ("TokenClassification", 5),
+     ("QuestionAnswering", 2)],
+)  # fmt: skip
+def test_a_fine_tuned_bert_gives_its_labels(name, count, training_inputs, tmp_path, capfd):
+    transformers = pytest.importorskip("transformers")
+    folder, out = training_inputs / "teacher", tmp_path / "out"
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=count)
+    torch.manual_seed(7)
+    model = getattr(transformers, f"BertFor{name}")(config)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    command = ["export", tmp_path / "tuned", "-o", out, "--int8",
+               "--corpus", training_inputs / "corpus"]  # fmt: skip
+    assert cli.main([str(part) for part in command]) == 0
+    report = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+
+    tokens = tokenizer(
+        ["The river is old.", "Words", "A word"], ["and wide", "", "is a word"],
+        return_tensors="pt", padding=True,
+    )  # fmt: skip
+    on = tokens["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**tokens)
+    names = ["start_logits", "end_logits"] if name == "QuestionAnswering" else ["logits"]
+    assert report["outputs"] == names
+    for file, facts in report["files"].items():
+        found = export.Session(out / file)(tokens["input_ids"], on, tokens["token_type_ids"])
+        for output in names:
+            a, b = found[output], wanted[output]
+            assert a.shape == b.shape
+            if name != "SequenceClassification":
+                a, b = a[on], b[on]
+            assert distance(a, b) < (0.2 if "quantized" in file else 1e-5)
+        assert ("labels" in facts) == (names == ["logits"] and count > 1)
+        assert facts.get("same_top1", 1) == 1 or "quantized" in file
+
+
+def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, capfd):
+    folder = shutil.copytree(training_inputs / "teacher", tmp_path / "tuned")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForQuestionAnswering"]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    command = ["export", str(folder), "-o", str(tmp_path / "out")]
+    for more, complaint in (
+        ({}, "but model.safetensors has no qa_outputs.weight"),
+        ({"qa_outputs.weight": torch.zeros(3, 32), "qa_outputs.bias": torch.zeros(3)}, "(3, 32)"),
+        ({"qa_outputs.weight": torch.zeros(2, 31), "qa_outputs.bias": torch.zeros(2)}, "(2, 31)"),
+    ):
+        save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+        assert cli.main(command) == 2
+        assert complaint in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, capfd, monkeypatch):

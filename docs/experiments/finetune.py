@@ -1,0 +1,155 @@
+"""Fine-tunes a BERT folder with transformers alone, on SST-2 or on Snips' intents or slots.
+
+    python docs/experiments/finetune.py runs/student/model sst2 glue-sst-2.tar.xz -o tuned
+    mvbert export tuned -o web --int8
+
+SST-2 as GLUE's archive has it; Snips as a folder of seq.in, seq.out and label for train, valid and
+test (Goo et al. 2018, github.com/MiuLab/SlotGated-SLU). The last line of stdout is JSON: accuracy,
+and for slots the F1 of whole spans. One learning rate for all, a linear schedule, the last epoch's
+weights: nothing is chosen on what is reported.
+"""
+
+import argparse
+import json
+import tarfile
+import time
+
+import torch
+import transformers
+
+EPOCHS = {"sst2": 2, "intents": 5, "slots": 10}
+TESTED = {"sst2": "dev", "intents": "test", "slots": "test"}
+
+
+def examples(task: str, archive: str, part: str) -> list[tuple[list[str], list[str]]]:
+    """(words, labels): one label a sentence, or one a word."""
+    folder = {"sst2": "SST-2"}.get(task, "snips")
+    with tarfile.open(archive) as tar:
+
+        def lines(name: str) -> list[str]:
+            return tar.extractfile(f"{folder}/{name}").read().decode().splitlines()
+
+        if task == "sst2":
+            rows = [line.rsplit("\t", 1) for line in lines(f"{part}.tsv")[1:]]
+            return [(sentence.split(), [label]) for sentence, label in rows]
+        words = [line.split() for line in lines(f"{part}/seq.in")]
+        labels = lines(f"{part}/{'label' if task == 'intents' else 'seq.out'}")
+        return [(w, label.split()) for w, label in zip(words, labels, strict=True)]
+
+
+def encoded(task, tokenizer, sentences, number) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels): of slots one label a piece, -100 but on the first piece of a word."""
+    rows = tokenizer([w for w, _ in sentences], is_split_into_words=True, truncation=True)
+    out = []
+    for i, (_, labels) in enumerate(sentences):
+        numbers = [number[label] for label in labels]
+        if task == "slots":
+            of = rows.word_ids(i)
+            first = [w is not None and w != of[j - 1] for j, w in enumerate(of)]  # of[-1]: [SEP]
+            numbers = [numbers[w] if new else -100 for w, new in zip(of, first, strict=True)]
+        out.append((rows["input_ids"][i], numbers))
+    return out
+
+
+def batches(rows, size: int, order, pad: int):
+    """Batches of rows of like length."""
+    picked = sorted(order, key=lambda i: len(rows[i][0]))
+    parts = [picked[i : i + size] for i in range(0, len(picked), size)]
+    for i in torch.randperm(len(parts)).tolist():
+        ids, labels = zip(*(rows[j] for j in parts[i]), strict=True)
+        of_pieces = len(labels[0]) == len(ids[0])
+        padded = torch.nn.utils.rnn.pad_sequence
+        x = padded([torch.tensor(r) for r in ids], True, pad)
+        y = padded([torch.tensor(r) for r in labels], True, -100)
+        yield {"input_ids": x, "attention_mask": (x != pad).long()}, y if of_pieces else y[:, 0]
+
+
+def spans(tags: list[str]) -> set[tuple[str, int, int]]:
+    """(slot, first word, end) of BIO tags."""
+    found, start = set(), None
+    for i, tag in enumerate([*tags, "O"]):
+        if start is not None and not (tag.startswith("I-") and tag[2:] == tags[start][2:]):
+            found.add((tags[start][2:], start, i))
+            start = None
+        if tag != "O" and start is None:
+            start = i
+    return found
+
+
+@torch.no_grad()
+def score(task: str, model, rows, pad: int, names: list[str]) -> float:
+    """Accuracy; of slots F1."""
+    model.eval()
+    right = asked = said = known = 0
+    for inputs, labels in batches(rows, 64, range(len(rows)), pad):
+        choice = model(**inputs).logits.argmax(-1)
+        if task != "slots":
+            right, asked = right + int((choice == labels).sum()), asked + len(labels)
+            continue
+        for ours, truth in zip(choice, labels, strict=True):
+            on = truth >= 0
+            a, b = (spans([names[i] for i in x[on].tolist()]) for x in (ours, truth))
+            right, said, known = right + len(a & b), said + len(a), known + len(b)
+    return right / asked if task != "slots" else 2 * right / (said + known)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a Hugging Face BERT")
+    parser.add_argument("task", choices=EPOCHS)
+    parser.add_argument("archive", help="the task's .tar.xz")
+    parser.add_argument("-o", "--out", help="folder for the fine-tuned model")
+    parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    started = time.perf_counter()
+    torch.manual_seed(args.seed)
+
+    train = examples(args.task, args.archive, "train")
+    test = examples(args.task, args.archive, TESTED[args.task])
+    names = sorted({label for _, labels in train for label in labels})
+    number = {name: i for i, name in enumerate(names)}
+    # A slot of the test set that training never had cannot be right.
+    for _, labels in test:
+        labels[:] = [label if label in number else "O" for label in labels]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    kind = "Token" if args.task == "slots" else "Sequence"
+    model = getattr(transformers, f"AutoModelFor{kind}Classification").from_pretrained(
+        args.model, id2label=dict(enumerate(names)), label2id=number
+    )
+    rows = encoded(args.task, tokenizer, train, number)
+    asked = encoded(args.task, tokenizer, test, number)
+
+    epochs, size = args.epochs or EPOCHS[args.task], 32
+    steps = epochs * -(-len(rows) // size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
+    for epoch in range(epochs):
+        model.train()
+        # Like lengths within a thousand sentences, so that batches differ between epochs.
+        order = torch.randperm(len(rows)).tolist()
+        for first in range(0, len(order), 1024):
+            part = order[first : first + 1024]
+            for inputs, labels in batches(rows, size, part, tokenizer.pad_token_id):
+                with torch.autocast("cpu", torch.bfloat16):
+                    scores = model(**inputs).logits
+                loss = torch.nn.functional.cross_entropy(
+                    scores.float().flatten(0, -2), labels.flatten()
+                )
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        found = score(args.task, model, asked, tokenizer.pad_token_id, names)
+        print(f"epoch {epoch + 1}: {found:.4f} ({time.perf_counter() - started:.0f} s)", flush=True)
+    if args.out:
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+    report = {**vars(args), "epochs": epochs, "score": round(found, 4)}
+    print(json.dumps(report | {"seconds": round(time.perf_counter() - started)}))
+
+
+if __name__ == "__main__":
+    main()
