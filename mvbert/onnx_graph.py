@@ -202,7 +202,6 @@ def to_onnx(
     apart, together = whole(0, 0, A, H // A), whole(0, 0, H)
     # The label of a text comes from its first piece: the last layer makes no other.
     alone = labels is not None and labels.of_text and list(heads) == ["logits"]
-    start, end = whole(0), whole(1)
     for number in range(config.num_hidden_layers):
         layer = f"encoder.layers.{number}"
         weight, bias = value[f"{layer}.qkv.weight"].copy(), value[f"{layer}.qkv.bias"].copy()
@@ -218,8 +217,8 @@ def to_onnx(
             )
         )
         if alone and number == config.num_hidden_layers - 1:
-            query = graph("Slice", query, start, end, whole(2))
-            hidden = graph("Slice", hidden, start, end, whole(1))
+            query = graph("Slice", query, whole(0), whole(1), whole(2))
+            hidden = graph("Slice", hidden, whole(0), whole(1), whole(1))
         scores = graph("Add", graph("MatMul", query, key), absent)
         context = graph("MatMul", graph("Softmax", scores, axis=-1), values)
         context = graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), together)

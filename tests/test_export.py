@@ -101,6 +101,7 @@ def test_quantised_weights():
 def test_integer_products_fit_the_16_bits_of_old_processors():
     graph = onnx.load_from_string(onnx_graph.to_onnx(bert(), ["hidden", "logits"], True)).graph
     value = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    assert {*value} == {*value} & {name for node in graph.node for name in node.input}
     made_by = {node.output[0]: node for node in graph.node}
     products = [node for node in graph.node if node.op_type == "MatMulInteger"]
     assert len(products) == 2 * 4 + 2
