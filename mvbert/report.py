@@ -80,6 +80,7 @@ def run_info(folder: Path) -> dict[str, Json]:
         "heldout_last": evaluated[-1]["heldout"] if evaluated else None,
         "best_checkpoint": checkpoint.best(folder / "checkpoints"),
         "environment": run["environment"],
+        "resumed": run.get("resumed", []),
     }
 
 

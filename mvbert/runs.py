@@ -51,6 +51,16 @@ def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> Non
         )
 
 
+def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None:
+    """Adds to run.json that the run goes on from `step`, and in what it differs from its start."""
+    run = read_json_object(path)
+    first: Any = run.get("environment")
+    resumed: Any = run.setdefault("resumed", [])
+    changes = {name: value for name, value in environment.items() if first.get(name) != value}
+    resumed.append({"step": step, **changes})
+    write_json(path, run)
+
+
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Names of the settings in which two nested objects differ."""
     names: list[str] = []

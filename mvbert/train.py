@@ -33,6 +33,7 @@ from mvbert.ranks import Ranks, ranks
 from mvbert.runs import (
     Log,
     Stop,
+    describe_resume,
     describe_run,
     lock,
     make_folder,
@@ -189,6 +190,8 @@ class _Run:
                 f"from step {parts[0].end} on {part.config.rows} rows x {part.rows.T} pieces a step"
             )
         self._step, self._state = self._resume()
+        if self._state and self._step < config.steps:
+            among.first(lambda: describe_resume(out / "run.json", self._step, facts))
         self._left = [part for part in parts if self._step < part.end] or parts[-1:]
 
     def _resume(self) -> tuple[int, dict[str, Json]]:

@@ -235,6 +235,25 @@ def test_distillation_resumes_to_the_same_bits(stage2, tmp_path, assert_same_run
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
 
 
+def test_a_run_tells_with_what_it_went_on(stage2, tmp_path, monkeypatch):
+    description = {"stage": 2, **describe(STAGE2)}
+    with pytest.raises(Interrupted):
+        stage2(tmp_path, STAGE2, after={2: _terminate}, description=description)
+    assert report.run_info(tmp_path)["resumed"] == []
+    first = (tmp_path / "run.json").read_text()
+    monkeypatch.setattr(sys, "argv", ["mvbert", "train", "--max-hours", "1"])
+    with pytest.raises(Interrupted):
+        stage2(tmp_path, STAGE2, after={4: _terminate}, description=description)
+    stage2(tmp_path, STAGE2, description=description)
+    again = {"command": "mvbert train --max-hours 1"}
+    resumed = [{"step": 3, **again}, {"step": 5, **again}]
+    assert report.run_info(tmp_path)["resumed"] == resumed
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run == {**json.loads(first), "resumed": resumed}  # how it began stays
+    stage2(tmp_path, STAGE2, description=description)  # complete: nothing goes on
+    assert report.run_info(tmp_path)["resumed"] == resumed
+
+
 @pytest.mark.parametrize("stop_at", [3, 4, 5], ids=["before", "at", "after"])
 def test_longer_rows_late_resume_to_the_same_bits(stage2, tmp_path, stop_at, assert_same_run):
     """Stopped before, at and after step 4, where rows of 8 become half as many rows of 16."""
