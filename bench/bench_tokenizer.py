@@ -240,8 +240,7 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
     """Registers the worker's peer `name` for cases of `task`."""
 
     def make(case: Case, device: str) -> Worker:
-        if case.task != task:
-            raise harness.NotMeant
+        harness.only_if(case.task == task)
         python = sys.executable
         if name.startswith("TF Text"):
             if not TF_PYTHON.exists():

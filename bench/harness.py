@@ -38,7 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -66,6 +66,12 @@ class Skip(Exception):
 
 class NotMeant(Exception):
     """A provider does not do what this case asks: no record is made."""
+
+
+def only_if(meant: bool) -> None:
+    """Raises NotMeant unless the case is meant for a provider."""
+    if not meant:
+        raise NotMeant
 
 
 class Wrong(Exception):
@@ -318,40 +324,28 @@ def relative_errors(
     return {"errors": errors}
 
 
-def by_rows(part: Callable[..., Any], N: int, tensors: Iterable[Any]) -> list[Any]:
-    """A loss over N rows and its gradients in float64, 512 rows at a time.
-
-    `part(rows, *tensors)` is what the rows of a slice add to the loss.
-    """
-    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    total = 0.0
-    for begin in range(0, N, 512):
-        loss = part(slice(begin, begin + 512), *wide)
-        loss.backward()
-        total = loss.detach() + total
-    return [total, *(tensor.grad for tensor in wide)]
-
-
 def loss_errors(
-    case: Any,
-    part: Callable[..., Any],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    bound: float,
+    case: Any, part: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any], bound: float
 ) -> dict:
     """`relative_errors` of a loss over case.N rows and of the gradients of hidden, weight and bias.
 
     A peer without a bias has one output fewer: it is held to the problem without one.
 
     Args:
-        part: what the rows of a slice add to the loss; see `by_rows`.
+        part: `part(rows, *inputs)` is what the rows of a slice add to the loss.
         inputs: hidden, weight, bias.
     """
     count = len(outputs)
     names = ("loss", "hidden", "weight", "bias")[:count]
 
     def truth() -> list[Any]:
-        return by_rows(part, case.N, inputs[: count - 1])
+        wide = [x.detach().double().requires_grad_() for x in inputs[: count - 1]]
+        total = 0.0
+        for begin in range(0, case.N, 512):  # logits in float64, a few at a time
+            loss = part(slice(begin, begin + 512), *wide)
+            loss.backward()
+            total = loss.detach() + total
+        return [total, *(x.grad for x in wide)]
 
     facts = relative_errors((case, count), truth, outputs, dict.fromkeys(names, bound))
     return facts if "bias" in names else {**facts, "note": "no bias"}
@@ -440,8 +434,7 @@ class Settings:
         quick: fewer cases, shorter measurements.
         only: names of providers; empty: all.
         without: names of providers to leave out.
-        rounds: measurements of each provider; None: 30, or fewer where `budget` is short.
-        budget: seconds for the rounds of one case; None: 60, or 6 when quick.
+        budget: seconds for the rounds of one case, 5 to 30 of them; None: 60, or 6 when quick.
         toy: the first case alone, shrunk, two rounds: to see that everything runs.
     """
 
@@ -449,7 +442,6 @@ class Settings:
     quick: bool
     only: Sequence[str] = ()
     without: Sequence[str] = ()
-    rounds: int | None = None
     budget: float | None = None
     toy: bool = False
 
@@ -558,7 +550,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
     twice = 2 if device == "cuda" else 1
     per_round = twice * sum(entry.calls * entry.seconds for entry in entries)
     budget = how.budget or (6.0 if quick else 60.0)
-    turns = 2 if toy else how.rounds or max(5, min(30, int(budget / max(per_round, 1e-9))))
+    turns = 2 if toy else max(5, min(30, int(budget / max(per_round, 1e-9))))
 
     def sample(entry: Entry) -> None:
         entry.samples.append(measure(entry.run, copies, entry.calls, device))
@@ -707,23 +699,18 @@ def reason(record: dict) -> str:
 
 
 def summary(record: dict) -> str:
-    ms = record["ms"]
-    parts = [f"{ms['p50']:10.4g} ms ({ms['p20']:.4g} .. {ms['p80']:.4g})"]
-    if "items_s" in record:
-        parts.append(f"{record['items_s']:.4g} {record['unit']}/s")
-    if "tflop_s" in record:
-        parts.append(
-            f"{record['tflop_s']:.4g} of {record['ceiling']['matmul_tflop_s']:.4g} TFLOP/s"
-        )
-    if "gb_s" in record:
-        parts.append(f"{record['gb_s']:.4g} of {record['ceiling']['copy_gb_s']:.4g} GB/s")
-    if "times_floor" in record:
-        parts.append(f"{record['times_floor']:.3g} x floor")
-    if record.get("equal") is not None:
-        parts.append(f"{100 * record['equal']:.4g} % of texts equal")
-    if record.get("peak_mb") is not None:
-        parts.append(f"peak {record['peak_mb']:.4g} MB")
-    return "  ".join(parts)
+    parts = (
+        ("ms", "{ms[p50]:10.4g} ms ({ms[p20]:.4g} .. {ms[p80]:.4g})"),
+        ("items_s", "{items_s:.4g} {unit}/s"),
+        ("tflop_s", "{tflop_s:.4g} of {ceiling[matmul_tflop_s]:.4g} TFLOP/s"),
+        ("gb_s", "{gb_s:.4g} of {ceiling[copy_gb_s]:.4g} GB/s"),
+        ("times_floor", "{times_floor:.3g} x floor"),
+        ("equal", "{equal:.2%} of texts equal"),
+        ("peak_mb", "peak {peak_mb:.4g} MB"),
+    )
+    return "  ".join(
+        text.format_map(record) for name, text in parts if record.get(name) is not None
+    )
 
 
 def appender(output: Path | None, run: dict) -> Callable[[dict], None]:

@@ -54,7 +54,6 @@ def main() -> None:
         help="what to leave out",
     )  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="one small case: does it run at all?")
-    parser.add_argument("--rounds", type=int, help="measurements of each provider")
     parser.add_argument("--budget", type=float, help="seconds for the rounds of one case")
     parser.add_argument(
         "--output", type=Path, default=harness.RESULTS,
