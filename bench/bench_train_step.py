@@ -23,6 +23,17 @@ import harness
 import torch
 from torch import nn
 
+from mvbert import fuse
+from mvbert.config import ModelConfig, TrainConfig
+from mvbert.device import Device, give_memory_back, keep_memory
+from mvbert.encoder import compile_layers
+from mvbert.huggingface import to_hugging_face
+from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
+from mvbert.optim import make_optimizer
+from mvbert.ranks import Ranks
+from mvbert.speed import encoder_flops, head_flops
+from mvbert.step import CudaGraph, Losses, Step
+
 MASK_PROB = 0.15
 STUDENT = 4928  # pieces of the second vocabulary of `mvbert mixed`
 
@@ -45,9 +56,7 @@ class Case:
         return f"{self.name}: {self.L}x{self.H}, V = {self.V}, {self.B} x {self.T}"
 
     @property
-    def shape(self):
-        from mvbert.config import ModelConfig
-
+    def shape(self) -> ModelConfig:
         return ModelConfig(
             self.V, self.H, self.L, self.A, 4 * self.H,
             hidden_dropout_prob=self.dropout, attention_probs_dropout_prob=self.dropout,
@@ -99,8 +108,6 @@ def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
 
 def work(case: Case, device: str) -> harness.Work:
     """Model FLOPs as mvbert.speed counts them; every weight, gradient and moment moved once."""
-    from mvbert.speed import encoder_flops, head_flops
-
     pieces = case.B * case.T
     forward = encoder_flops(case.shape, case.T) + MASK_PROB * head_flops(case.shape, case.V)
     parameters = case.shape.encoder_parameters
@@ -108,19 +115,14 @@ def work(case: Case, device: str) -> harness.Work:
     return harness.Work(3 * pieces * forward, 4.0 * parameters * 10, pieces, "pieces")
 
 
-def start(case: Case):
-    """Our model at its initial weights, the same for everybody."""
-    from mvbert.model import MaskedLM
-
-    model = MaskedLM(case.shape)
+def start(model: MaskedLM) -> MaskedLM:
+    """The model at its initial weights, the same for everybody."""
     model.init_weights(0)
     model.pooler.requires_grad_(False)
     return model
 
 
-def config(case: Case):
-    from mvbert.config import TrainConfig
-
+def config(case: Case) -> TrainConfig:
     return TrainConfig(rows=case.B, lr=1e-4, steps=10**6, warmup=0.0, cuda_graph="auto")
 
 
@@ -133,9 +135,7 @@ def check(case: Case, x: dict, outputs) -> dict:
         return {}
 
     def truth() -> list[torch.Tensor]:
-        from mvbert.model import DeviceBatch
-
-        model = start(case).train().to(x["input_ids"].device)
+        model = start(MaskedLM(case.shape)).train().to(x["input_ids"].device)
         for module in model.modules():
             for name in ("dropout", "hidden_dropout", "attention_dropout"):
                 if hasattr(module, name):
@@ -207,8 +207,6 @@ class Apart:
 
 def serve(pipe, name: str, case: Case, threads: int) -> None:
     """Makes steps and times them until nobody asks any more."""
-    from mvbert.device import give_memory_back
-
     torch.set_num_threads(threads)
     try:
         copies = [inputs(case, "cpu", number) for number in range(4)]
@@ -233,8 +231,11 @@ class Mlm:
     """Masked language modelling as Stage II does it."""
 
     def __init__(self, case: Case) -> None:
-        self.model = start(case)
+        self.model = start(self.make(case))
         self.module = nn.ModuleDict({"model": self.model})
+
+    def make(self, case: Case) -> MaskedLM:
+        return MaskedLM(case.shape)
 
     def begin(self, step: int) -> None:
         pass
@@ -250,13 +251,8 @@ class Mlm:
 class MixedMlm(Mlm):
     """Masked language modelling over two vocabularies as Stage I does it."""
 
-    def __init__(self, case: Case) -> None:
-        from mvbert.model import MixedMaskedLM
-
-        self.model = MixedMaskedLM(case.shape, STUDENT, 256)
-        self.model.init_weights(0)
-        self.model.pooler.requires_grad_(False)
-        self.module = nn.ModuleDict({"model": self.model})
+    def make(self, case: Case) -> MixedMaskedLM:
+        return MixedMaskedLM(case.shape, STUDENT, 256)
 
     def losses(self, batch, masked):
         model = self.model
@@ -282,12 +278,6 @@ def ours(
     case: Case, device: str, kind: type[Mlm] = Mlm, compiled: bool = False, graph: bool = True
 ):
     """A step of mvbert's loop on given rows, as one CUDA graph where there is a GPU."""
-    from mvbert.device import Device, keep_memory
-    from mvbert.encoder import compile_layers
-    from mvbert.optim import make_optimizer
-    from mvbert.ranks import Ranks
-    from mvbert.step import CudaGraph, Losses, Step
-
     where = Device(torch.device(device), torch.bfloat16, "")
     graph = graph and device == "cuda"
     task = kind(case)
@@ -332,8 +322,7 @@ add("mvbert eager", ours, graph=False, devices=["cuda"])
 
 def mixed_step(case: Case, device: str):
     """Stage I's, half of the pieces the student's."""
-    if not case.name.startswith("Stage I,") and case.name != "Stage I":
-        raise harness.NotMeant
+    harness.only_if(not case.name.startswith("Stage II"))
     run = ours(case, device, MixedMlm)
     mixed = {}
 
@@ -367,10 +356,6 @@ def theirs(
     """The step of transformers' Trainer on given rows."""
     from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
-    from mvbert import fuse
-    from mvbert.device import keep_memory
-    from mvbert.huggingface import to_hugging_face
-
     shape = BertConfig(
         vocab_size=case.V, hidden_size=case.H, num_hidden_layers=case.L,
         num_attention_heads=case.A, intermediate_size=4 * case.H,
@@ -378,7 +363,7 @@ def theirs(
         attn_implementation="sdpa",
     )  # fmt: skip
     model = BertForMaskedLM(shape)
-    state = {n: p.detach() for n, p in start(case).named_parameters()}
+    state = {n: p.detach() for n, p in start(MaskedLM(case.shape)).named_parameters()}
     missing, _ = model.load_state_dict(to_hugging_face(state), strict=False)
     assert all("decoder" in name for name in missing), missing
     model.tie_weights()
