@@ -27,7 +27,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mvbert.kernels import launch, layer_norm, linear_cross_entropy, linear_kl, mixed_embedding
+from mvbert.kernels import (
+    launch,
+    layer_norm,
+    linear_cross_entropy,
+    linear_kl,
+    mixed_embedding,
+    relation_kl,
+)
 from mvbert.kernels.chunked import Need
 
 RECORD = Path(__file__).parent / "aot.json"
@@ -164,6 +171,10 @@ def layer_norm_case(N: int, H: int):
     layer_norm.residual_layer_norm_bwd(y, total, vector, mean, rstd, 0.1, seed, x.dtype, rounded)
 
 
+def relations_case(B: int, T: int, H: int, H_t: int, heads: int):
+    relation_kl.relation_kl(meta(B, T, 3 * H), meta(B, T, 3 * H_t), heads, True)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "loss N4096 H1024 V30522": lambda: cross_entropy_case(4096, 1024, 30522),
     "loss N16384 H768 V30522": lambda: cross_entropy_case(16384, 768, 30522),
@@ -185,6 +196,7 @@ CASES: dict[str, Callable[[], None]] = {
     "embedding B256 T128 H256 V4928": lambda: embedding_case(256, 128, 256, 0, 4928),
     "layer norm N32768 H1024": lambda: layer_norm_case(32768, 1024),
     "layer norm N32768 H256": lambda: layer_norm_case(32768, 256),
+    "relations B256 T128 H256 H_t1024 R32": lambda: relations_case(256, 128, 256, 1024, 32),
 }
 
 

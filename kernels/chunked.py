@@ -29,6 +29,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from mvbert.kernels.definitions import split_heads
+
 # Logits of one chunk in bytes. Large enough for the products to run at full speed (hundreds of
 # rows) and for the sum over chunks into dweight to stay a small part, small beside any model.
 CHUNK_BYTES = 32 << 20
@@ -36,6 +38,8 @@ CHUNK_BYTES = 32 << 20
 BLOCK_BYTES = 2 << 20
 # Columns of the vocabulary in one product.
 COLUMNS = 2048
+# Relations at a time: few on a CPU, so that they stay near the processor, many on a GPU.
+RELATIONS = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Tables from here on are not taken from the heap, where freed memory waits for the next of a size.
 LARGE_BYTES = 8 << 20
 
@@ -348,3 +352,33 @@ def sparse_kl(
         if need:
             linear.backward(at, x, z)
     return loss, *linear.gradients()
+
+
+def relation_kl(
+    student: Tensor,  # [B, T, 3 H_s]
+    teacher: Tensor,  # [B, T, 3 H_t]
+    heads: int,
+    need: bool,
+) -> tuple[Tensor, Tensor]:
+    """(sum over rows, positions, heads and the three [], its gradient [B, T, 3 H_s] or empty)."""
+    B, T, _ = student.shape
+    acc = accumulator_dtype(student.dtype)
+    student, teacher = student.contiguous(), teacher.contiguous()
+    gradient = torch.empty_like(student) if need else student.new_empty(0)
+    total = student.new_zeros((), dtype=acc)
+    step = max(1, RELATIONS[student.device.type] // max(1, 3 * heads * T * T))
+    for first in range(0, B, step):
+        rows = slice(first, first + step)
+        x, y = split_heads(student[rows], heads), split_heads(teacher[rows], heads)
+        log_p, log_q = (
+            (torch.matmul(z, z.transpose(-1, -2)).to(acc) * z.shape[-1] ** -0.5).log_softmax(-1)
+            for z in (x, y)
+        )
+        q = log_q.exp()
+        total += (q * (log_q - log_p)).sum()
+        if need:
+            # dL/dscores = p - q; a score x_i x_j belongs to both of its vectors.
+            slope = (log_p.exp_() - q) * x.shape[-1] ** -0.5
+            slope = (slope + slope.transpose(-1, -2)).to(x.dtype)
+            split_heads(gradient[rows], heads).copy_(torch.matmul(slope, x))
+    return total, gradient

@@ -147,6 +147,25 @@ def sparse_linear_kl_reference(
     return temperature**2 * (torch.special.xlogy(q, q) - q * picked).sum(1)
 
 
+def relation_kl_reference(
+    student: Tensor,  # [B, T, 3 H_s]
+    teacher: Tensor,  # [B, T, 3 H_t]
+    heads: int,
+) -> Tensor:
+    """KL between softmax(x x^T / sqrt(d)) of `heads` parts of queries, of keys, of values. -> []"""
+    log_p, log_q = (
+        F.log_softmax(upcast(x @ x.transpose(-1, -2)) * x.shape[-1] ** -0.5, -1)
+        for x in (split_heads(student, heads), split_heads(teacher.detach(), heads))
+    )
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
+
+def split_heads(qkv: Tensor, heads: int) -> Tensor:
+    """[B, T, 3 H] -> [3, B, heads, T, H / heads], a view."""
+    B, T, W = qkv.shape
+    return qkv.view(B, T, 3, heads, W // 3 // heads).permute(2, 0, 3, 1, 4)
+
+
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`hidden @ weight.T + bias` in the dtype of `hidden`."""
     return F.linear(

@@ -194,6 +194,20 @@ def flash_dweight_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int
     return blocks, blocks.pop("splits", max(1, min(8, splits, triton.cdiv(N, 64))))
 
 
+def relation_blocks(x: Tensor, shape: tuple[int, ...], width: int) -> dict[str, int]:
+    """Tile of relations between vectors padded to `width`; shape = (B, T, d_s, d_t).
+
+    Half a dozen tiles of float32 live at once: 64 x 64 spill, 64 x 32 take half of the registers.
+    """
+    if shape[1] < 64 or width > 256 or x.element_size() == 8:
+        rule = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    elif x.element_size() == 4:
+        rule = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    else:
+        rule = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    return chosen("relation_kl", x, shape, rule)
+
+
 def row_blocks(kernel: str, x: Tensor, N: int, H: int) -> dict[str, int]:
     """Rows a program reads at once, and warps: 8 values a thread, one 16-byte load in 16 bit."""
     block_h = max(8, triton.next_power_of_2(H))

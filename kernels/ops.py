@@ -25,7 +25,7 @@ CHECK_ON_GPU = False
 
 
 def _run(backend: str, loss: str, hidden: Tensor, *arguments):
-    """Calls the implementation of `loss` ("cross_entropy", "kl" or "sparse_kl").
+    """Calls the implementation of `loss` ("cross_entropy", "kl", "sparse_kl", "relation_kl").
 
     Autocast is off inside: the dtype of `hidden` already says what the products run in. Triton
     launches on the current device, which is therefore made that of `hidden`.
@@ -34,6 +34,8 @@ def _run(backend: str, loss: str, hidden: Tensor, *arguments):
         implementation = chunked
     elif loss == "cross_entropy":
         from mvbert.kernels import linear_cross_entropy as implementation
+    elif loss == "relation_kl":
+        from mvbert.kernels import relation_kl as implementation
     else:
         from mvbert.kernels import linear_kl as implementation
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
@@ -406,6 +408,40 @@ def sparse_linear_kl_rows_backward(
 
 
 _register_rows(sparse_linear_kl_rows, sparse_linear_kl_rows_backward)
+
+
+# ---- KL of attention relations -----------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::relation_kl_sum", mutates_args=())
+def relation_kl_sum(
+    student: Tensor,  # [B, T, 3 H_s]
+    teacher: Tensor,  # [B, T, 3 H_t]
+    heads: int,
+    need: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _run(backend, "relation_kl", student, teacher, heads, need)
+
+
+@relation_kl_sum.register_fake
+def _(student, teacher, heads, need, backend):
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    return _rows_like(student).new_empty(()), gradient if need else student.new_empty(0)
+
+
+def _save_relation_kl(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _relation_kl_backward(ctx, dtotal, *dgradients):
+    _refuse_second_order(dgradients)
+    gradient = None if dtotal is None else _scaled(*ctx.saved_tensors, dtotal)
+    return gradient, None, None, None, None
+
+
+relation_kl_sum.register_autograd(_relation_kl_backward, setup_context=_save_relation_kl)
 
 
 # ---- mixed embedding ---------------------------------------------------------------------------

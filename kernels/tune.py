@@ -23,7 +23,13 @@ import torch
 import triton
 from torch import Tensor
 
-from mvbert.kernels import launch, layer_norm, linear_cross_entropy, mixed_embedding
+from mvbert.kernels import (
+    launch,
+    layer_norm,
+    linear_cross_entropy,
+    mixed_embedding,
+    relation_kl,
+)
 from mvbert.kernels.chunked import Need
 from mvbert.kernels.linear import LinearRows, list_rows
 
@@ -43,14 +49,14 @@ class Case:
 
     kernel: str
     dtype: torch.dtype
-    shape: tuple[int, ...]  # N first
+    shape: tuple[int, ...]  # N, or B, first
     candidates: tuple[Blocks, ...]
     prepare: Callable[[], Run]
 
     @property
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        letters = {3: "NVH", 2: "NH"}[len(self.shape)]
+        letters = {4: "BTSD", 3: "NVH", 2: "NH"}[len(self.shape)]
         sizes = " ".join(f"{a}{b}" for a, b in zip(letters, self.shape, strict=True))
         return f"{self.kernel} {dtype} {sizes}"
 
@@ -84,6 +90,20 @@ FLASH = tuple(
         (128, 64, 8, 2),
         (128, 64, 8, 3),
         (128, 32, 8, 3),
+    )
+)
+RELATIONS = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+    for m, n, w, s in (
+        (64, 32, 4, 1),
+        (64, 32, 4, 2),
+        (128, 32, 8, 1),
+        (64, 64, 8, 1),
+        (64, 16, 4, 1),
+        (128, 32, 4, 1),
+        (128, 64, 8, 1),
+        (32, 32, 4, 1),
+        (32, 64, 4, 1),
     )
 )
 ELEMENTWISE = tuple(
@@ -281,6 +301,19 @@ def layer_norm_cases(N: int, H: int, dtype: torch.dtype, device: str):
     yield Case("layer_norm_bwd", r.dtype, (N, H), _rows(H, programs), backward)
 
 
+def relation_cases(B: int, T: int, H: int, H_t: int, R: int, dtype: torch.dtype, device: str):
+    generator = torch.Generator(device).manual_seed(0)
+    x, y = (
+        torch.randn(B, T, 3 * W, generator=generator, device=device).to(dtype) for W in (H, H_t)
+    )
+    shape = (B, T, H // R, H_t // R)
+
+    def gradient() -> Tensor:
+        return relation_kl.relation_kl(x, y, R, True)[1]
+
+    yield Case("relation_kl", dtype, shape, RELATIONS, lambda: gradient)
+
+
 def real_cases(device: str = "cuda") -> Iterator[Case]:
     """The shapes of the issue: BERT large and base, the demo's teacher, the student."""
     dtype = torch.bfloat16
@@ -293,6 +326,8 @@ def real_cases(device: str = "cuda") -> Iterator[Case]:
         for tables in (torch.float32, dtype):  # the first is what training has
             yield from embedding_cases(256, 128, H, V, tables, device)
         yield from layer_norm_cases(32768, H, dtype, device)
+    for H_t in (384, 768, 1024):
+        yield from relation_cases(256, 128, 256, H_t, 32, dtype, device)
 
 
 # ---- measuring ---------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -196,7 +195,7 @@ class Distillation(nn.Module):
             losses["hidden"] = torch.stack(errors).mean() * share
             sums["hidden_sum"] = losses["hidden"].detach()
         if "relations" in config.distill:
-            losses["relations"] = share * relation_kl(
+            losses["relations"] = share * functional.relation_kl(
                 taps.qkv[self._last], teacher_taps.qkv[self.relations_layer], config.relation_heads
             )
             sums["relations_sum"] = losses["relations"].detach()
@@ -306,76 +305,3 @@ def top_targets(
     logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)).float()
     values, ids = logits.topk(k, dim=1)
     return ids, (values / temperature).softmax(1)
-
-
-def relation_kl_reference(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
-    """The relation loss as it is defined: see relation_kl."""
-    total = student.new_zeros(())
-    for own, other in zip(_heads(student, heads), _heads(teacher.detach(), heads), strict=True):
-        log_p, log_q = (
-            (x @ x.transpose(-1, -2) * x.shape[-1] ** -0.5).log_softmax(-1) for x in (own, other)
-        )
-        total = total + (log_q.exp() * (log_q - log_p)).sum(-1).mean()
-    return total / 3
-
-
-def relation_kl(student: Tensor, teacher: Tensor, heads: int) -> Tensor:
-    """KL between the self-relations of queries, of keys and of values, in the mean.
-
-    Each of the three is cut into `heads` pieces x of width d; its relations are the rows of
-    softmax(x x^T / sqrt(d)), a distribution over the T positions for each of the T positions.
-
-    Neither relations nor their gradients are kept: both are made a few rows at a time.
-
-    Args:
-        student: [B, T, 3 H_s], query, key and value of a layer, one after the other.
-        teacher: [B, T, 3 H_t]; takes no gradient.
-        heads: R, a divisor of H_s and of H_t.
-
-    Returns:
-        [] float32 (float64 for float64): the mean over rows, positions, heads and the three.
-    """
-    return _RelationKl.apply(student.contiguous(), teacher.detach().contiguous(), heads)
-
-
-class _RelationKl(torch.autograd.Function):
-    # Relations at a time: few on a CPU, so that they stay near the processor, many on a GPU.
-    ELEMENTS: ClassVar = {"cpu": 1 << 22, "cuda": 1 << 27}
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, heads: int) -> Tensor:
-        B, T, _ = student.shape
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-        loss = student.new_zeros((), dtype=dtype)
-        need = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student) if need else None
-        count = 3 * B * T * heads
-        step = max(1, _RelationKl.ELEMENTS[student.device.type] // (3 * heads * T * T))
-        for first in range(0, B, step):
-            rows = slice(first, first + step)
-            x, y = _heads(student[rows], heads), _heads(teacher[rows], heads)
-            log_p, log_q = (
-                (torch.matmul(z, z.transpose(-1, -2)).to(dtype) * z.shape[-1] ** -0.5).log_softmax(
-                    -1
-                )
-                for z in (x, y)
-            )
-            q = log_q.exp()
-            loss += (q * (log_q - log_p)).sum() / count
-            if gradient is not None:
-                # dL/dscores = p - q; a score x_i x_j belongs to both of its vectors.
-                slope = (log_p.exp_() - q) * (x.shape[-1] ** -0.5 / count)
-                slope = (slope + slope.transpose(-1, -2)).to(x.dtype)
-                _heads(gradient[rows], heads).copy_(torch.matmul(slope, x))
-        ctx.gradient = gradient
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradient * upstream.to(ctx.gradient.dtype), None, None
-
-
-def _heads(qkv: Tensor, heads: int) -> Tensor:
-    """[B, T, 3 H] -> [3, B, heads, T, H / heads], a view."""
-    B, T, W = qkv.shape
-    return qkv.view(B, T, 3, heads, W // 3 // heads).permute(2, 0, 3, 1, 4)

@@ -38,6 +38,7 @@ __all__ = [
     "mixed_linear_cross_entropy",
     "project_rows",
     "project_table",
+    "relation_kl",
     "residual_layer_norm",
     "residual_layer_norm_twice",
     "sparse_linear_kl",
@@ -649,6 +650,46 @@ def sparse_linear_kl(
     return ops.sparse_linear_kl_sum(
         *inputs, target_ids, target_probs, scale, float(temperature), _need(*inputs), backend
     )[0]
+
+
+def relation_kl(student: Tensor, teacher: Tensor, heads: int, *, backend: str = "auto") -> Tensor:
+    """KL between the self-relations of queries, of keys and of values, in the mean.
+
+    Each of the three is cut into `heads` parts x of width d; its relations are the rows of
+    softmax(x x^T / sqrt(d)), a distribution over the T positions for each of the T positions. As
+    heads are re-cut, neither widths nor numbers of heads of the two models have to match. MiniLMv2:
+    Wang et al. 2021, arXiv 2012.15828.
+
+    Relations of all rows are never held together, nor are their gradients.
+
+    Args:
+        student: [B, T, 3 H_s], queries, keys and values of a layer, one after the other.
+        teacher: [B, T, 3 H_t]; has no gradient.
+        heads: R, a divisor of H_s and of H_t.
+        backend: see the module's first lines.
+
+    Returns:
+        [] float32 (float64 for float64 input): the mean over rows, positions, heads and the three.
+    """
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.ndim != 3 or not x.dtype.is_floating_point or heads < 1 or x.shape[2] % (3 * heads):
+            raise ValueError(
+                f"relation_kl needs {name} [B, T, 3 H] of floating point with H a multiple of "
+                f"heads = {heads}, got {_shape(x)} {x.dtype}"
+            )
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(
+            "relation_kl needs student and teacher of one B and one T, "
+            f"got {_shape(student)} and {_shape(teacher)}"
+        )
+    _check_device("relation_kl", "teacher", teacher, student)
+    backend = _backend(backend, student)
+    if backend == "reference":
+        return plain.relation_kl_reference(student, teacher, heads)
+    need = torch.is_grad_enabled() and student.requires_grad
+    total = ops.relation_kl_sum(student, teacher.detach(), heads, need, backend)[0]
+    B, T = student.shape[:2]
+    return total / max(3 * B * T * heads, 1)
 
 
 def _cross_entropy_rows(

@@ -92,6 +92,17 @@ def test_divergences(dtype, draw, check_against):
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize(("T", "H_t", "R"), [(128, 1024, 32), (100, 384, 32), (512, 768, 4)])
+def test_relations(T, H_t, R, dtype, draw, check_against):
+    teacher = draw(6, T, 3 * H_t, dtype=torch.float32, requires_grad=False)
+
+    def of(backend):
+        return lambda x: MF.relation_kl(x, teacher.to(x.dtype), R, backend=backend)
+
+    check_against(of("triton"), of("reference"), [draw(6, T, 3 * 256, dtype=dtype)])
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
 @pytest.mark.parametrize("H", [256, 768, 1024])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_mixed_embedding(H, deterministic, dtype, draw, check_against):

@@ -32,6 +32,14 @@ def test_losses(need, width, draw, device, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("need", [True, False])
+@pytest.mark.parametrize("backend", ["triton", "chunked"])
+def test_relations(need, backend, draw):
+    x, y = (draw(2, 5, 3 * H, dtype=torch.float32) for H in (8, 12))
+    arguments = (x, y.detach(), 4, need, backend)
+    torch.library.opcheck(ops.relation_kl_sum, arguments, test_utils=TESTS)
+
+
 @pytest.mark.parametrize("both", [False, True], ids=["one table", "two tables"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_embedding(both, dropout_p, draw, device):
