@@ -38,7 +38,9 @@ def attention(qkv: Tensor, attention_mask: Tensor | None, dropout_p: float) -> T
     """
     mask = None if attention_mask is None else attention_mask[:, None, None, :]
     if qkv.device.type != "cpu" or qkv.shape[3] > EXPLICIT_LENGTH:
-        query, key, value = qkv.unbind(0)
+        # Taken apart as [B, T, 3, A, d], so that backward, which puts the three gradients together
+        # in that order, need not copy them a second time for the product that made qkv.
+        query, key, value = (x.transpose(1, 2) for x in qkv.permute(1, 3, 0, 2, 4).unbind(2))
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout_p
         )
