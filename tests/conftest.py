@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +46,6 @@ else:
 
 # ---- memory that nobody wrote is poison ------------------------------------------------------
 
-POISON = 113  # integers have no NaN; an odd number far from 0 and 1 shows up in any comparison
-
 
 def _called_from_package() -> bool:
     """Whether the caller of the patched function is a module of mvbert."""
@@ -57,7 +56,9 @@ def _called_from_package() -> bool:
 def _poison_tensor(tensor):
     if tensor.is_floating_point() or tensor.is_complex():
         return tensor.fill_(float("nan"))
-    return tensor if tensor.dtype == torch.bool else tensor.fill_(POISON)
+    if tensor.dtype == torch.bool:
+        return tensor
+    return tensor.fill_(torch.iinfo(tensor.dtype).max // 2)
 
 
 def _poisoned_torch(original):
@@ -77,7 +78,7 @@ def _poisoned_numpy(original):
             if array.dtype.kind in "fc":
                 array.fill(float("nan"))
             elif array.dtype.kind in "iu":
-                array.fill(POISON)
+                array.fill(numpy.iinfo(array.dtype).max // 2)
         return array
 
     return allocate
@@ -85,9 +86,7 @@ def _poisoned_numpy(original):
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory():
-    """Fills `empty` memory asked for by the package with NaN: what is never written shows."""
-    import numpy
-
+    """The package's new memory holds NaN, or indices out of range: what is never written shows."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("empty", "empty_like"):
             patch.setattr(numpy, name, _poisoned_numpy(getattr(numpy, name)))

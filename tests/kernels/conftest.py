@@ -40,25 +40,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """New memory holds NaN, or an index out of any range: what a kernel forgets to write shows."""
-
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
-            if tensor.device.type == "meta" or tensor.dtype == torch.bool:
-                return tensor
-            real = tensor.is_floating_point()
-            return tensor.fill_(float("nan") if real else torch.iinfo(tensor.dtype).max // 2)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
-
-
 def _draw(*shape: int, dtype: torch.dtype, requires_grad: bool = True) -> torch.Tensor:
     """Standard normal values in steps of 1/256, representable in `dtype`.
 
