@@ -53,20 +53,12 @@ def test_atomic_write_gives_the_mode_that_open_gives(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_a_failure_while_writing_keeps_the_old_file(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_while_writing_keeps_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError):
-        write_half(path, RuntimeError())
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_an_interrupt_while_writing_keeps_the_old_file(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt):
-        write_half(path, KeyboardInterrupt())
+    with pytest.raises(error):
+        write_half(path, error())
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

@@ -259,15 +259,11 @@ def test_run_refuses_a_cased_teacher_for_an_uncased_corpus(corpus, tmp_path):
 # ---- real text --------------------------------------------------------------------------------
 
 
-def test_most_pieces_of_english_are_berts(shared_data, tmp_path):
-    files = [shared_data / "small-ccby.txt", shared_data / "small-pd.txt"]
-    for file in [*files, shared_data / "vocab.txt"]:
-        if not file.exists():
-            pytest.skip(f"no {file.name} in {shared_data}")
+def test_most_pieces_of_english_are_berts(shared_file, tmp_path):
+    files = [shared_file(name) for name in ("small-ccby.txt", "small-pd.txt")]
+    teacher = shared_file("vocab.txt")
     build_corpus(files, tmp_path / "corpus")
-    report = run_vocab(
-        tmp_path / "corpus", tmp_path / "vocab.txt", 4928, teacher=shared_data / "vocab.txt"
-    )
+    report = run_vocab(tmp_path / "corpus", tmp_path / "vocab.txt", 4928, teacher=teacher)
     # 92.5 %, 1.2046 and 0.03 % when this was written; 92 % is the aim.
     assert report["teacher"]["shared_share"] >= 0.92
     assert report["pieces_per_word"] < 1.21

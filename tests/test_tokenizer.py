@@ -21,7 +21,7 @@ from mvbert import _tokenizer
 from mvbert import vocab as vocab_module
 from mvbert.errors import InputError
 from mvbert.mixing import drawn, threshold
-from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer, save_tokenizer_files
+from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
 from mvbert.vocab import SPECIAL_PIECES, Vocab
 from mvbert.wordpiece import basic_split, wordpiece
 
@@ -713,10 +713,3 @@ def test_core_refuses_special_pieces_with_spaces():
     for special in ([("a b", 0)], [("", 0)], [("x", 2)], [("x", -1)]):
         with pytest.raises(ValueError, match="special piece"):
             _tokenizer.Tokenizer(lowercase=True, teacher=wordpiece_, special=special)
-
-
-def test_save_is_atomic(tmp_path):
-    save_tokenizer_files(Vocab(PIECES), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-    ]  # fmt: skip

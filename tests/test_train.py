@@ -574,7 +574,7 @@ def test_a_kill_anywhere_in_saving_changes_no_bit(stage2, in_child, tmp_path, as
 # ---- it refuses -----------------------------------------------------------------------------
 
 
-def test_another_curvesfolder_is_refused(stage1, tmp_path):
+def test_a_folder_of_another_run_is_refused(stage1, tmp_path):
     stage1(tmp_path)
     with pytest.raises(InputError, match=r"other settings \(train\.lr: 0\.001 there, 0\.5 now\)"):
         stage1(tmp_path, replace(STAGE1, lr=0.5))

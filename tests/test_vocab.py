@@ -51,6 +51,7 @@ def test_folder(tmp_path, lowercase):
     paths = save_tokenizer_files(vocab, tmp_path / "model")
     assert [path.name for path in paths] == ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
     folder = tmp_path / "model"
+    assert {*folder.iterdir()} == {*paths}
     assert Vocab.load(folder) == vocab
     assert Vocab.load(folder / "vocab.txt") == vocab
     assert Vocab.load(folder / "tokenizer.json") == vocab

@@ -3,6 +3,7 @@
 import io
 import lzma
 import random
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -136,26 +137,9 @@ def random_text(random_, alphabets) -> str:
 
 
 @pytest.fixture(scope="module")
-def alphabets():
-    """Characters that make normal forms hard, and ordinary ones."""
-    classes = {item.split(":")[0] for item in unicode_tables.COMBINING.split()}
-    assert len(classes) > 50
-    marks = [chr(c) for c in range(0x110000) if unicodedata.combining(chr(c))]
-    decomposed = [
-        chr(c) for c in range(0x110000)
-        if unicodedata.decomposition(chr(c)) and "<" not in unicodedata.decomposition(chr(c))
-    ]  # fmt: skip
-    return [
-        marks,
-        [mark for mark in marks if unicodedata.category(mark) != "Mn"],
-        decomposed,
-        [part for char in decomposed for part in unicodedata.normalize("NFD", char)],
-        [chr(c) for c in (*range(0x1100, 0x1200), *range(0xAC00, 0xAD00))],
-        list("<>=,.-' \u200b\u00ad\t\n\x00\x0b\u3000\u2028!aAeéÉσΣς"),
-        [chr(c) for c in range(32, 127)],
-        [chr(c) for c in range(0x3000)],
-        [chr(c) for c in range(0x110000)],
-    ]
+def alphabets(root):
+    """Those of the differential fuzzer."""
+    return runpy.run_path(str(root / "tests" / "fuzz_tokenizer.py"))["alphabets"]()
 
 
 def test_random_text(alphabets):
