@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from tables import median
+from tables import NOT_OF_CCE, median
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -50,7 +50,7 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     options = ["--device", "cuda" if cuda else "cpu", "--quick"]
     options += ["--output", str(out / "results.jsonl")]
     # That one is plain PyTorch compiled, as another provider is: half a minute for nothing.
-    options += ["--toy", "--only", *providers] if toy else ["--without", "CCE torch_compile"]
+    options += ["--toy", "--only", *providers] if toy else ["--without", NOT_OF_CCE]
 
     def bench(*names: str) -> list[str]:
         return [PYTHON, "bench/run.py", *names, *options]
@@ -101,8 +101,9 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
             *small,
         ]  # fmt: skip
     text = "prepare text and teachers"
-    # The dry run builds beside the tree: other tests may be using the module that lies there.
-    aside = ["--build-lib", str(work / "lib"), "--build-temp", str(work / "temp")]
+    # The dry run builds beside the tree, where other tests may be using the module; once.
+    beside = ROOT / "build" / f"dry-run-{sys.implementation.cache_tag}"
+    aside = ["--build-lib", str(beside / "lib"), "--build-temp", str(beside / "temp")]
     place = aside if toy else ["--inplace"]
     untimed = [
         Part("build", [PYTHON, "setup.py", "build_ext", *place], 120, timed=False),
@@ -211,51 +212,54 @@ def at_least(what: str, limit: float, value: float | None) -> Target:
     return Target(what, f">= {limit:g}", value, value is not None and value >= limit)
 
 
+def loss_targets(name: str, ours: dict, peers: dict[str, float]) -> list[Target]:
+    """Of a loss: `peers` says how many times as long as ours they take."""
+    N, V, H = (ours["fields"][letter] for letter in "NVH")
+    narrow = (V, H) == (4928, 256)
+    best = min(peers.values(), default=None)
+    rows = []
+    if V == 30522 and H >= 768 and N >= 4096:
+        rows.append(at_most(f"{name}: x floor", 1.36, ours.get("times_floor")))
+        rows.append(at_least(f"{name}: x faster than best peer", 1.15, best))
+        kernels = [p for p in peers if p.startswith(("Liger", "CCE")) and p != NOT_OF_CCE]
+        slow = min((peers[p] for p in kernels), default=None)
+        rows.append(at_least(f"{name}: x faster than Liger, CCE", 2, slow))
+    elif narrow and N >= 16384:
+        rows.append(at_most(f"{name}: x floor", 2.2, ours.get("times_floor")))
+        rows.append(at_least(f"{name}: x faster than best peer", 1.3, best))
+    if ours.get("peak_mb") is not None:
+        # Gradients, their float32 sums, and the buffer: 8,192 rows of logits at most.
+        gradients = (N * H + V * H + V) * (2 + 4) / 1e6
+        buffer = 0.0 if narrow else min(N, 8192) * (V + 64) * 2 / 1e6
+        rows.append(at_most(f"{name}: peak MB", round(gradients + buffer), ours["peak_mb"]))
+    return rows
+
+
+def embedding_targets(name: str, ours: dict, peers: dict[str, float]) -> list[Target]:
+    share = ours["gb_s"] / ours["ceiling"]["copy_gb_s"]
+    rows = [at_least(f"{name}: of copy bandwidth", 0.85, share)]
+    for kind, names, goal in (
+        ("eager", ("eager", "HF"), 5), ("torch.compile", "torch.compile", 1),
+    ):  # fmt: skip
+        value = min((v for p, v in peers.items() if p.startswith(names)), default=None)
+        rows.append(at_least(f"{name}: x faster than {kind}", goal, value))
+    return rows
+
+
 def targets(out: Path) -> list[Target]:
     """The table: speed against the measured floor and against every peer, memory, training."""
-    rows: list[Target] = []
     file = out / "results.jsonl"
     timed: dict[tuple, dict[str, dict]] = {}
     for record in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         if "ms" in record:
             timed.setdefault((record["bench"], record["case"]), {})[record["provider"]] = record
+    rows: list[Target] = []
+    aims = {"loss": loss_targets, "embedding": embedding_targets}
     for (bench, case), found in timed.items():
-        ours = found.get("mvbert")
-        fields = ours["fields"] if ours else {}
-        if ours is None or bench not in ("loss", "embedding"):
-            continue
-        name = f"{bench} {case}"
-        peers = {
-            p: median(r) / median(ours) for p, r in found.items() if not p.startswith("mvbert")
-        }
-        best = min(peers.values(), default=None)
-        if bench == "loss":
-            V, H, N = fields["V"], fields["H"], fields["N"]
-            narrow = (V, H) == (4928, 256)
-            if V == 30522 and H >= 768 and N >= 4096:
-                rows.append(at_most(f"{name}: x floor", 1.36, ours.get("times_floor")))
-                rows.append(at_least(f"{name}: x faster than best peer", 1.15, best))
-                kernels = [p for p in peers if p.startswith(("Liger", "CCE"))]
-                slow = [peers[p] for p in kernels if p != "CCE torch_compile"]
-                rows.append(
-                    at_least(f"{name}: x faster than Liger, CCE", 2, min(slow, default=None))
-                )
-            elif narrow and N >= 16384:
-                rows.append(at_most(f"{name}: x floor", 2.2, ours.get("times_floor")))
-                rows.append(at_least(f"{name}: x faster than best peer", 1.3, best))
-            if ours.get("peak_mb") is not None:
-                # Gradients, their float32 sums, and the buffer: 8,192 rows of logits at most.
-                gradients = (N * H + V * H + V) * (2 + 4) / 1e6
-                buffer = 0.0 if narrow else min(N, 8192) * (V + 64) * 2 / 1e6
-                rows.append(at_most(f"{name}: peak MB", round(gradients + buffer), ours["peak_mb"]))
-        else:
-            share = ours["gb_s"] / ours["ceiling"]["copy_gb_s"]
-            rows.append(at_least(f"{name}: of copy bandwidth", 0.85, share))
-            for kind, names, goal in (
-                ("eager", ("eager", "HF"), 5), ("torch.compile", "torch.compile", 1),
-            ):  # fmt: skip
-                value = min((v for p, v in peers.items() if p.startswith(names)), default=None)
-                rows.append(at_least(f"{name}: x faster than {kind}", goal, value))
+        if bench in aims and "mvbert" in found:
+            own = median(found["mvbert"])
+            peers = {p: median(r) / own for p, r in found.items() if not p.startswith("mvbert")}
+            rows += aims[bench](f"{bench} {case}", found["mvbert"], peers)
     for stage, goals in (("2", (5e6, 9e6)), ("2-compiled", (5e6, 9e6)), ("1", (0.24e6,))):
         file = out / f"stage{stage}.json"
         facts = json.loads(file.read_text()) if file.exists() else {}
@@ -301,6 +305,44 @@ def device() -> tuple[bool, str]:
     return answer[0] == "1", answer[1].strip()
 
 
+def environment(site: Path) -> dict[str, str]:
+    """What the parts run in: they find the package, by a link in the folder `site`, and no more.
+
+    With the root on the path, its folder kernels/ would be taken for Hugging Face's package.
+    """
+    site.mkdir()
+    (site / "mvbert").symlink_to(ROOT / "mvbert")
+    before = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(site), *filter(None, [before])])
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+
+
+def report(out: Path, name: str, dry_run: bool, outcomes: list[Outcome]) -> None:
+    """Prints what came out on device `name`; adds it to log.txt, writes summary.json."""
+    rows = targets(out)
+    parts = [[o.part.name, o.state, f"{o.seconds:.0f}"] for o in outcomes]
+    told = [
+        f"{name}, {time.strftime('%Y-%m-%d')}" + (", dry run" if dry_run else ""),
+        table([["part", "state", "seconds"], *parts]),
+        top_kernels(out),
+        table([["target", "aim", "measured", ""], *(row.row() for row in rows)]),
+    ]
+    summary = "\n\n".join(filter(None, told))
+    print("\n" + summary)
+    with (out / "log.txt").open("a", encoding="utf-8") as log:
+        log.write("\n" + summary + "\n")
+    facts = {
+        "device": name,
+        "dry_run": dry_run,
+        "parts": [
+            {"name": o.part.name, "state": o.state, "seconds": round(o.seconds, 1)}
+            for o in outcomes
+        ],
+        "targets": [vars(row) for row in rows],
+    }
+    (out / "summary.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench/gpu_check.sh", description=__doc__)
     default = ROOT / "bench" / "results" / "scratch" / "gpu"
@@ -332,14 +374,7 @@ def main() -> None:
     if not args.dry_run and os.access(MEMORY, os.W_OK):
         place = MEMORY if shutil.disk_usage(MEMORY).free > 32 << 30 else None
     work = Path(tempfile.mkdtemp(prefix="mvbert-gpu-", dir=place))
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    # The package alone: with the root on the path, its folder kernels/ would be taken for Hugging
-    # Face's package of that name.
-    site = work / "site"
-    site.mkdir()
-    (site / "mvbert").symlink_to(ROOT / "mvbert")
-    before = os.environ.get("PYTHONPATH")
-    env["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [before])])
+    env = environment(work / "site")
     outcomes: list[Outcome] = []
     turn = threading.Lock()
 
@@ -379,32 +414,7 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     outcomes.sort(key=lambda outcome: chosen.index(outcome.part))
-    rows = targets(out)
-    title = f"{name}, {time.strftime('%Y-%m-%d')}" + (", dry run" if args.dry_run else "")
-    summary = "\n\n".join(
-        text
-        for text in (
-            title,
-            table([["part", "state", "seconds"]]
-                  + [[o.part.name, o.state, f"{o.seconds:.0f}"] for o in outcomes]),
-            top_kernels(out),
-            table([["target", "aim", "measured", ""], *(row.row() for row in rows)]),
-        )
-        if text
-    )  # fmt: skip
-    print("\n" + summary)
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
-        log.write("\n" + summary + "\n")
-    facts = {
-        "device": name,
-        "dry_run": args.dry_run,
-        "parts": [
-            {"name": o.part.name, "state": o.state, "seconds": round(o.seconds, 1)}
-            for o in outcomes
-        ],
-        "targets": [vars(row) for row in rows],
-    }
-    (out / "summary.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    report(out, name, args.dry_run, outcomes)
     bad = [o.part.name for o in outcomes if o.state in ("failed", "late")]
     if bad:
         sys.exit(f"not whole: {', '.join(bad)}")
