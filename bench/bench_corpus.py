@@ -50,15 +50,8 @@ class Text:
 
 
 @cache
-def text(megabytes: float | None = None) -> Text:
-    """The text, or its first lines of that size."""
-    if megabytes is not None:
-        whole = text()
-        path = harness.folder("corpus") / f"{megabytes:g}.txt"
-        with whole.path.open("rb") as source:
-            start = source.read(int(megabytes * 1e6))
-        path.write_bytes(start[: start.rindex(b"\n") + 1])
-        return Text(whole.name, path)
+def text() -> Text:
+    """The whole text."""
     path = harness.folder("corpus") / "text.txt"
     packed = [harness.DATA / f"wiki-train-0{i}.txt.xz" for i in range(2)]
     if all(part.exists() for part in packed):
@@ -74,6 +67,16 @@ def text(megabytes: float | None = None) -> Text:
 
 
 @cache
+def beginning(megabytes: float) -> Text:
+    """The text's first lines, so many megabytes if it has them."""
+    path = harness.folder("corpus") / f"{megabytes:g}.txt"
+    with text().path.open("rb") as source:
+        start = source.read(int(megabytes * 1e6))
+    path.write_bytes(start[: start.rindex(b"\n") + 1])
+    return Text(text().name, path)
+
+
+@cache
 def teacher_vocab() -> Path:
     """The teacher's vocab.txt."""
     shared = harness.DATA / "vocab.txt"
@@ -86,11 +89,12 @@ def teacher_vocab() -> Path:
 
 @cache
 def corpus(megabytes: float | None = None):
-    """The text as an opened corpus, nothing held out."""
+    """The text, or its beginning, as an opened corpus, nothing held out."""
     from mvbert.corpus import Corpus, build_corpus
 
     out = harness.folder("corpus") / f"corpus-{megabytes}"
-    build_corpus([text(megabytes).path], out, heldout_share=0.0)
+    source = beginning(megabytes) if megabytes else text()
+    build_corpus([source.path], out, heldout_share=0.0)
     return Corpus.open(out)
 
 
@@ -112,7 +116,7 @@ BENCH = harness.Bench(
 
 def on_part(run, megabytes: float):
     """`run` of the first megabytes; the harness counts it as that share of the work."""
-    part = text(min(megabytes, text().megabytes))
+    part = beginning(megabytes)
 
     def call(x: Text):
         return run(part)
@@ -148,7 +152,7 @@ def _(case: Case, device: str):
     from mvbert.wordpiece import basic_split
 
     some = corpus(0.2)
-    wanted = collections.Counter(basic_split(text(0.2).path.read_text(encoding="utf-8")))
+    wanted = collections.Counter(basic_split(beginning(0.2).path.read_text(encoding="utf-8")))
     words = zip(islice(some.words, 1, None), some.counts[1:], strict=True)
     if wanted != {word.decode(): int(count) for word, count in words}:
         raise harness.Wrong("the words are not those of the plain definition")

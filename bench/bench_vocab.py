@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import harness
-from bench_corpus import corpus, teacher_vocab, text
+from bench_corpus import beginning, corpus, teacher_vocab
 
 from mvbert import learner_reference
 from mvbert.learner import learn_vocab, vocab_report
@@ -40,15 +40,11 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [Case(32.0, 4928, 1), Case(32.0, 4928, 2), Case(210.0, 4928, 2), Case(210.0, 30522, 2)]
 
 
-def of_case(case: Case):
-    return corpus(min(case.megabytes, text().megabytes))
-
-
 def check(case: Case, x, pieces: list[str]) -> dict:
     """What the vocabulary is worth."""
     if len(pieces) != case.size:
         raise harness.Wrong(f"{len(pieces)} pieces, not {case.size}")
-    words = of_case(case)
+    words = corpus(case.megabytes)
     report = vocab_report(pieces, words.words, words.counts, Vocab.load(teacher_vocab()))
     keys = ("alphabet", "pieces_per_word", "whole_words", "unknown", "never_used")
     return {
@@ -64,7 +60,7 @@ BENCH = harness.Bench(
     cases=cases,
     inputs=lambda case, device, copy: None,
     work=lambda case, device: harness.Work(
-        items=len(of_case(case).words) / 1e3, unit="K distinct words"
+        items=len(corpus(case.megabytes).words) / 1e3, unit="K distinct words"
     ),
     check=check,
     memory=False,
@@ -78,7 +74,7 @@ def learned(case: Case, device: str, learner: str) -> Callable:
         check_definition()
     else:
         harness.only_if(case.threads == 1)
-    words = of_case(case)
+    words = corpus(case.megabytes)
 
     def run(x) -> list[str]:
         return learn_vocab(
@@ -111,9 +107,10 @@ def _(case: Case, device: str):
     harness.only_if(case.threads == 1)
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    first = learn_vocab(of_case(case).words, of_case(case).counts, case.size)
+    words = corpus(case.megabytes)
+    first = learn_vocab(words.words, words.counts, case.size)
     characters = {p.removeprefix("##") for p in first if len(p.removeprefix("##")) == 1}
-    path = text(min(case.megabytes, text().megabytes)).path
+    path = beginning(case.megabytes).path
 
     def run(x) -> list[str]:
         tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))

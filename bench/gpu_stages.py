@@ -148,7 +148,7 @@ def profile(work: Path, stage: int, toy: bool) -> dict:
     return {"stage": stage, "steps": steps, "us": round(total), "top": top}
 
 
-def main_() -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("prepare", "train", "profile"))
     parser.add_argument("work", type=Path)
@@ -176,4 +176,4 @@ def main_() -> None:
 
 if __name__ == "__main__":
     os.chdir(ROOT)
-    main_()
+    main()
