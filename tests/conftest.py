@@ -1,5 +1,6 @@
 """What every test shares: a clean import path, poisoned memory, real data, tiny inputs."""
 
+import json
 import os
 import signal
 import sys
@@ -282,6 +283,56 @@ def corpus(training_inputs):
     from mvbert.corpus import Corpus
 
     return Corpus.open(training_inputs / "corpus")
+
+
+# ---- the command line ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command_line(capfd):
+    """A function that runs a command line in this process: (exit code, stdout, stderr)."""
+    from mvbert import cli
+
+    def run(*command) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            code = cli.main([str(part) for part in command])
+        except SystemExit as stop:  # wrong options leave through the option parser
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def verb(command_line):
+    """A function that runs a command line; returns its report and what it says on the way."""
+
+    def run(*command) -> tuple[dict, str]:
+        code, out, err = command_line(*command)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1]), err
+
+    return run
+
+
+@pytest.fixture
+def refused(command_line):
+    """A function that asserts a refusal in one sentence that holds every text named."""
+
+    def check(command: list, *named) -> str:
+        code, out, err = command_line(*command)
+        assert code == 2, f"exit code {code}\n{out}\n{err}"
+        assert "Traceback" not in out + err
+        assert not out.strip(), "a refusal has no result"
+        lines = err.strip().splitlines()
+        assert lines[-1].startswith("mvbert: error: "), err
+        assert sum(line.startswith("mvbert: error:") for line in lines) == 1
+        for text in named:
+            assert str(text) in lines[-1], f"{text!r} is not in: {lines[-1]}"
+        return lines[-1]
+
+    return check
 
 
 # ---- what a run leaves -----------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """`mvbert eval` says of a model what the run that made it and a study say."""
 
-import json
 import math
 import shutil
 
@@ -11,28 +10,28 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvbert import cli, runs
+from mvbert import runs
 from mvbert.corpus import Corpus
 from mvbert.device import Device
 from mvbert.huggingface import load_masked_lm, load_vocab
 from mvbert.measures import ask, bits_per_word, choose_words
 
-
-def evaluate(capfd, model, corpus, *more) -> dict:
-    command = ["eval", model, "--corpus", corpus, "--row.length", "16", "--eval-rows", "8"]
-    command += ["--device", "cpu", "--threads", "1", *more]
-    assert cli.main([str(part) for part in command]) == 0
-    return json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+ROWS = ("--row.length", 16, "--eval-rows", 8, "--device", "cpu", "--threads", 1)
 
 
-def test_it_says_what_the_run_said(training_inputs, tmp_path, capfd):
+@pytest.fixture
+def evaluate(verb):
+    """A function that evaluates a model on a corpus; returns the report."""
+    return lambda model, corpus, *more: verb("eval", model, "--corpus", corpus, *ROWS, *more)[0]
+
+
+def test_it_says_what_the_run_said(training_inputs, tmp_path, evaluate, verb):
     corpus, out = training_inputs / "corpus", tmp_path / "run"
-    command = ["train", "--stage", "2", "--corpus", corpus, "--stage1", training_inputs / "stage1",
-               "-o", out, "--shape", "1x64", "--steps", "3", "--rows", "4", "--eval-rows", "8",
-               "--row.length", "16", "--device", "cpu", "--threads", "1"]  # fmt: skip
-    assert cli.main([str(part) for part in command]) == 0
-    capfd.readouterr()
-    report = evaluate(capfd, out, corpus, "--words", "20", "--context", "3")
+    verb(
+        "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
+        "-o", out, "--shape", "1x64", "--steps", 3, "--rows", 4, *ROWS,
+    )  # fmt: skip
+    report = evaluate(out, corpus, "--words", 20, "--context", 3)
     said = [line["heldout"] for line in runs.read_log(out) if "heldout" in line][-1]
     assert report["loss"] == pytest.approx(said["loss"], rel=1e-6)  # rows of a pass differ
     assert report["accuracy"] == said["accuracy"]
@@ -46,15 +45,13 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, capfd):
     words = ask(opened.heldout, cut, places, 3, 16)
     float32 = Device(torch.device("cpu"), None, "")
     wanted = bits_per_word(model, vocab.pad, words, float32)["bits_per_word"]
-    report = evaluate(
-        capfd, out / "model", corpus, "--words", "20", "--context", "3", "--dtype", "float32"
-    )
+    report = evaluate(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
     assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-9)
     assert report["words_asked"] == words.count
 
 
-def test_a_teacher_is_asked_in_its_own_pieces(training_inputs, capfd, teacher_vocab):
-    report = evaluate(capfd, training_inputs / "teacher", training_inputs / "corpus", "--words", 0)
+def test_a_teacher_is_asked_in_its_own_pieces(training_inputs, evaluate, teacher_vocab):
+    report = evaluate(training_inputs / "teacher", training_inputs / "corpus", "--words", 0)
     assert report["vocab"] == teacher_vocab.size
     assert abs(report["loss"] - math.log(teacher_vocab.size)) < 1  # it never trained
     assert "bits_per_word" not in report
@@ -71,18 +68,17 @@ def headless(training_inputs, tmp_path):
     return folder
 
 
-def test_a_sentence_encoder_has_only_the_probe(headless, training_inputs, tmp_path, capfd):
+def test_a_sentence_encoder_has_only_the_probe(
+    headless, training_inputs, tmp_path, evaluate, refused
+):
     (tmp_path / "sst2").mkdir()
     lines = [f"{word} old river\t{label}" for word, label in (("great", 1), ("small", 0))] * 8
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / "sst2" / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
     corpus = training_inputs / "corpus"
-    report = evaluate(capfd, headless, corpus, "--sst2", tmp_path / "sst2")
+    report = evaluate(headless, corpus, "--sst2", tmp_path / "sst2")
     assert report["sst2"] == 1.0
     assert "loss" not in report
-    for command in (
-        ["eval", headless, "--corpus", corpus, "--row.length", "16"],
-        ["export", headless, "--head", "logits", "-o", tmp_path / "out"],
-    ):
-        assert cli.main([str(part) for part in command]) == 2
-        assert "no masked-language-model head" in capfd.readouterr().err
+    refused(["eval", headless, "--corpus", corpus], "no masked-language-model head")
+    out = tmp_path / "out"
+    refused(["export", headless, "--head", "logits", "-o", out], "no head for masked language")

@@ -16,7 +16,7 @@ import onnx
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvbert import cli, export, onnx_graph
+from mvbert import export, onnx_graph
 from mvbert.config import ModelConfig
 from mvbert.model import MaskedLM
 
@@ -110,14 +110,12 @@ def test_integer_products_fit_the_16_bits_of_old_processors():
         assert 2 * 255 * int(np.abs(value[source].astype(int)).max()) <= 2**15 - 1
 
 
-def test_the_verb(training_inputs, tmp_path, capfd):
+def test_the_verb(training_inputs, tmp_path, verb, refused):
     transformers = pytest.importorskip("transformers")
     bert, out = training_inputs / "teacher", tmp_path / "out"
     command = ["export", bert, "-o", out, "--int8", "--head", "logits", "hidden",
                "--corpus", training_inputs / "corpus"]  # fmt: skip
-    assert cli.main([str(part) for part in command]) == 0
-    shown = capfd.readouterr()
-    report = json.loads(shown.out.strip().splitlines()[-1])
+    report, shown = verb(*command)
     assert report["outputs"] == ["last_hidden_state", "logits"]
     assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {
         "onnx/model.onnx", "onnx/model_quantized.onnx", "config.json", "vocab.txt",
@@ -125,7 +123,7 @@ def test_the_verb(training_inputs, tmp_path, capfd):
     }  # fmt: skip
     for file, facts in report["files"].items():
         assert facts["bytes"] == (out / file).stat().st_size
-        assert f"{file}: {facts['bytes'] / 1e6:.2f} MB" in shown.err
+        assert f"{file}: {facts['bytes'] / 1e6:.2f} MB" in shown
         assert facts["masked"] > 0
     exact, int8 = report["files"].values()
     assert exact["same_top1"] == 1
@@ -145,8 +143,7 @@ def test_the_verb(training_inputs, tmp_path, capfd):
     assert distance(found["logits"][counts], wanted[counts]) < 1e-5
     assert transformers.AutoConfig.from_pretrained(out).hidden_size == 32
 
-    assert cli.main([str(part) for part in command]) == 2  # it is there already
-    assert "exists and is not empty" in capfd.readouterr().err
+    refused(command, "exists and is not empty")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +151,7 @@ def test_the_verb(training_inputs, tmp_path, capfd):
     [("SequenceClassification", 3), ("SequenceClassification", 1), ("TokenClassification", 5),
      ("QuestionAnswering", 2)],
 )  # fmt: skip
-def test_a_fine_tuned_bert_gives_its_labels(name, count, training_inputs, tmp_path, capfd):
+def test_a_fine_tuned_bert_gives_its_labels(name, count, training_inputs, tmp_path, verb):
     transformers = pytest.importorskip("transformers")
     folder, out = training_inputs / "teacher", tmp_path / "out"
     config = transformers.AutoConfig.from_pretrained(folder, num_labels=count)
@@ -167,10 +164,8 @@ def test_a_fine_tuned_bert_gives_its_labels(name, count, training_inputs, tmp_pa
     model.save_pretrained(tmp_path / "tuned")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(tmp_path / "tuned")
-    command = ["export", tmp_path / "tuned", "-o", out, "--int8",
-               "--corpus", training_inputs / "corpus"]  # fmt: skip
-    assert cli.main([str(part) for part in command]) == 0
-    report = json.loads(capfd.readouterr().out.strip().splitlines()[-1])
+    corpus = training_inputs / "corpus"
+    report, _ = verb("export", tmp_path / "tuned", "-o", out, "--int8", "--corpus", corpus)
 
     tokens = tokenizer(
         ["The river is old.", "Words", "A word"], ["and wide", "", "is a word"],
@@ -193,53 +188,47 @@ def test_a_fine_tuned_bert_gives_its_labels(name, count, training_inputs, tmp_pa
         assert facts.get("same_top1", 1) == 1 or "quantized" in file
 
 
-def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, capfd):
+def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, refused):
     folder = shutil.copytree(training_inputs / "teacher", tmp_path / "tuned")
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["BertForQuestionAnswering"]
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
-    command = ["export", str(folder), "-o", str(tmp_path / "out")]
     for more, complaint in (
         ({}, "but model.safetensors has no qa_outputs.weight"),
         ({"qa_outputs.weight": torch.zeros(3, 32), "qa_outputs.bias": torch.zeros(3)}, "(3, 32)"),
         ({"qa_outputs.weight": torch.zeros(2, 31), "qa_outputs.bias": torch.zeros(2)}, "(2, 31)"),
     ):
         save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
-        assert cli.main(command) == 2
-        assert complaint in capfd.readouterr().err
+        refused(["export", folder, "-o", tmp_path / "out"], complaint)
     assert not (tmp_path / "out").exists()
 
 
-def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, capfd, monkeypatch):
+def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(export, "BOUND", 1e-12)
     command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
-    command += ["--corpus", training_inputs / "corpus"]
-    assert cli.main([str(part) for part in command]) == 2
-    assert "away from torch's outputs" in capfd.readouterr().err
+    refused([*command, "--corpus", training_inputs / "corpus"], "away from torch's outputs")
     assert not any(tmp_path.iterdir())
 
 
-def test_what_is_read_is_not_overwritten(training_inputs, tmp_path, capfd):
+def test_what_is_read_is_not_overwritten(training_inputs, tmp_path, refused):
     """`--overwrite` replaces the folder that is named: not the model's, nor the run's around it."""
     model = shutil.copytree(training_inputs / "teacher", tmp_path / "run" / "model")
     corpus = shutil.copytree(training_inputs / "corpus", tmp_path / "corpus")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for source, out in ((model, model), (tmp_path / "run", tmp_path / "run"), (model, corpus)):
         command = ["export", source, "-o", out, "--overwrite", "--corpus", corpus]
-        assert cli.main([str(part) for part in command]) == 2
-        assert f"{out} holds " in capfd.readouterr().err
+        refused(command, f"{out} holds ")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_spoiled_weights_are_refused(training_inputs, tmp_path, capfd):
+def test_spoiled_weights_are_refused(training_inputs, tmp_path, refused):
     folder = shutil.copytree(training_inputs / "teacher", tmp_path / "spoiled")
     weights = load_file(folder / "model.safetensors")
     next(v for n, v in weights.items() if n.endswith("layer.1.output.dense.bias"))[3] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     command = ["export", folder, "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"]
-    assert cli.main([str(part) for part in command]) == 2
-    assert "weights are spoiled" in capfd.readouterr().err
+    refused(command, "weights are spoiled")
     assert not (tmp_path / "out").exists()
 
 
@@ -253,11 +242,8 @@ def test_python_s_documentation_is_the_text_where_there_is_no_corpus(teacher_voc
 
 
 def test_without_the_packages_the_message_says_what_to_install(
-    training_inputs, tmp_path, capfd, monkeypatch
+    training_inputs, tmp_path, refused, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
-    assert cli.main([str(part) for part in command]) == 2
-    err = capfd.readouterr().err
-    assert "onnxruntime; run: pip install mvbert[onnx]" in err
-    assert "Traceback" not in err
+    refused(command, "onnxruntime; run: pip install mvbert[onnx]")
