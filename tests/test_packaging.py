@@ -162,13 +162,9 @@ def test_ruff_finds_nothing(root):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def readme_commands(root: Path) -> set[str]:
-    return set(re.findall(r"^(?:\$ )?make (\w+)", (root / "README.md").read_text(), re.M))
-
-
 def test_the_commands_of_the_readme_exist(root):
     makefile = (root / "Makefile").read_text()
-    targets = readme_commands(root)
+    targets = set(re.findall(r"^(?:\$ )?make (\w+)", (root / "README.md").read_text(), re.M))
     assert {"demo", "test"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M), target
@@ -207,8 +203,7 @@ def test_the_file_tree_of_the_readme_is_the_tree(root):
 def distributions(root, tmp_path_factory):
     """An sdist of the tree, and a wheel built from that sdist, without a network."""
     folder = tmp_path_factory.mktemp("dist")
-    build = pytest.importorskip("build", reason="needs the package build (extra dev)")
-    del build
+    pytest.importorskip("build", reason="needs the package build (extra dev)")
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(root)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
