@@ -1,6 +1,8 @@
 """fuse and unfuse on tiny random models: same outputs, same gradients, same keys, round trip."""
 
 import copy
+import inspect
+import pickle
 
 import pytest
 import torch
@@ -29,6 +31,10 @@ def make(family: str):
     elif family == "electra":
         config = transformers.ElectraConfig(**SMALL, embedding_size=16)
         model = transformers.ElectraForMaskedLM(config)
+    elif family == "camembert":
+        model = transformers.CamembertForMaskedLM(transformers.CamembertConfig(**SMALL))
+    elif family == "xlm_roberta":
+        model = transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**SMALL))
     elif family == "roberta":
         model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL))
     else:
@@ -53,7 +59,7 @@ def batch():
     return ids, labels
 
 
-@pytest.fixture(params=["bert", "distilbert", "electra", "roberta"])
+@pytest.fixture(params=["bert", "camembert", "distilbert", "electra", "roberta", "xlm_roberta"])
 def family(request):
     return request.param
 
@@ -83,6 +89,75 @@ def test_same_logits_without_labels(family):
     fuse(fused)
     ids, _ = batch()
     torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_evaluation_with_labels_has_logits(family):
+    plain, fused = make(family).eval(), make(family).eval()
+    fuse(fused)
+    ids, labels = batch()
+    expected, found = plain(input_ids=ids, labels=labels), fused(input_ids=ids, labels=labels)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.logits, expected.logits)
+
+
+def test_signature_stays(family):
+    """transformers' Trainer keeps the columns of a data set that `forward` names."""
+    model = make(family)
+    before = inspect.signature(model.forward)
+    fuse(model)
+    assert inspect.signature(model.forward) == before
+
+
+def test_hooks_are_called(family):
+    model = make(family)
+    fuse(model)
+    ids, labels = batch()
+    seen = []
+    word, decoder = model.get_input_embeddings(), model.get_output_embeddings()
+    for module in (word, decoder):
+        module.register_forward_hook(lambda module, given, output: seen.append(module))
+    assert model(input_ids=ids, labels=labels).logits.shape == (3, 12, 97)
+    assert seen == [word, decoder]
+
+
+def test_adapters_count(family):
+    """A module that an adapter has put in a linear layer's or table's place is not passed by."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.weight, self.bias = base.weight, getattr(base, "bias", None)
+
+        def forward(self, x):
+            return self.base(x) + 1
+
+    def adapted():
+        model = make(family)
+        embeddings = dict(model.named_modules())[f"{model.base_model_prefix}.embeddings"]
+        embeddings.word_embeddings = Adapted(embeddings.word_embeddings)
+        model.set_output_embeddings(Adapted(model.get_output_embeddings()))
+        return model
+
+    plain, fused = adapted(), adapted()
+    assert len(fuse(fused)) == 2
+    ids, labels = batch()
+    expected = plain(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(fused(input_ids=ids, labels=labels).loss, expected)
+
+
+def test_gradient_checkpointing_of_a_frozen_model(family):
+    """Reentrant checkpoints need the gradient that a hook asks of the word embeddings."""
+    model = make(family)
+    fuse(model)
+    model.requires_grad_(False)
+    trained = next(p for n, p in model.named_parameters() if "layer.1" in n)
+    trained.requires_grad_(True)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    ids, labels = batch()
+    model(input_ids=ids, labels=labels).loss.backward()
+    assert trained.grad.abs().sum() > 0
 
 
 def test_same_keys_parameters_and_round_trip(family):
@@ -159,12 +234,12 @@ def test_saved_model_is_plain(tmp_path):
 
 
 def test_copies_stay_fused():
-    model = make("bert").eval()
+    model = make("bert")
     fuse(model)
     ids, labels = batch()
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(input_ids=ids, labels=labels).loss, model(ids, labels=labels).loss)
-    assert unfuse(twin) == unfuse(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(input_ids=ids, labels=labels).loss, model(ids, labels=labels).loss)
+        assert unfuse(twin) == ["", "bert.embeddings"]
 
 
 def test_unknown_model_is_refused():
