@@ -159,7 +159,8 @@ class Corpus:
             cased = {True: "uncased", False: "cased"}
             raise InputError(
                 f"the vocabulary is {cased[vocab.lowercase]} but the corpus {self.folder} is "
-                f"{cased[self.lowercase]}; build the corpus with lowercase={vocab.lowercase}"
+                f"{cased[self.lowercase]}; build the corpus with lowercase={vocab.lowercase} "
+                f"({'without' if vocab.lowercase else 'with'} --cased)"
             )
         wordpiece = _tokenizer.WordPiece(list(vocab.pieces), vocab.unk)
         ends, ids = _tokenizer.segment_lexicon(

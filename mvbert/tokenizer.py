@@ -229,6 +229,8 @@ class WordPieceTokenizer:
                 raise InputError("encode_batch takes a list of texts; for one text there is encode")
         cut = _truncation(truncation, max_length, pairs is not None)
         pad_to = _padding(padding, max_length)
+        if max_length is not None and cut is None and pad_to != "max_length":
+            raise InputError("max_length needs truncation, which cuts to it, or padding to it")
         if np.dtype(dtype) not in (np.int32, np.int64):
             raise InputError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
         if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of < 2**31:

@@ -172,6 +172,7 @@ def test_wrong_options(tokenizer):
         ({"truncation": "shortest", "max_length": 4}, "truncation is 'shortest'"),
         ({"truncation": "only_second", "max_length": 4}, "needs pairs"),
         ({"padding": "max_length"}, "needs max_length"),
+        ({"padding": True, "max_length": 4}, "max_length needs truncation"),
         ({"padding": "left"}, "padding is 'left'"),
         ({"padding": "max_length", "max_length": 3}, "row 0 has .* more than max_length 3"),
         ({"truncation": True, "max_length": 1}, "no room"),
