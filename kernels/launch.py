@@ -135,8 +135,8 @@ def product_blocks(
     """Tile, warps and stages of an [M, K] x [K, N] product in the dtype of x.
 
     128 x 256 x 64 with 3 stages takes 144 KiB and half of the registers for its sums. A kernel
-    whose last part is `heavy` (a softmax, an addition to what is there) spills at that size and
-    takes 128 x 128.
+    whose last part is `heavy` (a softmax, an addition to what is there) takes 128 x 128; that of
+    the logits on Hopper one warp group, so that another program multiplies during its softmax.
     """
     if min(M, N) < 64 or K < 32:
         blocks = (16, 16, 16, 4, 2)
@@ -148,7 +148,8 @@ def product_blocks(
     elif N < 256:
         blocks = (64, 64, 32, 4, 3)
     elif heavy:
-        blocks = (128, 128, 64, 8, 4)
+        shared = kernel == "logits" and capability(x.device) == 9
+        blocks = (128, 128, 64, 4, 3) if shared else (128, 128, 64, 8, 4)
     else:
         blocks = (128, 256, 64, 8, 3)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
@@ -186,9 +187,7 @@ def flash_dweight_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int
     """Tile of the narrow dweight kernel, and into how many parts the rows are split."""
     if N < 64 or V < 64 or x.element_size() > 2:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
-    # 64 rows spill on Hopper under some compilers; 32 leave room for a second program.
-    rows = 32 if capability(x.device) == 9 else 64
-    rule = {"BLOCK_M": rows, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
+    rule = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
     blocks = dict(chosen("flash_dweight", x, (N, V, x.shape[1]), rule))
     splits = 2 * multiprocessors(x.device) // triton.cdiv(V, blocks["BLOCK_V"])
     return blocks, blocks.pop("splits", max(1, min(8, splits, triton.cdiv(N, 64))))

@@ -23,6 +23,12 @@ from mvbert.kernels.chunked import Need, accumulator_dtype
 
 
 @triton.jit
+def exp(x):
+    """exp(x), 0 below the normal numbers: `tl.exp` spends three instructions more on those."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def list_rows_kernel(
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32, written up to count
@@ -85,10 +91,10 @@ def logits_kernel(
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    logits_ptr,  # [c, pitch], written when STORE
+    logits_ptr,  # [c, pitch], written when STORE, -inf in the columns from V on
     tile_max_ptr,  # [c, tiles of V], written
     tile_sum_ptr,  # [c, tiles of V], written
-    target_ptr,  # [N], written when HAS_LABEL
+    target_ptr,  # [N], written when PICK
     start,
     c,
     V,
@@ -97,7 +103,7 @@ def logits_kernel(
     stride_z,
     inv_temperature,
     HAS_BIAS: tl.constexpr,
-    HAS_LABEL: tl.constexpr,
+    PICK: tl.constexpr,
     STORE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -106,7 +112,10 @@ def logits_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Rows [start, start + c) of logits, and max and sum of exp of every row of every tile."""
+    """Rows [start, start + c) of logits, and max and sum of exp of every row of every tile.
+
+    Nothing overlaps with what follows the products, so each instruction an element counts.
+    """
     tiles_m = tl.cdiv(c, BLOCK_M)
     tiles_n = tl.cdiv(V, BLOCK_N)
     tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
@@ -126,18 +135,19 @@ def logits_kernel(
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
         x_at += BLOCK_K
         w_at += BLOCK_K
+    # Columns from V on are struck out by what is added to them.
+    shift = tl.where(v < V, tl.zeros((BLOCK_N,), ACC), -float("inf"))
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC)[None, :]
-    acc *= inv_temperature
+        shift += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC) * inv_temperature
     # The sums are of the logits as they are stored, so that probabilities made from them add to 1.
-    z = acc.to(logits_ptr.dtype.element_ty)
-    acc = tl.where((v < V)[None, :], z.to(ACC), -float("inf"))
+    z = (acc * inv_temperature + shift[None, :]).to(logits_ptr.dtype.element_ty)
+    acc = z.to(ACC)
     row_max = tl.max(acc, 1)
-    row_sum = tl.sum(tl.exp(acc - row_max[:, None]), 1)
+    row_sum = tl.sum(exp(acc - row_max[:, None]), 1)
     at = m.to(tl.int64) * tiles_n + tile_n
     tl.store(tile_max_ptr + at, row_max, mask=m < count)
     tl.store(tile_sum_ptr + at, row_sum, mask=m < count)
-    if HAS_LABEL:
+    if PICK:
         rows = tl.load(rows_ptr + start + m, mask=m < count, other=0)
         label = tl.load(labels_ptr + rows, mask=m < count, other=-1)
         hit = label[:, None] == v[None, :]
@@ -155,12 +165,18 @@ def lse_kernel(
     tile_sum_ptr,  # [c, tiles]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
+    logits_ptr,  # [c, pitch], when PICK
+    labels_ptr,  # [N], when PICK
     lse_ptr,  # [N], written at rows; when SPLIT: lse - largest logit
     top_ptr,  # [N], written at rows when SPLIT: the largest logit
+    target_ptr,  # [N], written at rows when PICK: the label's logit
     start,
     c,
     tiles,
+    V,
+    stride_z,
     SPLIT: tl.constexpr,
+    PICK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
@@ -170,8 +186,13 @@ def lse_kernel(
     tile_max = tl.load(tile_max_ptr + m * tiles + t, mask=t < tiles, other=-float("inf"))
     tile_sum = tl.load(tile_sum_ptr + m * tiles + t, mask=t < tiles, other=0.0)
     row_max = tl.max(tile_max, 0)
-    row_sum = tl.sum(tile_sum * tl.exp(tile_max - row_max), 0)
+    row_sum = tl.sum(tile_sum * exp(tile_max - row_max), 0)
     row = tl.load(rows_ptr + start + m)
+    if PICK:
+        label = tl.load(labels_ptr + row)
+        z_at = logits_ptr + m * stride_z + label
+        z_target = tl.load(z_at, mask=(label >= 0) & (label < V), other=0.0)
+        tl.store(target_ptr + row, z_target.to(target_ptr.dtype.element_ty))
     if SPLIT:
         tl.store(top_ptr + row, row_max)
         tl.store(lse_ptr + row, tl.log(row_sum))
@@ -439,12 +460,14 @@ class LinearRows:
             self.rows if labels is None else labels, self.rows, self.count, logits,
             self.tile_max, self.tile_sum, self.tile_max if target is None else target,
             start, c, self.V, self.H, self.weight.stride(0), self.pitch, 1.0 / temperature,
-            HAS_BIAS=self.bias is not None, HAS_LABEL=labels is not None, STORE=store,
+            HAS_BIAS=self.bias is not None, PICK=labels is not None and not store, STORE=store,
             **self.common, **self.blocks,
         )  # fmt: skip
         lse_kernel[(c,)](
-            self.tile_max, self.tile_sum, self.rows, self.count, lse, lse if top is None else top,
-            start, c, self.tiles, SPLIT=top is not None,
+            self.tile_max, self.tile_sum, self.rows, self.count, logits,
+            self.rows if labels is None else labels, lse, lse if top is None else top,
+            lse if target is None else target, start, c, self.tiles, self.V, self.pitch,
+            SPLIT=top is not None, PICK=labels is not None and store,
             BLOCK_T=triton.next_power_of_2(self.tiles), num_warps=1,
         )  # fmt: skip
         return logits

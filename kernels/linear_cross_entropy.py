@@ -30,6 +30,7 @@ from mvbert.kernels.chunked import Need, accumulator_dtype
 from mvbert.kernels.linear import (
     Gradients,
     LinearRows,
+    exp,
     gather_rows,
     handed_out,
     list_rows,
@@ -71,21 +72,25 @@ def cross_entropy_dlogits_kernel(
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     count = min(tl.load(count_ptr) - start, c)
     first = tl.program_id(0) * BLOCK_M * STEPS
-    column = tl.zeros((BLOCK_V,), ACC)
-    even = tl.full((1,), SMOOTHING, ACC) / V
+    column = tl.zeros((BLOCK_M, BLOCK_V), ACC)
+    # Logits from V on are -inf: they have probability 0 and no share in what is spread evenly.
+    even = tl.where(v < V, tl.full((1,), SMOOTHING, ACC) / V, 0.0)[None, :]
     top = tl.full((1,), 1.0 - SMOOTHING, ACC)
     for step in range(STEPS):
         m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = m < count
         rows = tl.load(rows_ptr + start + m, mask=inside, other=0)
-        label = tl.load(labels_ptr + rows, mask=inside, other=-1)
+        label = tl.load(labels_ptr + rows, mask=inside, other=-1).to(tl.int32)
+        # Rows beyond the count have probability 0 and no label.
         lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
         at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
         both = inside[:, None] & (v < stride_z)[None, :]
         # Loads are masked by the pitch, not by V, so that they stay 16 bytes wide.
         z = tl.load(at, mask=both, other=0.0).to(ACC)
-        p = tl.exp(tl.where((v < V)[None, :], z, -float("inf")) - lse[:, None])
-        hard = tl.where(label[:, None] == v[None, :], top, 0.0) + even
+        p = exp(z - lse[:, None])
+        hard = tl.where(label[:, None] == v[None, :], top, 0.0)
+        if SMOOTHING > 0:
+            hard += tl.where(inside[:, None], even, 0.0)
         if ROWS:
             a = tl.load(dloss_ptr + rows, mask=inside, other=0.0)
             dz = (p - hard) * a[:, None]
@@ -95,15 +100,14 @@ def cross_entropy_dlogits_kernel(
             dz = p - hard
         if SCALED:
             dz *= tl.load(dloss_ptr).to(ACC)
-        dz = tl.where(inside[:, None] & (v < V)[None, :], dz, 0.0)
         if FILL:
             both = (m < c)[:, None] & (v < stride_z)[None, :]
         tl.store(at, dz.to(logits_ptr.dtype.element_ty), mask=both)
         if HAS_BIAS:
-            column += tl.sum(dz, 0)
+            column += dz
     if HAS_BIAS:
         at = dbias_ptr + tl.program_id(0).to(tl.int64) * stride_z + v
-        tl.store(at, column, mask=v < stride_z)
+        tl.store(at, tl.sum(column, 0), mask=v < stride_z)
 
 
 @triton.jit
@@ -157,11 +161,11 @@ def flash_fwd_kernel(
     N,
     V,
     H,
-    stride_v,
     V_SPLIT,
     HAS_BIAS: tl.constexpr,
     GRAD: tl.constexpr,
     EVEN_H: tl.constexpr,
+    EVEN_V: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -175,6 +179,7 @@ def flash_fwd_kernel(
     split = tl.program_id(1)
     m = first + tl.arange(0, BLOCK_M)
     h = tl.arange(0, BLOCK_H)
+    row = BLOCK_H if EVEN_H else H  # a constant where it can be: most of a loop is addresses else
     label = tl.load(labels_ptr + tl.load(rows_ptr + tl.minimum(m, count - 1))).to(tl.int32)
     # Rows beyond the end repeat the last one and are not stored.
     x_at = x_ptr + tl.minimum(m, count - 1).to(tl.int64)[:, None] * H + h[None, :]
@@ -188,16 +193,19 @@ def flash_fwd_kernel(
     end = min(begin + V_SPLIT, V)
     for start in range(begin, end, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        w_at = weight_ptr + tl.minimum(v, end - 1)[:, None] * stride_v + h[None, :]
+        inside = v if EVEN_V else tl.minimum(v, end - 1)
+        w_at = weight_ptr + inside[:, None] * row + h[None, :]
         w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=(h < H)[None, :], other=0.0)
         z = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
         if HAS_BIAS:
-            z += tl.load(bias_ptr + tl.minimum(v, end - 1)).to(ACC)[None, :]
-        # Columns beyond the end compare as the label does: both are struck out.
-        z = tl.where((label[:, None] == v[None, :]) | (v >= end)[None, :], -float("inf"), z)
+            z += tl.load(bias_ptr + inside).to(ACC)[None, :]
+        struck = label[:, None] == v[None, :]
+        if not EVEN_V:
+            struck |= (v >= end)[None, :]
+        z = tl.where(struck, -float("inf"), z)
         new_max = tl.maximum(row_max, tl.max(z, 1))
-        fade = tl.exp(row_max - new_max)
-        p = tl.exp(z - new_max[:, None])
+        fade = exp(row_max - new_max)
+        p = exp(z - new_max[:, None])
         row_sum = row_sum * fade + tl.sum(p, 1)
         if GRAD:
             expect *= fade[:, None]
@@ -231,12 +239,13 @@ def flash_combine_kernel(
     dlse_ptr,  # [N] when HAS_DLSE
     loss_ptr,  # [N], written at rows
     lse_ptr,  # [N], written at rows
-    rest_ptr,  # [N], written at rows
+    listed_label_ptr,  # [N], int32, written up to count, as the next two
+    listed_lse_ptr,  # [N]
+    listed_rest_ptr,  # [N]
     dx_ptr,  # [N, H], written at rows when GRAD
     N,
     V,
     H,
-    stride_v,
     splits,
     HAS_BIAS: tl.constexpr,
     GRAD: tl.constexpr,
@@ -250,7 +259,7 @@ def flash_combine_kernel(
     """Joins the parts of a row and its label's logit: loss, lse, and with w the label's row
 
     dx = a (expect - rest w + s (w - mean w)) + g (expect + (1 - rest) w),
-    rest the probability of all other pieces.
+    rest the probability of all other pieces. What dweight needs of a row is listed side by side.
     """
     n = tl.program_id(0).to(tl.int64)
     if n >= tl.load(count_ptr):
@@ -259,10 +268,11 @@ def flash_combine_kernel(
     h = tl.arange(0, BLOCK_H)
     x = tl.load(x_ptr + n * H + h, mask=h < H, other=0.0).to(ACC)
     label = tl.load(labels_ptr + row).to(tl.int64)
+    tl.store(listed_label_ptr + n, label.to(tl.int32))
     valid = (label >= 0) & (label < V)
     # A label out of range makes the loss NaN; here it must only not be followed.
     label = tl.minimum(tl.maximum(label, 0), V - 1)
-    w = tl.load(weight_ptr + label * stride_v + h, mask=h < H, other=0.0).to(ACC)
+    w = tl.load(weight_ptr + label * H + h, mask=h < H, other=0.0).to(ACC)
     target = tl.sum(x * w)
     if HAS_BIAS:
         target += tl.load(bias_ptr + label).to(ACC)
@@ -270,12 +280,13 @@ def flash_combine_kernel(
     at = split.to(tl.int64) * N + n
     maxima = tl.load(max_ptr + at, mask=split < splits, other=-1e30)
     row_max = tl.maximum(tl.max(maxima, 0), target)
-    fade = tl.exp(maxima - row_max)
+    fade = exp(maxima - row_max)
     other = tl.sum(fade * tl.load(sum_ptr + at, mask=split < splits, other=0.0), 0)
-    row_sum = other + tl.exp(target - row_max)
+    row_sum = other + exp(target - row_max)
     rest = other / row_sum
-    tl.store(rest_ptr + row, rest)
     lse = row_max + tl.log(row_sum)
+    tl.store(listed_rest_ptr + n, rest)
+    tl.store(listed_lse_ptr + n, lse)
     loss = lse - target
     if SMOOTHING > 0:
         mean_weight = tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC)
@@ -306,18 +317,17 @@ def flash_dweight_kernel(
     x_ptr,  # [N, H], gathered
     weight_ptr,  # [V, H]
     bias_ptr,  # [V]
-    labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    lse_ptr,  # [N]
-    rest_ptr,  # [N]: 1 - p[label], of which p[label] - 1 keeps no digit where p is near 1
+    label_ptr,  # [N], int32, listed
+    lse_ptr,  # [N], listed
+    rest_ptr,  # [N], listed: 1 - p[label], of which p[label] - 1 keeps no digit where p is near 1
     dloss_ptr,  # [1], or [N] when ROWS
     dlse_ptr,  # [N] when HAS_DLSE
     dweight_ptr,  # [splits, V, H], written
     dbias_ptr,  # [splits, V], written
     V,
     H,
-    stride_v,
     ROWS_SPLIT,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -334,7 +344,8 @@ def flash_dweight_kernel(
     v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     split = tl.program_id(1)
     h = tl.arange(0, BLOCK_H)
-    w_at = weight_ptr + tl.minimum(v, V - 1)[:, None] * stride_v + h[None, :]
+    row = BLOCK_H if EVEN_H else H
+    w_at = weight_ptr + tl.minimum(v, V - 1)[:, None] * row + h[None, :]
     w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=(h < H)[None, :], other=0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + tl.minimum(v, V - 1)).to(ACC)
@@ -345,19 +356,18 @@ def flash_dweight_kernel(
     for start in range(begin, end, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         inside = m < end
-        rows = tl.load(rows_ptr + m, mask=inside, other=0)
-        label = tl.load(labels_ptr + rows, mask=inside, other=-1).to(tl.int32)
         # Rows beyond the end have probability 0, no label, and repeat the last row of x.
-        lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
-        x_at = x_ptr + tl.minimum(m, end - 1).to(tl.int64)[:, None] * H + h[None, :]
+        label = tl.load(label_ptr + m, mask=inside, other=-1)
+        lse = tl.load(lse_ptr + m, mask=inside, other=float("inf"))
+        x_at = x_ptr + tl.minimum(m, end - 1).to(tl.int64)[:, None] * row + h[None, :]
         x = tl.load(x_at) if EVEN_H else tl.load(x_at, mask=(h < H)[None, :], other=0.0)
         # z is made transposed, [BLOCK_V, BLOCK_M]: dz is then the left operand as it stands.
         z = tl.dot(w, tl.trans(x), input_precision=PRECISION, out_dtype=ACC)
         if HAS_BIAS:
             z += bias[:, None]
         hit = v[:, None] == label[None, :]
-        rest = tl.load(rest_ptr + rows, mask=inside, other=0.0)
-        p = tl.exp(z - lse[None, :])
+        rest = tl.load(rest_ptr + m, mask=inside, other=0.0)
+        p = exp(z - lse[None, :])
         if SMOOTHING > 0:
             even = tl.full((1,), SMOOTHING, ACC) / V
             top = tl.full((1,), 1.0 - SMOOTHING, ACC)
@@ -367,6 +377,7 @@ def flash_dweight_kernel(
         else:
             dz = tl.where(hit, -rest[None, :], p)
         if ROWS:
+            rows = tl.load(rows_ptr + m, mask=inside, other=0)
             dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[None, :]
             if HAS_DLSE:
                 dz += p * tl.load(dlse_ptr + rows, mask=inside, other=0.0)[None, :]
@@ -486,8 +497,7 @@ def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dls
     N, H = hidden.shape
     V = weight.shape[0]
     x = gather_rows(hidden, rows, count)
-    w = weight.to(hidden.dtype)
-    w = w if w.stride(1) == 1 else w.contiguous()
+    w = weight.to(hidden.dtype).contiguous()
     common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
     block_h = max(16, triton.next_power_of_2(H))
     has_bias = bias is not None
@@ -501,15 +511,15 @@ def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dls
     expect = lse.new_empty(splits, N if need.hidden else 0, H)
     v_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     flash_fwd_kernel[(triton.cdiv(N, blocks["BLOCK_M"]), splits)](
-        x, w, bias, labels, rows, count, maxima, sums, expect, N, V, H, w.stride(0), v_split,
-        HAS_BIAS=has_bias, GRAD=need.hidden, EVEN_H=block_h == H, BLOCK_H=block_h,
-        **common, **blocks,
+        x, w, bias, labels, rows, count, maxima, sums, expect, N, V, H, v_split,
+        HAS_BIAS=has_bias, GRAD=need.hidden, EVEN_H=block_h == H,
+        EVEN_V=V % blocks["BLOCK_V"] == 0, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip
-    rest = torch.empty_like(lse)
+    listed = torch.empty_like(rows), torch.empty_like(lse), torch.empty_like(lse)
     flash_combine_kernel[(N,)](
         maxima, sums, expect, x, w, bias, *mean, labels, rows, count,
-        lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, rest, dhidden,
-        N, V, H, w.stride(0), splits, HAS_BIAS=has_bias,
+        lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, *listed,
+        dhidden, N, V, H, splits, HAS_BIAS=has_bias,
         GRAD=need.hidden, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
     )  # fmt: skip
@@ -521,8 +531,8 @@ def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dls
     dbias = lse.new_empty(splits, V)
     rows_split = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     flash_dweight_kernel[(triton.cdiv(V, blocks["BLOCK_V"]), splits)](
-        x, w, bias, labels, rows, count, lse, rest, dloss, lse if dlse is None else dlse,
-        dweight, dbias, V, H, w.stride(0), rows_split,
+        x, w, bias, rows, count, *listed, dloss, lse if dlse is None else dlse,
+        dweight, dbias, V, H, rows_split,
         HAS_BIAS=has_bias, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip

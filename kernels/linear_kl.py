@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvbert.kernels.chunked import Need
-from mvbert.kernels.linear import Gradients, LinearRows, list_rows, no_rows
+from mvbert.kernels.linear import Gradients, LinearRows, exp, list_rows, no_rows
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -71,8 +71,8 @@ def kl_dlogits_kernel(
         real = inside[:, None] & (v < V)[None, :]
         log_p = (tl.where(real, z, 0.0) - top[:, None]) - log_sum[:, None]
         log_q = (tl.where(real, y, 0.0) - teacher_top[:, None]) - teacher_log_sum[:, None]
-        p = tl.exp(tl.where(real, log_p, -float("inf")))
-        q = tl.exp(tl.where(real, log_q, -float("inf")))
+        p = exp(tl.where(real, log_p, -float("inf")))
+        q = exp(tl.where(real, log_q, -float("inf")))
         gap = tl.sum(tl.where(real, q * (log_q - log_p), 0.0), 1)
         tl.store(gap_ptr + m.to(tl.int64) * tl.num_programs(1) + block_v, gap, mask=inside)
         if GRAD:
@@ -179,7 +179,7 @@ def sparse_kl_dlogits_kernel(
     both = inside[:, None] & (v < stride_z)[None, :]
     z = tl.load(at, mask=both, other=0.0).to(ACC)
     z = tl.where(inside[:, None] & (v < V)[None, :], z, -float("inf"))
-    p = tl.exp((z - top[:, None]) - log_sum[:, None])
+    p = exp((z - top[:, None]) - log_sum[:, None])
     tl.store(at, (p * factor[:, None]).to(logits_ptr.dtype.element_ty), mask=both)
 
 
@@ -219,7 +219,7 @@ def sparse_kl_targets_kernel(
         v_j = tl.load(ids_ptr + row * K + j, mask=j < K, other=0)
         share += tl.sum(tl.where(v[:, None] == v_j[None, :], q_j[None, :], 0.0), 1)
     log_p = tl.load(picked_ptr + m * K + k, mask=used, other=-float("inf"))
-    dz = tl.exp(log_p) * tl.load(mass_ptr + row) - share
+    dz = exp(log_p) * tl.load(mass_ptr + row) - share
     if ROWS:
         dz *= tl.load(dloss_ptr + row)
     tl.store(dlogits_ptr + m * stride_z + v, dz.to(dlogits_ptr.dtype.element_ty), mask=used)
