@@ -75,7 +75,7 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     # A line a test: what failed is in the log also where the rest is late.
     tests = [PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "default"]
     tests += ["--no-header", "--tb=short"]
-    side_by_side = ["-n", "8"] if find_spec("xdist") and not toy else []
+    side_by_side = ["-n", "12"] if find_spec("xdist") and not toy else []
     # The dry run has no device: it shows that the tests are found.
     graph = "tests/test_step.py::test_a_graph_on_a_gpu_gives_the_losses_of_eager_steps"
     kernels = [graph, "tests/kernels", "--ignore", "tests/kernels/test_aot.py", *side_by_side]
@@ -112,7 +112,7 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
         Part("memcheck", small, 150, timed=False, missing=missing),
     ]
     training = [
-        Part("stage 2", train(2), 85, text),
+        Part("stage 2", train(2, seconds=45), 70, text),
         Part("stage 1", train(1), 100, text),
         Part("profile stage 2", profile(2), 45, text),
         Part("profile stage 1", profile(1), 60, text),
