@@ -146,6 +146,7 @@ def test_adapters_count(family):
     torch.testing.assert_close(fused(input_ids=ids, labels=labels).loss, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")  # 5's new name
 def test_gradient_checkpointing_of_a_frozen_model(family):
     """Reentrant checkpoints need the gradient that a hook asks of the word embeddings."""
     model = make(family)
