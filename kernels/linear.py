@@ -453,6 +453,9 @@ class LinearRows:
         if store and self.buffer is None:
             self.buffer = self.x.new_empty(self.chunk, self.pitch)
         logits = self.buffer if store else self.x
+        written = self.tiles * self.blocks["BLOCK_N"]
+        if store and written < self.pitch:  # small tiles do not reach the pitch
+            logits[:, written:] = -float("inf")
         c = self.rows_from(start)
         grid = (triton.cdiv(c, self.blocks["BLOCK_M"]) * self.tiles,)
         logits_kernel[grid](
