@@ -20,7 +20,8 @@ from typing import NoReturn
 
 import harness
 
-ORDER = ("tokenizer", "vocab", "rows", "embedding", "loss", "kl", "train_step", "inference")
+ORDER = ("tokenizer", "vocab", "rows", "embedding", "loss", "kl", "relations", "train_step",
+         "inference")  # fmt: skip
 
 
 def names() -> list[str]:

@@ -30,6 +30,7 @@ TITLES = {
     "embedding": "Embedding, forward and backward",
     "loss": "Linear cross-entropy, forward and backward",
     "kl": "Divergence of two linear layers, forward and backward",
+    "relations": "Divergence of attention relations, forward and backward",
     "train_step": "Training step",
     "inference": "Inference",
 }
@@ -342,7 +343,7 @@ def other_parts(results: Results) -> str:
     """What has no table in the README, in a sentence each."""
     told = [
         f"- {TITLES[bench]}, {len(cases)} cases. {faster_peers(cases)}"
-        for bench in ("corpus", "vocab", "embedding", "kl")
+        for bench in ("corpus", "vocab", "embedding", "kl", "relations")
         if (cases := results.cases(bench))
     ]
     return (

@@ -39,7 +39,7 @@ BLOCK_BYTES = 2 << 20
 # Columns of the vocabulary in one product.
 COLUMNS = 2048
 # Relations at a time: few on a CPU, so that they stay near the processor, many on a GPU.
-RELATIONS = {"cpu": 1 << 22, "cuda": 1 << 27}
+RELATIONS = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Tables from here on are not taken from the heap, where freed memory waits for the next of a size.
 LARGE_BYTES = 8 << 20
 
@@ -363,22 +363,33 @@ def relation_kl(
     """(sum over rows, positions, heads and the three [], its gradient [B, T, 3 H_s] or empty)."""
     B, T, _ = student.shape
     acc = accumulator_dtype(student.dtype)
-    student, teacher = student.contiguous(), teacher.contiguous()
-    gradient = torch.empty_like(student) if need else student.new_empty(0)
-    total = student.new_zeros((), dtype=acc)
-    step = max(1, RELATIONS[student.device.type] // max(1, 3 * heads * T * T))
-    for first in range(0, B, step):
-        rows = slice(first, first + step)
-        x, y = split_heads(student[rows], heads), split_heads(teacher[rows], heads)
-        log_p, log_q = (
-            (torch.matmul(z, z.transpose(-1, -2)).to(acc) * z.shape[-1] ** -0.5).log_softmax(-1)
-            for z in (x, y)
-        )
-        q = log_q.exp()
-        total += (q * (log_q - log_p)).sum()
+    # Vectors of one head after the other, [3 B heads, T, d].
+    x, y = (split_heads(z.contiguous(), heads).flatten(0, 2) for z in (student, teacher))
+    wide_x, wide_y = x.to(acc), y.to(acc)
+    step = max(1, min(len(x), RELATIONS[student.device.type] // max(1, T * T)))
+    blocks = wide_x.new_empty(4, step, T, T)
+    total, by_head = wide_x.new_zeros(()), torch.empty_like(x)
+    for first in range(0, len(x), step):
+        part = slice(first, first + step)
+        s, r, p, q = blocks[:, : len(x[part])]
+        for scores, share, z in ((s, p, wide_x[part]), (r, q, wide_y[part])):
+            scale = z.shape[-1] ** -0.5
+            if x.dtype == acc:
+                torch.bmm(z, z.mT, out=scores).mul_(scale)
+            else:  # one pass less, which costs float32 its last digit
+                torch.baddbmm(scores, z, z.mT, beta=0, alpha=scale, out=scores)
+            torch.softmax(scores, -1, out=share)
+        # log q - log p = (r - s) + lse_s - lse_r, and lse = top - log(largest share).
+        rest = (q.amax(-1) / p.amax(-1)).log() - (r.amax(-1) - s.amax(-1))
+        total += (r.sub_(s).mul_(q).sum(-1) + rest).sum()
         if need:
             # dL/dscores = p - q; a score x_i x_j belongs to both of its vectors.
-            slope = (log_p.exp_() - q) * x.shape[-1] ** -0.5
-            slope = (slope + slope.transpose(-1, -2)).to(x.dtype)
-            split_heads(gradient[rows], heads).copy_(torch.matmul(slope, x))
+            d = p.sub_(q).to(x.dtype)
+            torch.bmm(d, x[part], out=by_head[part])
+            torch.baddbmm(by_head[part], d.mT, x[part], out=by_head[part])
+    if not need:
+        return total, student.new_empty(0)
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    by_head *= x.shape[-1] ** -0.5
+    split_heads(gradient, heads).copy_(by_head.view(3, B, heads, T, x.shape[-1]))
     return total, gradient
