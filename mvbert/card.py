@@ -22,8 +22,10 @@ tags:
 """
 
 
-def model_card(stage: str, shape: ModelConfig, stage2: Stage2Config | None = None) -> str:
-    """Markdown with front matter: what the model is and how it was made."""
+def model_card(
+    stage: str, shape: ModelConfig, stage2: Stage2Config | None = None, length: int = 0
+) -> str:
+    """Markdown with front matter: what the model is and how it was made, on rows of `length`."""
     what = (
         f"{shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
         f"{shape.num_attention_heads} heads, feed-forward {shape.intermediate_size}, "
@@ -59,7 +61,7 @@ softmax; `student_vocab.txt` the student's pieces.
 {what}.
 
 {start} {began} It was trained with {losses}
-for {stage2.steps} steps of {stage2.rows} rows.
+for {stage2.steps} steps of {stage2.rows} rows of {length} pieces.
 """
     return f"""{_FRONT}
 {body}

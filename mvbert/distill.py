@@ -54,7 +54,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     out = Path(config.out)
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
     teacher = huggingface.find_teacher(config.teacher)
-    progress.note(f"teacher {teacher.name}: {_parameters(teacher) / 1e6:.2f} M parameters")
+    progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
     among = ranks()
 
     def prepare() -> dict[str, Json]:

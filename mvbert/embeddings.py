@@ -11,7 +11,12 @@ class Embeddings(nn.Module):
     """The tables of one vocabulary; a second one may be handed in, already projected.
 
     One id space: an id below V is a row of this table, V + i is row i of `student_rows`.
+
+    Attributes:
+        frequent_ids: up to two joint ids that many pieces have, see `functional.mixed_embedding`.
     """
+
+    frequent_ids: tuple[int, ...] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,6 +43,7 @@ class Embeddings(nn.Module):
             eps=self.norm.eps,
             dropout_p=self.dropout,
             training=self.training,
+            frequent_ids=self.frequent_ids,
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from mvbert.config import MeasureConfig, RowConfig, TrainConfig
 from mvbert.device import Device, choose_device
 from mvbert.distill import checked_corpus
 from mvbert.errors import InputError
-from mvbert.files import Json
+from mvbert.files import Json, read_json_object
 from mvbert.measures import ask, bits_per_word, choose_words, masked_sums
 from mvbert.model import DeviceBatch, MaskedLM
 from mvbert.probe import linear_probe, read_sst2
@@ -56,6 +57,9 @@ def run_eval(
             "only --sst2 can measure it"
         )
     check_lengths(row, model.config)
+    trained = _length_in_training(folder)
+    if trained not in (None, row.length):
+        progress.note(f"rows of {row.length} pieces; in training they had {trained}: --row.length")
     opened = checked_corpus(corpus)
     cut = opened.segment(vocab)
     if train.threads:
@@ -96,6 +100,16 @@ def run_eval(
         report["sst2"] = accuracy
     report["seconds"] = round(time.perf_counter() - started, 1)
     return report
+
+
+def _length_in_training(folder: Path) -> int | None:
+    """Pieces of the rows of the run whose result `folder` is; None where it is no run's."""
+    path = folder.parent / "run.json"
+    run: Any = read_json_object(path) if path.is_file() else {}
+    try:
+        return int(run["description"]["row"]["length"])
+    except (KeyError, TypeError):
+        return None
 
 
 @torch.no_grad()

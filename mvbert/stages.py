@@ -92,6 +92,8 @@ class Stage1:
         self.module = nn.ModuleDict({"model": model})
         model.pooler.requires_grad_(False)  # no masked-language-model loss reaches it
         self.teacher_size = shape.vocab_size
+        masks = (self.teacher_vocab.mask, self.teacher_size + student_vocab.mask)
+        model.embeddings.frequent_ids = masks
         self._row = row
         cuts = (corpus.segment(self.teacher_vocab), corpus.segment(student_vocab))
         self.late_start = row.late_start(config.steps)
@@ -209,6 +211,7 @@ class Stage2:
         self._config, self._row, self._pieces = config, row, config.rows * row.length
         self.model = MaskedLM(shape)
         self.model.init_weights(config.seed)
+        self.model.embeddings.frequent_ids = (self.vocab.mask,)
         self.model.pooler.requires_grad_(False)
         if config.start == "stage1":
             E = teacher.student.table.shape[1]
@@ -316,7 +319,7 @@ class Stage2:
         return student, teacher
 
     def write_model(self, folder: Path) -> None:
-        card = model_card("stage2", self.model.config, self._config)
+        card = model_card("stage2", self.model.config, self._config, self._row.length)
         huggingface.write_model(folder, self.model, self.vocab, card)
 
     def read_model(self, folder: Path) -> None:

@@ -164,7 +164,8 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise InputError(
-            f"{path} does not exist; expected a vocab.txt or a tokenizer.json"
+            f"{path} does not exist; expected a vocab.txt, a tokenizer.json or a folder with one "
+            "(names on a hub are not looked up here)"
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error

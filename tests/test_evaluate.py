@@ -45,6 +45,11 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, evaluate, verb):
     words = ask(opened.heldout, cut, places, 3, 16)
     float32 = Device(torch.device("cpu"), None, "")
     wanted = bits_per_word(model, vocab.pad, words, float32)["bits_per_word"]
+    report, said = verb(
+        "eval", out / "model", "--corpus", corpus, *ROWS, "--words", 20, "--context", 3,
+        "--dtype", "float32", "--row.length", 12,
+    )  # fmt: skip
+    assert "rows of 12 pieces; in training they had 16" in said
     report = evaluate(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
     assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-9)
     assert report["words_asked"] == words.count

@@ -72,6 +72,18 @@ def test_held_out_rows_are_drawn_apart_from_training_rows(stage2, corpus):
     assert not (ids[0] == ids[1]).all(1).any()
 
 
+def test_the_masks_are_what_many_pieces_have(stage1, stage2):
+    """Their gradient is summed apart, so it must be they that are named."""
+    for task, masks in ((stage1(STAGE1), 2), (stage2(STAGE2), 1)):
+        batch = DeviceBatch.of(task.rows.read(0, 200), CPU)
+        named = torch.tensor(task.model.embeddings.frequent_ids)
+        assert len(named) == masks
+        masked = batch.input_ids.flatten()[batch.masked_index[batch.labels >= 0]]
+        for id in named:
+            assert 0.8 / masks / 3 < (masked == id).float().mean()
+        assert torch.isin(masked, named).float().mean() == pytest.approx(0.8, abs=0.05)
+
+
 def test_a_cold_student_table_is_as_spread_as_initial_rows_of_bert(stage1):
     rows = stage1(replace(STAGE1, warm_start=False)).model.student.rows()
     assert float(rows.detach().std()) == pytest.approx(0.02, rel=0.1)
@@ -91,12 +103,12 @@ def test_a_feed_brings_its_rows_of_each_step_and_says_how_long_it_waited(stage2)
 
 def test_the_card_says_how_a_student_began():
     shape = student_shape("6x256", 4928)
-    card = model_card("stage2", shape, replace(STAGE2, start="random", positions="random"))
+    card = model_card("stage2", shape, replace(STAGE2, start="random", positions="random"), 32)
     assert "Its embeddings started at random." in card
     assert "started at random, the encoder" in card
-    assert "trained with masked language modelling\nfor 4 steps of 6 rows" in card
+    assert "trained with masked language modelling\nfor 4 steps of 6 rows of 32 pieces" in card
     config = replace(STAGE2, positions="sinusoidal", distill=("logits", "hidden"))
-    card = model_card("stage2", shape, config)
+    card = model_card("stage2", shape, config, 32)
     assert "started from the table that Stage I made" in card
     assert "started at sine waves" in card
     assert "and distillation (logits + hidden) from the Stage I teacher" in card
