@@ -815,9 +815,7 @@ PYBIND11_MODULE(_tokenizer, m) {
       .def(py::init<std::vector<std::string>, std::int32_t, int>(), py::arg("pieces"),
            py::arg("unk_id"), py::arg("max_chars") = 100)
       .def("cut", &Cut, py::arg("word"), "The ids of one word.")
-      .def("__len__", &mvbert::WordPiece::size)
-      .def_property_readonly("unk_id", &mvbert::WordPiece::unk_id)
-      .def_property_readonly("max_chars", &mvbert::WordPiece::max_chars);
+      .def("__len__", &mvbert::WordPiece::size);
 
   // tokenizer
   py::class_<mvbert::Tokenizer>(m, "Tokenizer")

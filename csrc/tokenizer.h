@@ -157,9 +157,6 @@ class Tokenizer {
   void EncodeSpans(std::string_view text, bool find_special, IdBuffer* ids,
                    std::vector<Span>* spans) const;
 
-  const WordPiece& teacher() const { return *teacher_; }
-  const WordPiece* student() const { return student_.get(); }
-
   // Lets go of what calls have learnt (not of the vocabulary's own words): for measuring.
   void ForgetWords() const;
 

@@ -83,7 +83,7 @@ enum CharKind : std::uint32_t {
   kHangul = 10,      // uncased only: a syllable, replaced by its two or three letters
 };
 
-// kind in bits 0-3; for kMap*: length of the replacement in bits 4-7, offset in Replacement() above.
+// kind in bits 0-3; for kMap*: length of the replacement in bits 4-7, offset in kPool from bit 8.
 using CharEntry = std::uint32_t;
 
 extern const std::uint16_t kUncasedIndex[];
