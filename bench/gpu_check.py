@@ -119,14 +119,15 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     ]
     compiled = train(2, "--compile", name="-compiled", seconds=45)
     # Most of these limits is for the search of torch.compile's max-autotune.
-    limits = {"loss": 200, "embedding": 80, "train_step": 90, "kl": 60, "inference": 90}
+    limits = {"loss": 200, "embedding": 80, "train_step": 90, "relations": 45, "kl": 60,
+              "inference": 90}  # fmt: skip
     if toy:  # one process for all benches: most of a toy's time goes into starting
         return [*untimed, Part("bench", bench(*limits), 240), *training]
     benches = {name: Part(f"bench {name}", bench(name), limit) for name, limit in limits.items()}
     return [
         *untimed, benches["loss"], training[0], training[1], benches["embedding"], *training[2:],
-        benches["train_step"], Part("stage 2 compiled", compiled, 75, text), benches["kl"],
-        benches["inference"],
+        benches["train_step"], benches["relations"], Part("stage 2 compiled", compiled, 75, text),
+        benches["kl"], benches["inference"],
     ]  # fmt: skip
 
 
