@@ -67,7 +67,7 @@ def kl_dlogits_kernel(
         both = inside[:, None] & (v < stride_z)[None, :]
         z = tl.load(logits_ptr + at, mask=both, other=0.0).to(ACC)
         y = tl.load(teacher_ptr + at, mask=both, other=0.0).to(ACC)
-        # Columns from V on may hold anything.
+        # Columns from V on hold -inf, whose differences are NaN.
         real = inside[:, None] & (v < V)[None, :]
         log_p = (tl.where(real, z, 0.0) - top[:, None]) - log_sum[:, None]
         log_q = (tl.where(real, y, 0.0) - teacher_top[:, None]) - teacher_log_sum[:, None]

@@ -17,16 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mvbert.kernels import launch
+from mvbert.kernels.chunked import accumulator_dtype
 
 # ---- kernels -----------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_vectors(x_ptr, t, T, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_vectors(x_ptr, t, T, parts, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Vectors t of one head, [len(t), BLOCK_D], 0 beyond T and D."""
     d = tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
-    return tl.load(x_ptr + t[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    return tl.load(x_ptr + t[:, None] * (parts * D) + d[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -35,8 +36,6 @@ def relation_stats_kernel(
     stats_ptr,  # [B, parts, 2, T], written: top, total
     T,
     parts,
-    stride,  # parts D
-    scale,
     D: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -45,17 +44,17 @@ def relation_stats_kernel(
     BLOCK_D: tl.constexpr,
 ):
     head = tl.program_id(0)
-    x_ptr += (head // parts).to(tl.int64) * T * stride + (head % parts) * D
+    x_ptr += (head // parts).to(tl.int64) * T * parts * D + (head % parts) * D
     stats_ptr += head.to(tl.int64) * 2 * T
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_i = load_vectors(x_ptr, i, T, stride, D, BLOCK_D)
+    x_i = load_vectors(x_ptr, i, T, parts, D, BLOCK_D)
     top = tl.full((BLOCK_M,), -float("inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     for first in range(0, T, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
-        x_j = load_vectors(x_ptr, j, T, stride, D, BLOCK_D)
+        x_j = load_vectors(x_ptr, j, T, parts, D, BLOCK_D)
         s = tl.dot(x_i, tl.trans(x_j), tl.zeros((BLOCK_M, BLOCK_N), ACC), input_precision=PRECISION)
-        s = tl.where((j < T)[None, :], s * scale, -float("inf"))
+        s = tl.where((j < T)[None, :], s * D**-0.5, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(s - higher[:, None]), 1)
         top = higher
@@ -73,10 +72,6 @@ def relation_kl_kernel(
     gradient_ptr,  # [B, T, parts, D_S], written when GRAD
     T,
     parts,
-    student_stride,
-    teacher_stride,
-    student_scale,
-    teacher_scale,
     GRAD: tl.constexpr,
     D_S: tl.constexpr,
     D_T: tl.constexpr,
@@ -89,14 +84,14 @@ def relation_kl_kernel(
 ):
     head = tl.program_id(0)
     row = (head // parts).to(tl.int64) * T
-    of_student = row * student_stride + (head % parts) * D_S
+    of_student = row * parts * D_S + (head % parts) * D_S
     student_ptr += of_student
-    teacher_ptr += row * teacher_stride + (head % parts) * D_T
+    teacher_ptr += row * parts * D_T + (head % parts) * D_T
     student_stats_ptr += head.to(tl.int64) * 2 * T
     teacher_stats_ptr += head.to(tl.int64) * 2 * T
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_i = load_vectors(student_ptr, i, T, student_stride, D_S, BLOCK_S)
-    y_i = load_vectors(teacher_ptr, i, T, teacher_stride, D_T, BLOCK_T)
+    x_i = load_vectors(student_ptr, i, T, parts, D_S, BLOCK_S)
+    y_i = load_vectors(teacher_ptr, i, T, parts, D_T, BLOCK_T)
     top_i = tl.load(student_stats_ptr + i, mask=i < T, other=0.0)[:, None]
     total_i = tl.load(student_stats_ptr + T + i, mask=i < T, other=1.0)[:, None]
     teacher_top_i = tl.load(teacher_stats_ptr + i, mask=i < T, other=0.0)[:, None]
@@ -109,11 +104,11 @@ def relation_kl_kernel(
     gradient = tl.zeros((BLOCK_M, BLOCK_S), ACC)
     for first in range(0, T, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
-        x_j = load_vectors(student_ptr, j, T, student_stride, D_S, BLOCK_S)
-        y_j = load_vectors(teacher_ptr, j, T, teacher_stride, D_T, BLOCK_T)
+        x_j = load_vectors(student_ptr, j, T, parts, D_S, BLOCK_S)
+        y_j = load_vectors(teacher_ptr, j, T, parts, D_T, BLOCK_T)
         zero = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        s = tl.dot(x_i, tl.trans(x_j), zero, input_precision=PRECISION) * student_scale
-        r = tl.dot(y_i, tl.trans(y_j), zero, input_precision=PRECISION) * teacher_scale
+        s = tl.dot(x_i, tl.trans(x_j), zero, input_precision=PRECISION) * D_S**-0.5
+        r = tl.dot(y_i, tl.trans(y_j), zero, input_precision=PRECISION) * D_T**-0.5
         s_i, r_i = s - top_i, r - teacher_top_i
         q = tl.exp(r_i) * teacher_share_i
         inside = (i < T)[:, None] & (j < T)[None, :]
@@ -133,8 +128,8 @@ def relation_kl_kernel(
     tl.store(loss_ptr + at, tl.sum(loss, 0))
     if GRAD:
         d = tl.arange(0, BLOCK_S)
-        out = gradient_ptr + of_student + i[:, None] * student_stride + d[None, :]
-        gradient = (gradient * student_scale).to(gradient_ptr.dtype.element_ty)
+        out = gradient_ptr + of_student + i[:, None] * (parts * D_S) + d[None, :]
+        gradient = (gradient * D_S**-0.5).to(gradient_ptr.dtype.element_ty)
         tl.store(out, gradient, mask=(i < T)[:, None] & (d < D_S)[None, :])
 
 
@@ -151,26 +146,22 @@ def relation_kl(
     B, T, _ = student.shape
     parts = 3 * heads
     student, teacher = student.contiguous(), teacher.contiguous()
-    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(student.dtype)
     gradient = torch.empty_like(student) if need else student.new_empty(0)
     if not student.numel():
         return student.new_zeros((), dtype=acc), gradient
     widths = [x.shape[2] // parts for x in (student, teacher)]
-    scales = [d**-0.5 for d in widths]
     padded = [max(16, triton.next_power_of_2(d)) for d in widths]
     blocks = launch.relation_blocks(student, (B, T, *widths), max(padded))
     grid = (B * parts, triton.cdiv(T, blocks["BLOCK_M"]))
     shared = {"ACC": launch.accumulator(student), "PRECISION": launch.precision(student), **blocks}
     stats = []
-    for x, d, scale, block in zip((student, teacher), widths, scales, padded, strict=True):
+    for x, d, block in zip((student, teacher), widths, padded, strict=True):
         stats.append(student.new_empty(B, parts, 2, T, dtype=acc))
-        relation_stats_kernel[grid](
-            x, stats[-1], T, parts, parts * d, scale, D=d, BLOCK_D=block, **shared
-        )
+        relation_stats_kernel[grid](x, stats[-1], T, parts, D=d, BLOCK_D=block, **shared)
     loss = student.new_empty(grid, dtype=acc)
     relation_kl_kernel[grid](
         student, teacher, *stats, loss, gradient if need else student, T, parts,
-        *(parts * d for d in widths), *scales, GRAD=need, D_S=widths[0],
-        D_T=widths[1], BLOCK_S=padded[0], BLOCK_T=padded[1], **shared,
+        GRAD=need, D_S=widths[0], D_T=widths[1], BLOCK_S=padded[0], BLOCK_T=padded[1], **shared,
     )  # fmt: skip
     return loss.sum(), gradient
