@@ -64,63 +64,33 @@ class Case:
 # ---- what is tried -----------------------------------------------------------------------------
 
 
-def _product(*tiles: tuple[int, ...]) -> tuple[Blocks, ...]:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "GROUP")
-    return tuple(dict(zip(names, tile, strict=True)) for tile in tiles)
+def _tiles(names: str, *tiles: tuple[int, ...]) -> tuple[Blocks, ...]:
+    return tuple(dict(zip(names.split(), tile, strict=True)) for tile in tiles)
 
 
-PRODUCTS = _product(
+PRODUCTS = _tiles(
+    "BLOCK_M BLOCK_N BLOCK_K num_warps num_stages GROUP",
     (128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 16),
     (128, 256, 32, 8, 4, 8), (256, 128, 64, 8, 3, 8), (256, 128, 64, 8, 4, 8),
     (128, 128, 64, 8, 3, 8), (128, 128, 64, 8, 4, 8), (128, 128, 64, 8, 4, 16),
     (128, 128, 64, 4, 3, 8), (128, 128, 64, 4, 4, 8), (128, 128, 128, 8, 2, 8),
     (64, 256, 64, 4, 3, 8), (64, 256, 64, 4, 4, 8), (64, 128, 64, 4, 4, 8),
 )  # fmt: skip
-
-FLASH = tuple(
-    {"BLOCK_M": m, "BLOCK_V": v, "num_warps": w, "num_stages": s}
-    for m, v, w, s in (
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 32, 4, 2),
-        (64, 32, 4, 4),
-        (32, 64, 4, 2),
-        (64, 64, 8, 2),
-        (64, 128, 8, 2),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 32, 8, 3),
-    )
-)
-RELATIONS = tuple(
-    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
-    for m, n, w, s in (
-        (64, 32, 4, 1),
-        (64, 32, 4, 2),
-        (128, 32, 8, 1),
-        (64, 64, 8, 1),
-        (64, 16, 4, 1),
-        (128, 32, 4, 1),
-        (128, 64, 8, 1),
-        (32, 32, 4, 1),
-        (32, 64, 4, 1),
-    )
-)
-ELEMENTWISE = tuple(
-    {"BLOCK_M": m, "BLOCK_V": v, "STEPS": s, "num_warps": w}
-    for m, v, s, w in (
-        (8, 512, 8, 4),
-        (8, 512, 16, 4),
-        (8, 512, 4, 4),
-        (4, 512, 16, 4),
-        (4, 1024, 16, 4),
-        (8, 1024, 8, 8),
-        (16, 512, 4, 8),
-        (4, 512, 8, 2),
-        (16, 256, 4, 4),
-        (2, 1024, 16, 4),
-    )
-)
+FLASH = _tiles(
+    "BLOCK_M BLOCK_V num_warps num_stages",
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 4), (32, 64, 4, 2),
+    (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3),
+)  # fmt: skip
+RELATIONS = _tiles(
+    "BLOCK_M BLOCK_N num_warps num_stages",
+    (64, 32, 4, 1), (64, 32, 4, 2), (128, 32, 8, 1), (64, 64, 8, 1), (64, 16, 4, 1),
+    (128, 32, 4, 1), (128, 64, 8, 1), (32, 32, 4, 1), (32, 64, 4, 1),
+)  # fmt: skip
+ELEMENTWISE = _tiles(
+    "BLOCK_M BLOCK_V STEPS num_warps",
+    (8, 512, 8, 4), (8, 512, 16, 4), (8, 512, 4, 4), (4, 512, 16, 4), (4, 1024, 16, 4),
+    (8, 1024, 8, 8), (16, 512, 4, 8), (4, 512, 8, 2), (16, 256, 4, 4), (2, 1024, 16, 4),
+)  # fmt: skip
 
 
 def _with_splits(blocks: tuple[Blocks, ...], splits: tuple[int, ...]) -> tuple[Blocks, ...]:
