@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -165,6 +166,7 @@ class Stage1Command:
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def run(self) -> dict[str, Json]:
+        deadline = self.train.deadline(time.monotonic())
         from mvbert.model.huggingface import find_teacher
         from mvbert.training.run_stage import checked_corpus, run_stage1
 
@@ -175,6 +177,7 @@ class Stage1Command:
             find_teacher(self.teacher),
             self.student_vocab,
             self.out,
+            deadline=deadline,
         )
 
 
@@ -193,11 +196,12 @@ class Stage2Command:
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
 
     def run(self) -> dict[str, Json]:
+        deadline = self.train.deadline(time.monotonic())
         from mvbert.training.run_stage import checked_corpus, run_stage2
 
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
         corpus = checked_corpus(self.corpus)
-        return run_stage2(self.train, self.row, corpus, model, self.out)
+        return run_stage2(self.train, self.row, corpus, model, self.out, deadline=deadline)
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,7 @@ class EvalCommand:
     seed: int = 0
     """Of the sentences that the probe is fitted on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    """Of matrix products; auto: that of the run that made the model, else the faster one here."""
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
@@ -316,14 +320,12 @@ class EvalCommand:
     def run(self) -> dict[str, Json]:
         from mvbert.study.evaluate import run_eval
 
-        train = TrainConfig(
-            eval_rows=self.eval_rows,
-            seed=self.seed,
-            dtype=self.dtype,
-            device=self.device,
-            threads=self.threads,
-        )
-        return run_eval(self.model, self.corpus, self.row, train, self.measure)
+        values: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("eval_rows", "seed", "dtype", "device", "threads")
+        }
+        TrainConfig(**values)  # refuses what no run takes
+        return run_eval(self.model, self.corpus, self.row, self.measure, **values)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Protocol
 from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 from mvbert.files import Json
-from mvbert.progress import Progress
+from mvbert.progress import Progress, duration
 from mvbert.text.batches import Rows
 from mvbert.training.feed import Feed
 from mvbert.training.optim import learning_rate
@@ -20,6 +20,8 @@ from mvbert.training.step import Step
 
 # Updates skipped in a row (loss or gradient not finite) after which a run stops.
 MAX_SKIPPED = 10
+
+LONG = 60.0  # seconds of training that are worth a forecast
 
 
 class Told(Protocol):
@@ -62,6 +64,7 @@ class Journal:
         self._step = step  # of the last line
         self._clock = time.perf_counter()  # since when the next line counts
         self._late: Callable[[], None] | None = None
+        self._lines = 0
 
     def follow(self, feed: Feed, make: Step, config: TrainConfig) -> None:
         """From here on steps are made by these, with another row length."""
@@ -101,6 +104,14 @@ class Journal:
         }
         self._write(record)
         self._progress.trained(record)
+        self._lines += 1
+        left = (self._config.steps - step) * seconds / steps
+        # The steps of the first line are slower: kernels are compiled, memory is allocated.
+        if self._lines == 2 and left >= LONG:
+            self._progress.note(
+                f"{record['pieces_per_second']:,} pieces/s: {duration(left)} for the "
+                f"{self._config.steps - step:,} steps left, evaluations and checkpoints not counted"
+            )
         if sums["skipped"]:
             self._progress.note(f"update skipped: {self._rows_of(skipped, skipped + 1)}")
         if in_a_row >= MAX_SKIPPED:

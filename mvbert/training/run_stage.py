@@ -12,8 +12,10 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
 from mvbert.training import checkpoint
+from mvbert.training.device import Choice
+from mvbert.training.machine import pass_products, set_up
 from mvbert.training.ranks import ranks
-from mvbert.training.stages import Stage1, Stage2
+from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.train import finished, train
 
 
@@ -34,8 +36,16 @@ def run_stage1(
     teacher: Path,
     vocab_file: Path,
     out: Path,
+    *,
+    deadline: float | None = None,
+    dtype: Choice | None = None,
 ) -> dict[str, Json]:
-    """Stage I in the run folder `out`; returns its report (see mvbert.training.train.train)."""
+    """Stage I in the run folder `out`; returns its report.
+
+    Args:
+        deadline: see mvbert.training.train.train.
+        dtype: what `dtype = auto` means in the job that this is part of, see decide_for_job.
+    """
     progress = Progress("stage 1")
     config = config.counted(row.length)
     vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
@@ -56,8 +66,10 @@ def run_stage1(
     if (report := ranks().first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
+    products = pass_products(config, row, huggingface.read_model_config(teacher))
+    device = set_up(config, out, products, dtype)
     task = Stage1(config, row, corpus, teacher, vocab, progress)
-    return train(task, config, out, description, progress)
+    return train(task, config, device, out, description, progress, deadline)
 
 
 def run_stage2(
@@ -67,8 +79,15 @@ def run_stage2(
     stage1: Path,
     out: Path,
     title: str = "stage 2",
+    *,
+    deadline: float | None = None,
+    dtype: Choice | None = None,
 ) -> dict[str, Json]:
-    """Stage II in the run folder `out`, from the result of Stage I; returns its report."""
+    """Stage II in the run folder `out`, from the result of Stage I; returns its report.
+
+    Args:
+        deadline, dtype: as for run_stage1.
+    """
     progress = Progress(title)
     config = config.counted(row.length)
 
@@ -85,8 +104,10 @@ def run_stage2(
     if (report := ranks().first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
-    task = Stage2(config, row, corpus, stage1, progress)
-    return train(task, config, out, description, progress)
+    loaded = load_stage1(stage1)
+    device = set_up(config, out, pass_products(config, row, loaded[0].config), dtype)
+    task = Stage2(config, row, corpus, loaded, device, progress)
+    return train(task, config, device, out, description, progress, deadline)
 
 
 def corpus_id(folder: Path) -> str:

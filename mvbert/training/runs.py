@@ -61,6 +61,35 @@ def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None
     write_json(path, run)
 
 
+def dtype_of_run(out: Path, auto: bool = False) -> tuple[str, str] | None:
+    """The dtype of the matrix products of the run in `out`, and why it has it.
+
+    Args:
+        auto: look only at runs whose settings leave the dtype to the machine.
+
+    Returns:
+        None if no run has begun there.
+    """
+    path = out / "run.json"
+    if not path.is_file():
+        return None
+    run: Any = read_json_object(path)
+    try:
+        facts = run["environment"]
+        # Up to version 0.1 both were one text: "float32: asked for".
+        dtype, _, reason = str(facts["dtype"]).partition(": ")
+        dtype = dtype.partition(" ")[0]
+        if auto and run["description"]["train"]["dtype"] != "auto":
+            return None
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path} does not record the dtype that the run began with: was it changed?"
+        ) from None
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"{path}: dtype must be float32 or bfloat16, got {facts['dtype']!r}")
+    return dtype, str(facts.get("dtype_reason", reason))
+
+
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
     """Names of the settings in which two nested objects differ."""
     names: list[str] = []

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from mvbert.config import TrainConfig
-from mvbert.cores import cores
 from mvbert.errors import InputError, Interrupted, OutOfTime
 from mvbert.files import Json, atomic_folder
 from mvbert.model.encoder import compile_layers
@@ -25,13 +24,7 @@ from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
 from mvbert.text.batches import Rows
 from mvbert.training import checkpoint
-from mvbert.training.device import (
-    Device,
-    choose_device,
-    choose_graph,
-    give_memory_back,
-    keep_memory,
-)
+from mvbert.training.device import Device, choose_graph, give_memory_back
 from mvbert.training.environment import environment
 from mvbert.training.feed import Feed
 from mvbert.training.journal import Journal
@@ -48,8 +41,6 @@ from mvbert.training.runs import (
     stop_signals,
 )
 from mvbert.training.step import CudaGraph, Losses, Step, Sums
-
-STARTED = time.monotonic()  # of the command, near enough
 
 
 class Task(Protocol):
@@ -119,13 +110,22 @@ def _parts(task: Task, config: TrainConfig, among: Ranks) -> list[Part]:
 
 
 def train(
-    task: Task, config: TrainConfig, out: Path, description: dict[str, Json], progress: Progress
+    task: Task,
+    config: TrainConfig,
+    device: Device,
+    out: Path,
+    description: dict[str, Json],
+    progress: Progress,
+    deadline: float | None = None,
 ) -> dict[str, Json]:
     """Runs a task to its last step, resuming from the newest whole checkpoint in `out`.
 
     Started by torchrun, each process calls this alike; rank 0 writes, all return the report.
 
     Args:
+        device: what mvbert.training.machine.set_up chose.
+        deadline: when to save and end, on the clock of time.monotonic; None: `config.max_hours`
+            from now. A command of several runs gives all of them the same.
         description: what the run is (inputs and their checksums, settings); a run folder that was
             made with another description is refused.
 
@@ -135,9 +135,11 @@ def train(
     Raises:
         InputError: `out` holds another run, or a file cannot be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
-        OutOfTime: `config.max_hours` are over; a checkpoint was saved first.
+        OutOfTime: the deadline has passed; a checkpoint was saved first.
     """
     among = ranks()
+    if deadline is None:
+        deadline = config.deadline(time.monotonic())
     with ExitStack() as stack:
 
         def claim() -> None:
@@ -147,7 +149,7 @@ def train(
         among.first(claim)
         stop = stack.enter_context(stop_signals())
         stack.callback(give_memory_back)
-        return _Run(task, config, out, description, progress, stop, among).make()
+        return _Run(task, config, device, out, description, progress, stop, deadline).make()
 
 
 class _Run:
@@ -157,20 +159,18 @@ class _Run:
         self,
         task: Task,
         config: TrainConfig,
+        where: Device,
         out: Path,
         description: dict[str, Json],
         progress: Progress,
         stop: Stop,
-        among: Ranks,
+        deadline: float,
     ) -> None:
+        self._among = among = ranks()
         _check_shares(config, among)
-        torch.set_num_threads(config.threads or max(1, cores(0) // among.local_count))
         self._task, self._config, self._out, self._progress = task, config, out, progress
-        self._stop, self._among = stop, among
-        self._where = where = choose_device(config, among.local_rank, among.local_count)
-        if where.device.type == "cpu":
-            keep_memory()
-        facts = environment(where.device, where.reason, among.count)
+        self._stop, self._deadline, self._where = stop, deadline, where
+        facts = environment(where, among.count)
         among.first(lambda: describe_run(out / "run.json", description, environment=facts))
         self._checkpoints = out / "checkpoints"
         self._module = task.module.to(where.device)
@@ -183,7 +183,7 @@ class _Run:
             compile_layers(self._module)
         self._graph, why = choose_graph(config, where.device, among.count)
         compiled = "; layers compiled" if config.compile else ""
-        progress.note(f"device {where.device}, {where.reason}; {why}{compiled}")
+        progress.note(f"device {where}; {why}{compiled}")
         progress.note(f"peak {self._peak / 1e12:.3g} TFLOP/s ({source}), processes: {among.count}")
         progress.note(
             f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
@@ -271,7 +271,7 @@ class _Run:
         if last or step % config.log_every == 0:
             self._journal.begin(step)
         # Asked once: a signal that comes later is seen after the next step, which is saved.
-        asked, late = among.any(self._stop.asked, _late(config))
+        asked, late = among.any(self._stop.asked, time.monotonic() >= self._deadline)
         evaluating = last or step % config.eval_every == 0
         must = last or asked or late
         saving = must or step % config.save_every == 0
@@ -286,7 +286,7 @@ class _Run:
             _leave(step, config, asked)
 
     def _evaluate(self) -> float | None:
-        result = _evaluate(self._task, self._config, self._where, self._among)
+        result = evaluate(self._task, self._config, self._where, self._among)
         self._journal.evaluated(self._step, result)
         return result["loss"]
 
@@ -301,11 +301,8 @@ class _Run:
         self._journal.flush()
         saved: dict[str, Json] = {"step": self._step, "heldout": heldout, **state}
         place = (self._checkpoints, saved, self._module, self._optimizer)
-        self._among.first(lambda: checkpoint.save(*place, self._task.write_model, self._config))
-
-
-def _late(config: TrainConfig) -> bool:
-    return 0 < config.max_hours * 3600 <= time.monotonic() - STARTED
+        keep = (self._config.keep_last, self._config.keep_best)
+        self._among.first(lambda: checkpoint.save(*place, self._task.write_model, *keep))
 
 
 def _leave(step: int, config: TrainConfig, asked: bool) -> NoReturn:
@@ -331,7 +328,7 @@ def _check_shares(config: TrainConfig, among: Ranks) -> None:
 
 
 @torch.no_grad()
-def _evaluate(
+def evaluate(
     task: Task, config: TrainConfig, where: Device, among: Ranks
 ) -> dict[str, float | None]:
     """Held-out means over the same rows every time."""
