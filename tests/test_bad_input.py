@@ -22,7 +22,7 @@ from mvbert import cli
 from mvbert.text.vocab import Vocab
 
 ROWS = ["--row.length", "16", "--rows", "4", "--eval-rows", "8", "--device", "cpu",
-        "--threads", "1"]  # fmt: skip
+        "--threads", "1", "--dtype", "float32"]  # fmt: skip
 
 
 # ---- whole inputs, made once ---------------------------------------------------------------------
@@ -505,7 +505,7 @@ def test_info_about_no_run(ground, refused, name):
 
 def evaluated(folder: Path, model, *more) -> list:
     command = ["eval", model, "--corpus", folder / "corpus", "--row.length", "16"]
-    return [*command, "--device", "cpu", "--threads", "1", *more]
+    return [*command, "--device", "cpu", "--threads", "1", "--dtype", "float32", *more]
 
 
 def export(model, folder: Path, *more) -> list:

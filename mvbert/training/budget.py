@@ -120,7 +120,7 @@ def share_of_steps(
         path = out / PLAN_FILE
         if path.exists():
             share = read_json_object(path).get("share")
-            if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            if type(share) not in (int, float) or not 0 < share <= 1:  # type: ignore[operator]
                 raise InputError(f"{path}: share must lie in (0, 1], got {share!r}")
             if share < 1:
                 note(f"{share:.0%} of the steps, as {path} says")

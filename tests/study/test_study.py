@@ -45,6 +45,7 @@ eval_rows = 4
 embedding_size = 64
 dropout = 0.0
 threads = 1
+dtype = "float32"
 [stage2]
 distill = []
 shape = "1x64"
@@ -54,6 +55,7 @@ eval_rows = 4
 eval_every = 2
 log_every = 2
 threads = 1
+dtype = "float32"
 relation_heads = 8
 [measure]
 words = 40

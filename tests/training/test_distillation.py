@@ -237,7 +237,9 @@ def test_what_does_not_fit_is_named(mixed, student, change, part):
 
 def test_maps_are_drawn_by_the_seed(mixed, student):
     weights = [
-        Distillation(replace(ALL, seed=seed), student.config, Teacher(mixed, CPU, None)).maps["2"].weight
+        Distillation(replace(ALL, seed=seed), student.config, Teacher(mixed, CPU, None))
+        .maps["2"]
+        .weight
         for seed in (0, 0, 1)
     ]
     assert torch.equal(weights[0], weights[1])
