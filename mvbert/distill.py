@@ -22,7 +22,7 @@ from mvbert.model.fill import fill_masks
 from mvbert.progress import Progress
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.vocab import Vocab
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import load_stage1
@@ -46,7 +46,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
     teacher = huggingface.find_teacher(config.teacher)
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
-    among = ranks()
+    ranks = join_ranks()
 
     def prepare() -> dict[str, Json]:
         make_folder(out)
@@ -58,7 +58,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         corpus_dir = make_corpus(config.corpus, out, lowercase, progress)
         return make_vocab(config.vocab, out, corpus_dir, teacher, progress)
 
-    vocab_report = among.first(prepare)
+    vocab_report = ranks.first(prepare)
     corpus = checked_corpus(out / "corpus")
     stage1 = run_stage1(
         config.stage1, config.row, corpus, teacher, out / VOCAB_FILE, out / "stage1"
@@ -82,7 +82,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         write_json(out / "report.json", report)
         return report
 
-    return among.first(conclude)
+    return ranks.first(conclude)
 
 
 def _report(

@@ -12,7 +12,7 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
 from mvbert.training import checkpoint
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.stages import Stage1, Stage2
 from mvbert.training.train import finished, train
 
@@ -23,7 +23,7 @@ def checked_corpus(folder: Path) -> Corpus:
     def check() -> None:
         Corpus.open(folder, verify="sha256")
 
-    ranks().first(check)
+    join_ranks().first(check)
     return Corpus.open(folder)
 
 
@@ -52,8 +52,8 @@ def run_stage1(
             "train": config.described(),
         }
 
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
+    description = join_ranks().first(describe)
+    if (report := join_ranks().first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
     task = Stage1(config, row, corpus, teacher, vocab, progress)
@@ -81,8 +81,8 @@ def run_stage2(
             "train": config.described(),
         }
 
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
+    description = join_ranks().first(describe)
+    if (report := join_ranks().first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
     task = Stage2(config, row, corpus, stage1, progress)
