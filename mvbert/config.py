@@ -266,8 +266,6 @@ class Stage2Config(TrainConfig):
     """Of the logits loss."""
     logits_at: Literal["masked", "all"] = "masked"
     """Pieces that the logits loss is about."""
-    logits_top_k: int = 0
-    """Learn only the teacher's likeliest pieces, renormalised (0: the whole vocabulary)."""
     hidden_layers: tuple[int, ...] = ()
     """Student layers of the hidden loss, from 1; 0: the embeddings (none: the last)."""
     relations_layer: int = 0
@@ -294,8 +292,7 @@ class Stage2Config(TrainConfig):
         if len({*self.distill}) < len(self.distill):
             raise InputError(f"distill names a loss twice: {', '.join(self.distill)}")
         for name in (
-            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "logits_top_k",
-            "relations_layer",
+            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "relations_layer",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -50,7 +50,7 @@ def test_toml_is_read_with_types(tmp_path):
         ('[stage2]\ndistill = ["logit"]\n', "distill takes logits, hidden, relations"),
         ('[stage2]\ndistill = ["hidden", "hidden"]\n', "names a loss twice: hidden, hidden"),
         ("[stage2]\nhidden_layers = [2, 2]\n", "hidden_layers must be different"),
-        ("[stage2]\nlogits_top_k = -1\n", "logits_top_k must not be negative"),
+        ("[stage2]\nrelations_layer = -1\n", "relations_layer must not be negative"),
         ("[stage2]\nrelation_heads = 0\n", "relation_heads must be at least 1"),
         ('[stage2]\nlogits_at = "some"\n', "must be one of masked, all"),
         ("[stage2]\nrows = 10\nmicro_rows = 3\n", "not a multiple of micro_rows"),
