@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mvbert import checkpoint
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_file, read_json_object
 from mvbert.runs import read_log
 
@@ -89,15 +89,13 @@ def plot_run(folder: Path, image: Path) -> None:
 
     Raises:
         InputError: `folder` is not the folder of a run, or has nothing to draw.
-        ImportError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            "plotting needs matplotlib, which is not installed: pip install 'mvbert[study]'"
-        ) from None
+        raise MissingExtra("plotting", "matplotlib", "study") from None
     records = read_log(folder)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
