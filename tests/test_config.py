@@ -14,7 +14,7 @@ from mvbert.config import (
     to_dict,
 )
 from mvbert.errors import InputError
-from mvbert.model import MaskedLM
+from mvbert.model.masked_lm import MaskedLM
 
 
 def test_the_papers_two_shapes_have_the_papers_parameter_counts():
