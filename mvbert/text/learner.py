@@ -67,7 +67,7 @@ def learn_vocab(
     Raises:
         InputError: `size` is below the alphabet or above what the words give, an argument is out of
             range, or a word is not one that the splitter makes.
-        ImportError: `learner` needs sentencepiece, which is not installed.
+        MissingExtra: `learner` needs sentencepiece, which is not installed.
     """
     if learner not in LEARNERS:
         raise InputError(f"learner must be one of {', '.join(LEARNERS)}, got {learner!r}")

@@ -7,7 +7,7 @@ vocabulary, and neither was trained for greedy matching: pieces that it never us
 import io
 from collections.abc import Mapping
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.text.learner_reference import SPECIAL_TOKENS, learnable_words, piece_uses
 
 BOUNDARY = "\u2581"  # sentencepiece's mark at the start of a word
@@ -60,9 +60,7 @@ def train(words: Mapping[str, int], wanted: int, model_type: str) -> list[str]:
     try:
         import sentencepiece
     except ImportError:
-        raise ImportError(
-            f"the {model_type} learner needs sentencepiece: pip install mvbert[vocab]"
-        ) from None
+        raise MissingExtra(f"the {model_type} learner", "sentencepiece", "vocab") from None
     # Its own mark inside a word would read as a space.
     lines = [f"{word}\t{count}" for word, count in words.items() if BOUNDARY not in word]
     characters = {character for word in words for character in word}

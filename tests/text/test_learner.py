@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.learner import learn_vocab, print_vocab_report, run_vocab, vocab_report
 from mvbert.text.learner_reference import SPECIAL_TOKENS, learn_vocab_reference
@@ -89,7 +89,7 @@ def test_a_word_with_sentencepieces_own_mark_is_no_blank():
 
 def test_missing_sentencepiece_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match=r"bpe learner needs .* pip install mvbert\[vocab\]"):
+    with pytest.raises(MissingExtra, match=r"bpe learner needs .* pip install 'mvbert\[vocab\]'"):
         learn_vocab([b"walk", b"walks"], [3, 2], 15, learner="bpe")
 
 

@@ -20,7 +20,7 @@ import torch
 
 from mvbert import cli
 from mvbert.config import RowConfig, Stage1Config, Stage2Config, to_dict
-from mvbert.errors import InputError, Interrupted, OutOfTime
+from mvbert.errors import InputError, Interrupted, MissingExtra, OutOfTime
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
@@ -495,7 +495,7 @@ def test_loss_curves_are_drawn(stage2, tmp_path):
 def test_without_matplotlib_the_error_says_what_to_install(stage2, tmp_path, monkeypatch):
     stage2(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'mvbert\[study\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'mvbert\[study\]'"):
         info.plot_run(tmp_path, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 
