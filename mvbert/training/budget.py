@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +23,10 @@ from mvbert.progress import duration
 from mvbert.training.device import Device, choose_graph
 from mvbert.training.feed import Feed
 from mvbert.training.optim import make_optimizer
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.step import WARM_UP, CudaGraph, Losses, Step
-from mvbert.training.train import Task, evaluate
+from mvbert.training.task import Task
+from mvbert.training.train import heldout_means
 
 PLAN_FILE = "plan.json"  # in the folder of a job
 FLOOR = 0.1  # fewer steps than this share of them show nothing
@@ -60,7 +62,7 @@ def measure_cost(
     start = clock()
     task = make()
     set_up = clock() - start
-    among = ranks()
+    ranks = join_ranks()
 
     def timed(work: Callable[[], object]) -> float:
         start = clock()
@@ -70,19 +72,19 @@ def measure_cost(
         return clock() - start
 
     optimizer = make_optimizer(task.module.to(device.device), config, device.device)
-    graph = CudaGraph() if choose_graph(config, device.device, among.count)[0] else None
+    graph = CudaGraph() if choose_graph(config, device.device, ranks.count)[0] else None
     unlike = WARM_UP + 1 if graph else 1  # the first steps, which prepare those that follow
     seconds: list[float] = []
-    with device.stream(), Feed(task, config, among, device.device, 0) as feed:
-        losses = among.wrap(Losses(task))
-        step = Step(task, losses, config, device, among, optimizer, {}, graph)
+    with device.stream(), Feed(task, config, ranks, device.device, 0) as feed:
+        losses = ranks.wrap(Losses(task))
+        step = Step(task, losses, config, device, ranks, optimizer, {}, graph)
         for number in range(config.steps):
             seconds.append(timed(lambda number=number: step(feed, number)))  # type: ignore[misc]
             done = seconds[unlike:]
             enough = len(done) >= TIMED_STEPS and sum(done) >= TIMED_SECONDS
-            if among.any(enough)[0]:  # all processes make the same steps
+            if ranks.any(enough)[0]:  # all processes make the same steps
                 break
-        evaluation = timed(lambda: evaluate(task, config, device, among))
+        evaluation = timed(lambda: heldout_means(task, config, device, ranks))
     return Cost(set_up, statistics.median(seconds[unlike:] or seconds), evaluation)
 
 
@@ -114,13 +116,14 @@ def share_of_steps(
     Raises:
         InputError: PLAN_FILE holds something else.
     """
-    among = ranks()
+    ranks = join_ranks()
 
     def begun() -> float | None:
         path = out / PLAN_FILE
         if path.exists():
-            share = read_json_object(path).get("share")
-            if type(share) not in (int, float) or not 0 < share <= 1:  # type: ignore[operator]
+            share: Any = read_json_object(path).get("share")
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not number or not 0 < share <= 1:
                 raise InputError(f"{path}: share must lie in (0, 1], got {share!r}")
             if share < 1:
                 note(f"{share:.0%} of the steps, as {path} says")
@@ -132,7 +135,7 @@ def share_of_steps(
             return 1.0
         return None
 
-    share = among.first(begun)
+    share = ranks.first(begun)
     if share is not None:
         return share
     runs = measure()
@@ -147,7 +150,7 @@ def share_of_steps(
         note(_verdict(runs, share, f"the {duration(seconds)} left of {minutes:g} min"))
         return share
 
-    return among.first(decide)
+    return ranks.first(decide)
 
 
 def _verdict(runs: Mapping[str, tuple[TrainConfig, Cost]], share: float, budget: str) -> str:

@@ -24,7 +24,7 @@ from mvbert.training.device import (
     choose_dtype,
     keep_memory,
 )
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.runs import dtype_of_run
 
 JOB_FILE = "dtype.json"  # in the folder of a job
@@ -42,7 +42,7 @@ def set_up(
         job: what `dtype = auto` means on a CPU in the job that the run belongs to.
     """
     set_threads(config)
-    device = choose_device(config.device, ranks().local_rank, ranks().local_count)
+    device = choose_device(config.device, join_ranks().local_rank, join_ranks().local_count)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -56,7 +56,7 @@ def set_up(
                 return job
         return choose_dtype(config.dtype, device, lambda: product_rates(products, gradients=True))
 
-    return Device.of(device, *ranks().first(decide))
+    return Device.of(device, *join_ranks().first(decide))
 
 
 def pass_products(config: TrainConfig, row: RowConfig, teacher: ModelConfig) -> list[Product]:
@@ -74,7 +74,7 @@ def pass_products(config: TrainConfig, row: RowConfig, teacher: ModelConfig) -> 
 
 def pass_rows(config: TrainConfig) -> int:
     """Rows of one pass of a process."""
-    return config.micro_rows or max(1, config.rows // ranks().count)
+    return config.micro_rows or max(1, config.rows // join_ranks().count)
 
 
 def decide_for_job(
@@ -115,10 +115,10 @@ def decide_for_job(
         write_json(path, {"dtype": dtype, "reason": reason})
         return dtype, reason
 
-    dtype, reason = ranks().first(decide)
+    dtype, reason = join_ranks().first(decide)
     return dtype, reason
 
 
 def set_threads(config: TrainConfig) -> None:
     """Gives torch `config.threads` threads, or this process's share of the cores."""
-    torch.set_num_threads(config.threads or max(1, cores(0) // ranks().local_count))
+    torch.set_num_threads(config.threads or max(1, cores(0) // join_ranks().local_count))

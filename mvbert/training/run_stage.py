@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from mvbert.config import RowConfig, Stage1Config, Stage2Config, to_dict
+from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
 from mvbert.errors import InputError
 from mvbert.files import Json, sha256_file
 from mvbert.model import huggingface
@@ -12,10 +13,11 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
 from mvbert.training import checkpoint
-from mvbert.training.device import Choice
+from mvbert.training.device import Choice, Device
 from mvbert.training.machine import pass_products, set_up
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.stages import Stage1, Stage2, load_stage1
+from mvbert.training.task import Task
 from mvbert.training.train import finished, train
 
 
@@ -25,7 +27,7 @@ def checked_corpus(folder: Path) -> Corpus:
     def check() -> None:
         Corpus.open(folder, verify="sha256")
 
-    ranks().first(check)
+    join_ranks().first(check)
     return Corpus.open(folder)
 
 
@@ -62,14 +64,10 @@ def run_stage1(
             "train": config.described(),
         }
 
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
-        progress.note(f"{out} is complete")
-        return report
-    products = pass_products(config, row, huggingface.read_model_config(teacher))
-    device = set_up(config, out, products, dtype)
-    task = Stage1(config, row, corpus, teacher, vocab, progress)
-    return train(task, config, device, out, description, progress, deadline)
+    def task(device: Device) -> Task:
+        return Stage1(config, row, corpus, teacher, vocab, progress)
+
+    return _run(task, describe, config, row, teacher, out, progress, deadline, dtype)
 
 
 def run_stage2(
@@ -100,14 +98,32 @@ def run_stage2(
             "train": config.described(),
         }
 
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
+    def task(device: Device) -> Task:
+        return Stage2(config, row, corpus, load_stage1(stage1), device, progress)
+
+    return _run(task, describe, config, row, stage1, out, progress, deadline, dtype)
+
+
+def _run(
+    make_task: Callable[[Device], Task],
+    describe: Callable[[], dict[str, Json]],
+    config: TrainConfig,
+    row: RowConfig,
+    teacher: Path,
+    out: Path,
+    progress: Progress,
+    deadline: float | None,
+    dtype: Choice | None,
+) -> dict[str, Json]:
+    """Trains, unless the run folder holds the whole result already."""
+    ranks = join_ranks()
+    description = ranks.first(describe)
+    if (report := ranks.first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
-    loaded = load_stage1(stage1)
-    device = set_up(config, out, pass_products(config, row, loaded[0].config), dtype)
-    task = Stage2(config, row, corpus, loaded, device, progress)
-    return train(task, config, device, out, description, progress, deadline)
+    products = pass_products(config, row, huggingface.read_model_config(teacher))
+    device = set_up(config, out, products, dtype)
+    return train(make_task(device), config, device, out, description, progress, deadline)
 
 
 def corpus_id(folder: Path) -> str:

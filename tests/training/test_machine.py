@@ -267,7 +267,7 @@ def test_all_processes_take_what_rank_0_decides(tmp_path, rates, monkeypatch):
     heard = json.dumps({"value": ["bfloat16", "measured there"]}).encode()
     second = ranks.Ranks(1, 2, 1, 2, patient=object())
     monkeypatch.setattr(ranks.Ranks, "_of_lead", lambda self, text: heard)
-    monkeypatch.setattr(machine, "ranks", lambda: second)
+    monkeypatch.setattr(machine, "join_ranks", lambda: second)
     measured = rates(SLOW)
     where = machine.set_up(TrainConfig(device="cpu", threads=1), tmp_path, [])
     assert (where.dtype, where.reason) == ("bfloat16", "measured there")
