@@ -16,9 +16,9 @@ import pytest
 from mvbert.config import load_toml
 from mvbert.errors import InputError
 from mvbert.files import data_folder, data_path
-from mvbert.probe import read_sst2
-from mvbert.readers import text_files
-from mvbert.study import StudyConfig
+from mvbert.study.probe import read_sst2
+from mvbert.study.study import StudyConfig
+from mvbert.text.readers import text_files
 
 PAIRS = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
 MNLI = (

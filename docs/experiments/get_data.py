@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.files import (
     data_folder,
     read_json_object,
@@ -195,7 +195,7 @@ def pyarrow_parquet():
     try:
         import pyarrow.parquet
     except ImportError:
-        raise InputError("Wikipedia comes as .parquet; run: pip install 'mvbert[data]'") from None
+        raise MissingExtra("the Wikipedia sample, a .parquet file,", "pyarrow", "data") from None
     return pyarrow.parquet
 
 
