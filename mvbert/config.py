@@ -323,7 +323,8 @@ class CorpusConfig:
     """Where the text comes from."""
 
     text: tuple[str, ...] = ("docstrings",)
-    """Files or folders; `docstrings`: those of the installed Python packages."""
+    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: those of
+    the installed Python packages."""
     heldout_text: tuple[str, ...] = ()
     """Files held out, instead of a share of the text."""
     heldout_share: float = 0.01
@@ -355,7 +356,7 @@ class MeasureConfig:
     context: int = 6
     """Words of context on each side."""
     sst2: str = ""
-    """SST-2's folder or .tar archive, for the linear probe (none: no probe)."""
+    """SST-2's folder or .tar archive (or data:NAME), for the linear probe (none: no probe)."""
     sentences: int = 8000
     """Training sentences of the probe (0: all)."""
 

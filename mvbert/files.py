@@ -23,6 +23,40 @@ Json = dict | list | str | int | float | bool | None
 
 PARTIAL = ".partial-"  # in the name of everything that is not finished
 
+DATA = "data:"  # a path that starts so is in the data folder
+
+
+def data_folder() -> Path:
+    """Where docs/experiments/get_data.py puts public data: MVBERT_DATA, or a folder of the clone.
+
+    Without MVBERT_DATA: shared/data beside the clone where that exists, else data in the clone
+    (in the current folder, if mvbert does not run from a clone).
+    """
+    if folder := os.environ.get("MVBERT_DATA"):
+        return Path(folder)
+    clone = Path(__file__).resolve().parents[1]
+    if not (clone / "pyproject.toml").is_file():
+        return Path("data")
+    beside = clone.parent / "shared" / "data"
+    return beside if beside.is_dir() else clone / "data"
+
+
+def data_path(path: str | Path) -> Path:
+    """The file that a path means: `data:NAME` is NAME in `data_folder()`.
+
+    Raises:
+        InputError: that folder has no such file.
+    """
+    if not str(path).startswith(DATA):
+        return Path(path)
+    file = data_folder() / str(path).removeprefix(DATA)
+    if not file.exists():
+        raise InputError(
+            f"{path}: {file} does not exist; download it with docs/experiments/get_data.py, or set "
+            "MVBERT_DATA to the folder that holds it"
+        )
+    return file
+
 
 def write_error(path: Path, error: OSError) -> InputError:
     """What to tell a user when `path` cannot be written; a full disk says so."""

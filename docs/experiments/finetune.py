@@ -1,6 +1,8 @@
 """Fine-tunes a BERT folder with transformers alone, on SST-2 or on Snips' intents or slots.
 
-    python docs/experiments/finetune.py runs/student/model sst2 glue-sst-2.tar.xz -o tuned
+    python docs/experiments/get_data.py sst-2 snips
+    python docs/experiments/finetune.py runs/student/model sst2 data:glue-sst-2.tar.xz -o tuned
+    python docs/experiments/finetune.py runs/student/model slots data:snips.tar.xz
     mvbert export tuned -o web --int8
 
 SST-2 as GLUE's archive has it; Snips as a folder of seq.in, seq.out and label for train, valid and
@@ -17,6 +19,8 @@ import time
 import torch
 import transformers
 
+from mvbert.files import data_path
+
 EPOCHS = {"sst2": 2, "intents": 5, "slots": 10}
 TESTED = {"sst2": "dev", "intents": "test", "slots": "test"}
 
@@ -24,7 +28,7 @@ TESTED = {"sst2": "dev", "intents": "test", "slots": "test"}
 def examples(task: str, archive: str, part: str) -> list[tuple[list[str], list[str]]]:
     """(words, labels): one label a sentence, or one a word."""
     folder = {"sst2": "SST-2"}.get(task, "snips")
-    with tarfile.open(archive) as tar:
+    with tarfile.open(data_path(archive)) as tar:
 
         def lines(name: str) -> list[str]:
             return tar.extractfile(f"{folder}/{name}").read().decode().splitlines()
@@ -97,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a Hugging Face BERT")
     parser.add_argument("task", choices=EPOCHS)
-    parser.add_argument("archive", help="the task's .tar.xz")
+    parser.add_argument("archive", help="the task's .tar.xz; data:NAME is one from get_data.py")
     parser.add_argument("-o", "--out", help="folder for the fine-tuned model")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--lr", type=float, default=3e-4)

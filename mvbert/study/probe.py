@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mvbert.errors import InputError
+from mvbert.files import data_path
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.study.measures import BATCH, padded
 from mvbert.text.philox import permuted
@@ -33,10 +34,12 @@ Sentences = tuple[list[str], list[int]]
 def read_sst2(path: Path) -> tuple[Sentences, Sentences]:
     """Training and dev sentences with their labels, out of a folder or a .tar archive of it.
 
+    `data:NAME` is NAME in the data folder (mvbert.files.data_path).
+
     Raises:
         InputError: there is no such file, or a line is not a sentence, a tab and 0 or 1.
     """
-    found = {}
+    path, found = data_path(path), {}
     for name in ("train.tsv", "dev.tsv"):
         where, text = _read(path, name)
         sentences, labels = [], []

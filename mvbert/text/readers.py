@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvbert.errors import InputError, MissingExtra
-from mvbert.files import sha256_file
+from mvbert.files import data_path, sha256_file
 
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".xz", ".zst")
@@ -35,7 +35,7 @@ RECORDS_BYTES = 1 << 18  # of records handed on at a time
 
 
 def text_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The text files behind a list of files and folders.
+    """The text files behind a list of files and folders (`data:NAME`: see mvbert.files.data_path).
 
     A folder stands for every supported file in it and below, in sorted order; hidden ones are left
     out. The order of the list is kept.
@@ -47,7 +47,7 @@ def text_files(paths: Iterable[str | Path]) -> list[Path]:
     if isinstance(paths, str | Path):
         paths = [paths]
     files = []
-    for path in map(Path, paths):
+    for path in map(data_path, paths):
         if path.is_dir():
             inside = [p for p in _walk(path) if file_kind(p) is not None]
             if not inside:
