@@ -11,9 +11,9 @@
 namespace mvbert {
 namespace {
 
-void CheckWords(std::string_view text, bool lowercase, std::size_t most) {
+void CheckWords(std::string_view text, SplitOptions options, std::size_t most) {
   Words whole;
-  const WordSplitter splitter({lowercase});
+  const WordSplitter splitter(options);
   splitter.Split(text, &whole);
   std::uint32_t begin = 0;
   for (const std::uint32_t end : whole.ends) {
@@ -30,7 +30,7 @@ void CheckWords(std::string_view text, bool lowercase, std::size_t most) {
       Words steps;
       std::size_t at = 0;
       do {
-        at = WordSplitter({lowercase}, choice).Fill(text, at, &batch, most);
+        at = WordSplitter(options, choice).Fill(text, at, &batch, most);
         if (!batch.full() && at < text.size() && batch.size() % 3 != 0) continue;
         for (std::size_t i = 0; i < batch.size(); ++i) {
           steps.bytes.append(batch[i]);
@@ -64,7 +64,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   if (error != kNoError) {
     Require(Utf8ErrorOffset(bytes.substr(0, error)) == kNoError, "there was an error before");
   }
-  CheckWords(text, true, most);
-  CheckWords(text, false, most);
+  CheckWords(text, {true, true}, most);
+  CheckWords(text, {false, false}, most);
+  CheckWords(text, {true, false}, most);
   return 0;
 }
