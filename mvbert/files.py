@@ -21,6 +21,8 @@ from mvbert.errors import InputError
 # A JSON value as json.loads gives it; spelled out because recursive aliases need Python 3.12.
 Json = dict | list | str | int | float | bool | None
 
+_LFS_POINTER = b"version https://git-lfs"
+
 PARTIAL = ".partial-"  # in the name of everything that is not finished
 
 
@@ -31,6 +33,26 @@ def write_error(path: Path, error: OSError) -> InputError:
         f"cannot write {path}: {reason}; what was there before is unchanged"
         + ("; free some space and run the command again" if error.errno == errno.ENOSPC else "")
     )
+
+
+def check_readable(path: str | Path) -> None:
+    """Raises InputError unless a file can be opened and is no Git LFS pointer."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    refuse_pointer(path, start)
+
+
+def refuse_pointer(path: str | Path, start: bytes) -> None:
+    """Raises InputError if a file that begins with `start` is a Git LFS pointer."""
+    if start.startswith(_LFS_POINTER):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+        )
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -153,7 +175,9 @@ def read_json(path: str | Path) -> Json:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        refuse_pointer(path, data)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

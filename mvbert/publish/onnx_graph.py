@@ -110,6 +110,8 @@ class _Graph:
     def activation(self, x: str, name: str) -> str:
         if name == "relu":
             return self("Relu", x)
+        if name == "silu":
+            return self("Mul", x, self("Sigmoid", x))
         half, one = self.constant(0.5), self.constant(1.0)
         if name == "gelu":
             inner = self("Erf", self("Div", x, self.constant(math.sqrt(2))))
@@ -184,7 +186,8 @@ def to_onnx(
     def norm(x: str, name: str) -> str:
         return graph.norm(x, value[f"{name}.weight"], value[f"{name}.bias"], eps)
 
-    bits = MATRIX_BITS if "logits" in heads and labels is None else TABLE_BITS
+    scored = "logits" in heads and labels is None and config.tie_word_embeddings
+    bits = MATRIX_BITS if scored else TABLE_BITS
     word = graph.table(value["embeddings.word.weight"], bits)
     position = graph.table(value["embeddings.position.weight"], TABLE_BITS)
     token_type = graph.constant(value["embeddings.token_type.weight"])
@@ -249,9 +252,12 @@ def to_onnx(
                 outputs[name] = graph("Gather", scores, one, axis=-1), [*shape]
     elif "logits" in heads:
         x = graph.activation(linear(hidden, "head.dense"), config.hidden_act)
-        matrix = [graph("Transpose", word[0], perm=[1, 0])]  # once, when the file is opened
+        decoder = word
+        if not config.tie_word_embeddings:
+            decoder = graph.table(value["head.decoder"], MATRIX_BITS)
+        matrix = [graph("Transpose", decoder[0], perm=[1, 0])]  # once, when the file is opened
         if int8:
-            matrix.append(graph("Reshape", word[1], whole(-1)))
+            matrix.append(graph("Reshape", decoder[1], whole(-1)))
         scores = graph.product(norm(x, "head.norm"), tuple(matrix), value["head.bias"])
         outputs[OUTPUTS["logits"]] = scores, ["batch", "length", config.vocab_size]
     return graph.model(outputs)

@@ -47,6 +47,11 @@ class Corpus:
     def lowercase(self) -> bool:
         return self.manifest["lowercase"]
 
+    @property
+    def strip_accents(self) -> bool:
+        """Whether text lost its accents."""
+        return self.manifest.get("strip_accents", self.lowercase)
+
     def __repr__(self) -> str:
         return (
             f"Corpus({str(self.folder)!r}, words={self.manifest['words']}, "
@@ -86,19 +91,26 @@ class Corpus:
             _check_file(folder / name, manifest["files"][name], verify)
         return cls(folder, manifest)
 
+    def check_casing(self, vocab: Vocab, what: str = "the vocabulary") -> None:
+        """Raises InputError unless a vocabulary is for text normalised as this corpus's was."""
+        if (vocab.lowercase, vocab.strip_accents) == (self.lowercase, self.strip_accents):
+            return
+        option = "without --cased" if vocab.lowercase else "with --cased"
+        if vocab.lowercase and not vocab.strip_accents:
+            option = "with --keep-accents"
+        other = ", or read the vocabulary with --cased" * (vocab.assumed and not self.lowercase)
+        raise InputError(
+            f"{what} {vocab.source} is {vocab.case_name} but the corpus {self.folder} is "
+            f"{case_name(self.lowercase, self.strip_accents)}; build the corpus {option}{other}"
+        )
+
     def segment(self, vocab: Vocab, threads: int = 0) -> Segmentation:
         """Cuts every word of the lexicon with a vocabulary; takes milliseconds to seconds.
 
         Raises:
             InputError: a cased vocabulary for an uncased corpus, or the other way round.
         """
-        if vocab.lowercase != self.lowercase:
-            cased = {True: "uncased", False: "cased"}
-            raise InputError(
-                f"the vocabulary is {cased[vocab.lowercase]} but the corpus {self.folder} is "
-                f"{cased[self.lowercase]}; build the corpus with lowercase={vocab.lowercase} "
-                f"({'without' if vocab.lowercase else 'with'} --cased)"
-            )
+        self.check_casing(vocab)
         wordpiece = _core.WordPiece(list(vocab.pieces), vocab.unk)
         ends, ids = _core.segment_lexicon(
             self.words.data, self.words.ends, wordpiece, cores(threads)
