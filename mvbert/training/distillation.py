@@ -115,24 +115,14 @@ class Distillation(nn.Module):
                 f"relation_heads {config.relation_heads} must divide the widths of student and "
                 f"teacher, {H_s} and {H_t}"
             )
-        if config.logits_top_k > student.vocab_size:
-            raise InputError(
-                f"logits_top_k {config.logits_top_k} is more than the {student.vocab_size} pieces "
-                "of the student's vocabulary"
-            )
         self.maps = nn.ModuleDict()
-        if config.hidden_map == "linear":
-            generator = torch.Generator().manual_seed(config.seed + 1)
-            for layer in self.pairs:
-                linear = nn.Linear(H_s, H_t)
-                with torch.no_grad():
-                    linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
-                    linear.bias.zero_()
-                self.maps[str(layer)] = linear
-        elif self.pairs and H_s != H_t:
-            raise InputError(
-                f"hidden_map none needs a student as wide as its teacher, got {H_s} and {H_t}"
-            )
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        for layer in self.pairs:
+            linear = nn.Linear(H_s, H_t)
+            with torch.no_grad():
+                linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
+                linear.bias.zero_()
+            self.maps[str(layer)] = linear
         self._last = student.num_hidden_layers
 
     def student_taps(self) -> Taps:
@@ -187,10 +177,7 @@ class Distillation(nn.Module):
             sums["logits_sum"] = total.detach()
         if "hidden" in config.distill:
             errors = [
-                hidden_error(
-                    self.maps[str(own)](taps.hidden[own]) if self.maps else taps.hidden[own],
-                    teacher_taps.hidden[other],
-                )
+                hidden_error(self.maps[str(own)](taps.hidden[own]), teacher_taps.hidden[other])
                 for own, other in self.pairs.items()
             ]
             losses["hidden"] = torch.stack(errors).mean() * share
@@ -218,17 +205,10 @@ class Distillation(nn.Module):
             if index is None:
                 index = torch.arange(len(rows), device=rows.device)
             target = teacher.masked_hidden(teacher_hidden, index)
-        if not config.logits_top_k:
-            return functional.linear_kl(
-                rows, *own, target, table, bias,
-                temperature=config.temperature, mask=mask, reduction="sum",
-            )  # fmt: skip
-        ids, probs = top_targets(target, table, bias, config.logits_top_k, config.temperature)
-        if mask is not None:
-            probs = probs * mask[:, None]
-        return functional.sparse_linear_kl(
-            rows, *own, ids, probs, temperature=config.temperature, reduction="sum"
-        )
+        return functional.linear_kl(
+            rows, *own, target, table, bias,
+            temperature=config.temperature, mask=mask, reduction="sum",
+        )  # fmt: skip
 
     def teacher_flops(self, T: int, mask_prob: float) -> float:
         """Floating-point operations of the teacher's products for one piece in a row of T."""
@@ -292,17 +272,3 @@ def hidden_error(mapped: Tensor, teacher: Tensor) -> Tensor:
     """
     target = F.layer_norm(teacher.float(), teacher.shape[-1:])
     return (mapped.float() - target).square().mean()
-
-
-@torch.no_grad()
-def top_targets(
-    hidden: Tensor, weight: Tensor, bias: Tensor, k: int, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """The k likeliest pieces of each row and their probabilities, made to sum to 1. -> [N, k] twice
-
-    What a file of the teacher's answers would hold. Renormalised, so that the student is not told
-    that all other pieces are impossible and these less likely than they are.
-    """
-    logits = F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)).float()
-    values, ids = logits.topk(k, dim=1)
-    return ids, (values / temperature).softmax(1)
