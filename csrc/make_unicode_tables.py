@@ -6,9 +6,10 @@ The data come from Python's own `unicodedata`, so the version is pinned by the i
 this script: it refuses any but Unicode 14.0.0 (CPython 3.11). Both outputs are committed; the
 library itself never asks `unicodedata`, so every Python version gives the same words.
 
-The C++ file holds, for each mode (uncased, cased, lower-cased with accents), one entry a code point that says what the
-word splitter does with it; the Python file holds the raw properties, from which the plain
-definition in mvbert/text/wordpiece.py is written. Tests compare the two on every code point.
+The C++ file holds, for each mode (uncased, cased, lower-cased with accents), one entry a code point
+that says what the word splitter does with it; the Python file holds the raw properties, from which
+the plain definition in mvbert/text/wordpiece.py is written. Tests compare the two on every code
+point.
 """
 
 import sys
@@ -168,8 +169,10 @@ def accented_entry(c: int, pool: Pool, seconds: set[int]) -> int:
         return cased_entry(c, pool, seconds)
     # Composition is left to the run time where it can touch what comes of one character; what a
     # character is lower-cased to begins with a letter that combines with nothing before it.
-    assert not unicodedata.combining(lowered[0]) and ord(lowered[0]) not in seconds, hex(c)
-    assert not any(is_cjk(ord(x)) or is_punct(ord(x)) or is_space(ord(x)) for x in lowered), hex(c)
+    assert not unicodedata.combining(lowered[0]), hex(c)
+    assert ord(lowered[0]) not in seconds, hex(c)
+    others = (is_cjk, is_punct, is_space, is_dropped)
+    assert not any(is_other(ord(x)) for x in lowered for is_other in others), hex(c)
     return pool.entry(MAP_LETTER, lowered)
 
 

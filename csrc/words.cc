@@ -276,7 +276,7 @@ class Filler {
     // (Room is made in steps: a run of a million marks may leave nothing.)
     std::size_t room = 0;
     for (const SourceChar& c : gathered_) {
-      if (kLowercase && IsNonspacingMark(c.code)) continue;
+      if (kCasing == Casing::kUncased && IsNonspacingMark(c.code)) continue;
       if (room == 0) {
         batch_.Reserve(kStep);
         room = kStep / 4;

@@ -249,6 +249,8 @@ class Stage1Config(TrainConfig):
     """Start the student table from the teacher's (PCA of the spelled-out rows), not at random."""
     dropout: float = 0.1
     """Dropout of the teacher while it trains."""
+    cased: bool = False
+    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -122,8 +122,16 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     try:
         yield partial
         sync_folder(partial)
-        move_folder(partial, path)
+        if overwrite:
+            move_folder(partial, path)
+        else:
+            os.rename(partial, path)  # fails if another process has filled it meanwhile
+            sync_folder(path.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(
+                f"{path} was written by another command meanwhile; give another path"
+            ) from None
         raise write_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

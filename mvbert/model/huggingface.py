@@ -270,8 +270,8 @@ def load_masked_lm(
         The model and transformers' names of the parameters that were not in the folder.
 
     Raises:
-        InputError: the folder lacks part of the encoder, a tensor has another shape than config.json
-            says, or transformers 4 and 5 would read different ones.
+        InputError: the folder lacks part of the encoder, a tensor has another shape than
+            config.json says, or transformers 4 and 5 would read different ones.
     """
     config = read_model_config(folder)
     if model is None:

@@ -30,14 +30,20 @@ from mvbert.training.stages import check_lengths
 
 
 def run_eval(
-    name: str, corpus: Path, row: RowConfig, train: TrainConfig, measure: MeasureConfig
+    name: str,
+    corpus: Path,
+    row: RowConfig,
+    train: TrainConfig,
+    measure: MeasureConfig,
+    cased: bool = False,
 ) -> dict[str, Json]:
     """Measures a model.
 
     Args:
-        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_teacher takes.
+        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_model takes.
         train: of which eval_rows, rows (of a pass), seed (of the probe), device, dtype and threads
             count.
+        cased: its vocabulary is cased, whatever the folder says or leaves out.
 
     Returns:
         What a study records of a student, under the same names.
@@ -49,9 +55,13 @@ def run_eval(
     progress = Progress("eval")
     sst2 = read_sst2(Path(measure.sst2)) if measure.sst2 else None
     folder = huggingface.find_model(name)
-    model, missing = huggingface.load_masked_lm(folder)
-    vocab = huggingface.load_vocab(folder, model.config)
-    predicts = not any(part.startswith("head.") for part in missing)
+    shape, vocab = huggingface.read_shape(folder, cased=cased)
+    weights = huggingface.read_weights(folder)
+    model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
+    for note in (vocab.doubt, weights.unread()):
+        if note:
+            progress.note(note)
+    predicts = not any(part.startswith("cls.") for part in missing)
     if not predicts and sst2 is None:
         raise InputError(
             f"{folder} has no masked-language-model head, so it predicts nothing: "

@@ -383,9 +383,7 @@ def _same_corpus(
         "errors": manifest.get("errors"),
         "heldout": {key: manifest["heldout"].get(key) for key in ("share", "seed")},
     }
-    other = [
-        name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)
-    ]
+    other = [name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)]
     if not other:
         sources = [
             (source["name"], source["bytes"], source["heldout"]) for source in manifest["sources"]

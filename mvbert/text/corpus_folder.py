@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import read_json_object, sha256_file
 from mvbert.text.lexicon import Segmentation, WordList
-
-if TYPE_CHECKING:
-    from mvbert.text.vocab import Vocab
+from mvbert.text.vocab import Vocab, case_name
 
 FORMAT = "mvbert-corpus"
 VERSION = 1
@@ -100,7 +98,7 @@ class Corpus:
             option = "with --keep-accents"
         other = ", or read the vocabulary with --cased" * (vocab.assumed and not self.lowercase)
         raise InputError(
-            f"{what} {vocab.source} is {vocab.case_name} but the corpus {self.folder} is "
+            f"{what} {vocab.source} is {vocab.casing} but the corpus {self.folder} is "
             f"{case_name(self.lowercase, self.strip_accents)}; build the corpus {option}{other}"
         )
 

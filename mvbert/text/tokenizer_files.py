@@ -41,21 +41,23 @@ class AddedPiece:
     special: bool = True
 
 
-def read_tokenizer_files(path: Path, lowercase: bool | None) -> dict[str, Any]:
+def read_tokenizer_files(
+    path: Path, lowercase: bool | None, strip_accents: bool | None
+) -> dict[str, Any]:
     """The arguments of `Vocab` that a folder, a vocab.txt or a tokenizer.json gives.
 
     Args:
-        lowercase: instead of what the files say.
+        lowercase, strip_accents: instead of what the files say.
     """
     if not path.is_dir():
-        return _read_file(path, lowercase)
+        return _read_file(path, lowercase, strip_accents)
     files = _Files(path)
     if files.txt is None and files.json is None:
         raise InputError(
             f"{path} has neither vocab.txt nor tokenizer.json; "
             "give a folder or a file with a WordPiece vocabulary"
         )
-    lower, strip, assumed = files.casing(lowercase)
+    lower, strip, assumed = files.casing(lowercase, strip_accents)
     return {
         **_with_added(files.pieces(), files.added()),
         "lowercase": lower,
@@ -65,8 +67,8 @@ def read_tokenizer_files(path: Path, lowercase: bool | None) -> dict[str, Any]:
     }
 
 
-def _read_file(path: Path, lowercase: bool | None) -> dict[str, Any]:
-    """A vocab.txt, of which the folder's tokenizer_config.json tells the casing; a tokenizer.json."""
+def _read_file(path: Path, lowercase: bool | None, strip_accents: bool | None) -> dict[str, Any]:
+    """A tokenizer.json, or a vocab.txt, whose casing the folder's tokenizer_config.json tells."""
     data = _read(path)
     strip: bool | None = None
     if path.suffix == ".json":
@@ -77,8 +79,10 @@ def _read_file(path: Path, lowercase: bool | None) -> dict[str, Any]:
     else:
         pieces = {"pieces": _parse_vocab_txt(path, data)}
         said, strip = _configured_casing(_json(path.parent / "tokenizer_config.json"), path.parent)
-    if lowercase is not None and lowercase != said:
-        said, strip = lowercase, None
+    if lowercase is not None:
+        if strip_accents is None and lowercase and said is not False:
+            strip_accents = strip
+        said, strip = lowercase, strip_accents
     return {
         **pieces,
         "lowercase": True if said is None else said,
@@ -103,6 +107,7 @@ def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[st
             )
     past = len(pieces)
     more: list[str] = []
+    added: list[AddedPiece] = []
     # Those without an id take the next free ones, after the others.
     for entry in sorted(merged.values(), key=lambda e: (e.id is None, e.id or 0)):
         expected = ids.get(entry.content, past)
@@ -114,14 +119,12 @@ def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[st
         if expected == past:
             more.append(entry.content)
             past += 1
+        if entry.content not in SPECIAL_PIECES:
+            added.append(AddedPiece(entry.content, entry.normalized, entry.special))
     return {
         "pieces": (*pieces, *more),
         "base_size": len(pieces),
-        "added": tuple(
-            AddedPiece(entry.content, entry.normalized, entry.special)
-            for entry in merged.values()
-            if entry.content not in SPECIAL_PIECES
-        ),
+        "added": tuple(sorted(added, key=lambda a: ids.get(a.piece, len(pieces)))),
     }
 
 
@@ -204,17 +207,21 @@ class _Files:
             self.json.check_same(self.source, self.txt)
         return self.txt
 
-    def casing(self, lowercase: bool | None) -> tuple[bool, bool | None, bool]:
+    def casing(
+        self, lowercase: bool | None, strip_accents: bool | None
+    ) -> tuple[bool, bool | None, bool]:
         """Whether text is lower-cased, loses its accents, and whether that was only assumed."""
-        if lowercase is None and self._lowercased_first():
-            lower, strip, _ = self._tokenizer_casing(None)
-            return True, strip if lower else False, False
-        return self._tokenizer_casing(lowercase)
-
-    def _tokenizer_casing(self, lowercase: bool | None) -> tuple[bool, bool | None, bool]:
-        said, strip = _configured_casing(self._config, self._folder)
         if lowercase is not None:
-            return lowercase, strip if lowercase else None, False
+            if strip_accents is None and lowercase:
+                strip_accents = _configured_casing(self._config, self._folder)[1]
+            return lowercase, strip_accents, False
+        lower, strip, assumed = self._tokenizer_casing()
+        if self._lowercased_first():
+            return True, strip if lower else False, False
+        return lower, strip, assumed
+
+    def _tokenizer_casing(self) -> tuple[bool, bool | None, bool]:
+        said, strip = _configured_casing(self._config, self._folder)
         if self.json is None:
             return said is not False, strip, said is None
         of_json = (self.json.lowercase, self.json.strip_accents)
@@ -228,7 +235,7 @@ class _Files:
                 f"{_word(of_json[1])}, but {self._config_path.name} makes it do_lower_case "
                 f"{_word(effective[0])} and strip_accents {_word(effective[1])}"
                 f"{' (the defaults)' if said is None else ''}, which transformers follows; make "
-                "both say the same"
+                "both say the same, or give --cased if the vocabulary is cased"
             )
         return *effective, False
 

@@ -19,7 +19,14 @@ from mvbert.text.tokenizer_files import (
     read_tokenizer_files,
 )
 
-__all__ = ["LIMIT", "NEEDED_PIECES", "SPECIAL_PIECES", "AddedPiece", "Vocab"]
+__all__ = ["LIMIT", "NEEDED_PIECES", "SPECIAL_PIECES", "AddedPiece", "Vocab", "case_name"]
+
+
+def case_name(lowercase: bool, strip_accents: bool) -> str:
+    """How text is normalised: cased, uncased, or uncased with accents."""
+    if not lowercase:
+        return "cased"
+    return "uncased" if strip_accents else "uncased with accents"
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,12 @@ class Vocab:
                 )
 
     @classmethod
-    def load(cls, path: str | Path, lowercase: bool | None = None) -> "Vocab":
+    def load(
+        cls,
+        path: str | Path,
+        lowercase: bool | None = None,
+        strip_accents: bool | None = None,
+    ) -> "Vocab":
         """Reads a vocabulary; of a folder, as transformers reads it.
 
         Args:
@@ -88,24 +100,18 @@ class Vocab:
             lowercase: None reads it from the folder's tokenizer_config.json (`do_lower_case`), or
                 from a tokenizer.json; where neither says so it is assumed to be True, as
                 transformers does.
+            strip_accents: the same of accents, where `lowercase` is given.
 
         Raises:
             InputError: no such file, not a vocabulary, duplicates, a needed piece is missing,
                 files that contradict each other, or settings that would give other pieces than
                 transformers; the message names the file and the key or line.
         """
-        return cls(**read_tokenizer_files(Path(path), lowercase))
+        return cls(**read_tokenizer_files(Path(path), lowercase, strip_accents))
 
-    def like(self, other: "Vocab") -> "Vocab":
-        """These pieces for the same text as `other`'s: its casing and its added pieces."""
-        added = tuple(a for a in other.added if a.piece in self.ids)
-        return replace(
-            self,
-            lowercase=other.lowercase,
-            strip_accents=other.strip_accents,
-            added=added,
-            assumed=False,
-        )
+    def with_added_of(self, other: "Vocab") -> "Vocab":
+        """The same, which looks for those of `other`'s added pieces that it has."""
+        return replace(self, added=tuple(a for a in other.added if a.piece in self.ids))
 
     @cached_property
     def unreachable(self) -> int:
@@ -128,16 +134,14 @@ class Vocab:
             return ""
         how = "assumed uncased, as nothing in its folder says so" if self.assumed else "uncased"
         return (
-            f"{self.source} is {how}: {self.unreachable:,} of its {self.size:,} pieces have capitals "
-            "or accents and are never used; --cased if it is cased"
+            f"{self.source} is {how}: {self.unreachable:,} of its {self.size:,} pieces have "
+            "capitals or accents and are never used; if it is cased, give --cased"
         )
 
     @property
-    def case_name(self) -> str:
-        """How text is read: "cased", "uncased", "uncased with accents"; "assumed" where it is so."""
-        if not self.lowercase:
-            return "cased"
-        name = "uncased" if self.strip_accents else "uncased with accents"
+    def casing(self) -> str:
+        """What `case_name` calls it; "assumed uncased" where nothing said so."""
+        name = case_name(self.lowercase, self.strip_accents)
         return f"assumed {name}" if self.assumed else name
 
     def save(self, path: str | Path) -> None:
@@ -167,6 +171,16 @@ class Vocab:
         return "".join(f"{piece}\n" for piece in self.pieces[: self.base_size]).encode()
 
     @property
+    def unread_ids(self) -> list[int]:
+        """Ids that no word is cut into, those of special pieces aside."""
+        added = {piece.piece for piece in self.added}
+        return [
+            id
+            for id, piece in enumerate(self.pieces)
+            if not piece or piece in added or (id >= self.base_size and piece not in SPECIAL_PIECES)
+        ]
+
+    @property
     def size(self) -> int:
         return len(self.pieces)
 
@@ -175,6 +189,11 @@ class Vocab:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pieces)
+
+    @property
+    def special_pieces(self) -> tuple[str, ...]:
+        """Those of SPECIAL_PIECES that it has; [MASK] may be missing."""
+        return tuple(piece for piece in SPECIAL_PIECES if piece in self.ids)
 
     @property
     def pad(self) -> int:

@@ -19,9 +19,7 @@ CJK_RANGES = (
 )  # fmt: skip
 
 
-def basic_split(
-    text: str, lowercase: bool = True, strip_accents: bool | None = None
-) -> list[str]:
+def basic_split(text: str, lowercase: bool = True, strip_accents: bool | None = None) -> list[str]:
     """Splits text into normalised words.
 
     >>> basic_split("Héllo, WORLD")
