@@ -21,6 +21,8 @@ from mvbert.errors import InputError
 # A JSON value as json.loads gives it; spelled out because recursive aliases need Python 3.12.
 Json = dict | list | str | int | float | bool | None
 
+_LFS_POINTER = b"version https://git-lfs"
+
 PARTIAL = ".partial-"  # in the name of everything that is not finished
 
 DATA = "data:"  # a path that starts so is in the data folder
@@ -65,6 +67,26 @@ def write_error(path: Path, error: OSError) -> InputError:
         f"cannot write {path}: {reason}; what was there before is unchanged"
         + ("; free some space and run the command again" if error.errno == errno.ENOSPC else "")
     )
+
+
+def check_readable(path: str | Path) -> None:
+    """Raises InputError unless a file can be opened and is no Git LFS pointer."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    refuse_pointer(path, start)
+
+
+def refuse_pointer(path: str | Path, start: bytes) -> None:
+    """Raises InputError if a file that begins with `start` is a Git LFS pointer."""
+    if start.startswith(_LFS_POINTER):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+        )
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -134,8 +156,16 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     try:
         yield partial
         sync_folder(partial)
-        move_folder(partial, path)
+        if overwrite:
+            move_folder(partial, path)
+        else:
+            os.rename(partial, path)  # fails if another process has filled it meanwhile
+            sync_folder(path.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(
+                f"{path} was written by another command meanwhile; give another path"
+            ) from None
         raise write_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -187,7 +217,9 @@ def read_json(path: str | Path) -> Json:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        refuse_pointer(path, data)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 # Up to this many pieces a row, a CPU does better with T x T scores in memory than with torch's

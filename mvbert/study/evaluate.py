@@ -37,6 +37,7 @@ def run_eval(
     corpus: Path,
     row: RowConfig,
     measure: MeasureConfig,
+    cased: bool = False,
     *,
     eval_rows: int = 512,
     pass_rows: int = 32,
@@ -48,7 +49,8 @@ def run_eval(
     """Measures a model.
 
     Args:
-        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_teacher takes.
+        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_model takes.
+        cased: its vocabulary is cased, whatever the folder says or leaves out.
         eval_rows: held-out rows whose masked pieces are predicted.
         pass_rows: of them in one pass.
         seed: of the sentences that the probe is fitted on.
@@ -67,9 +69,13 @@ def run_eval(
     progress = Progress("eval")
     sst2 = read_sst2(Path(measure.sst2)) if measure.sst2 else None
     folder = huggingface.find_model(name)
-    model, missing = huggingface.load_masked_lm(folder)
-    vocab = huggingface.load_vocab(folder, model.config)
-    predicts = not any(part.startswith("head.") for part in missing)
+    shape, vocab = huggingface.read_shape(folder, cased=cased)
+    weights = huggingface.read_weights(folder)
+    model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
+    for note in (vocab.doubt, weights.unread()):
+        if note:
+            progress.note(note)
+    predicts = not any(part.startswith("cls.") for part in missing)
     if not predicts and sst2 is None:
         raise InputError(
             f"{folder} has no masked-language-model head, so it predicts nothing: "

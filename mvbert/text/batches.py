@@ -150,7 +150,8 @@ class Rows:
             )
         stream = np.ascontiguousarray(stream)
         try:
-            table = _core.PieceTable(_segments(teacher), _segments(student))
+            masked = mask_prob > 0
+            table = _core.PieceTable(_segments(teacher, masked), _segments(student, masked))
             marks, first, second = table.measure(stream, self._threads)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -289,17 +290,18 @@ def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type
         )
 
 
-def _segments(segmentation: Segmentation | None) -> tuple[Any, ...] | None:
-    """A `Segmentation` as the tuple that `_core.PieceTable` takes."""
+def _segments(segmentation: Segmentation | None, masked: bool) -> tuple[Any, ...] | None:
+    """A `Segmentation` as the tuple that `_core.PieceTable` takes; without [MASK] if need be."""
     if segmentation is None:
         return None
     vocab = segmentation.vocab
+    mask = vocab.mask if masked or "[MASK]" in vocab.ids else vocab.unk
     return (
         np.ascontiguousarray(segmentation.ends, np.uint32),
         np.ascontiguousarray(segmentation.ids, np.int32),
         vocab.size,
         vocab.cls,
         vocab.sep,
-        vocab.mask,
-        [vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad],
+        mask,
+        [vocab.cls, vocab.sep, mask, vocab.unk, vocab.pad, *vocab.unread_ids],
     )

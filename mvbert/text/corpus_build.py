@@ -58,6 +58,7 @@ def build_corpus(
     out: str | Path,
     *,
     lowercase: bool = True,
+    strip_accents: bool | None = None,
     heldout_share: float = 0.01,
     heldout_texts: Iterable[str | Path] = (),
     field: str = "text",
@@ -73,7 +74,8 @@ def build_corpus(
     Args:
         texts: files and folders (mvbert.text.readers says which).
         out: the folder. One that already holds the corpus of the same texts and settings is kept.
-        lowercase: lower-case and strip accents, as for BERT's uncased vocabularies.
+        lowercase: lower-case, as for BERT's uncased vocabularies.
+        strip_accents: whether lower-cased text loses its accents; None: as those of BERT's.
         heldout_share: of the documents, in [0, 1). A document is held out by a draw for (seed,
             its number) alone. If none is drawn, the one nearest to it is; of a single document,
             the last share of its words.
@@ -107,7 +109,7 @@ def build_corpus(
     if both:
         raise InputError(f"{_some(sorted(both))}: given as text and as held-out text; choose one")
     settings: dict[str, Any] = {
-        "lowercase": lowercase,
+        **_casing(lowercase, strip_accents),
         "field": field,
         "errors": errors,
         "heldout": {"share": 0.0 if heldout_files else float(heldout_share), "seed": seed},
@@ -151,7 +153,7 @@ def merge_corpora(
     parts = [Corpus.open(folder, verify="sha256") for folder in corpora]
     first = parts[0]
     for part in parts[1:]:
-        for name in ("lowercase", "unicode"):
+        for name in ("lowercase", "strip_accents", "unicode"):
             if part.manifest.get(name) != first.manifest.get(name):
                 raise InputError(
                     f"{part.folder} has {name} {part.manifest.get(name)} but {first.folder} has "
@@ -190,7 +192,7 @@ def merge_corpora(
         files |= _write_lexicon(folder, data, ends, counts)
         manifests = [part.manifest for part in parts]
         manifest: dict[str, Any] = {
-            **_header(first.lowercase),
+            **_header(first.lowercase, first.strip_accents),
             "documents": sum(m["documents"] for m in manifests),
             "words": sum(m["words"] for m in manifests),
             "distinct": len(counts) - 1,
@@ -327,11 +329,19 @@ def _closing(writer: _Writer) -> Iterator[_Writer]:
     writer.close()
 
 
-def _header(lowercase: bool) -> dict[str, Any]:
+def _casing(lowercase: bool, strip_accents: bool | None) -> dict[str, bool]:
+    """How text is normalised; of accents only what is unusual."""
+    unusual = lowercase and strip_accents is False
+    if strip_accents and not lowercase:
+        raise InputError("strip_accents needs lowercase: accents stay in cased text")
+    return {"lowercase": lowercase, **({"strip_accents": False} if unusual else {})}
+
+
+def _header(lowercase: bool, strip_accents: bool | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "lowercase": lowercase,
+        **_casing(lowercase, strip_accents),
         "unicode": _core.unicode_version,
     }
 
@@ -368,12 +378,12 @@ def _same_corpus(
     """The manifest of the corpus at `out`, if it was made from these texts with these settings."""
     manifest = Corpus.open(out).manifest
     theirs = {
-        "lowercase": manifest["lowercase"],
+        **_casing(manifest["lowercase"], manifest.get("strip_accents")),
         "field": manifest.get("field"),
         "errors": manifest.get("errors"),
         "heldout": {key: manifest["heldout"].get(key) for key in ("share", "seed")},
     }
-    other = [name for name, value in settings.items() if theirs[name] != value]
+    other = [name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)]
     if not other:
         sources = [
             (source["name"], source["bytes"], source["heldout"]) for source in manifest["sources"]
@@ -423,6 +433,7 @@ class _Build:
         self.progress = progress or (lambda done, total: None)
         self.builder = _core.CorpusBuilder(
             lowercase=settings["lowercase"],
+            strip_accents=settings.get("strip_accents", True),
             heldout_share=settings["heldout"]["share"],
             seed=settings["heldout"]["seed"],
             replace=settings["errors"] == "replace",
@@ -609,7 +620,7 @@ class _Build:
         documents = int(counts[0])
         heldout_documents = totals["heldout_documents"] + (by in ("document", "tail"))
         manifest: dict[str, Any] = {
-            **_header(self.settings["lowercase"]),
+            **_header(self.settings["lowercase"], self.settings.get("strip_accents")),
             "documents": documents,
             "words": files["train.u32"]["bytes"] // 4 - documents,
             "distinct": len(counts) - 1,

@@ -15,7 +15,7 @@ from mvbert.text.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, m
 from mvbert.text.corpus_folder import Corpus
 
 if TYPE_CHECKING:
-    from mvbert.text.vocab import Vocab
+    from mvbert.text.vocab import Vocab, case_name
 
 
 def run_corpus(
@@ -77,7 +77,9 @@ def run_corpus_info(folder: str | Path) -> dict[str, Any]:
     return report
 
 
-def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab]:
+def load_vocabs(
+    paths: Iterable[str | Path], lowercase: bool, strip_accents: bool
+) -> dict[str, Vocab]:
     """Vocabularies by their paths, to report on.
 
     Raises:
@@ -88,12 +90,12 @@ def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab
     vocabs = {}
     for path in map(Path, paths):
         # A bare vocab.txt does not say of which case it is.
-        vocab = Vocab.load(path, lowercase=None if path.is_dir() else lowercase)
-        if vocab.lowercase != lowercase:
-            cased = {True: "uncased", False: "cased"}
+        casing = () if path.is_dir() else (lowercase, strip_accents)
+        vocab = Vocab.load(path, *casing)
+        if (vocab.lowercase, vocab.strip_accents) != (lowercase, strip_accents):
             raise InputError(
-                f"the vocabulary {path} is {cased[vocab.lowercase]} but the corpus is "
-                f"{cased[lowercase]}"
+                f"the vocabulary {path} is {vocab.casing} but the corpus is "
+                f"{case_name(lowercase, strip_accents)}"
             )
         vocabs[str(path)] = vocab
     return vocabs

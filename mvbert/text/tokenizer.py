@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from mvbert import _core
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_write, write_error, write_json
-from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, Vocab
+from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, AddedPiece, Vocab
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -125,19 +125,24 @@ class WordPieceTokenizer:
     >>> tokenizer.encode("Hello, [MASK]!")
     [101, 7592, 1010, 103, 999, 102]
 
-    Special pieces inside text are recognised, as Hugging Face does; build corpora with
+    Special and added pieces inside text are recognised, as Hugging Face does; build corpora with
     `mvbert.text.corpus`, which does not.
 
     Args:
-        vocab: the vocabulary; `vocab.lowercase` says whether text is lower-cased.
+        vocab: the vocabulary; it says how text is normalised.
     """
 
     def __init__(self, vocab: Vocab) -> None:
         self.vocab = vocab
+        # Words are never cut into pieces that come after the base vocabulary.
+        pieces = [p if id < vocab.base_size else "" for id, p in enumerate(vocab.pieces)]
+        special = [(piece, vocab.ids[piece], False) for piece in vocab.special_pieces]
+        added = [(a.piece, vocab.ids[a.piece], a.normalized) for a in vocab.added]
         self._core = _core.Tokenizer(
             lowercase=vocab.lowercase,
-            teacher=_core.WordPiece(list(vocab.pieces), vocab.unk),
-            special=[(piece, vocab.ids[piece]) for piece in SPECIAL_PIECES],
+            strip_accents=vocab.strip_accents,
+            teacher=_core.WordPiece(pieces, vocab.unk),
+            special=special + added,
         )
 
     @classmethod
@@ -289,18 +294,19 @@ class WordPieceTokenizer:
 
         Args:
             ids: any integers of [0, size).
-            skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP] and [MASK].
+            skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP], [MASK], special added ones.
             clean_up: no space before punctuation and inside English contractions.
 
         Raises:
             InputError: an id outside the vocabulary.
         """
         pieces = []
+        skipped = {*SPECIAL_PIECES, *(a.piece for a in self.vocab.added if a.special)}
         for id in np.asarray(ids).tolist():
             if not isinstance(id, int) or not 0 <= id < self.vocab.size:
                 raise InputError(f"id {id!r} is not in [0, {self.vocab.size})")
             piece = self.vocab.pieces[id]
-            if not (skip_special_tokens and piece in SPECIAL_PIECES):
+            if not (skip_special_tokens and piece in skipped):
                 pieces.append(piece)
         text = " ".join(pieces).replace(" ##", "").strip()
         if clean_up:
@@ -322,6 +328,7 @@ class WordPieceTokenizer:
         return transformers.BertTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
             do_lower_case=self.vocab.lowercase,
+            strip_accents=_unusual_accents(self.vocab),
             model_max_length=512,
         )
 
@@ -344,15 +351,18 @@ class MixedTokenizer:
     ) -> None:
         self.teacher = teacher.vocab if isinstance(teacher, WordPieceTokenizer) else teacher
         self.student = student.vocab if isinstance(student, WordPieceTokenizer) else student
-        if self.teacher.lowercase != self.student.lowercase:
+        casings = [(v.lowercase, v.strip_accents) for v in (self.teacher, self.student)]
+        if casings[0] != casings[1]:
             raise InputError(
-                f"the teacher's vocabulary has lowercase={self.teacher.lowercase} and the "
-                f"student's {self.student.lowercase}; a word must be the same for both"
+                f"the teacher's vocabulary is {self.teacher.casing} (lowercase="
+                f"{self.teacher.lowercase}) and the student's {self.student.casing} (lowercase="
+                f"{self.student.lowercase}); a word must be the same for both"
             )
         if self.teacher.size + self.student.size > LIMIT:
             raise InputError("the two vocabularies have more than 2^31 - 1 pieces together")
         self._core = _core.Tokenizer(
             lowercase=self.teacher.lowercase,
+            strip_accents=self.teacher.strip_accents,
             teacher=_core.WordPiece(list(self.teacher.pieces), self.teacher.unk),
             student=_core.WordPiece(list(self.student.pieces), self.student.unk),
         )
@@ -409,6 +419,7 @@ class MixedTokenizer:
         """The student's pieces alone."""
         return _core.Tokenizer(
             lowercase=self.student.lowercase,
+            strip_accents=self.student.strip_accents,
             teacher=_core.WordPiece(list(self.student.pieces), self.student.unk),
         )
 
@@ -510,7 +521,7 @@ def save_tokenizer_files(
     config.json with `"model_type": "bert"` only where transformers asks for one.
 
     Args:
-        vocab: the vocabulary; `vocab.lowercase` decides lower-casing and accent stripping.
+        vocab: the vocabulary; it says how text is normalised.
         folder: made if it is not there.
         model_max_length: the longest row the model takes, in pieces.
 
@@ -531,22 +542,44 @@ def save_tokenizer_files(
     vocab.save(paths[0])
     # One line: the vocabulary would otherwise be 30,000 lines of indentation.
     atomic_write(paths[1], json.dumps(_tokenizer_json(vocab), ensure_ascii=False) + "\n")
+    tokens = _added_tokens(vocab)
+    extra = [a.piece for a in vocab.added if a.special]
     write_json(
         paths[2],
         {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": vocab.lowercase,
-            "strip_accents": None,
+            "strip_accents": _unusual_accents(vocab),
             "tokenize_chinese_chars": True,
             "model_max_length": model_max_length,
-            "pad_token": "[PAD]",
-            "unk_token": "[UNK]",
-            "cls_token": "[CLS]",
-            "sep_token": "[SEP]",
-            "mask_token": "[MASK]",
+            **{f"{piece[1:-1].lower()}_token": piece for piece in vocab.special_pieces},
+            "added_tokens_decoder": {str(token.pop("id")): token for token in tokens},
+            **({"additional_special_tokens": extra} if extra else {}),
         },
     )
     return paths
+
+
+def _unusual_accents(vocab: Vocab) -> bool | None:
+    """strip_accents as transformers writes it: None where it is what lower-casing says."""
+    return None if vocab.strip_accents == vocab.lowercase else vocab.strip_accents
+
+
+def _added_tokens(vocab: Vocab) -> list[dict[str, Any]]:
+    """Special and added pieces as transformers writes them, by their ids."""
+    pieces = [AddedPiece(piece) for piece in vocab.special_pieces] + [*vocab.added]
+    return [
+        {
+            "id": vocab.ids[added.piece],
+            "content": added.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": added.normalized,
+            "special": added.special,
+        }
+        for added in sorted(pieces, key=lambda added: vocab.ids[added.piece])
+    ]
 
 
 def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
@@ -564,23 +597,12 @@ def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": vocab.ids[piece],
-                "content": piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for piece in sorted(SPECIAL_PIECES, key=vocab.ids.__getitem__)
-        ],
+        "added_tokens": _added_tokens(vocab),
         "normalizer": {
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
-            "strip_accents": None,
+            "strip_accents": _unusual_accents(vocab),
             "lowercase": vocab.lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -596,6 +618,6 @@ def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
             "unk_token": "[UNK]",
             "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100,
-            "vocab": vocab.ids,
+            "vocab": {piece: id for piece, id in vocab.ids.items() if id < vocab.base_size},
         },
     }
