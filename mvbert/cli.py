@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import os
 import signal
 import sys
@@ -33,7 +32,7 @@ from mvbert.config import (
     load_toml,
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
-from mvbert.files import Json
+from mvbert.files import Json, json_text
 
 DEMO = Path(__file__).parent / "presets" / "demo.toml"
 
@@ -483,7 +482,7 @@ def run(arguments: Sequence[str]) -> None:
     if not leads():
         return
     try:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(json_text(report), flush=True)
     except OSError as error:
         # What could not be written must not be tried again when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -500,6 +499,11 @@ def guarded(work: Callable[[], None]) -> int:
         return 2
     except InputError as error:
         _say(f"error: {error}", always=True)
+        return 2
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        if error.filename is None or isinstance(error.filename, int):
+            raise
+        _say(f"error: {os.fsdecode(error.filename)}: {error.strerror}", always=True)
         return 2
     except ImportError as error:
         if "pip install" not in str(error):
@@ -539,6 +543,8 @@ def _say(sentence: str, always: bool = False) -> None:
     """One sentence on stderr; of several processes, rank 0 speaks for all."""
     from mvbert.progress import leads
 
+    # A file name may hold line breaks and escape codes of terminals.
+    sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     if leads():
         print(f"mvbert: {sentence}", file=sys.stderr)
     elif always:

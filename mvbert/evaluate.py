@@ -17,6 +17,7 @@ import torch
 from mvbert import huggingface
 from mvbert.batches import Rows
 from mvbert.config import MeasureConfig, RowConfig, TrainConfig
+from mvbert.corpus_folder import cores
 from mvbert.device import Device, choose_device
 from mvbert.distill import checked_corpus
 from mvbert.errors import InputError
@@ -62,8 +63,7 @@ def run_eval(
         progress.note(f"rows of {row.length} pieces; in training they had {trained}: --row.length")
     opened = checked_corpus(corpus)
     cut = opened.segment(vocab)
-    if train.threads:
-        torch.set_num_threads(train.threads)
+    torch.set_num_threads(cores(train.threads))
     where = choose_device(train)
     progress.note(f"{where.device}, {where.reason}")
     model = model.to(where.device).eval()

@@ -120,7 +120,7 @@ def test_batches(tokenizer):
     assert tokenizer.encode_batch([], padding=True).input_ids.shape == (0, 0)
 
 
-@pytest.mark.parametrize("threads", [0, 1, 2, 64, None])
+@pytest.mark.parametrize("threads", [0, 1, 2, 64])
 def test_threads_change_nothing(tokenizer, threads):
     texts = TEXTS * 40
     expected = tokenizer.encode_batch(texts, threads=1)
@@ -184,7 +184,7 @@ def test_wrong_options(tokenizer):
             {"padding": True, "truncation": True, "max_length": 9, "pad_to_multiple_of": 8},
             "max_length 9 is not a multiple",
         ),
-        ({"threads": -1}, "threads is -1"),
+        ({"threads": -1}, "threads must be 0 .*, got -1"),
     ]:
         with pytest.raises(InputError, match=message):
             tokenizer.encode_batch(["hello world", "a"], **options)
@@ -201,7 +201,7 @@ def test_wrong_options(tokenizer):
         tokenizer.encode_batch(["a"], [bytearray(b"\xff")])
     with pytest.raises(ValueError, match="not UTF-8: byte 0xff at offset 1"):
         tokenizer.encode(b"b\xff")
-    with pytest.raises(TypeError, match="expected str or bytes, got int"):
+    with pytest.raises(InputError, match=r"text 0 is 1 \(int\), expected str or bytes"):
         tokenizer.encode_batch([1])
 
 
