@@ -302,7 +302,7 @@ class EvalCommand:
     """Folder that `mvbert corpus` made."""
     row: RowConfig = field(default_factory=RowConfig)
     eval_rows: int = 512
-    """Held-out rows whose masked pieces are asked for."""
+    """Held-out rows whose masked pieces are asked for; at most as many as the text has."""
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     seed: int = 0
     """Of the sentences that the probe is fitted on."""

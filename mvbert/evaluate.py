@@ -74,7 +74,10 @@ def run_eval(
         "vocab": vocab.size,
     }
     if predicts:
-        found = masked_measures(model, heldout_rows(opened, cut, row), train, where)
+        rows = heldout_rows(opened, cut, row)
+        if train.eval_rows > rows.count:
+            progress.note(f"eval_rows {train.eval_rows}: the held-out text has {rows.count} rows")
+        found = masked_measures(model, rows, train, where)
         progress.note(
             f"{found['loss']:.4f} nats a masked piece, "
             f"{found['accuracy']:.1%} of {found['masked']} said right"
@@ -116,10 +119,11 @@ def _length_in_training(folder: Path) -> int | None:
 def masked_measures(
     model: MaskedLM, rows: Rows, train: TrainConfig, where: Device
 ) -> dict[str, float]:
-    """Loss and accuracy over the masked pieces of the first eval_rows rows."""
+    """Loss and accuracy over the masked pieces of the first eval_rows rows, at most one epoch."""
     total = {"mlm_sum": 0.0, "count": 0.0, "right": 0.0}
-    for first in range(0, train.eval_rows, train.rows):
-        batch = rows.read(first, min(train.rows, train.eval_rows - first))
+    count = min(train.eval_rows, rows.count)
+    for first in range(0, count, train.rows):
+        batch = rows.read(first, min(train.rows, count - first))
         with where.cast():
             for name, value in masked_sums(model, DeviceBatch.of(batch, where.device)).items():
                 total[name] += float(value)
@@ -129,7 +133,7 @@ def masked_measures(
     if not math.isfinite(loss):
         raise InputError(f"the held-out loss is {loss}: the model's weights are spoiled")
     return {
-        "rows": train.eval_rows,
+        "rows": count,
         "masked": int(total["count"]),
         "loss": loss,
         "accuracy": total["right"] / total["count"],

@@ -184,6 +184,10 @@ class _Run:
             f"{config.steps * self._pieces_per_step / 1e6:.2f} M pieces, "
             f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
         )
+        if config.eval_rows > task.heldout.count:
+            progress.note(
+                f"eval_rows {config.eval_rows}: the held-out text has {task.heldout.count} rows"
+            )
         parts = _parts(task, config, among)
         for part in parts[1:]:
             progress.note(
@@ -328,10 +332,10 @@ def _check_shares(config: TrainConfig, among: Ranks) -> None:
 def _evaluate(
     task: Task, config: TrainConfig, where: Device, among: Ranks
 ) -> dict[str, float | None]:
-    """Held-out means over the same rows every time."""
+    """Held-out means over the same rows every time, at most one epoch of them."""
     task.module.eval()
     sums = Sums(where.device)
-    share = among.share(config.eval_rows)
+    share = among.share(min(config.eval_rows, task.heldout.count))
     micro = config.micro_rows or config.rows // among.count
     for first in range(share.start, share.stop, micro):
         count = min(micro, share.stop - first)
