@@ -22,6 +22,7 @@ from mvbert.model.fill import fill_masks
 from mvbert.progress import Progress
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.vocab import Vocab
+from mvbert.training.distillation import reader
 from mvbert.training.ranks import join_ranks
 from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
 from mvbert.training.runs import describe_run, make_folder
@@ -98,7 +99,7 @@ def _report(
     best_folder = Path(str(students[best]["output"]))
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
     student_vocab = Vocab.load(best_folder)
-    stage1_teacher, _ = load_stage1(stage1_model)
+    teacher_reader = reader(load_stage1(stage1_model)[0])
     report: dict[str, Json] = {
         "output": str(best_folder),
         "best": best,
@@ -114,7 +115,7 @@ def _report(
         "filled": [
             {
                 "sentence": sentence,
-                "teacher": fill_masks(stage1_teacher, student_vocab, sentence),
+                "teacher": fill_masks(teacher_reader, student_vocab, sentence),
                 "student": fill_masks(student, student_vocab, sentence),
             }
             for sentence in config.sentences

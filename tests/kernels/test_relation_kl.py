@@ -38,7 +38,7 @@ def relations(draw):
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_against_the_definition(backend, shape, dtype, relations, check_against):
-    B, T, H, H_t, R = shape
+    _, T, H, H_t, R = shape
     student, of = relations(shape, dtype)
     # A row of scores and its gradient are sums over T, a score over the width of a head.
     check_against(of(backend), of("reference"), [student], max(T, H // R, H_t // R))
