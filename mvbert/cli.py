@@ -60,7 +60,7 @@ class CorpusCommand:
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
     resume: bool = True
@@ -310,7 +310,7 @@ class EvalCommand:
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.study.evaluate import run_eval

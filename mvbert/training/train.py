@@ -38,6 +38,7 @@ from mvbert.training.optim import make_optimizer
 from mvbert.training.ranks import Ranks, join_ranks
 from mvbert.training.runs import (
     Log,
+    check_run,
     describe_resume,
     describe_run,
     lock,
@@ -165,7 +166,7 @@ def _prepare(
     if device.device.type == "cpu":
         keep_memory()
     facts = environment(device.device, device.reason, ranks.count)
-    ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
+    before = ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
     module = task.module.to(device.device)
     peak, source = peak_flops(
         device.device, device.autocast or torch.float32, torch.get_num_threads()
@@ -194,6 +195,11 @@ def _prepare(
         f"{config.steps * run.pieces_per_step / 1e6:.2f} M pieces, "
         f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
     )
+    if before is not None:
+        progress.note(
+            f"steps raised from {before} to {config.steps}: the learning rate of the steps to come "
+            f"is that of a run of {config.steps} steps"
+        )
     if config.eval_rows > task.heldout.count:
         progress.note(
             f"eval_rows {config.eval_rows}: the held-out text has {task.heldout.count} rows"
@@ -325,8 +331,11 @@ def finished(
     """The report of a run that is already complete in `out`, or None."""
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
-    describe_run(out / "run.json", description)
+    if check_run(out / "run.json", description) is not None:
+        return None  # it is to have more steps now
     if checkpoint.check_manifest(out / "model") is not None:
         return None
+    if max((record["step"] for record in read_log(out)), default=0) < config.steps:
+        return None  # the model is that of fewer steps
     length = description["row"]["length"]  # type: ignore[index,call-overload]
     return _report(out, config, config.rows * int(length))  # type: ignore[arg-type]
