@@ -186,12 +186,12 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise InputError(f"{path} does not exist: is {out} the folder of a run?")
     records = []
-    lines = _lines(path)
-    for number, line in enumerate(lines, 1):
+    *lines, rest = _lines(path)
+    for number, line in enumerate([*lines, rest] if rest else lines, 1):
         record = _record(line)
         if record is not None:
             records.append(record)
-        elif number < len(lines) or not line.startswith("{"):
+        elif number <= len(lines) or not rest.startswith("{"):
             raise InputError(
                 f"{path} is damaged at line {number}, which is no record of a step; "
                 "restore the file, or delete that line"
@@ -200,12 +200,11 @@ def read_log(out: Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a log; the last of them may have been cut off."""
+    """The lines of a log, and what follows the last line end: nothing, or a line cut off."""
     try:
-        data = path.read_bytes()
+        return path.read_bytes().decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    return data.decode("utf-8", "replace").removesuffix("\n").split("\n") if data else []
 
 
 def _record(line: str) -> dict[str, Any] | None:

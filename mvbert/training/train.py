@@ -316,6 +316,8 @@ class _Run:
 
 def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> dict[str, Json]:
     evaluations = [line for line in read_log(out) if "heldout" in line]
+    if not evaluations:
+        raise InputError(f"{out / 'log.jsonl'} holds no evaluation; restore it, or remove {out}")
     return {
         "output": str(out / "model"),
         "steps": config.steps,
