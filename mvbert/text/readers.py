@@ -31,6 +31,7 @@ from mvbert.files import sha256_file
 
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".xz", ".zst")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SUPPORTED = "*.txt, *.jsonl (each also .gz, .xz, .zst) and *.parquet"
 
 CHUNK_BYTES = 1 << 20  # of plain text handed on at a time
@@ -133,8 +134,13 @@ class _Search:
 
     def _file(self, path: Path, status: os.stat_result) -> None:
         if not self._is_repeated(status):
-            with _open(path):  # found out now, not hours later
-                self.files.append(path)
+            with _open(path) as file:  # found out now, not hours later
+                if status.st_size < 1 << 10 and file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise InputError(
+                        f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs "
+                        "pull"
+                    )
+            self.files.append(path)
 
     def _is_repeated(self, status: os.stat_result) -> bool:
         identity = (status.st_dev, status.st_ino)
@@ -293,33 +299,9 @@ class TextFile:
         """Text as it comes, unless its first bytes or its zeros show that it is something else."""
         done = 0
         for piece in _with_head(pieces):
-            if done == 0:
-                self._check_head(piece)
-            self._check_zeros(piece, done)
+            check_is_text(self.path, piece, done, packed=bool(self.packing))
             done += len(piece)
             yield piece
-
-    def _check_head(self, head: bytes) -> None:
-        for magic, name in MAGIC:
-            if head.startswith(magic):
-                raise InputError(
-                    f"{self.path} is packed more than once: unpacked, it is {name} again; "
-                    "unpack it once"
-                    if self.packing
-                    else f"{self.path} is {name}, not text; its name should say so"
-                )
-        for mark, encoding in BYTE_ORDER_MARKS:
-            if head.startswith(mark):
-                raise InputError(f"{self.path} is {encoding}, not UTF-8; {_convert(encoding)}")
-
-    def _check_zeros(self, piece: bytes, offset: int) -> None:
-        encoding = _of_zeros(piece, offset)
-        if encoding is not None:
-            raise InputError(
-                f"{self.path} is binary, not text: {piece.count(0)} of {len(piece)} bytes are zero"
-                if not encoding
-                else f"{self.path} looks like {encoding}, not UTF-8; {_convert(encoding)}"
-            )
 
     def advice(self, offset: int) -> str:
         """What to do about text that is not UTF-8 at byte `offset` of a file, read anew."""
@@ -480,6 +462,32 @@ BYTE_ORDER_MARKS = (  # UTF-32's begin like UTF-16's
 REPLACE = 'errors="replace" (--errors replace) leaves such bytes out'
 
 
+def check_is_text(path: str | Path, piece: bytes, offset: int = 0, packed: bool = False) -> None:
+    """Refuses what its first bytes or its zeros show to be packed, binary, UTF-16 or UTF-32.
+
+    Args:
+        piece: some of the file's text, from byte `offset` on; at 0 with HEAD_BYTES of it.
+        packed: whether it was unpacked.
+    """
+    for magic, name in MAGIC if offset == 0 else ():
+        if piece.startswith(magic):
+            raise InputError(
+                f"{path} is packed more than once: unpacked, it is {name} again; unpack it once"
+                if packed
+                else f"{path} is {name}, not text; its name should say so"
+            )
+    for mark, encoding in BYTE_ORDER_MARKS if offset == 0 else ():
+        if piece.startswith(mark):
+            raise InputError(f"{path} is {encoding}, not UTF-8; {_convert(encoding)}")
+    looks_like = _of_zeros(piece, offset)
+    if looks_like == "":
+        raise InputError(
+            f"{path} is binary, not text: {piece.count(0)} of {len(piece)} bytes are zero"
+        )
+    if looks_like:
+        raise InputError(f"{path} looks like {looks_like}, not UTF-8; {_convert(looks_like)}")
+
+
 def _convert(encoding: str) -> str:
     return f"convert it: iconv -f {encoding} -t UTF-8"
 
@@ -498,6 +506,8 @@ def _with_head(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 def _of_zeros(text: bytes, offset: int) -> str | None:
     """The encoding that zero bytes at regular places show; "" for binary; None for text."""
+    if 0 not in text:  # memchr, 25 times as fast as counting
+        return None
     zeros = text.count(0)
     # A few are what broken programs leave in text; the splitter deletes them.
     if zeros < 4 or zeros * 50 < len(text):

@@ -24,6 +24,7 @@ from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_write, write_error, write_json
+from mvbert.text.readers import SAMPLE_BYTES, check_is_text
 from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, Vocab
 
 if TYPE_CHECKING:
@@ -277,7 +278,8 @@ class WordPieceTokenizer:
         """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
 
         Raises:
-            InputError: the file cannot be read or is not UTF-8; the message has the offset.
+            InputError: the file cannot be read, is binary or is not UTF-8; the message has the
+                offset or the encoding.
         """
         threads = cores(threads)
         try:
@@ -288,9 +290,12 @@ class WordPieceTokenizer:
                     return np.zeros(0, np.int32)
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 with mapped, memoryview(mapped) as data:
+                    check_is_text(path, bytes(data[:SAMPLE_BYTES]))
                     return self._core.encode_long(data, True, threads)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{path} is {error}") from None
 

@@ -97,6 +97,7 @@ def check_run(path: Path, description: dict[str, Json]) -> int | None:
         before, now = (x["train"].get("steps") if "train" in x else None for x in (found, wanted))
         if (
             isinstance(before, int)
+            and isinstance(now, int)
             and before < now
             and {**found, "train": {**found["train"], "steps": now}} == wanted
         ):

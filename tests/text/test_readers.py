@@ -199,6 +199,15 @@ def test_an_empty_file_among_others_is_left_out(tmp_path):
     assert (found.files, found.left_out["empty"]) == ([tmp_path / "c.txt"], 2)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_git_lfs_pointer_is_not_the_file(tmp_path, name):
+    (tmp_path / name).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+    )
+    with pytest.raises(InputError, match=rf"{name} is a Git LFS pointer, not the file itself"):
+        find_texts([tmp_path])
+
+
 def test_files_of_other_kinds_are_counted(tmp_path):
     for name in ("a.txt", "b.json", "c.txt.bz2", ".hidden"):
         (tmp_path / name).write_bytes(b"x")

@@ -388,6 +388,9 @@ def test_files(tokenizer, tmp_path):
         tokenizer.encode_file(path)
     with pytest.raises(InputError, match="cannot read"):
         tokenizer.encode_file(tmp_path / "nowhere")
+    path.write_bytes("some words".encode("utf-16-le") * 10)
+    with pytest.raises(InputError, match=r"text\.txt looks like UTF-16LE, not UTF-8; convert it"):
+        tokenizer.encode_file(path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe is no regular file"):
         tokenizer.encode_file(tmp_path / "pipe")
