@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import os
 import signal
 import sys
@@ -34,7 +33,7 @@ from mvbert.config import (
     load_toml,
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
-from mvbert.files import Json
+from mvbert.files import Json, json_text
 
 DEMO = Path(__file__).parent / "presets" / "demo.toml"
 
@@ -64,7 +63,7 @@ class CorpusCommand:
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
     resume: bool = True
@@ -327,7 +326,7 @@ class EvalCommand:
     """Its vocabulary is cased, whatever its folder says or leaves out."""
     row: RowConfig = field(default_factory=RowConfig)
     eval_rows: int = 512
-    """Held-out rows whose masked pieces are asked for."""
+    """Held-out rows whose masked pieces are asked for; at most as many as the text has."""
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     seed: int = 0
     """Of the sentences that the probe is fitted on."""
@@ -336,7 +335,7 @@ class EvalCommand:
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.study.evaluate import run_eval
@@ -508,7 +507,7 @@ def run(arguments: Sequence[str]) -> None:
     if not leads():
         return
     try:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(json_text(report), flush=True)
     except OSError as error:
         # What could not be written must not be tried again when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -525,6 +524,11 @@ def guarded(work: Callable[[], None]) -> int:
         return 2
     except InputError as error:
         _say(f"error: {error}", always=True)
+        return 2
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        if error.filename is None or isinstance(error.filename, int):
+            raise
+        _say(f"error: {os.fsdecode(error.filename)}: {error.strerror}", always=True)
         return 2
     except Interrupted as error:
         _say(str(error))
@@ -559,6 +563,8 @@ def _say(sentence: str, always: bool = False) -> None:
     """One sentence on stderr; of several processes, rank 0 speaks for all."""
     from mvbert.progress import leads
 
+    # A file name may hold line breaks and escape codes of terminals.
+    sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     if leads():
         print(f"mvbert: {sentence}", file=sys.stderr)
     elif always:
