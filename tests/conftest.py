@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +168,20 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def git_files() -> Callable[..., list[str]]:
+    """Lists the files that git knows, by paths from the root; takes options of `git ls-files`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git checkout")
+
+    def listed(*options: str) -> list[str]:
+        command = ["git", "ls-files", "-z", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [name for name in done.stdout.split("\0") if name]
+
+    return listed
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real corpora and vocabularies beside the repository; skips without it."""
     folder = ROOT.parent / "shared" / "data"
@@ -264,7 +279,7 @@ The vocabulary of a child grows by ten words a day, and nobody is teaching them.
 
 
 def _vocab(words: list[str]):
-    from mvbert.vocab import Vocab
+    from mvbert.text.vocab import Vocab
 
     pieces = [*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *words]
     return Vocab(tuple(dict.fromkeys(pieces)))
@@ -291,9 +306,9 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def write_teacher():
     """A function that writes a tiny BERT with random weights as a new Hugging Face folder."""
-    from mvbert import huggingface
     from mvbert.config import ModelConfig
-    from mvbert.model import MaskedLM
+    from mvbert.model import huggingface
+    from mvbert.model.masked_lm import MaskedLM
 
     def write(folder: Path, vocab) -> None:
         model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=32))
@@ -310,11 +325,11 @@ def training_inputs(tmp_path_factory, text, write_teacher, teacher_vocab, studen
 
     Tests that change them take `job`.
     """
-    from mvbert import checkpoint
     from mvbert.config import RowConfig, Stage1Config
-    from mvbert.corpus import Corpus, build_corpus
     from mvbert.progress import Progress
-    from mvbert.stages import Stage1
+    from mvbert.text.corpus import Corpus, build_corpus
+    from mvbert.training import checkpoint
+    from mvbert.training.stages import Stage1
 
     folder = tmp_path_factory.mktemp("training")
     (folder / "text.txt").write_text(text * 4)
@@ -338,7 +353,7 @@ def training_inputs(tmp_path_factory, text, write_teacher, teacher_vocab, studen
 @pytest.fixture(scope="session")
 def corpus(training_inputs):
     """The corpus of `training_inputs`, opened."""
-    from mvbert.corpus import Corpus
+    from mvbert.text.corpus import Corpus
 
     return Corpus.open(training_inputs / "corpus")
 
@@ -397,7 +412,7 @@ def refused(command_line):
 
 
 def _numbers(out: Path) -> list[dict]:
-    from mvbert import runs
+    from mvbert.training import runs
 
     clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
     return [{k: v for k, v in r.items() if k not in clock} for r in runs.read_log(out)]
