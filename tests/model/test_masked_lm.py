@@ -99,7 +99,7 @@ def test_mixed_loss_is_two_softmaxes_each_over_its_own_vocabulary():
             expected = F.cross_entropy(logits[row, :60], torch.tensor(label))
         else:
             expected = F.cross_entropy(logits[row, 60:], torch.tensor(label - 60))
-        assert float(loss) == pytest.approx(float(expected), abs=1e-6)
+        assert float(loss) == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_every_parameter_of_stage_one_gets_a_gradient():

@@ -35,7 +35,7 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
     )  # fmt: skip
     report = run_eval(out, corpus, "--words", 20, "--context", 3)
     said = [line["heldout"] for line in runs.read_log(out) if "heldout" in line][-1]
-    assert report["loss"] == pytest.approx(said["loss"], rel=1e-6)  # rows of a pass differ
+    assert report["loss"] == pytest.approx(said["loss"], rel=1e-5)  # rows of a pass differ
     assert report["accuracy"] == said["accuracy"]
     assert report["rows"] == 8
     assert report["masked"] > 8
@@ -45,15 +45,15 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
     vocab = load_vocab(out / "model", model.config)
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
     words = ask(opened.heldout, cut, places, 3, 16)
-    float32 = Device(torch.device("cpu"), None, "")
-    wanted = bits_per_word(model, vocab.pad, words, float32)["bits_per_word"]
+    cpu = Device(torch.device("cpu"), None, "")
+    wanted = bits_per_word(model, vocab.pad, words, cpu)["bits_per_word"]
     report, said = verb(
         "eval", out / "model", "--corpus", corpus, *ROWS, "--words", 20, "--context", 3,
         "--dtype", "float32", "--row.length", 12,
     )  # fmt: skip
     assert "rows of 12 pieces; in training they had 16" in said
     report = run_eval(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
-    assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-9)
+    assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-5)
     assert report["words_asked"] == words.count
 
 
