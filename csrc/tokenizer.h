@@ -7,6 +7,9 @@
 // it. Between calls a Tokenizer keeps a cache for each thread that was at work at once, and up to 64
 // buffers of 512 KiB.
 //
+// Every loop over text ends, since WordSplitter::Fill reads on whatever it is given, and takes time linear
+// in the bytes; recognising special pieces takes their number and length as a factor.
+//
 // A Tokenizer is immutable to its callers: any number of threads may use one. There is no lock and no
 // thread that outlives a call, so a forked child can go on using it.
 
@@ -33,7 +36,7 @@ namespace mvbert {
 
 // Which vocabulary cuts which word: word w of text number t is cut by the student's when the w-th
 // number that text t has for Purpose::kText is below `threshold`. The numbers lie as the mixer's do:
-// 64 from 16 Philox blocks, first words first (`drawn` in mvbert/mixing.py).
+// 64 from 16 Philox blocks, first words first (`drawn` in mvbert/text/row_reference.py).
 struct Coin {
   std::uint64_t threshold = 0;  // student_prob * 2^32, rounded to nearest: 0 never, 2^32 always
   std::uint64_t seed = 0;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mvbert import _tokenizer
+from mvbert import _core
 
 CHECKS = sorted(path.stem for path in Path(__file__).parent.glob("*_check.cc"))
 SANITIZERS = ["address,undefined", "thread"]
@@ -20,20 +20,24 @@ def _run(*command, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def _build(root, folder: Path, sanitize: str) -> Path:
+def _configure(root, folder: Path, *options: str) -> None:
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             pytest.skip(f"needs {tool}")
+    configure = _run(
+        "cmake", "-S", root, "-B", folder, "-G", "Ninja", "-DMVBERT_PYTHON=OFF",
+        "-DMVBERT_CHECKS=ON", *options,
+    )  # fmt: skip
+    assert configure.returncode == 0, configure.stderr
+
+
+def _build(root, folder: Path, sanitize: str) -> Path:
     source = folder / "empty.cc"
     source.write_text("int main() {}\n")
     flag = [f"-fsanitize={sanitize}"] if sanitize else []
     if _run("c++", *flag, source, "-o", folder / "empty").returncode:
         pytest.skip(f"the compiler has no runtime for {sanitize or 'C++'}")
-    configure = _run(
-        "cmake", "-S", root, "-B", folder, "-G", "Ninja", "-DMVBERT_PYTHON=OFF",
-        "-DMVBERT_CHECKS=ON", f"-DMVBERT_SANITIZE={sanitize}",
-    )  # fmt: skip
-    assert configure.returncode == 0, configure.stderr
+    _configure(root, folder, f"-DMVBERT_SANITIZE={sanitize}")
     build = _run("cmake", "--build", folder)
     assert build.returncode == 0, build.stdout + build.stderr
     assert "warning:" not in build.stdout, build.stdout
@@ -65,6 +69,19 @@ def test_check(plain, check):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+# ---- counted work: unlike time, the same on a busy machine -------------------------------------
+
+
+def test_work_grows_as_the_text_does(root, tmp_path):
+    """On long runs of every kind of character, and on one kind among another."""
+    _configure(root, tmp_path)
+    build = _run("cmake", "--build", tmp_path, "--target", "linear_work")
+    assert build.returncode == 0, build.stdout + build.stderr
+    assert "warning:" not in build.stdout, build.stdout
+    result = _run(tmp_path / "linear_work", timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 # ---- instructions, which unlike time are the same on a busy machine ------------------------------
 
 # What was counted when this was written, with GCC 12 and AVX2 (which is all that valgrind knows, so
@@ -85,7 +102,7 @@ COLLECTED = {"encode_check": "*Measured*", "mixer_check": "mvbert::Mixer::Read(*
 def test_instructions(plain, check, argument, tmp_path):
     if not shutil.which("valgrind"):
         pytest.skip("needs valgrind")
-    if "avx2" not in _tokenizer.instruction_sets():
+    if "avx2" not in _core.instruction_sets():
         pytest.skip("needs a machine with AVX2, for which the numbers are")
     result = _run(
         "valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path / 'out'}",

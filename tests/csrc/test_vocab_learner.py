@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvbert import _tokenizer
-from mvbert.learner_reference import SPECIAL_TOKENS, cuts, learn_vocab_reference
+from mvbert import _core
+from mvbert.text.learner_reference import cuts, learn_vocab_reference
+from mvbert.text.vocab import SPECIAL_PIECES
 
 # Every word has its last letter in common with many others, so suffixes matter.
 WORDS = {
@@ -23,7 +24,7 @@ def learn(counts: dict[str, int], size: int, coverage: float = 1.0, threads: int
     words = [word.encode() for word in counts]
     ends = np.cumsum([len(word) for word in words], dtype=np.uint64)
     numbers = np.array(list(counts.values()), dtype=np.uint64)
-    return _tokenizer.learn_vocab(b"".join(words), ends, numbers, size, coverage, threads)
+    return _core.learn_vocab(b"".join(words), ends, numbers, size, coverage, threads)
 
 
 def random_lexicon(seed: int, words: int, letters: str = "abcdeé東😀") -> dict[str, int]:
@@ -85,7 +86,7 @@ def test_known_vocabulary():
     assert alphabet == 8
     assert threshold == 5
     assert pieces == [
-        *SPECIAL_TOKENS, "low", "##er", "##w", "##l", "##o", "s", "##e", "n", "##r", "l"
+        *SPECIAL_PIECES, "low", "##er", "##w", "##l", "##o", "s", "##e", "n", "##r", "l"
     ]  # fmt: skip
     assert uses == [0] * 5 + [10, 5, 5, 3, 3, 3, 2, 2, 0, 0]
 
@@ -110,8 +111,8 @@ def test_every_word_can_be_cut_and_every_piece_is_used():
     for word, count in lexicon.items():
         counted += count * len(cuts(word, known))  # raises where the word cannot be cut
     assert sum(uses) == counted
-    assert all(uses[len(SPECIAL_TOKENS) :])
-    assert uses[len(SPECIAL_TOKENS) :] == sorted(uses[len(SPECIAL_TOKENS) :], reverse=True)
+    assert all(uses[len(SPECIAL_PIECES) :])
+    assert uses[len(SPECIAL_PIECES) :] == sorted(uses[len(SPECIAL_PIECES) :], reverse=True)
     singles = [piece for piece in pieces[5:] if len(piece.removeprefix("##")) == 1]
     assert len(singles) == alphabet
 
@@ -130,7 +131,7 @@ def test_coverage_leaves_rare_characters_out():
 def test_words_that_cannot_be_cut_take_no_part():
     # 100 characters is WordPiece's limit; the document mark is the empty word.
     counts = {"": 9, "a" * 101: 10, "b" * 100: 1, "[MASK]": 50, "unseen": 0}
-    assert learn(counts, 7)[0] == [*SPECIAL_TOKENS, "##b", "b"]
+    assert learn(counts, 7)[0] == [*SPECIAL_PIECES, "##b", "b"]
 
 
 @pytest.mark.parametrize(
@@ -159,17 +160,17 @@ def test_refuses(counts: dict[str, int], size: int, message: str):
 def test_refuses_words_that_are_not_utf8(word: bytes):
     both = np.array([2, 2 + len(word)], dtype=np.uint64)
     with pytest.raises(ValueError, match="word 1 is not UTF-8 at its byte"):
-        _tokenizer.learn_vocab(b"ok" + word, both, np.ones(2, dtype=np.uint64), 10, 1.0, 1)
+        _core.learn_vocab(b"ok" + word, both, np.ones(2, dtype=np.uint64), 10, 1.0, 1)
 
 
 def test_refuses_arguments_out_of_range():
     one = np.ones(1, dtype=np.uint64)
     for coverage in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="coverage must be in"):
-            _tokenizer.learn_vocab(b"a", one, one, 6, coverage, 1)
+            _core.learn_vocab(b"a", one, one, 6, coverage, 1)
     with pytest.raises(ValueError, match="threads must be 0 or more"):
-        _tokenizer.learn_vocab(b"a", one, one, 6, 1.0, -1)
+        _core.learn_vocab(b"a", one, one, 6, 1.0, -1)
     with pytest.raises(ValueError, match="word 0 ends at byte 9, outside"):
-        _tokenizer.learn_vocab(b"a", one * 9, one, 6, 1.0, 1)
+        _core.learn_vocab(b"a", one * 9, one, 6, 1.0, 1)
     with pytest.raises(ValueError, match="equally long, got 1 ends and 2 counts"):
-        _tokenizer.learn_vocab(b"a", one, np.ones(2, dtype=np.uint64), 6, 1.0, 1)
+        _core.learn_vocab(b"a", one, np.ones(2, dtype=np.uint64), 6, 1.0, 1)
