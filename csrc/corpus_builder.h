@@ -8,6 +8,9 @@
 // A block ends at ASCII white space, where splitting text in two changes no word. So memory is the
 // lexicon, a few blocks for each worker, and the longest run of text without white space.
 //
+// Time is linear in the bytes taken in: every loop over text takes some of it away, and a byte behind the
+// last white space is moved to the next block once at most.
+//
 // Ids are provisional: which id a word gets depends on which worker came first. Lexicon::Order() makes
 // the final ones, which do not depend on it; nor does anything else that comes out of here.
 

@@ -69,7 +69,7 @@ class Lexicon {
   Lexicon& operator=(const Lexicon&) = delete;
 
   // The id of a word of at most kMaxStoredCodePoints code points: the old one or the next free one.
-  // `hash` must be HashWord(word). Throws std::length_error when 2^32 - 2 words are in.
+  // `hash` must be HashWord(word). Half of the slots at least are free, so a search ends. Throws std::length_error when 2^32 - 2 words are in.
   std::uint32_t Intern(std::string_view word, std::uint64_t hash);
 
   // Adds to the count of a word that is in. Precondition: id < size().

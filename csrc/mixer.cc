@@ -261,6 +261,9 @@ Mixer::Mixer(const PieceTable& table, const std::uint32_t* stream, std::size_t s
   for (const std::uint32_t budget : o.budgets) {
     if (budget > o.capacity) Refuse("a budget is above the capacity");
   }
+  if (std::all_of(stream, stream + stream_size, [](std::uint32_t word) { return word == 0; })) {
+    Refuse("the stream has no word, only marks of documents");
+  }
   rows_ = stream_size / o.stride;
   if (rows_ >> 62) Refuse("an epoch may have at most 2^62 rows");
   std::uint64_t root = 0;

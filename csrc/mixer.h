@@ -119,7 +119,11 @@ struct MixerOptions {
 
 // Makes rows. Immutable, so one Mixer may be read from many threads. Does not own the table or the
 // stream: both must outlive it, and the stream must not change and must have been through
-// StreamTotals::Of with this table without an exception, with at least one entry that is not a mark.
+// StreamTotals::Of with this table without an exception.
+//
+// Every loop ends: a word has a piece at least, and there is a word in the stream, so a row of T pieces
+// is full after T passes over the stream at most; a row's place is sought by walking a cycle of a
+// permutation, which comes back.
 class Mixer {
  public:
   // Where `count` rows go, each array in C order.
@@ -130,7 +134,7 @@ class Mixer {
     std::int32_t* labels;             // [count, M]; unused: -100
   };
 
-  // Throws std::invalid_argument if an option is outside its range.
+  // Throws std::invalid_argument if an option is outside its range or the stream has no word.
   Mixer(const PieceTable& table, const std::uint32_t* stream, std::size_t stream_size,
         MixerOptions options);
 

@@ -416,11 +416,12 @@ class Tokenizer::Worker {
     return true;
   }
 
-  // Looks up all words that are waiting.
+  // Looks up all words that are waiting; the batch is not full afterwards.
   void Look(IdBuffer* ids, std::vector<std::uint64_t>* ends, WordMap* words) {
-    if (batch_.size() == 0 && text_ends_.empty()) return;
-    cache_->Look(batch_, mixed_ ? choices_.data() : nullptr, text_ends_, ids, ends, words);
-    if (cache_->overfull()) cache_ = std::make_unique<Cache>(*tokenizer_.seeds_);
+    if (batch_.size() > 0 || !text_ends_.empty()) {
+      cache_->Look(batch_, mixed_ ? choices_.data() : nullptr, text_ends_, ids, ends, words);
+      if (cache_->overfull()) cache_ = std::make_unique<Cache>(*tokenizer_.seeds_);
+    }
     batch_.Clear();
     text_ends_.clear();
     choices_.clear();

@@ -7,6 +7,9 @@
 // it. Between calls a Tokenizer keeps a cache for each thread that was at work at once, and up to 64
 // buffers of 512 KiB.
 //
+// Every loop over text ends, since WordSplitter::Fill reads on whatever it is given, and takes time linear
+// in the bytes; recognising special pieces takes their number and length as a factor.
+//
 // A Tokenizer is immutable to its callers: any number of threads may use one. There is no lock and no
 // thread that outlives a call, so a forked child can go on using it.
 

@@ -143,6 +143,8 @@ void Decompose(const SourceChar& c, std::vector<SourceChar>* out) {
 }
 
 void CanonicalOrder(std::vector<SourceChar>* text) {
+  constexpr std::ptrdiff_t kShort = 16;  // nearly every run
+  std::vector<SourceChar> sorted;
   auto it = text->begin();
   while (it != text->end()) {
     if (CombiningClass(it->code) == 0) {
@@ -151,9 +153,23 @@ void CanonicalOrder(std::vector<SourceChar>* text) {
     }
     auto run_end = it;
     while (run_end != text->end() && CombiningClass(run_end->code) != 0) ++run_end;
-    std::stable_sort(it, run_end, [](const SourceChar& a, const SourceChar& b) {
-      return CombiningClass(a.code) < CombiningClass(b.code);
-    });
+    if (run_end - it <= kShort) {
+      for (auto next = it; next != run_end; ++next) {  // insertion
+        const int klass = CombiningClass(next->code);
+        const auto place = std::find_if(
+            it, next, [klass](const SourceChar& c) { return CombiningClass(c.code) > klass; });
+        std::rotate(place, next, next + 1);
+      }
+    } else {
+      std::size_t places[256] = {};  // counting: classes are below 255
+      for (auto next = it; next != run_end; ++next) ++places[CombiningClass(next->code) + 1];
+      for (int klass = 1; klass < 256; ++klass) places[klass] += places[klass - 1];
+      sorted.resize(static_cast<std::size_t>(run_end - it));
+      for (auto next = it; next != run_end; ++next) {
+        sorted[places[CombiningClass(next->code)]++] = *next;
+      }
+      std::copy(sorted.begin(), sorted.end(), it);
+    }
     it = run_end;
   }
 }

@@ -121,7 +121,7 @@ struct SourceChar {
 // Appends the full canonical decomposition of a character, not reordered.
 void Decompose(const SourceChar& c, std::vector<SourceChar>* out);
 
-// Puts runs of combining characters into canonical order. O(n log n).
+// Puts runs of combining characters into canonical order. O(n), however long the runs.
 void CanonicalOrder(std::vector<SourceChar>* text);
 
 // Composes canonically ordered, fully decomposed text in place: the last step of NFC. A composite

@@ -59,12 +59,16 @@ class Filler {
         batch_(*batch),
         target_(std::min(batch->closed_bytes() + most, WordBatch::kTarget)) {}
 
+  // Every turn reads a code point at least, and the first is made even if the batch is full.
   std::size_t Run() {
-    while (at_ < end_ && !Done()) {
-      if (!kTrack && AsciiAhead()) ReadAscii();
+    const char* const from = at_;
+    while (at_ < end_ && (at_ == from || !Done())) {
+      if (!kTrack && AsciiAhead()) {
+        ReadAscii();
+        if (at_ == end_ || (at_ != from && Done())) break;
+      }
       // One code point at a time while there are others than ASCII about.
-      if (at_ == end_ || Done()) break;
-      batch_.Reserve(256);
+      batch_.Reserve(kStep);
       Step();
     }
     if (at_ == end_) Close();
@@ -72,6 +76,8 @@ class Filler {
   }
 
  private:
+  static constexpr std::size_t kStep = 256;  // more bytes and words than a code point adds
+
   bool Done() const { return batch_.closed_bytes() >= target_; }
 
   // Worth calling ReadAscii for: the next 16 bytes, or the last ones, look plain.
@@ -86,7 +92,8 @@ class Filler {
   void ReadAscii() {
     // (A word longer than the rest is read on in steps of this size.)
     constexpr std::size_t kAtLeast = 256;
-    const std::size_t limit = std::max(target_ - batch_.closed_bytes(), kAtLeast);
+    const std::size_t closed = batch_.closed_bytes();
+    const std::size_t limit = closed < target_ ? std::max(target_ - closed, kAtLeast) : kAtLeast;
     batch_.Reserve(limit + 256);
     std::uint32_t* starts = batch_.starts_.data();
     AsciiRun run;
@@ -231,8 +238,7 @@ class Filler {
     }
     CanonicalOrder(&gathered_);
     Compose(&gathered_);
-    batch_.Reserve(4 * gathered_.size() + 256);
-    for (const SourceChar& c : gathered_) Normalized(c);
+    AppendGathered();
   }
 
   // Uncased: brings combining characters that are not accents into canonical order.
@@ -253,9 +259,20 @@ class Filler {
       }
     }
     CanonicalOrder(&gathered_);
-    batch_.Reserve(4 * gathered_.size() + 256);
+    AppendGathered();
+  }
+
+  void AppendGathered() {
+    // (Room is made in steps: a run of a million marks may leave nothing.)
+    std::size_t room = 0;
     for (const SourceChar& c : gathered_) {
-      if (!IsNonspacingMark(c.code)) Normalized(c);
+      if (kLowercase && IsNonspacingMark(c.code)) continue;
+      if (room == 0) {
+        batch_.Reserve(kStep);
+        room = kStep / 4;
+      }
+      Normalized(c);
+      --room;
     }
   }
 

@@ -67,7 +67,8 @@ class WordBatch {
   void RestartSources(std::uint32_t at) { source_at_ = at; }
   std::uint32_t source_at() const { return source_at_; }
 
-  // Time to use the complete words. (A word still open does not count: it may be any length.)
+  // Time to use the complete words and to Clear, even where there are none: blanks fill a batch too.
+  // (A word still open does not count: it may be any length.)
   bool full() const { return closed_bytes() >= kTarget; }
 
   // Forgets the complete words; keeps a word that is still being read.
@@ -130,6 +131,9 @@ class WordSplitter {
   // or the text ends, and returns where it stopped. When that is the end of the text, the last word is
   // complete too. Otherwise the caller calls again with the returned position, after using the words
   // and batch->Clear() if it is full.
+  //
+  // Reads a code point at least unless the text has ended, whatever the batch holds, so a loop that
+  // calls Fill until the end of the text ends. Time is linear in the bytes read, whatever they are.
   std::size_t Fill(std::string_view utf8, std::size_t from, WordBatch* batch,
                    std::size_t most = WordBatch::kTarget) const;
 

@@ -500,11 +500,6 @@ def guarded(work: Callable[[], None]) -> int:
     except InputError as error:
         _say(f"error: {error}", always=True)
         return 2
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        _say(f"error: {error}")
-        return 2
     except Interrupted as error:
         _say(str(error))
         return 130

@@ -22,7 +22,8 @@ from mvbert.model.fill import fill_masks
 from mvbert.progress import Progress
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.vocab import Vocab
-from mvbert.training.ranks import ranks
+from mvbert.training.distillation import reader
+from mvbert.training.ranks import join_ranks
 from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import load_stage1
@@ -46,7 +47,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
     teacher = huggingface.find_teacher(config.teacher)
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
-    among = ranks()
+    ranks = join_ranks()
 
     def prepare() -> dict[str, Json]:
         make_folder(out)
@@ -58,7 +59,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         corpus_dir = make_corpus(config.corpus, out, lowercase, progress)
         return make_vocab(config.vocab, out, corpus_dir, teacher, progress)
 
-    vocab_report = among.first(prepare)
+    vocab_report = ranks.first(prepare)
     corpus = checked_corpus(out / "corpus")
     stage1 = run_stage1(
         config.stage1, config.row, corpus, teacher, out / VOCAB_FILE, out / "stage1"
@@ -82,7 +83,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         write_json(out / "report.json", report)
         return report
 
-    return among.first(conclude)
+    return ranks.first(conclude)
 
 
 def _report(
@@ -98,7 +99,7 @@ def _report(
     best_folder = Path(str(students[best]["output"]))
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
     student_vocab = Vocab.load(best_folder)
-    stage1_teacher, _ = load_stage1(stage1_model)
+    teacher_reader = reader(load_stage1(stage1_model)[0])
     report: dict[str, Json] = {
         "output": str(best_folder),
         "best": best,
@@ -114,7 +115,7 @@ def _report(
         "filled": [
             {
                 "sentence": sentence,
-                "teacher": fill_masks(stage1_teacher, student_vocab, sentence),
+                "teacher": fill_masks(teacher_reader, student_vocab, sentence),
                 "student": fill_masks(student, student_vocab, sentence),
             }
             for sentence in config.sentences

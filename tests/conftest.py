@@ -100,6 +100,62 @@ def poisoned_memory():
         yield
 
 
+# ---- rounding errors -------------------------------------------------------------------------
+
+# Numeric tests compare with float64, and bound the largest error by a model of rounding:
+#
+#     max |found - truth| <= ROUNDING * unit * max |truth|
+#     unit = max(eps(dtype), eps(dtype of the sums) * sqrt(terms of the longest sum))
+#
+# Errors of a sum go up and down, so they grow as the root of its terms; sums of 16-bit dtypes are
+# added in float32 and rounded once. What another library is off by is no bound: it differs from
+# processor to processor. The norm is the largest element, so that one wrong element is seen however
+# many right ones surround it.
+#
+# The largest error measured is given in docs/log.md, 2026-11-29, by op and processor: less than a
+# quarter of the bound. tests/kernels/test_mutations.py holds what must be far above it.
+ROUNDING = 8.0
+
+
+def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
+    """The largest error of `found` over what rounding explains: above 1, it is something else.
+
+    Args:
+        found: any shape, any floating-point dtype; NaN and infinity fail at once.
+        truth: the same shape, float64.
+        longest_sum: terms of the longest sum behind an element.
+        dtype: what was computed in, where `found` has another one by now.
+    """
+    dtype = dtype or found.dtype
+    assert found.shape == truth.shape
+    assert truth.dtype == torch.float64
+    assert found.isfinite().all()
+    if not found.numel():
+        return 0.0
+    sums = torch.promote_types(dtype, torch.float32)
+    unit = max(torch.finfo(dtype).eps, torch.finfo(sums).eps * longest_sum**0.5)
+    error = (found.double() - truth).abs().max().item()
+    return error / (ROUNDING * unit * max(truth.abs().max().item(), 1e-300))
+
+
+@pytest.fixture(scope="session")
+def share_of_bound():
+    """share_of_bound(found, truth, longest_sum): the error in units of the bound of rounding."""
+    return _share_of_bound
+
+
+@pytest.fixture
+def assert_rounded(record_property):
+    """assert_rounded(found, truth, longest_sum): no error that rounding does not explain."""
+
+    def check(found, truth, longest_sum: int, dtype=None) -> None:
+        share = _share_of_bound(found.detach(), truth.detach(), longest_sum, dtype)
+        record_property("share_of_bound", share)
+        assert share <= 1, f"{share * ROUNDING:.3g} units of rounding, more than {ROUNDING}"
+
+    return check
+
+
 # ---- places ----------------------------------------------------------------------------------
 
 

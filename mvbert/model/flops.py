@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -45,6 +46,88 @@ def head_flops(shape: ModelConfig, V: float) -> float:
     """Of one masked piece, transform and softmax over V pieces, forward."""
     H = shape.hidden_size
     return 2.0 * H * H + 2.0 * H * V
+
+
+Product = tuple[int, int, int]  # m, k, n of a matrix product [m, k] x [k, n]
+
+
+def encoder_products(shape: ModelConfig, pieces: int) -> list[Product]:
+    """The matrix products of one layer for `pieces` pieces, forward."""
+    H, I = shape.hidden_size, shape.intermediate_size
+    return [(pieces, H, 3 * H), (pieces, H, H), (pieces, H, I), (pieces, I, H)]
+
+
+MEASURED_FLOPS = 2e8  # about what one measured product has: more rows do not change its rate
+FEWEST_ROWS = 64
+ROUNDS = 3
+# A dtype that has taken this many times as long as the other, and this long, has lost.
+LOST_RATIO, LOST_SECONDS = 4.0, 0.25
+
+
+def product_rates(
+    products: Sequence[Product],
+    gradients: bool,
+    seconds: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[torch.dtype, float]:
+    """FLOP/s of these matrix products on the CPU, in float32 and in bfloat16.
+
+    The dtypes take turns, and the best time of each product counts, so that a busy neighbour does
+    not decide between them. Gradients are measured separately because a library may have fast
+    code for one order of the operands only.
+
+    Args:
+        gradients: measure the two products of the backward pass too.
+        seconds: after which no further round is made, once there were `ROUNDS`.
+        clock: seconds.
+    """
+    dtypes = (torch.float32, torch.bfloat16)
+    works: list[tuple[float, dict[torch.dtype, Callable[[], object]]]] = []
+    for m, k, n in sorted({*products}, key=lambda product: product[1] * product[2]):
+        m = min(m, max(FEWEST_ROWS, int(MEASURED_FLOPS / (2 * k * n))))
+        calls = {dtype: _product_calls(m, k, n, dtype, gradients) for dtype in dtypes}
+        for pair in zip(*calls.values(), strict=True):
+            works.append((2.0 * m * k * n, dict(zip(dtypes, pair, strict=True))))
+
+    def timed(call: Callable[[], object]) -> float:
+        start = clock()
+        call()
+        return clock() - start
+
+    end = clock() + seconds
+    best: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+    for _, work in works:
+        for dtype in dtypes:
+            work[dtype]()  # the first call prepares code and memory
+            best[dtype].append(timed(work[dtype]))
+        quick, slow = sorted(sum(best[dtype]) for dtype in dtypes)
+        if slow > max(LOST_RATIO * quick, LOST_SECONDS):
+            break
+    else:
+        made = 1
+        while made < ROUNDS or clock() < end:
+            for i, (_, work) in enumerate(works):
+                for dtype in dtypes:
+                    best[dtype][i] = min(best[dtype][i], timed(work[dtype]))
+            made += 1
+    flops = sum(flops for flops, _ in works[: len(best[torch.float32])])
+    return {dtype: flops / sum(best[dtype]) for dtype in dtypes}
+
+
+def _product_calls(
+    m: int, k: int, n: int, dtype: torch.dtype, gradients: bool
+) -> list[Callable[[], object]]:
+    """y = x w^T and, if asked for, dx = dy w and dw = dy^T x, each into memory of its own."""
+    x, w = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
+    y, dx, dw = torch.ones(m, n, dtype=dtype), torch.empty_like(x), torch.empty_like(w)
+    forward = functools.partial(torch.mm, x, w.t(), out=torch.empty_like(y))
+    if not gradients:
+        return [forward]
+    return [
+        forward,
+        functools.partial(torch.mm, y, w, out=dx),
+        functools.partial(torch.mm, y.t(), x, out=dw),
+    ]
 
 
 @functools.cache

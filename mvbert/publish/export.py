@@ -249,7 +249,7 @@ def run_export(
     Raises:
         InputError: no such BERT, it lacks what a head needs, `out` is taken or holds what is read,
             or ONNX Runtime does not give torch's outputs.
-        ImportError: onnx or onnxruntime is not installed.
+        MissingExtra: onnx or onnxruntime is not installed.
     """
     onnxruntime = needed()[1]
     progress = Progress("export")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mvbert import __version__
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -34,15 +34,13 @@ def needed() -> tuple[ModuleType, ModuleType]:
     """The packages onnx and onnxruntime.
 
     Raises:
-        ImportError: one is missing; the message says which `pip install` brings them.
+        MissingExtra: one is not installed.
     """
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise ImportError(
-            f"an ONNX graph needs the package {error.name}; run: pip install mvbert[onnx]"
-        ) from None
+        raise MissingExtra("an ONNX graph", str(error.name), "onnx") from None
     return onnx, onnxruntime
 
 

@@ -45,7 +45,7 @@ from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.stage_rows import student_rows
 from mvbert.text.vocab import Vocab
 from mvbert.training.device import Device, choose_device
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
 from mvbert.training.runs import describe_run, lock, make_folder, read_log
 
@@ -167,7 +167,7 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
         InputError: wrong input, `config.out` holds another study, or there are several processes.
         Interrupted: asked to stop; a checkpoint was saved first.
     """
-    if ranks().count > 1:
+    if join_ranks().count > 1:
         raise InputError("a study runs in one process: start it without torchrun")
     started = time.perf_counter()
     progress = Progress("study")

@@ -18,9 +18,8 @@ from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json
 from mvbert.text.corpus import Corpus
-from mvbert.text.learner_reference import SPECIAL_TOKENS
 from mvbert.text.lexicon import WordList
-from mvbert.text.vocab import Vocab
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 
 LEARNERS = ("topdown", "bpe", "unigram")
 
@@ -67,14 +66,14 @@ def learn_vocab(
     Raises:
         InputError: `size` is below the alphabet or above what the words give, an argument is out of
             range, or a word is not one that the splitter makes.
-        ImportError: `learner` needs sentencepiece, which is not installed.
+        MissingExtra: `learner` needs sentencepiece, which is not installed.
     """
     if learner not in LEARNERS:
         raise InputError(f"learner must be one of {', '.join(LEARNERS)}, got {learner!r}")
     if not 0 < coverage <= 1:
         raise InputError(f"coverage must be in (0, 1], got {coverage}")
-    if size <= len(SPECIAL_TOKENS):
-        raise InputError(f"size must be above the {len(SPECIAL_TOKENS)} special tokens, got {size}")
+    if size <= len(SPECIAL_PIECES):
+        raise InputError(f"size must be above the {len(SPECIAL_PIECES)} special tokens, got {size}")
     if threads < 0:
         raise InputError(f"threads must be 0 or more, got {threads}")
     data, ends = flat_words(words)
@@ -157,7 +156,7 @@ def _cut_report(
         "pieces_per_word": float(uses.sum() / total),
         "whole_words": float(whole / total),
         "unknown": float(uses[unk] / total),
-        "never_used": sum(p not in used for p in pieces if p not in SPECIAL_TOKENS),
+        "never_used": sum(p not in used for p in pieces if p not in SPECIAL_PIECES),
     }
 
 

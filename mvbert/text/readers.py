@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.files import sha256_file
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -220,9 +220,7 @@ class TextFile:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError:
-            raise InputError(
-                f"{self.path}: reading .parquet needs pyarrow: pip install 'mvbert[data]'"
-            ) from None
+            raise MissingExtra(f"{self.path}: reading .parquet", "pyarrow", "data") from None
         size = self.path.stat().st_size
         try:
             with pq.ParquetFile(self.path, memory_map=True) as file:
@@ -334,7 +332,7 @@ def _unpacker(packing: str) -> Callable[[], Any]:
     try:
         import zstandard
     except ImportError:
-        raise InputError("reading .zst needs zstandard: pip install 'mvbert[data]'") from None
+        raise MissingExtra("reading .zst", "zstandard", "data") from None
     # The window that `zstd --long=31` packs with; the default refuses more than 128 MiB.
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
 

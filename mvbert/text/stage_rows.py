@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from mvbert.config import RowConfig
@@ -20,18 +18,12 @@ def stage_rows(
     teacher: Segmentation | None,
     student: Segmentation,
     row: RowConfig,
-    steps: int,
     seed: int,
     student_prob: float,
-) -> tuple[Rows, Rows | None, Rows]:
-    """Rows to train on, longer ones for the last steps if there are to be any, held-out rows."""
-    cuts = (teacher, student)
-    rows = _rows(corpus.train, *cuts, row, seed, student_prob)
-    late = None
-    if row.late_start(steps) < steps:
-        longer = replace(row, length=row.late_length)
-        late = _rows(corpus.train, *cuts, longer, seed, student_prob)
-    return rows, late, _heldout(corpus, *cuts, row, student_prob)
+) -> tuple[Rows, Rows]:
+    """Rows to train on, and held-out rows."""
+    rows = _rows(corpus.train, teacher, student, row, seed, student_prob)
+    return rows, _heldout(corpus, teacher, student, row, student_prob)
 
 
 def heldout_rows(corpus: Corpus, cut: Segmentation, row: RowConfig) -> Rows:

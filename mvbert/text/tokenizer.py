@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mvbert import _core
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_write, write_error, write_json
 from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, Vocab
 
@@ -318,9 +318,7 @@ class WordPieceTokenizer:
             import tokenizers
             import transformers
         except ImportError as error:
-            raise InputError(
-                f"as_hf needs {error.name}; install it with: pip install 'mvbert[hf]'"
-            ) from None
+            raise MissingExtra("as_hf", str(error.name), "hf") from None
         return transformers.BertTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
             do_lower_case=self.vocab.lowercase,

@@ -8,7 +8,7 @@ csrc/words.cc and csrc/wordpiece.cc are the fast forms; the tests hold them equa
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cache, lru_cache
 
 from mvbert.text import unicode_tables
@@ -77,19 +77,29 @@ def wordpiece(
     """
     if len(word) > max_chars:
         return [unk_token]
-    pieces = []
+    if not word:
+        return []
+    return longest_matches(word, vocab) or [unk_token]
+
+
+def longest_matches(word: str, pieces: Container[str], prefix: str = "") -> list[str]:
+    """The longest pieces that match from left to right; [] where none matches somewhere.
+
+    Args:
+        prefix: of the first piece; "##" if the word continues another. That of all others is "##".
+    """
+    matches = []
     start = 0
     while start < len(word):
-        prefix = "##" if start else ""
         for end in range(len(word), start, -1):
             piece = prefix + word[start:end]
-            if piece in vocab:
+            if piece in pieces:
                 break
         else:
-            return [unk_token]
-        pieces.append(piece)
-        start = end
-    return pieces
+            return []
+        matches.append(piece)
+        start, prefix = end, "##"
+    return matches
 
 
 def _clean(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +16,31 @@ from mvbert.errors import InputError
 # Parameters of glibc's mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
-# torch's own questions to the processor; not public, so they may be gone in another version.
-_BFLOAT16_CHECKS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+
+# How much faster bfloat16 products must be: casts to and from it take time of their own.
+MARGIN = 1.2
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where and how a run computes, and why."""
+    """Where a run computes, the dtype of its matrix products, and why.
+
+    Attributes:
+        autocast: torch.bfloat16, or None for float32.
+    """
 
     device: torch.device
     autocast: torch.dtype | None
     reason: str
+
+    @property
+    def dtype(self) -> str:
+        """float32 or bfloat16."""
+        return "float32" if self.autocast is None else "bfloat16"
+
+    def __str__(self) -> str:
+        weights = ", float32 weights" if self.autocast is not None else ""
+        return f"{self.device}, {self.dtype} products{weights}: {self.reason}"
 
     def cast(self) -> contextlib.AbstractContextManager[Any]:
         """Inside it, matrix products have the run's dtype."""
@@ -61,39 +76,59 @@ def choose_graph(config: TrainConfig, device: torch.device, processes: int) -> t
     return True, "each step is one CUDA graph"
 
 
-def choose_device(config: TrainConfig, local_rank: int = 0, local_count: int = 1) -> Device:
-    """Reads `device` and `dtype`; `auto` takes CUDA, and bfloat16 where the hardware has it.
+def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
+    """What `device` means on this machine; auto is CUDA if there is a GPU.
 
     Of several processes on a machine each takes the GPU of its number.
     """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_count > 1:
-        name = f"cuda:{local_rank}"
+    chosen = name
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda" and local_count > 1:
+        chosen = f"cuda:{local_rank}"
     try:
-        device = torch.device(name)
+        device = torch.device(chosen)
     except RuntimeError:
-        raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}") from None
+        raise InputError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda[:N], got {config.device!r}")
+        raise InputError(f"device must be auto, cpu or cuda[:N], got {name!r}")
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
         if device.index >= torch.cuda.device_count():
             raise InputError(
-                f"device {name}: this torch sees {torch.cuda.device_count()} CUDA devices"
+                f"device {chosen}: this torch sees {torch.cuda.device_count()} CUDA devices"
             )
-    if config.dtype == "float32":
-        return Device(device, None, "float32: asked for")
-    if config.dtype == "bfloat16":
-        return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: asked for")
+    return device
+
+
+def choose_dtype(
+    dtype: str,
+    device: torch.device,
+    rates: Callable[[], dict[torch.dtype, float]],
+) -> tuple[str, str]:
+    """What `dtype` means on this machine, float32 or bfloat16, and why.
+
+    Args:
+        dtype: of matrix products; auto is bfloat16 on GPUs that have it, and on a CPU if its
+            products are faster by `MARGIN`.
+        rates: measures FLOP/s by dtype on a CPU, see mvbert.speed.product_rates.
+    """
+    if dtype != "auto":
+        return dtype, "as set"
     if device.type == "cuda":
-        return Device(device, torch.bfloat16, "bfloat16 products, float32 weights: CUDA")
-    if any(getattr(torch.cpu, name, lambda: False)() for name in _BFLOAT16_CHECKS):
-        return Device(
-            device, torch.bfloat16, "bfloat16 products, float32 weights: the CPU has them"
-        )
-    return Device(device, None, "float32: this CPU has no bfloat16 products")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU has them"
+        return "float32", "the GPU has no bfloat16 products"
+    measured = rates()
+    float32, bfloat16 = measured[torch.float32], measured[torch.bfloat16]
+    chosen = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
+    figures = f"float32 {float32 / 1e9:.3g}, bfloat16 {bfloat16 / 1e9:.3g} GFLOP/s"
+    return chosen, f"measured {figures}"
+
+
+def device_of(device: torch.device, dtype: str, reason: str) -> Device:
+    """A Device out of what `choose_dtype` returned."""
+    return Device(device, {"float32": None, "bfloat16": torch.bfloat16}[dtype], reason)
 
 
 def keep_memory() -> None:

@@ -115,18 +115,13 @@ class Distillation(nn.Module):
                 f"teacher, {H_s} and {H_t}"
             )
         self.maps = nn.ModuleDict()
-        if config.hidden_map == "linear":
-            generator = torch.Generator().manual_seed(config.seed + 1)
-            for layer in self.pairs:
-                linear = nn.Linear(H_s, H_t)
-                with torch.no_grad():
-                    linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
-                    linear.bias.zero_()
-                self.maps[str(layer)] = linear
-        elif self.pairs and H_s != H_t:
-            raise InputError(
-                f"hidden_map none needs a student as wide as its teacher, got {H_s} and {H_t}"
-            )
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        for layer in self.pairs:
+            linear = nn.Linear(H_s, H_t)
+            with torch.no_grad():
+                linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
+                linear.bias.zero_()
+            self.maps[str(layer)] = linear
         self._last = student.num_hidden_layers
 
     def student_taps(self) -> Taps:
@@ -181,10 +176,7 @@ class Distillation(nn.Module):
             sums["logits_sum"] = total.detach()
         if "hidden" in config.distill:
             errors = [
-                hidden_error(
-                    self.maps[str(own)](taps.hidden[own]) if self.maps else taps.hidden[own],
-                    teacher_taps.hidden[other],
-                )
+                hidden_error(self.maps[str(own)](taps.hidden[own]), teacher_taps.hidden[other])
                 for own, other in self.pairs.items()
             ]
             losses["hidden"] = torch.stack(errors).mean() * share

@@ -12,9 +12,10 @@ import torch
 
 from mvbert import __version__
 from mvbert.files import Json
+from mvbert.training.device import Device
 
 
-def environment(device: torch.device, reason: str, processes: int = 1) -> dict[str, Json]:
+def environment(device: Device, processes: int = 1) -> dict[str, Json]:
     """Facts that tell a reader of a run folder, or of a result, what made it."""
     facts: dict[str, Json] = {
         "mvbert": __version__,
@@ -22,14 +23,15 @@ def environment(device: torch.device, reason: str, processes: int = 1) -> dict[s
         "command": shlex.join(sys.argv),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "device": str(device),
-        "dtype": reason,
+        "device": str(device.device),
+        "dtype": device.dtype,
+        "dtype_reason": device.reason,
         "threads": torch.get_num_threads(),
         "processes": processes,
         "processor": processor(),
     }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
+    if device.device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device.device)
         facts["cuda"] = torch.version.cuda
     return facts
 

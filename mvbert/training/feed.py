@@ -5,21 +5,15 @@ from __future__ import annotations
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 
 from mvbert.config import TrainConfig
-from mvbert.text.batches import Batch, Rows
+from mvbert.text.batches import Batch
 from mvbert.training.ranks import Ranks
+from mvbert.training.task import Task
 
 SLOTS = 3  # batches in host memory: one on its way to the device, two in the making
-
-
-class Source(Protocol):
-    rows: Rows
-
-    def student_prob(self, step: int) -> float: ...
 
 
 class Feed:
@@ -31,13 +25,13 @@ class Feed:
     """
 
     def __init__(
-        self, source: Source, config: TrainConfig, ranks: Ranks, device: torch.device, step: int
+        self, task: Task, config: TrainConfig, ranks: Ranks, device: torch.device, step: int
     ) -> None:
-        self._source, self._config, self._cuda = source, config, device.type == "cuda"
+        self._task, self._config, self._cuda = task, config, device.type == "cuda"
         self._share = ranks.share(config.rows)
         # On a CPU the model needs the cores.
         self._threads = max(1, torch.get_num_threads() // 2) if self._cuda else 1
-        shape = (len(self._share), source.rows.T, source.rows.capacity)
+        shape = (len(self._share), task.rows.T, task.rows.capacity)
         self._slots = [
             {name: torch.from_numpy(array) for name, array in vars(Batch.empty(*shape)).items()}
             for _ in range(SLOTS)
@@ -82,10 +76,10 @@ class Feed:
         slot = step % SLOTS
         if (event := self._fetched[slot]) is not None:
             event.synchronize()  # the device may still be reading what is to be overwritten
-        self._source.rows.read(
+        self._task.rows.read(
             step * self._config.rows + self._share.start,
             len(self._share),
-            student_prob=self._source.student_prob(step),
+            student_prob=self._task.student_prob,
             threads=self._threads,
             out=self._buffers[slot],
         )

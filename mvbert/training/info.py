@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_file, read_json_object
 from mvbert.training import checkpoint
 from mvbert.training.runs import read_log
@@ -49,15 +49,13 @@ def plot_run(folder: Path, image: Path) -> None:
 
     Raises:
         InputError: `folder` is not the folder of a run, or has nothing to draw.
-        ImportError: matplotlib is not installed.
+        MissingExtra: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            "plotting needs matplotlib, which is not installed: pip install 'mvbert[study]'"
-        ) from None
+        raise MissingExtra("plotting", "matplotlib", "study") from None
     records = read_log(folder)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:

@@ -1,35 +1,23 @@
-"""What a run tells while it goes on: lines of the log, begun when a step is launched and written
-when its numbers have come back from the device, with the speed they came at."""
+"""The training log: a line is begun when a step is launched and written when its numbers arrive."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 from mvbert.files import Json
 from mvbert.progress import Progress
-from mvbert.text.batches import Rows
 from mvbert.training.feed import Feed
 from mvbert.training.optim import learning_rate
 from mvbert.training.runs import Log
 from mvbert.training.step import Step
+from mvbert.training.task import Task
 
 # Updates skipped in a row (loss or gradient not finite) after which a run stops.
 MAX_SKIPPED = 10
-
-
-class Told(Protocol):
-    """What of a task a line needs."""
-
-    rows: Rows
-
-    def summary(self, sums: dict[str, float]) -> dict[str, float | None]: ...
-
-    def flops(self) -> float: ...
 
 
 class Journal:
@@ -49,30 +37,26 @@ class Journal:
         self,
         log: Log | None,
         progress: Progress,
-        task: Told,
+        task: Task,
         config: TrainConfig,
         feed: Feed,
-        make: Step,
+        stepper: Step,
         peak: float,
         step: int,
     ) -> None:
         self._log, self._progress, self._task, self._config = log, progress, task, config
-        self._feed, self._make, self._peak = feed, make, peak
+        self._feed, self._stepper, self._peak = feed, stepper, peak
         self._pieces = config.rows * task.rows.T
         self._step = step  # of the last line
         self._clock = time.perf_counter()  # since when the next line counts
-        self._late: Callable[[], None] | None = None
-
-    def follow(self, feed: Feed, make: Step, config: TrainConfig) -> None:
-        """From here on steps are made by these, with another row length."""
-        self._feed, self._make, self._config = feed, make, config
+        self._line: Callable[[], None] | None = None
 
     def begin(self, step: int) -> None:
         """Begins the line of `step`, the last one launched; on a CPU, writes it too."""
-        late, steps = self._make.take(), step - self._step
+        pending, steps = self._stepper.take(), step - self._step
         self._step = step
-        self._late = lambda: self._trained(step, steps, *late.wait())
-        if late.here:
+        self._line = lambda: self._trained(step, steps, *pending.wait())
+        if pending.ready:
             self.finish()
 
     def finish(self) -> None:
@@ -81,9 +65,9 @@ class Journal:
         Raises:
             InputError: loss or gradient was not finite too often in a row.
         """
-        late, self._late = self._late, None
-        if late is not None:
-            late()
+        line, self._line = self._line, None
+        if line is not None:
+            line()
 
     def _trained(
         self, step: int, steps: int, sums: dict[str, float], in_a_row: int, skipped: int

@@ -111,7 +111,7 @@ def _sum_hook(
 
 
 @functools.cache
-def ranks() -> Ranks:
+def join_ranks() -> Ranks:
     """This process's place, by the variables that torchrun sets; joins the others once.
 
     CPU tensors travel by gloo, CUDA tensors by NCCL.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from mvbert.config import RowConfig, Stage1Config, Stage2Config, to_dict
+from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
 from mvbert.errors import InputError
 from mvbert.files import Json, sha256_file
 from mvbert.model import huggingface
@@ -12,8 +13,9 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
 from mvbert.training import checkpoint
-from mvbert.training.ranks import ranks
+from mvbert.training.ranks import join_ranks
 from mvbert.training.stages import Stage1, Stage2
+from mvbert.training.task import Task
 from mvbert.training.train import finished, train
 
 
@@ -23,7 +25,7 @@ def checked_corpus(folder: Path) -> Corpus:
     def check() -> None:
         Corpus.open(folder, verify="sha256")
 
-    ranks().first(check)
+    join_ranks().first(check)
     return Corpus.open(folder)
 
 
@@ -52,12 +54,10 @@ def run_stage1(
             "train": config.described(),
         }
 
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
-        progress.note(f"{out} is complete")
-        return report
-    task = Stage1(config, row, corpus, teacher, vocab, progress)
-    return train(task, config, out, description, progress)
+    def task() -> Task:
+        return Stage1(config, row, corpus, teacher, vocab, progress)
+
+    return _run(task, describe, config, out, progress)
 
 
 def run_stage2(
@@ -81,12 +81,26 @@ def run_stage2(
             "train": config.described(),
         }
 
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
+    def task() -> Task:
+        return Stage2(config, row, corpus, stage1, progress)
+
+    return _run(task, describe, config, out, progress)
+
+
+def _run(
+    make_task: Callable[[], Task],
+    describe: Callable[[], dict[str, Json]],
+    config: TrainConfig,
+    out: Path,
+    progress: Progress,
+) -> dict[str, Json]:
+    """Trains, unless the run folder holds the whole result already."""
+    ranks = join_ranks()
+    description = ranks.first(describe)
+    if (report := ranks.first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
-    task = Stage2(config, row, corpus, stage1, progress)
-    return train(task, config, out, description, progress)
+    return train(make_task(), config, out, description, progress)
 
 
 def corpus_id(folder: Path) -> str:

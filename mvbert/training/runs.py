@@ -1,6 +1,6 @@
-"""The folder of a run: what was asked for, the log, one process at a time, and how it is stopped.
+"""Run folder: settings, log, lock, stop requests.
 
-run.json      what was asked for, with which versions, on which device
+run.json      settings, versions, device
 log.jsonl     one object per logged step and per evaluation
 checkpoints/  step-XXXXXXXX, see mvbert.training.checkpoint
 model/        the result: the last checkpoint without its training state
@@ -30,19 +30,52 @@ def make_folder(out: Path) -> None:
         raise write_error(out, error) from error
 
 
+# Settings that earlier versions had, and the value at which each did nothing; None: its value did
+# nothing once the one beside it had that value.
+RETIRED: dict[str, Json] = {
+    "row.late_length": 0,
+    "row.late_share": None,
+    "train.optimizer": "adamw",
+    "train.student_prob_end": -1.0,
+    "train.ramp_start": None,
+    "train.logits_top_k": 0,
+    "train.hidden_map": "linear",
+    "train.mlm_weight_end": -1.0,
+    "train.logits_weight_end": -1.0,
+    "train.hidden_weight_end": -1.0,
+    "train.relations_weight_end": -1.0,
+}
+
+
+def _without_retired(description: dict[str, Any]) -> dict[str, Any]:
+    """The description without settings that no longer exist and did nothing.
+
+    Tables are those of run.json (row, train) and of distill.json (row, stage1).
+    """
+    kept = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
+    for setting, idle in RETIRED.items():
+        table, name = setting.split(".")
+        for values in (kept.get(t) for t in ((table, "stage1") if table == "train" else (table,))):
+            if isinstance(values, dict) and name in values and idle in (None, values[name]):
+                del values[name]
+    return kept
+
+
 def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> None:
-    """Writes what a run is on its first start; afterwards refuses any other in the same folder.
+    """Writes what a run is at its first start; afterwards refuses any other in the same folder.
 
     Args:
         path: the file, run.json or distill.json.
-        description: settings and checksums of inputs: what must be the same to go on.
+        description: settings and checksums of inputs: what must be the same to resume.
         facts: written beside it, not compared.
     """
     if not path.exists():
         write_json(path, {"description": description, **facts})
         return
     found = read_json_object(path).get("description")
-    wanted = json.loads(json.dumps(description))
+    wanted = _without_retired(json.loads(json.dumps(description)))
+    if isinstance(found, dict):
+        found = _without_retired(found)
     if found != wanted:
         names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
         raise InputError(
@@ -52,7 +85,7 @@ def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> Non
 
 
 def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None:
-    """Adds to run.json that the run goes on from `step`, and in what it differs from its start."""
+    """Adds to run.json that the run resumes from `step`, and what differs from its start."""
     run = read_json_object(path)
     first: Any = run.get("environment")
     resumed: Any = run.setdefault("resumed", [])
@@ -90,7 +123,9 @@ def lock(out: Path) -> Iterator[None]:
 
 
 class Stop:
-    asked = False
+    """Whether SIGINT or SIGTERM has asked the run to stop."""
+
+    requested = False
 
 
 @contextlib.contextmanager
@@ -101,9 +136,9 @@ def stop_signals() -> Iterator[Stop]:
     told_twice = "TORCHELASTIC_RUN_ID" in os.environ
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked and number == signal.SIGINT and not told_twice:
+        if stop.requested and number == signal.SIGINT and not told_twice:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        stop.asked = True
+        stop.requested = True
 
     try:
         old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}

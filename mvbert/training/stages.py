@@ -92,16 +92,8 @@ class Stage1:
         model.embeddings.frequent_ids = masks
         self._row = row
         cuts = (corpus.segment(self.teacher_vocab), corpus.segment(student_vocab))
-        self.late_start = row.late_start(config.steps)
-        self.rows, self.late_rows, self.heldout = stage_rows(
-            corpus, *cuts, row, config.steps, config.seed, config.student_prob
-        )
-
-    def student_prob(self, step: int) -> float:
-        return self._config.student_prob_at(step)
-
-    def begin(self, step: int) -> None:
-        pass
+        self.rows, self.heldout = stage_rows(corpus, *cuts, row, config.seed, config.student_prob)
+        self.student_prob = config.student_prob
 
     def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows = self.model.student.rows()
@@ -224,20 +216,17 @@ class Stage2:
             tables = self.model.embeddings
             sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
         self.module = nn.ModuleDict({"model": self.model})
-        # A buffer, so that weights may change from step to step inside one CUDA graph.
-        self._losses = ("mlm", *config.distill)
-        self.module.register_buffer("weights", torch.zeros(len(self._losses)), persistent=False)
-        self._weights: list[float] = []
+        self._weights = {
+            name: float(getattr(config, f"{name}_weight")) for name in ("mlm", *config.distill)
+        }
         self.distillation: Distillation | None = None
         if config.distill:
             check_lengths(row, teacher.config)
             self.distillation = Distillation(config, shape, Teacher(teacher))
             self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
-        self.late_start = row.late_start(config.steps)
-        self.rows, self.late_rows, self.heldout = stage_rows(
-            corpus, None, cut, row, config.steps, config.seed, 1.0
-        )
+        self.student_prob = 1.0
+        self.rows, self.heldout = stage_rows(corpus, None, cut, row, config.seed, 1.0)
         if self.distillation is not None:
             progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
             costs = self._costs()
@@ -245,16 +234,6 @@ class Stage2:
                 f"MFLOP a piece: student {costs['student_mflop']:.1f} (forward and backward), "
                 f"teacher {costs['teacher_mflop']:.1f} (forward)"
             )
-
-    def student_prob(self, step: int) -> float:
-        return 1.0
-
-    def begin(self, step: int) -> None:
-        weights = [self._config.weight_at(loss, step) for loss in self._losses]
-        if weights != self._weights:
-            for slot, weight in zip(self.module.get_buffer("weights"), weights, strict=True):
-                slot.fill_(weight)
-            self._weights = weights
 
     def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         distillation = self.distillation
@@ -273,8 +252,8 @@ class Stage2:
             )
             losses |= more
             sums |= more_sums
-        values = torch.stack([losses[name].float() for name in self._losses])
-        return (self.module.get_buffer("weights") * values).sum(), sums
+        total = torch.stack([w * losses[name].float() for name, w in self._weights.items()]).sum()
+        return total, sums
 
     def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
         return masked_sums(self.model, batch)
@@ -340,10 +319,9 @@ def _step_means(sums: dict[str, float]) -> dict[str, float | None]:
 
 def check_lengths(row: RowConfig, shape: ModelConfig) -> None:
     """Refuses rows that a model of this shape cannot read."""
-    longest = max(row.length, row.late_length)
-    if longest > shape.max_position_embeddings:
+    if row.length > shape.max_position_embeddings:
         raise InputError(
-            f"rows of {longest} pieces do not fit the model's "
+            f"rows of {row.length} pieces do not fit the model's "
             f"{shape.max_position_embeddings} positions: choose a smaller row length"
         )
     if row.pair_prob > 0 and shape.type_vocab_size < 2:

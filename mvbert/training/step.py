@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +20,9 @@ from mvbert.training.device import Device
 from mvbert.training.feed import Feed
 from mvbert.training.optim import learning_rate, set_learning_rate
 from mvbert.training.ranks import Ranks
+from mvbert.training.task import Task
 
 WARM_UP = 3  # steps before the capture: kernels are compiled, memory is found, moments are made
-
-
-class Task(Protocol):
-    """What of a stage a step needs."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def student_prob(self, step: int) -> float: ...
-
-    def begin(self, step: int) -> None: ...
-
-    def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 class CudaGraph:
@@ -78,17 +65,17 @@ class Sums:
         return dict(zip(self.names, vector.tolist(), strict=True))
 
 
-class Late:
+class PendingSums:
     """Numbers on their way from the device.
 
     Attributes:
-        here: whether they are there already.
+        ready: whether they have arrived.
     """
 
     def __init__(self, vector: Tensor, names: tuple[str, ...]) -> None:
-        self.here = not vector.is_cuda
+        self.ready = not vector.is_cuda
         self._names, self._host = names, vector
-        if not self.here:
+        if not self.ready:
             self._host = torch.empty_like(vector, device="cpu", pin_memory=True)
             self._host.copy_(vector, non_blocking=True)
             self._event = torch.cuda.Event()
@@ -96,7 +83,7 @@ class Late:
 
     def wait(self) -> tuple[dict[str, float], int, int]:
         """Sums by name, updates skipped in a row up to now, the last step that was skipped."""
-        if not self.here:
+        if not self.ready:
             self._event.synchronize()
         *sums, in_a_row, last = self._host.tolist()
         return dict(zip(self._names, sums, strict=True)), int(in_a_row), int(last)
@@ -128,30 +115,29 @@ class Step:
         task: Task,
         losses: nn.Module,
         config: TrainConfig,
-        where: Device,
+        device: Device,
         ranks: Ranks,
         optimizer: torch.optim.Optimizer,
         state: dict[str, Json],
         graph: CudaGraph | None,
     ) -> None:
-        self._task, self._config, self._where, self._ranks = task, config, where, ranks
+        self._task, self._config, self._device, self._ranks = task, config, device, ranks
         self._optimizer, self._graph = optimizer, graph
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._losses = losses
         window: dict[str, float] = state.get("window", {}) if ranks.lead else {}  # type: ignore[assignment]
-        self._sums = Sums(where.device, window)
+        self._sums = Sums(device.device, window)
         self._ran = 0
         # Updates skipped in a row up to now, and the last step that was skipped.
         skipped = [state.get("skipped_in_a_row", 0), state.get("skipped_last", -1)]
-        self._skipped = torch.tensor(skipped, dtype=torch.float64, device=where.device)
-        self._number = torch.zeros((), dtype=torch.float64, device=where.device)
+        self._skipped = torch.tensor(skipped, dtype=torch.float64, device=device.device)
+        self._number = torch.zeros((), dtype=torch.float64, device=device.device)
 
     def __call__(self, feed: Feed, step: int) -> None:
         """Makes step number `step` (from 0); on a GPU it is on its way when this returns."""
         feed.fetch()
         self._number.fill_(step)
         set_learning_rate(self._optimizer, learning_rate(step, self._config))
-        self._task.begin(step)
         if self._graph is None or self._ran < WARM_UP:
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._update(feed.device)
@@ -179,7 +165,7 @@ class Step:
         for first in range(0, share, micro):
             batch = DeviceBatch.part(rows, slice(first, first + micro))
             with self._synced(first + micro >= share):
-                with self._where.cast():
+                with self._device.cast():
                     loss, more = self._losses(batch, masked)
                 loss.backward()
             parts = {name: parts[name] + more[name] if parts else more[name] for name in more}
@@ -209,11 +195,11 @@ class Step:
         assert isinstance(self._losses, nn.parallel.DistributedDataParallel)
         return self._losses.no_sync()  # type: ignore[no-any-return]
 
-    def take(self) -> Late:
+    def take(self) -> PendingSums:
         """Starts reading the sums and sets them to 0."""
-        late = Late(torch.cat([self._summed(), self._skipped]), self._sums.names)
+        pending = PendingSums(torch.cat([self._summed(), self._skipped]), self._sums.names)
         self._sums.vector.zero_()
-        return late
+        return pending
 
     def state(self) -> dict[str, Json]:
         """What a checkpoint must hold for the log to go on as if nothing had happened."""

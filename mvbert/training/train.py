@@ -1,6 +1,7 @@
 """The loop, the same for both stages; they differ in the task handed to it.
 
-A run lives in a folder (mvbert.training.runs) and resumes from its newest whole checkpoint.
+Each step is followed by what is due: log, evaluate, save, stop. A run lives in a folder
+(mvbert.training.runs) and resumes from its newest whole checkpoint.
 """
 
 from __future__ import annotations
@@ -8,12 +9,11 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mvbert.config import TrainConfig
 from mvbert.cores import cores
@@ -23,7 +23,6 @@ from mvbert.model.encoder import compile_layers
 from mvbert.model.flops import peak_flops
 from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
-from mvbert.text.batches import Rows
 from mvbert.training import checkpoint
 from mvbert.training.device import (
     Device,
@@ -36,10 +35,9 @@ from mvbert.training.environment import environment
 from mvbert.training.feed import Feed
 from mvbert.training.journal import Journal
 from mvbert.training.optim import make_optimizer
-from mvbert.training.ranks import Ranks, ranks
+from mvbert.training.ranks import Ranks, join_ranks
 from mvbert.training.runs import (
     Log,
-    Stop,
     describe_resume,
     describe_run,
     lock,
@@ -48,80 +46,15 @@ from mvbert.training.runs import (
     stop_signals,
 )
 from mvbert.training.step import CudaGraph, Losses, Step, Sums
+from mvbert.training.task import Task
 
 STARTED = time.monotonic()  # of the command, near enough
-
-
-class Task(Protocol):
-    """What a stage hands to the loop."""
-
-    rows: Rows  # those of the steps that are being made
-    late_rows: Rows | None  # longer ones, for the last steps
-    late_start: int  # the first of these steps
-    heldout: Rows
-
-    @property
-    def module(self) -> nn.Module:
-        """Everything that trains; the model itself is `module.model`."""
-
-    def student_prob(self, step: int) -> float:
-        """Chance of a student-cut word in the rows of `step`."""
-
-    def begin(self, step: int) -> None:
-        """Sets what changes from step to step, in memory that `losses` reads."""
-
-    def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to differentiate, already divided by `masked`, and sums to report."""
-
-    def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
-        """Sums over one held-out batch."""
-
-    def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
-        """Means out of sums, by the names of the log; None where there was nothing to sum."""
-
-    def flops(self) -> float:
-        """Floating-point operations of a step, see mvbert.model.flops."""
-
-    def write_model(self, folder: Path) -> None:
-        """Writes the model's files into an existing folder."""
-
-    def read_model(self, folder: Path) -> None:
-        """Loads what write_model wrote."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Steps with rows of one length; all parts have the same number of pieces a step."""
-
-    rows: Rows
-    config: TrainConfig
-    end: int  # the step after the last
-
-
-def _parts(task: Task, config: TrainConfig, among: Ranks) -> list[Part]:
-    """The steps by the length of their rows: one part, or a second one of longer rows."""
-    if task.late_rows is None:
-        return [Part(task.rows, config, config.steps)]
-    T, late = task.rows.T, task.late_rows.T
-    longer = config.rows * T // late
-    if longer * late != config.rows * T or longer % among.count:
-        raise InputError(
-            f"steps of {config.rows} rows of {T} pieces cannot become whole rows of {late} for "
-            f"{among.count} processes: make rows a multiple of {late // math.gcd(T, late)}"
-        )
-    micro = config.micro_rows and math.gcd(
-        longer // among.count, max(config.micro_rows * T // late, 1)
-    )
-    return [
-        Part(task.rows, config, task.late_start),
-        Part(task.late_rows, replace(config, rows=longer, micro_rows=micro), config.steps),
-    ]
 
 
 def train(
     task: Task, config: TrainConfig, out: Path, description: dict[str, Json], progress: Progress
 ) -> dict[str, Json]:
-    """Runs a task to its last step, resuming from the newest whole checkpoint in `out`.
+    """Trains a task to its last step, resuming from the newest whole checkpoint in `out`.
 
     Started by torchrun, each process calls this alike; rank 0 writes, all return the report.
 
@@ -137,224 +70,238 @@ def train(
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
         OutOfTime: `config.max_hours` are over; a checkpoint was saved first.
     """
-    among = ranks()
+    ranks = join_ranks()
     with ExitStack() as stack:
 
         def claim() -> None:
             make_folder(out)
             stack.enter_context(lock(out))
 
-        among.first(claim)
+        ranks.first(claim)
         stop = stack.enter_context(stop_signals())
         stack.callback(give_memory_back)
-        return _Run(task, config, out, description, progress, stop, among).make()
+        run = _prepare(task, config, out, description, progress, ranks)
+        step, state = run.resume()
+        log = Log(out / "log.jsonl", step if state else -1) if ranks.lead else None
+        losses = ranks.wrap(Losses(task))
+        stack.enter_context(run.device.stream())
+        stack.enter_context(log or nullcontext())
+        stack.enter_context(progress.steps(config.steps, step))
+        feed = stack.enter_context(Feed(task, config, ranks, run.device.device, step))
+        stepper = Step(task, losses, config, run.device, ranks, run.optimizer, state, run.graph)
+        journal = Journal(log, progress, task, config, feed, stepper, run.peak, step)
+
+        if not state:
+            with journal.paused():
+                run.save(step, run.evaluate(step, journal), stepper, journal)
+        while step < config.steps:
+            stepper(feed, step)  # launched; nothing below waits for a GPU unless it is due
+            step += 1
+            journal.finish()  # the line begun earlier, while the device works on this step
+            # Asked once: a signal that comes later is seen after the next step, which is saved.
+            interrupted, out_of_time = ranks.any(stop.requested, _out_of_time(config))
+            after = due(step, config, leaving=interrupted or out_of_time)
+            if after.log:
+                journal.begin(step)
+            if after.evaluate or after.save:
+                journal.finish()
+                with journal.paused():
+                    heldout = run.evaluate(step, journal) if after.evaluate else None
+                    if after.save or run.is_best(heldout):
+                        run.save(step, heldout, stepper, journal, interrupted or out_of_time)
+            progress.advance(step)
+            if step < config.steps and interrupted:
+                raise Interrupted(f"stopped at step {step}; run the same command again to resume")
+            if step < config.steps and out_of_time:
+                raise OutOfTime(
+                    f"time limit of {config.max_hours:g} h reached at step {step}; "
+                    "run the same command again to resume",
+                    step,
+                )
+        ranks.first(run.write_result)
+        if ranks.any(stop.requested)[0]:
+            raise Interrupted(f"{out} is complete; run the same command again for what follows it")
+        return ranks.first(lambda: _report(out, config, run.pieces_per_step))
 
 
-class _Run:
-    """A run on its way: where it stands, and what its steps are made with."""
+@dataclass(frozen=True)
+class Due:
+    """What follows a step."""
 
-    def __init__(
-        self,
-        task: Task,
-        config: TrainConfig,
-        out: Path,
-        description: dict[str, Json],
-        progress: Progress,
-        stop: Stop,
-        among: Ranks,
-    ) -> None:
-        _check_shares(config, among)
-        torch.set_num_threads(config.threads or max(1, cores(0) // among.local_count))
-        self._task, self._config, self._out, self._progress = task, config, out, progress
-        self._stop, self._among = stop, among
-        self._where = where = choose_device(config, among.local_rank, among.local_count)
-        if where.device.type == "cpu":
-            keep_memory()
-        facts = environment(where.device, where.reason, among.count)
-        among.first(lambda: describe_run(out / "run.json", description, environment=facts))
-        self._checkpoints = out / "checkpoints"
-        self._module = task.module.to(where.device)
-        self._optimizer = make_optimizer(self._module, config, where.device)
-        self._pieces_per_step = config.rows * task.rows.T
-        self._peak, source = peak_flops(
-            where.device, where.autocast or torch.float32, torch.get_num_threads()
-        )
-        if config.compile:
-            compile_layers(self._module)
-        self._graph, why = choose_graph(config, where.device, among.count)
-        compiled = "; layers compiled" if config.compile else ""
-        progress.note(f"device {where.device}, {where.reason}; {why}{compiled}")
-        progress.note(f"peak {self._peak / 1e12:.3g} TFLOP/s ({source}), processes: {among.count}")
-        progress.note(
-            f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
-            f"{config.steps * self._pieces_per_step / 1e6:.2f} M pieces, "
-            f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
-        )
-        parts = _parts(task, config, among)
-        for part in parts[1:]:
-            progress.note(
-                f"from step {parts[0].end} on {part.config.rows} rows x {part.rows.T} pieces a step"
-            )
-        self._step, self._state = self._resume()
-        if self._state and self._step < config.steps:
-            among.first(lambda: describe_resume(out / "run.json", self._step, facts))
-        self._left = [part for part in parts if self._step < part.end] or parts[-1:]
-
-    def _resume(self) -> tuple[int, dict[str, Json]]:
-        """Goes back to the newest whole checkpoint; its step and state, or 0 and {}."""
-        note = self._progress.note
-        newest = self._among.first(lambda: checkpoint.newest_name(self._checkpoints, note))
-        if newest is None:
-            return 0, {}
-        folder = self._checkpoints / newest
-        self._task.read_model(folder)
-        resumed = checkpoint.load(folder, self._module, self._optimizer)
-        note(f"resuming from {newest}")
-        # Before the next one is saved, which would be counted among them.
-        self._among.first(lambda: checkpoint.drop_after(self._checkpoints, resumed[0]))
-        return resumed
-
-    def make(self) -> dict[str, Json]:
-        """Makes the steps that are left and the result; returns the report."""
-        among, config, out = self._among, self._config, self._out
-        keep_until = self._step if self._state else -1
-        log = Log(out / "log.jsonl", keep_until) if among.lead else None
-        with (
-            self._where.stream(),
-            log or nullcontext(),
-            self._progress.steps(config.steps, self._step),
-            ExitStack() as self._feeds,
-        ):
-            self._losses = among.wrap(Losses(self._task))
-            self._enter()
-            self._journal = Journal(
-                log, self._progress, self._task, self._left[0].config,
-                self._feed, self._make, self._peak * among.count, self._step,
-            )  # fmt: skip
-            if not self._state:
-                with self._journal.paused():
-                    self._save(self._evaluate())
-            while self._step < config.steps:
-                if self._step == self._left[0].end:
-                    self._follow()
-                self._make(self._feed, self._step)
-                self._step += 1
-                self._after_step()
-        among.first(lambda: _write_result(self._task, out))
-        if among.any(self._stop.asked)[0]:
-            raise Interrupted(f"{out} is complete; run the same command to go on with what follows")
-        return among.first(lambda: _report(out, config, self._pieces_per_step))
-
-    def _enter(self) -> None:
-        """Prepares what makes the steps of the first part that is left."""
-        part, task, among, where = self._left[0], self._task, self._among, self._where
-        task.rows = part.rows
-        ending = replace(part.config, steps=part.end)
-        self._feed = self._feeds.enter_context(Feed(task, ending, among, where.device, self._step))
-        captured = CudaGraph() if self._graph else None
-        settings = (part.config, where, among, self._optimizer, self._state, captured)
-        self._make = Step(task, self._losses, *settings)
-
-    def _follow(self) -> None:
-        """Goes on with the next part, from the last one's state as from a checkpoint."""
-        self._journal.finish()
-        self._state = self._make.state()
-        del self._left[0]
-        self._enter()
-        self._journal.follow(self._feed, self._make, self._left[0].config)
-
-    def _after_step(self) -> None:
-        """Logs, evaluates and saves where that is due; leaves where that was asked for."""
-        config, among, step = self._config, self._among, self._step
-        self._journal.finish()  # a line begun earlier: the device has this step to do meanwhile
-        last = step == config.steps
-        if last or step % config.log_every == 0:
-            self._journal.begin(step)
-        # Asked once: a signal that comes later is seen after the next step, which is saved.
-        asked, late = among.any(self._stop.asked, _late(config))
-        evaluating = last or step % config.eval_every == 0
-        must = last or asked or late
-        saving = must or step % config.save_every == 0
-        if evaluating or saving:
-            self._journal.finish()
-            with self._journal.paused():
-                heldout = self._evaluate() if evaluating else None
-                if saving or self._is_best(heldout):
-                    self._save(heldout, must)
-        self._progress.advance(step)
-        if (asked or late) and not last:
-            _leave(step, config, asked)
-
-    def _evaluate(self) -> float | None:
-        result = _evaluate(self._task, self._config, self._where, self._among)
-        self._journal.evaluated(self._step, result)
-        return result["loss"]
-
-    def _is_best(self, heldout: float | None) -> bool:
-        keep = self._config.keep_best
-        return self._among.first(lambda: checkpoint.is_best(self._checkpoints, heldout, keep))
-
-    def _save(self, heldout: float | None, must: bool = True) -> None:
-        state = self._make.state()
-        if state["skipped_in_a_row"] and heldout is None and not must:
-            return  # the weights may be what spoils the losses: those from before are to be kept
-        self._journal.flush()
-        saved: dict[str, Json] = {"step": self._step, "heldout": heldout, **state}
-        place = (self._checkpoints, saved, self._module, self._optimizer)
-        self._among.first(lambda: checkpoint.save(*place, self._task.write_model, self._config))
+    log: bool
+    evaluate: bool
+    save: bool
 
 
-def _late(config: TrainConfig) -> bool:
-    return 0 < config.max_hours * 3600 <= time.monotonic() - STARTED
-
-
-def _leave(step: int, config: TrainConfig, asked: bool) -> NoReturn:
-    """Leaves a run that goes on another time."""
-    if asked:
-        raise Interrupted(f"stopped at step {step}; run the same command to go on from there")
-    raise OutOfTime(
-        f"{config.max_hours:g} hours are over at step {step}; "
-        "run the same command to go on from there",
-        step,
+def due(step: int, config: TrainConfig, leaving: bool) -> Due:
+    """What follows step number `step`, counted from 1, the last one or one that is left after."""
+    last = step == config.steps
+    return Due(
+        log=last or step % config.log_every == 0,
+        evaluate=last or step % config.eval_every == 0,
+        save=last or leaving or step % config.save_every == 0,
     )
 
 
-def _check_shares(config: TrainConfig, among: Ranks) -> None:
+def _out_of_time(config: TrainConfig) -> bool:
+    return 0 < config.max_hours * 3600 <= time.monotonic() - STARTED
+
+
+# ---- a run: what its steps are made with, and what it writes -------------------------------------
+
+
+def _prepare(
+    task: Task,
+    config: TrainConfig,
+    out: Path,
+    description: dict[str, Json],
+    progress: Progress,
+    ranks: Ranks,
+) -> _Run:
+    """Chooses device, graph and threads, describes the run in its folder, reports the choices."""
+    _check_shares(config, ranks)
+    torch.set_num_threads(config.threads or max(1, cores(0) // ranks.local_count))
+    device = choose_device(config, ranks.local_rank, ranks.local_count)
+    if device.device.type == "cpu":
+        keep_memory()
+    facts = environment(device.device, device.reason, ranks.count)
+    ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
+    module = task.module.to(device.device)
+    peak, source = peak_flops(
+        device.device, device.autocast or torch.float32, torch.get_num_threads()
+    )
+    if config.compile:
+        compile_layers(module)
+    graph, why = choose_graph(config, device.device, ranks.count)
+    compiled = "; layers compiled" if config.compile else ""
+    progress.note(f"device {device.device}, {device.reason}; {why}{compiled}")
+    progress.note(f"peak {peak / 1e12:.3g} TFLOP/s ({source}), processes: {ranks.count}")
+    run = _Run(
+        task=task,
+        config=config,
+        out=out,
+        progress=progress,
+        ranks=ranks,
+        device=device,
+        module=module,
+        optimizer=make_optimizer(module, config, device.device),
+        graph=CudaGraph() if graph else None,
+        peak=peak * ranks.count,
+        facts=facts,
+    )
+    progress.note(
+        f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
+        f"{config.steps * run.pieces_per_step / 1e6:.2f} M pieces, "
+        f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
+    )
+    return run
+
+
+def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
     """Each process must have the same number of rows, in whole parts, and something to evaluate."""
-    if config.rows % (among.count * (config.micro_rows or 1)):
+    if config.rows % (ranks.count * (config.micro_rows or 1)):
         raise InputError(
-            f"rows {config.rows} cannot be dealt out to {among.count} processes "
+            f"rows {config.rows} cannot be divided among {ranks.count} processes "
             f"in parts of micro_rows {config.micro_rows or 1}"
         )
-    if config.eval_rows < among.count:
-        raise InputError(f"eval_rows must be at least {among.count}, one for each process")
+    if config.eval_rows < ranks.count:
+        raise InputError(f"eval_rows must be at least {ranks.count}, one for each process")
 
 
-@torch.no_grad()
-def _evaluate(
-    task: Task, config: TrainConfig, where: Device, among: Ranks
-) -> dict[str, float | None]:
-    """Held-out means over the same rows every time."""
-    task.module.eval()
-    sums = Sums(where.device)
-    share = among.share(config.eval_rows)
-    micro = config.micro_rows or config.rows // among.count
-    for first in range(share.start, share.stop, micro):
-        count = min(micro, share.stop - first)
-        rows = task.heldout.read(first, count, student_prob=task.student_prob(0), threads=1)
-        with where.cast():
-            sums.add(task.evaluate(DeviceBatch.of(rows, where.device)))
-    result = task.summary(sums.dict(among.sum_(sums.vector)))
-    for name, value in result.items():
-        if value is not None and not math.isfinite(value):
-            raise InputError(f"the held-out {name} is {value}: the model's weights are spoiled")
-    return result
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of a run are made with, and its folder."""
+
+    task: Task
+    config: TrainConfig
+    out: Path
+    progress: Progress
+    ranks: Ranks
+    device: Device
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    graph: CudaGraph | None
+    peak: float  # FLOP/s of all devices together
+    facts: dict[str, Json]  # the environment
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
+    def pieces_per_step(self) -> int:
+        return self.config.rows * self.task.rows.T
+
+    def resume(self) -> tuple[int, dict[str, Json]]:
+        """Loads the newest whole checkpoint; its step and state, or 0 and {}."""
+        note, first = self.progress.note, self.ranks.first
+        newest = first(lambda: checkpoint.newest_name(self.checkpoints, note))
+        if newest is None:
+            return 0, {}
+        folder = self.checkpoints / newest
+        self.task.read_model(folder)
+        step, state = checkpoint.load(folder, self.module, self.optimizer)
+        note(f"resuming from {newest}")
+        # Before the next one is saved, which would be counted among them.
+        first(lambda: checkpoint.drop_after(self.checkpoints, step))
+        if step < self.config.steps:
+            first(lambda: describe_resume(self.out / "run.json", step, self.facts))
+        return step, state
+
+    @torch.no_grad()
+    def evaluate(self, step: int, journal: Journal) -> float | None:
+        """Held-out means over the same rows every time, written to the log; returns the loss."""
+        task, config, ranks = self.task, self.config, self.ranks
+        task.module.eval()
+        sums = Sums(self.device.device)
+        share = ranks.share(config.eval_rows)
+        micro = config.micro_rows or config.rows // ranks.count
+        for first in range(share.start, share.stop, micro):
+            count = min(micro, share.stop - first)
+            rows = task.heldout.read(first, count, student_prob=task.student_prob, threads=1)
+            with self.device.cast():
+                sums.add(task.evaluate(DeviceBatch.of(rows, self.device.device)))
+        result = task.summary(sums.dict(ranks.sum_(sums.vector)))
+        for name, value in result.items():
+            if value is not None and not math.isfinite(value):
+                raise InputError(
+                    f"the held-out {name} is {value}: the model's weights are corrupt; "
+                    f"remove {self.out} and try a lower lr"
+                )
+        journal.evaluated(step, result)
+        return result["loss"]
+
+    def is_best(self, heldout: float | None) -> bool:
+        keep = self.config.keep_best
+        return self.ranks.first(lambda: checkpoint.is_best(self.checkpoints, heldout, keep))
+
+    def save(
+        self,
+        step: int,
+        heldout: float | None,
+        stepper: Step,
+        journal: Journal,
+        leaving: bool = False,
+    ) -> None:
+        """Writes a checkpoint, unless updates are being skipped and no evaluation has passed.
+
+        The weights may then be what makes the losses infinite, and earlier ones are to be kept.
+        """
+        state = stepper.state()
+        if state["skipped_in_a_row"] and heldout is None and not leaving:
+            return
+        journal.flush()
+        saved: dict[str, Json] = {"step": step, "heldout": heldout, **state}
+        place = (self.checkpoints, saved, self.module, self.optimizer)
+        self.ranks.first(lambda: checkpoint.save(*place, self.task.write_model, self.config))
+
+    def write_result(self) -> None:
+        with atomic_folder(self.out / "model", overwrite=True) as partial:
+            self.task.write_model(partial)
+            checkpoint.write_manifest(partial)
 
 
-def _write_result(task: Task, out: Path) -> None:
-    with atomic_folder(out / "model", overwrite=True) as partial:
-        task.write_model(partial)
-        checkpoint.write_manifest(partial)
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> dict[str, Json]:

@@ -76,9 +76,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   options.replace = (flags & 2) != 0;
   options.heldout_share = (flags & 4) != 0 ? 0.4 : 0;
   options.seed = flags;
-  const std::size_t step = input.Number(1, 64);
-  const std::size_t block = input.Number(1, 300);
-  const std::string_view text = input.Rest();
+  const std::size_t small_step = input.Number(1, 64);
+  const std::size_t small_block = input.Number(1, 300);
+  const std::string text = input.Text();
+  const std::size_t step = small_step + text.size() / 1000;
+  const std::size_t block = small_block + text.size() / 1000;
   const Built whole = Build(text, options, std::max<std::size_t>(text.size(), 1));
   options.block_bytes = block;
   options.threads = (flags & 8) != 0 ? 3 : 1;

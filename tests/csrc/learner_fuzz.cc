@@ -44,7 +44,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   options.threads = 1;
   const std::uint32_t salt = input.Number(1, 1000);
   Words words;
-  WordSplitter({input.Byte() % 2 == 0}).Split(input.RestAsUtf8(), &words);
+  const bool lowercase = input.Byte() % 2 == 0;
+  WordSplitter({lowercase}).Split(input.Utf8Text(), &words);
   std::set<std::string> distinct;
   std::uint32_t begin = 0;
   for (const std::uint32_t end : words.ends) {

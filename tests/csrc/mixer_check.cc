@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -185,6 +186,16 @@ int main(int argc, char** argv) {
     return 0;
   }
   int failures = 0;
+  {
+    // A stream of marks alone has no row: a row of it would never be full.
+    const std::vector<std::uint32_t> marks_alone(100, 0);
+    const World world(100, 4, 0.3, 0.4, 3, 3);
+    try {
+      const mvbert::Mixer mixer(*world.table, marks_alone.data(), 100, world.Options(8, 0.15));
+      ++failures;
+    } catch (const std::invalid_argument&) {
+    }
+  }
   const World text(20'000, 3'000, 0.01, 0.4, 12, 3), marks(5'000, 500, 0.7, 0.4, 12, 3);
   const World longs(5'000, 500, 0.05, 0.99, 200, 3), tiny(9, 4, 0.3, 0.4, 3, 3);
   const World teacher(5'000, 500, 0.05, 0.4, 12, 1), student(5'000, 500, 0.05, 0.4, 12, 2);

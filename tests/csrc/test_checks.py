@@ -20,20 +20,24 @@ def _run(*command, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def _build(root, folder: Path, sanitize: str) -> Path:
+def _configure(root, folder: Path, *options: str) -> None:
     for tool in ("cmake", "ninja"):
         if not shutil.which(tool):
             pytest.skip(f"needs {tool}")
+    configure = _run(
+        "cmake", "-S", root, "-B", folder, "-G", "Ninja", "-DMVBERT_PYTHON=OFF",
+        "-DMVBERT_CHECKS=ON", *options,
+    )  # fmt: skip
+    assert configure.returncode == 0, configure.stderr
+
+
+def _build(root, folder: Path, sanitize: str) -> Path:
     source = folder / "empty.cc"
     source.write_text("int main() {}\n")
     flag = [f"-fsanitize={sanitize}"] if sanitize else []
     if _run("c++", *flag, source, "-o", folder / "empty").returncode:
         pytest.skip(f"the compiler has no runtime for {sanitize or 'C++'}")
-    configure = _run(
-        "cmake", "-S", root, "-B", folder, "-G", "Ninja", "-DMVBERT_PYTHON=OFF",
-        "-DMVBERT_CHECKS=ON", f"-DMVBERT_SANITIZE={sanitize}",
-    )  # fmt: skip
-    assert configure.returncode == 0, configure.stderr
+    _configure(root, folder, f"-DMVBERT_SANITIZE={sanitize}")
     build = _run("cmake", "--build", folder)
     assert build.returncode == 0, build.stdout + build.stderr
     assert "warning:" not in build.stdout, build.stdout
@@ -62,6 +66,19 @@ def test_sanitized(sanitized, check):
 @pytest.mark.parametrize("check", CHECKS)
 def test_check(plain, check):
     result = _run(plain / check, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ---- counted work: unlike time, the same on a busy machine -------------------------------------
+
+
+def test_work_grows_as_the_text_does(root, tmp_path):
+    """On long runs of every kind of character, and on one kind among another."""
+    _configure(root, tmp_path)
+    build = _run("cmake", "--build", tmp_path, "--target", "linear_work")
+    assert build.returncode == 0, build.stdout + build.stderr
+    assert "warning:" not in build.stdout, build.stdout
+    result = _run(tmp_path / "linear_work", timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -2,11 +2,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string_view>
+#include <string>
 
+#include "fuzz_input.h"
 #include "tokenizer_fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  mvbert::CheckText(std::string_view(reinterpret_cast<const char*>(data), size));
+  const std::string text = mvbert::FuzzInput(data, size).Text();
+  const mvbert::TimeLimit limit(text.size());
+  mvbert::CheckText(text);
   return 0;
 }

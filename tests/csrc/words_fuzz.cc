@@ -30,8 +30,11 @@ void CheckWords(std::string_view text, bool lowercase, std::size_t most) {
       Words steps;
       std::size_t at = 0;
       do {
+        const std::size_t before = at;
         at = WordSplitter({lowercase}, choice).Fill(text, at, &batch, most);
-        if (!batch.full() && at < text.size() && batch.size() % 3 != 0) continue;
+        Require(at > before || text.empty(), "a step that reads nothing");
+        // (A batch may be used before it is full, and need not be used when it is.)
+        if (at < text.size() && batch.size() % 3 != 0) continue;
         for (std::size_t i = 0; i < batch.size(); ++i) {
           steps.bytes.append(batch[i]);
           steps.ends.push_back(static_cast<std::uint32_t>(steps.bytes.size()));
@@ -55,14 +58,16 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   using namespace mvbert;
   FuzzInput input(data, size);
   const std::size_t most = input.Number(1, 600);
-  const std::string_view bytes = input.Rest();
+  const std::string bytes = input.Text();
+  const TimeLimit limit(bytes.size());
   const std::size_t error = Utf8ErrorOffset(bytes);
   Require(error == kNoError || error < bytes.size(), "an error outside the text");
   const std::string text = ReplaceIllFormed(bytes);
   Require(Utf8ErrorOffset(text) == kNoError, "mended text is not UTF-8");
   Require(error != kNoError || text == bytes, "well-formed text was changed");
   if (error != kNoError) {
-    Require(Utf8ErrorOffset(bytes.substr(0, error)) == kNoError, "there was an error before");
+    Require(Utf8ErrorOffset(std::string_view(bytes).substr(0, error)) == kNoError,
+            "there was an error before");
   }
   CheckWords(text, true, most);
   CheckWords(text, false, most);

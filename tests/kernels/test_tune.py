@@ -24,7 +24,7 @@ def tune(root, monkeypatch):
 
 @pytest.fixture
 def cases(tune, device, monkeypatch):
-    """The cases of one small loss, wide and narrow, by name of their kernel."""
+    """The cases of one small loss, materialised and flash, by name of their kernel."""
     found = {}
     for width in (0, 256):
         monkeypatch.setattr(launch, "FLASH_WIDTH", width)

@@ -246,4 +246,4 @@ def test_without_the_packages_the_message_says_what_to_install(
 ):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
-    refused(command, "onnxruntime; run: pip install mvbert[onnx]")
+    refused(command, "onnxruntime; run: pip install 'mvbert[onnx]'")

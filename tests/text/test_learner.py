@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.learner import learn_vocab, print_vocab_report, run_vocab, vocab_report
-from mvbert.text.learner_reference import SPECIAL_TOKENS, learn_vocab_reference
-from mvbert.text.vocab import Vocab
+from mvbert.text.learner_reference import learn_vocab_reference
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.text.wordpiece import wordpiece
 
 TEXT = """The walker walks where walkers walked, and the talker talks while walking.
@@ -54,7 +54,7 @@ def test_sentencepiece_gives_exact_sizes_that_cut_everything(corpus, learner):
     for size in (54, 56, 57):
         pieces = learn_vocab(corpus.words, corpus.counts, size, learner=learner, coverage=1.0)
         assert len(pieces) == len(set(pieces)) == size
-        assert pieces[:5] == list(SPECIAL_TOKENS)
+        assert pieces[:5] == list(SPECIAL_PIECES)
         vocab = {piece: id for id, piece in enumerate(pieces)}
         used = set()
         for word in words:
@@ -89,7 +89,7 @@ def test_a_word_with_sentencepieces_own_mark_is_no_blank():
 
 def test_missing_sentencepiece_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match=r"bpe learner needs .* pip install mvbert\[vocab\]"):
+    with pytest.raises(MissingExtra, match=r"bpe learner needs .* pip install 'mvbert\[vocab\]'"):
         learn_vocab([b"walk", b"walks"], [3, 2], 15, learner="bpe")
 
 
@@ -136,8 +136,8 @@ def test_refuses_arguments(changed, message):
 
 # ---- vocab_report -----------------------------------------------------------------------------
 
-STUDENT = [*SPECIAL_TOKENS, "walk", "##s", "w", "##a", "##l", "##k", "talk"]
-TEACHER = [*SPECIAL_TOKENS, "walk", "##s", "walks", "talk"]
+STUDENT = [*SPECIAL_PIECES, "walk", "##s", "w", "##a", "##l", "##k", "talk"]
+TEACHER = [*SPECIAL_PIECES, "walk", "##s", "walks", "talk"]
 LEXICON = {"": 100, "walk": 6, "walks": 3, "walka": 1, "sing": 2, "w" * 101: 1, "unseen": 0}
 
 
@@ -172,7 +172,7 @@ def test_report_without_a_teacher_or_words():
     report = vocab_report(STUDENT, [b""], [3])
     assert report["teacher"] is None
     assert report["words"] == report["pieces_per_word"] == report["unknown"] == 0
-    assert report["never_used"] == len(STUDENT) - len(SPECIAL_TOKENS)
+    assert report["never_used"] == len(STUDENT) - len(SPECIAL_PIECES)
 
 
 def test_report_equals_the_plain_definition(corpus):

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from mvbert.errors import InputError
+from mvbert.errors import InputError, MissingExtra
 from mvbert.text import readers
 from mvbert.text.readers import TextFile, documents, file_kind, text_files
 
@@ -239,7 +239,7 @@ def test_a_parquet_file_that_is_cut_off_is_named(tmp_path):
 def test_a_missing_extra_says_what_to_install(tmp_path, monkeypatch, module, name):
     monkeypatch.setitem(__import__("sys").modules, module, None)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(InputError, match=rf"needs {module}: pip install 'mvbert\[data\]'"):
+    with pytest.raises(MissingExtra, match=rf"needs {module}; run: pip install 'mvbert\[data\]'"):
         list(documents(tmp_path / name))
 
 

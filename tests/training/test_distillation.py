@@ -200,7 +200,6 @@ def test_a_part_of_the_rows_counts_for_its_share(mixed, student, batch):
         ({"relation_heads": 5}, "relation_heads 5 must divide"),
         ({"relations_layer": 5}, "the teacher has 4 layers, got 5"),
         ({"hidden_layers": (3,)}, "the student has 2 layers, got 3"),
-        ({"hidden_map": "none"}, "as wide as its teacher, got 16 and 24"),
     ],
 )
 def test_what_does_not_fit_is_named(mixed, student, change, part):
@@ -215,15 +214,3 @@ def test_maps_are_drawn_by_the_seed(mixed, student):
     ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-
-
-def test_equal_widths_need_no_map(mixed, batch):
-    student = MaskedLM(replace(STUDENT, hidden_size=24))
-    student.init_weights(0)
-    config = replace(ALL, distill=("hidden",), hidden_map="none")
-    part, found, _, _, taps = losses(config, student, mixed, batch)
-    assert not list(part.parameters())
-    theirs = Taps(hidden=[4])
-    distillation.reader(mixed).eval().encode(batch.input_ids, batch.token_type_ids, taps=theirs)
-    target = F.layer_norm(theirs.hidden[4], (24,))
-    torch.testing.assert_close(found["hidden"], F.mse_loss(taps.hidden[2], target))

@@ -1,4 +1,4 @@
-"""Lines of the log: the speed is that of the steps since the last line, pauses not counted."""
+"""The log: a line's speed is that of the steps since the last line, without pauses."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from mvbert.training.journal import Journal
 
 
 class Clock:
-    """Seconds that pass when it is told."""
+    """Seconds that pass when it is lines_of."""
 
     now = 100.0
 
@@ -33,18 +33,18 @@ def test_speed_is_of_the_steps_of_a_line_and_of_training_alone(clock):
         rows=SimpleNamespace(T=10, count=7), summary=lambda sums: {"loss": 1.0}, flops=lambda: 8e6
     )
     feed = SimpleNamespace(take_waited=lambda: 0.5)
-    make = SimpleNamespace(take=lambda: SimpleNamespace(here=True, wait=lambda: (sums, 0, -1)))
+    stepper = SimpleNamespace(take=lambda: SimpleNamespace(ready=True, wait=lambda: (sums, 0, -1)))
     log = SimpleNamespace(write=lines.append)
     config = TrainConfig(rows=6, steps=40, lr=1.0, warmup=0.0, final_lr=0.0)
-    told = Journal(log, Progress("test"), task, config, feed, make, 1e8, step=10)
+    lines_of = Journal(log, Progress("test"), task, config, feed, stepper, 1e8, step=10)
     clock.now += 2.0
-    told.begin(15)
+    lines_of.begin(15)
     clock.now += 1.0
-    with told.paused():
+    with lines_of.paused():
         clock.now += 50.0
-        told.evaluated(15, {"loss": 3.0})
+        lines_of.evaluated(15, {"loss": 3.0})
     clock.now += 3.0
-    told.begin(17)
+    lines_of.begin(17)
     first, heldout, second = lines
     assert (first["step"], first["pieces"], first["lr"]) == (15, 15 * 60, 26 / 40)
     assert (first["pieces_per_second"], first["mfu"], first["data_wait"]) == (150, 0.2, 0.25)

@@ -9,9 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ import torch
 
 from mvbert import cli
 from mvbert.config import RowConfig, Stage1Config, Stage2Config, to_dict
-from mvbert.errors import InputError, Interrupted, OutOfTime
+from mvbert.errors import InputError, Interrupted, MissingExtra, OutOfTime
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
@@ -226,9 +227,8 @@ def test_distillation_resumes_to_the_same_bits(stage2, tmp_path, assert_same_run
         STAGE2,
         distill=("hidden", "logits", "relations"),
         hidden_layers=(0, 1),
-        mlm_weight_end=0.2,
+        mlm_weight=0.2,
         logits_weight=0.5,
-        logits_weight_end=2.0,
     )
     stage2(tmp_path / "unbroken", config)
     with pytest.raises(Interrupted):
@@ -237,7 +237,7 @@ def test_distillation_resumes_to_the_same_bits(stage2, tmp_path, assert_same_run
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
 
 
-def test_a_run_tells_with_what_it_went_on(stage2, tmp_path, monkeypatch):
+def test_run_json_records_each_resume(stage2, tmp_path, monkeypatch):
     description = {"stage": 2, **describe(STAGE2)}
     with pytest.raises(Interrupted):
         stage2(tmp_path, STAGE2, after={2: _terminate}, description=description)
@@ -256,23 +256,7 @@ def test_a_run_tells_with_what_it_went_on(stage2, tmp_path, monkeypatch):
     assert info.run_info(tmp_path)["resumed"] == resumed
 
 
-@pytest.mark.parametrize("stop_at", [3, 4, 5], ids=["before", "at", "after"])
-def test_longer_rows_late_resume_to_the_same_bits(stage2, tmp_path, stop_at, assert_same_run):
-    """Stopped before, at and after step 4, where rows of 8 become half as many rows of 16."""
-    config = replace(STAGE2, distill=("hidden", "logits", "relations"), micro_rows=2)
-    row = RowConfig(length=8, late_length=16, late_share=0.3)
-    task, report, progress = stage2(tmp_path / "unbroken", config, row=row)
-    assert report["pieces"] == 6 * 4 * 8
-    assert any("from step 4 on 2 rows x 16 pieces" in note for note in progress.notes)
-    assert (task.rows.T, task.heldout.T) == (16, 8)
-    with pytest.raises(Interrupted):
-        stage2(tmp_path / "broken", config, after={stop_at - 1: _terminate}, row=row)
-    stage2(tmp_path / "broken", config, row=row)
-    assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
-
-
-def test_steps_read_the_rows_of_their_length(stage2, tmp_path, monkeypatch):
-    """The first part reads rows 0 to 15 of its length, the second goes on at its step's number."""
+def test_steps_read_one_row_after_the_other(stage2, tmp_path, monkeypatch):
     read = []
     original = Rows.read
 
@@ -282,18 +266,8 @@ def test_steps_read_the_rows_of_their_length(stage2, tmp_path, monkeypatch):
         return original(self, start, count, **options)
 
     monkeypatch.setattr(Rows, "read", noted)
-    stage2(tmp_path / "a", row=RowConfig(length=8, late_length=16, late_share=0.3))
-    assert read == [*((8, 4 * step, 4) for step in range(4)), (16, 8, 2), (16, 10, 2)]
-    read.clear()
-    stage2(tmp_path / "b", row=RowConfig(length=8, late_length=16, late_share=1.0))
-    assert read == [(16, 2 * step, 2) for step in range(6)]
-
-
-def test_late_rows_that_do_not_come_out_even_are_refused(stage2, tmp_path):
-    with pytest.raises(InputError, match=r"cannot become whole rows of 12 .*a multiple of 3"):
-        stage2(tmp_path, row=RowConfig(length=8, late_length=12))
-    with pytest.raises(InputError, match="rows of 513 pieces do not fit"):
-        stage2(tmp_path, row=RowConfig(length=8, late_length=513))
+    stage2(tmp_path)
+    assert read == [(16, 4 * step, 4) for step in range(6)]
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(stage1, tmp_path, assert_same_run):
@@ -521,7 +495,7 @@ def test_loss_curves_are_drawn(stage2, tmp_path):
 def test_without_matplotlib_the_error_says_what_to_install(stage2, tmp_path, monkeypatch):
     stage2(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install 'mvbert\[study\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install 'mvbert\[study\]'"):
         info.plot_run(tmp_path, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
 
@@ -547,7 +521,7 @@ def test_hours_that_are_over_save_and_end(stage2, tmp_path, monkeypatch, assert_
     def pass_time() -> None:
         monkeypatch.setattr(train, "STARTED", time.monotonic() - 3601)
 
-    with pytest.raises(OutOfTime, match="1 hours are over at step 4") as over:
+    with pytest.raises(OutOfTime, match="time limit of 1 h reached at step 4") as over:
         stage2(broken, hours, after={3: pass_time}, description=STAGE2.described())
     assert over.value.step == 4
     stage2(broken, description=STAGE2.described())
@@ -692,3 +666,50 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(stage1, tmp_path, monkeypa
 def test_a_device_that_is_not_there_is_named(name, part):
     with pytest.raises(InputError, match=part):
         device.choose_device(replace(STAGE2, device=name))
+
+
+@pytest.mark.parametrize(
+    ("step", "leaving", "expected"),
+    [
+        (1, False, (False, False, False)),
+        (2, False, (True, False, False)),
+        (3, False, (False, True, False)),
+        (4, False, (True, False, True)),
+        (5, True, (False, False, True)),
+        (7, False, (True, True, True)),
+    ],
+)
+def test_what_is_due_after_a_step(step, leaving, expected):
+    config = Stage2Config(steps=7, log_every=2, eval_every=3, save_every=4)
+    assert astuple(train.due(step, config, leaving)) == expected
+
+
+def test_a_run_made_before_the_wings_resumes(root, tmp_path, verb, monkeypatch):
+    """Corpus, teacher, vocabulary and checkpoint written by commit df2e3e2, stopped at step 4."""
+    with tarfile.open(root / "tests" / "data" / "run-before-wings.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    first = (tmp_path / "stage1" / "run.json").read_text()
+    report, notes = verb(
+        "train", "--stage", 1, "--corpus", "corpus", "--teacher", "teacher", "-o", "stage1",
+        "--student-vocab", "vocab.txt", "--row.length", 16, "--steps", 6, "--rows", 4,
+        "--eval-rows", 4, "--eval-every", 3, "--save-every", 2, "--log-every", 2, "--threads", 1,
+        "--dtype", "float32", "--lr", "1e-3", "--embedding-size", 16, "--dropout", 0.1,
+    )  # fmt: skip
+    assert "resuming from step-00000004" in notes
+    assert report["heldout_first"]["loss"] == pytest.approx(4.871231760297503, rel=1e-6)
+    # What the unbroken run came to, on another CPU: 2 steps of it are repeated here.
+    assert report["heldout_last"]["loss"] == pytest.approx(4.835350036621094, rel=1e-4)
+    run = json.loads((tmp_path / "stage1" / "run.json").read_text())
+    assert run["description"] == json.loads(first)["description"]
+    assert [resume["step"] for resume in run["resumed"]] == [4]
+
+
+def test_a_retired_setting_that_did_something_is_named(tmp_path):
+    written = {"stage": 2, "row": {"length": 16, "late_length": 32, "late_share": 0.5}}
+    (tmp_path / "run.json").write_text(json.dumps({"description": written}))
+    with pytest.raises(InputError, match=r"row\.late_length: 32 there"):
+        runs.describe_run(tmp_path / "run.json", {"stage": 2, "row": {"length": 16}})
+    written["row"]["late_length"] = 0
+    (tmp_path / "run.json").write_text(json.dumps({"description": written}))
+    runs.describe_run(tmp_path / "run.json", {"stage": 2, "row": {"length": 16}})
