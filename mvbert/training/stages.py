@@ -106,7 +106,7 @@ class Stage1:
         rows = self.model.student.rows()
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
         masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        teacher, student = self.model.mixed_sums(masked_hidden, batch.labels, rows)
+        teacher, student = self.model.mixed_losses(masked_hidden, batch.labels, rows)
         of_student = batch.labels >= self.teacher_size
         sums = {
             "teacher_sum": teacher.detach().double(),
