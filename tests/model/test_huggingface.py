@@ -520,7 +520,8 @@ def test_folders_of_both_versions_of_transformers_are_read(folder, ids, version)
         write_json(
             folder / "tokenizer_config.json",
             {"backend": "tokenizers", "do_lower_case": True, "is_local": True,
-             "mask_token": "[MASK]", "model_max_length": 512, "strip_accents": None, "tokenize_chinese_chars": True,
+             "mask_token": "[MASK]", "model_max_length": 512, "strip_accents": None,
+             "tokenize_chinese_chars": True,
              "tokenizer_class": "BertTokenizer", "unk_token": "[UNK]"},
         )  # fmt: skip
     assert_same(folder, ids)
