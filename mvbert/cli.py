@@ -9,10 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from mvbert.config import (
     load_toml,
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
-from mvbert.files import Json
+from mvbert.files import Json, json_text
 
 DEMO = Path(__file__).parent / "presets" / "demo.toml"
 
@@ -63,7 +63,7 @@ class CorpusCommand:
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
     resume: bool = True
@@ -172,6 +172,7 @@ class Stage1Command:
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def run(self) -> dict[str, Json]:
+        deadline = self.train.deadline(time.monotonic())
         from mvbert.model.huggingface import find_model
         from mvbert.training.run_stage import checked_corpus, run_stage1
 
@@ -182,6 +183,7 @@ class Stage1Command:
             find_model(self.teacher, "teacher"),
             self.student_vocab,
             self.out,
+            deadline=deadline,
         )
 
 
@@ -200,11 +202,12 @@ class Stage2Command:
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
 
     def run(self) -> dict[str, Json]:
+        deadline = self.train.deadline(time.monotonic())
         from mvbert.training.run_stage import checked_corpus, run_stage2
 
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
         corpus = checked_corpus(self.corpus)
-        return run_stage2(self.train, self.row, corpus, model, self.out)
+        return run_stage2(self.train, self.row, corpus, model, self.out, deadline=deadline)
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class DistillCommand:
     """Do all of it from one TOML file: corpus, vocabulary, Stage I, Stage II for every arm."""
 
     config: Positional[Path] = DEMO
-    """Settings; without it, a demonstration of about eight minutes on two cores."""
+    """Settings; without it, a demonstration that fits itself to ten minutes."""
     text: tuple[str, ...] = ()
     """Files or folders to read instead of the settings' text."""
     teacher: str | None = None
@@ -223,6 +226,8 @@ class DistillCommand:
     """Another folder for the run; the same command resumes it."""
     max_hours: float = 0.0
     """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
+    minutes: float = 0.0
+    """Minutes for all of it: a slower machine makes fewer steps (0: as the settings say)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.distill import print_distill_report, run_distill
@@ -237,6 +242,8 @@ class DistillCommand:
             config = replace(config, stage1=replace(config.stage1, cased=True))
         if self.out is not None:
             config = replace(config, out=self.out)
+        if self.minutes:
+            config = replace(config, minutes=self.minutes)
         if self.max_hours:
             config = replace(
                 config,
@@ -319,28 +326,26 @@ class EvalCommand:
     """Its vocabulary is cased, whatever its folder says or leaves out."""
     row: RowConfig = field(default_factory=RowConfig)
     eval_rows: int = 512
-    """Held-out rows whose masked pieces are asked for."""
+    """Held-out rows whose masked pieces are asked for; at most as many as the text has."""
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     seed: int = 0
     """Of the sentences that the probe is fitted on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    """Of matrix products; auto: that of the run that made the model, else the faster one here."""
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.study.evaluate import run_eval
 
-        train = TrainConfig(
-            eval_rows=self.eval_rows,
-            seed=self.seed,
-            dtype=self.dtype,
-            device=self.device,
-            threads=self.threads,
-        )
-        return run_eval(self.model, self.corpus, self.row, train, self.measure, self.cased)
+        values: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("eval_rows", "seed", "dtype", "device", "threads")
+        }
+        TrainConfig(**values)  # refuses what no run takes
+        return run_eval(self.model, self.corpus, self.row, self.measure, self.cased, **values)
 
 
 @dataclass(frozen=True)
@@ -502,7 +507,7 @@ def run(arguments: Sequence[str]) -> None:
     if not leads():
         return
     try:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(json_text(report), flush=True)
     except OSError as error:
         # What could not be written must not be tried again when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -519,6 +524,11 @@ def guarded(work: Callable[[], None]) -> int:
         return 2
     except InputError as error:
         _say(f"error: {error}", always=True)
+        return 2
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        if error.filename is None or isinstance(error.filename, int):
+            raise
+        _say(f"error: {os.fsdecode(error.filename)}: {error.strerror}", always=True)
         return 2
     except Interrupted as error:
         _say(str(error))
@@ -553,6 +563,8 @@ def _say(sentence: str, always: bool = False) -> None:
     """One sentence on stderr; of several processes, rank 0 speaks for all."""
     from mvbert.progress import leads
 
+    # A file name may hold line breaks and escape codes of terminals.
+    sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     if leads():
         print(f"mvbert: {sentence}", file=sys.stderr)
     elif always:

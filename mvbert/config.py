@@ -173,7 +173,7 @@ class TrainConfig:
     seed: int = 0
     """Of rows, masks, dropout and initial weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    """Of matrix products; auto: on a CPU the faster one, measured when the run begins."""
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
@@ -229,6 +229,16 @@ class TrainConfig:
         if not self.pieces:
             return self
         return dataclasses.replace(self, steps=-(-self.pieces // (self.rows * length)))
+
+    def shortened(self: T, share: float) -> T:
+        """The same with `share` of the steps, at least one; itself for a share of 1."""
+        if share == 1:
+            return self
+        return dataclasses.replace(self, steps=max(1, round(share * self.steps)), pieces=0)
+
+    def deadline(self, start: float) -> float:
+        """When a command that started at `start` (time.monotonic) must end; infinite: never."""
+        return start + 3600 * self.max_hours if self.max_hours else math.inf
 
     def described(self) -> dict[str, Any]:
         """The settings that must be the same to resume a run."""
@@ -324,7 +334,8 @@ class CorpusConfig:
     """Where the text comes from."""
 
     text: tuple[str, ...] = ("docstrings",)
-    """Files or folders; `docstrings`: those of the installed Python packages."""
+    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: those of
+    the installed Python packages."""
     heldout_text: tuple[str, ...] = ()
     """Files held out, instead of a share of the text."""
     heldout_share: float = 0.01
@@ -356,7 +367,7 @@ class MeasureConfig:
     context: int = 6
     """Words of context on each side."""
     sst2: str = ""
-    """SST-2's folder or .tar archive, for the linear probe (none: no probe)."""
+    """SST-2's folder or .tar archive (or data:NAME), for the linear probe (none: no probe)."""
     sentences: int = 8000
     """Training sentences of the probe (0: all)."""
 
@@ -398,6 +409,8 @@ class DistillConfig(JobConfig):
     """Students to train side by side: name -> the fields of stage2 that differ."""
     sentences: tuple[str, ...] = ()
     """Sentences with [MASK] in them, filled in at the end."""
+    minutes: float = 0.0
+    """Minutes that the job may take: on a slower machine all runs get fewer steps (0: no limit)."""
 
     def __post_init__(self) -> None:
         for name in self.arms:
@@ -405,6 +418,8 @@ class DistillConfig(JobConfig):
                 raise InputError(f"an arm's name is letters, digits, - and _, got {name!r}")
         for name in self.arms or ("student",):
             self.check_start(name, self.arm(name))
+        if self.minutes < 0:
+            raise InputError(f"minutes must not be negative, got {self.minutes}")
         for sentence in self.sentences:
             if "[MASK]" not in sentence:
                 raise InputError(f"no [MASK] in the sentence {sentence!r}")

@@ -24,6 +24,54 @@ Json = dict | list | str | int | float | bool | None
 _LFS_POINTER = b"version https://git-lfs"
 
 PARTIAL = ".partial-"  # in the name of everything that is not finished
+NAME_BYTES = 255  # that a file system takes for one name
+
+
+def partial_prefix(path: Path, ending: str = "") -> str:
+    """The hidden name of what becomes `path`, with room for `ending` and a random suffix.
+
+    A name near the limit of the file system is cut, and a checksum keeps it apart from others.
+    """
+    name = os.fsencode(path.name)
+    room = NAME_BYTES - len(f".{PARTIAL}{ending}") - 8
+    if len(name) > room:
+        name = name[: room - 9] + b"~" + hashlib.sha256(name).hexdigest()[:8].encode()
+    return f".{os.fsdecode(name)}{PARTIAL}{ending}"
+
+
+DATA = "data:"  # a path that starts so is in the data folder
+
+
+def data_folder() -> Path:
+    """Where docs/experiments/get_data.py puts public data: MVBERT_DATA, or a folder of the clone.
+
+    Without MVBERT_DATA: shared/data beside the clone where that exists, else data in the clone
+    (in the current folder, if mvbert does not run from a clone).
+    """
+    if folder := os.environ.get("MVBERT_DATA"):
+        return Path(folder)
+    clone = Path(__file__).resolve().parents[1]
+    if not (clone / "pyproject.toml").is_file():
+        return Path("data")
+    beside = clone.parent / "shared" / "data"
+    return beside if beside.is_dir() else clone / "data"
+
+
+def data_path(path: str | Path) -> Path:
+    """The file that a path means: `data:NAME` is NAME in `data_folder()`.
+
+    Raises:
+        InputError: that folder has no such file.
+    """
+    if not str(path).startswith(DATA):
+        return Path(path)
+    file = data_folder() / str(path).removeprefix(DATA)
+    if not file.exists():
+        raise InputError(
+            f"{path}: {file} does not exist; download it with docs/experiments/get_data.py, or set "
+            "MVBERT_DATA to the folder that holds it"
+        )
+    return file
 
 
 def write_error(path: Path, error: OSError) -> InputError:
@@ -74,7 +122,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     partial = None
     try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
+        handle, partial = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             # mkstemp makes private files; a finished file has the mode that open() would give.
             os.fchmod(file.fileno(), 0o666 & ~_umask())
@@ -109,13 +157,10 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         InputError: `path` exists and `overwrite` is off, or the folder cannot be written.
     """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"{path} is not a folder; give another path")
-    if path.exists() and not overwrite and any(path.iterdir()):
-        raise InputError(f"{path} exists and is not empty; give another path or allow overwriting")
+    check_new_folder(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
+        partial = Path(tempfile.mkdtemp(prefix=partial_prefix(path), dir=path.parent))
         partial.chmod(0o777 & ~_umask())
     except OSError as error:
         raise write_error(path, error) from error
@@ -137,12 +182,25 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_new_folder(path: Path, overwrite: bool) -> None:
+    """Refuses a path where no folder can be made: a file, a link, a full folder, a long name."""
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"{path} is not a folder; give another path")
+        if path.exists() and not overwrite and any(path.iterdir()):
+            raise InputError(
+                f"{path} exists and is not empty; give another path or allow overwriting"
+            )
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def move_folder(source: Path, target: Path) -> None:
     """Renames a whole folder into place; what was at `target` is removed after the change."""
     if target.exists():
         if not _exchange(source, target):
             # No exchange on this system: for an instant the old folder is only to be found aside.
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent))
+            aside = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
             os.rename(target, aside / target.name)
             try:
                 os.rename(source, target)
@@ -170,9 +228,18 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def json_text(value: Json, *, indent: int | None = None, allow_nan: bool = True) -> str:
+    """A value as JSON that can be written as UTF-8.
+
+    File names that are not UTF-8 reach Python as lone surrogates; JSON spells those as escapes.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_json(path: str | Path, value: Json) -> None:
     """Writes a value as indented JSON, atomically; NaN and infinity are refused."""
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(path, json_text(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Json:

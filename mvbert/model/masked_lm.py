@@ -105,10 +105,10 @@ class MaskedLM(nn.Module):
 
         Training wants `reduction` "sum": gradients are then made from the logits that forward had.
         """
-        # Dense: a row of text that fills its T pieces has as many labels as room for them.
+        # A row of text that fills its T pieces has as many labels as room for them.
         return functional.linear_cross_entropy(
             masked_hidden, self.decoder, labels, self.head.bias,
-            reduction=reduction, dense=True,
+            reduction=reduction, mostly_labelled=True,
         )  # fmt: skip
 
     def logits(self, masked_hidden: Tensor) -> Tensor:
@@ -158,33 +158,14 @@ class MixedMaskedLM(MaskedLM):
         rows = self.student.rows() if student_rows is None else student_rows
         return self.encoder(self.embeddings(input_ids, token_type_ids, rows))
 
-    def mixed_losses(self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor) -> Tensor:
-        """Cross-entropy of every masked row over its own vocabulary, [N] float32."""
-        return functional.mixed_linear_cross_entropy(
-            masked_hidden,
-            self.decoder,
-            student_rows,
-            labels,
-            self.head.bias,
-            self.student.bias,
-            reduction="none",
-        )
-
-    def mixed_sums(
-        self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor
+    def mixed_losses(
+        self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor, reduction: str = "sum"
     ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy of the teacher's and of the student's pieces, [] float32 each."""
-        V = self.config.vocab_size
-        of_teacher = labels.where(labels < V, functional.IGNORE_INDEX)
-        of_student = (labels - V).where(labels >= V, functional.IGNORE_INDEX)
-        # Not dense: about half of the rows belong to either vocabulary.
-        teacher = functional.linear_cross_entropy(
-            masked_hidden, self.decoder, of_teacher, self.head.bias, reduction="sum"
-        )
-        student = functional.linear_cross_entropy(
-            masked_hidden, student_rows, of_student, self.student.bias, reduction="sum"
-        )
-        return teacher, student
+        """Cross-entropy of the teacher's and of the student's pieces, each over its vocabulary."""
+        return functional.mixed_linear_cross_entropy(
+            masked_hidden, self.decoder, student_rows, labels,
+            self.head.bias, self.student.bias, reduction=reduction,
+        )  # fmt: skip
 
     def student_logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the student's vocabulary, [N, V_s]."""

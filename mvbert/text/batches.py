@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.text import row_reference
 from mvbert.text.row_reference import IGNORE_INDEX
@@ -109,7 +110,7 @@ class Rows:
             words lie between row starts, so that an epoch reads each word about once; it is also
             the default of `read`.
         seed: 0 to 2^64 - 1.
-        threads: of `read` and of the one look at the whole stream here; 0 for all.
+        threads: of `read` and of the one look at the whole stream here; 0 for all available cores.
 
     Attributes:
         count: R, rows in an epoch.
@@ -141,7 +142,7 @@ class Rows:
         _check_probability("student_prob", student_prob)
         if not 0 <= seed < 2**64:
             raise InputError(f"seed must lie in [0, 2^64), got {seed}")
-        self._threads = _checked_threads(threads)
+        self._threads = cores(threads)
         stream = np.asarray(stream)  # a memory map stays one, without its class
         if stream.ndim != 1 or stream.dtype != np.uint32:
             raise InputError(
@@ -221,7 +222,8 @@ class Rows:
             count: B; 0 is legal.
             student_prob: chance that a word is cut by the student vocabulary; 0 and 1 give the pure
                 tokenisations. None for that of the constructor.
-            threads: 0 for all; None for that of the constructor. Does not change the rows.
+            threads: 0 for all available cores; None for that of the constructor. The rows do not
+                depend on it.
             out: where to write (`Batch.over` makes it of any memory); None for new arrays.
                 Returned.
         """
@@ -233,7 +235,7 @@ class Rows:
         if student_prob is None:
             student_prob = self._settings["student_prob"]
         _check_probability("student_prob", student_prob)
-        threads = self._threads if threads is None else _checked_threads(threads)
+        threads = self._threads if threads is None else cores(threads)
         if out is None:
             out = Batch.empty(count, self.T, self.capacity)
         else:
@@ -271,12 +273,6 @@ class Rows:
 def _check_probability(name: str, value: float, most: float = 1.0) -> None:
     if not 0 <= value <= most:
         raise InputError(f"{name} must lie in [0, {most:g}], got {value}")
-
-
-def _checked_threads(threads: int) -> int:
-    if not 0 <= threads <= 65536:
-        raise InputError(f"threads must be 0 (all) or a positive number, got {threads}")
-    return threads
 
 
 def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type) -> None:

@@ -113,6 +113,8 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]
         "output": str(corpus.folder),
         **{k: manifest[k] for k in ("bytes", "documents", "words", "distinct", "lowercase")},
         "not_utf8": manifest["not_utf8"],
+        "left_out": manifest.get("left_out", {}),
+        "copies": len(manifest["sources"]) - len({s["sha256"] for s in manifest["sources"]}),
         "heldout": manifest["heldout"],
         "vocabularies": {},
     }
@@ -175,8 +177,23 @@ def print_corpus_report(report: dict[str, Any]) -> None:
         "none": "nothing",
     }
     console.print(f"held out: {by[heldout['by']]}", markup=False)
+    reasons = {
+        "repeated": "files or folders given twice, or by a link",
+        "empty": "empty files",
+        "unsupported": "files of other kinds",
+        "not_regular": "pipes, sockets and devices",
+        "nulls": "records whose text is null",
+    }
+    left_out = [f"{reasons[why]} ({count:,})" for why, count in report["left_out"].items() if count]
     if report["not_utf8"]:
-        console.print(f"left out: {report['not_utf8']:,} runs of bytes that are not UTF-8")
+        left_out.append(f"runs of bytes that are not UTF-8 ({report['not_utf8']:,})")
+    if left_out:
+        console.print(f"left out: {', '.join(left_out)}", markup=False)
+    if report["copies"]:
+        console.print(
+            f"files with the same bytes as another one: {report['copies']:,}; their documents are "
+            "in the corpus as often, and may be held out and not"
+        )
 
 
 @contextlib.contextmanager

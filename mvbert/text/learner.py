@@ -56,7 +56,7 @@ def learn_vocab(
         coverage: share of character occurrences that single characters must cover, in (0, 1]; words
             with other characters become [UNK]. Below 1 it keeps rare foreign letters from filling a
             small vocabulary.
-        threads: 0 for one for each core.
+        threads: 0 is one for each available core.
 
     Returns:
         [PAD] [UNK] [CLS] [SEP] [MASK], then pieces by descending use, ties in byte order. All words
@@ -74,13 +74,12 @@ def learn_vocab(
         raise InputError(f"coverage must be in (0, 1], got {coverage}")
     if size <= len(SPECIAL_PIECES):
         raise InputError(f"size must be above the {len(SPECIAL_PIECES)} special tokens, got {size}")
-    if threads < 0:
-        raise InputError(f"threads must be 0 or more, got {threads}")
+    threads = cores(threads)
     data, ends = flat_words(words)
     numbers = check_counts(counts, len(ends))
     if learner == "topdown":
         try:
-            pieces, _, _, _ = _core.learn_vocab(data, ends, numbers, size, coverage, cores(threads))
+            pieces, _, _, _ = _core.learn_vocab(data, ends, numbers, size, coverage, threads)
         except ValueError as error:
             raise InputError(str(error)) from None
         return pieces

@@ -288,8 +288,8 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path, files):
     text = TEXT
     if "[MASK]" not in ours.vocab.ids:  # transformers would give an id past the model's table
         text = text.replace("[MASK]", "")
-    for form in (text, text.upper(), text.lower(), text.replace(" ", "")):
-        assert ours.encode(form) == theirs(form)["input_ids"], form
+    for variant in (text, text.upper(), text.lower(), text.replace(" ", "")):
+        assert ours.encode(variant) == theirs(variant)["input_ids"], variant
     spans = ours.offsets(TEXT)
     assert spans[0].tolist() == ours.encode(TEXT, add_special_tokens=False)
 
