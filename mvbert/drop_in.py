@@ -367,10 +367,12 @@ def _without_logits(kind: Any) -> Any:
         return kind.__getitem__(self, key)
 
     def __reduce__(self: Any) -> Any:
-        return kind, tuple(self.get(field.name) for field in fields(self))
+        return kind, tuple(self.get(field.name) for field in fields(kind))
 
     members = {
         "__module__": kind.__module__,
+        # Code that walks the fields, as FSDP's, asks for those that are there.
+        "__dataclass_fields__": {f.name: f for f in fields(kind) if f.name != name},
         "__post_init__": __post_init__,
         "__getitem__": __getitem__,
         "__reduce__": __reduce__,

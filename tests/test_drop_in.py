@@ -1,6 +1,7 @@
 """fuse and unfuse on tiny random models: same outputs, same gradients, same keys, round trip."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
@@ -156,6 +157,7 @@ def test_logits_that_were_not_made_name_the_option_that_keeps_them():
     assert getattr(output, "logits", None) is None
     assert output[0] is output["loss"] is output.loss
     assert len(output.hidden_states) == 3
+    assert "logits" not in [field.name for field in dataclasses.fields(output)]
     # As accelerate, DistributedDataParallel and pickle take it apart and put it together.
     leaves, structure = torch.utils._pytree.tree_flatten(output)
     rebuilt = (
