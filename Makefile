@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-all check clean help
+.PHONY: demo test test-all check format clean help
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -41,9 +41,12 @@ test-all: .venv/.dev
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: .venv/.dev
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@.ci/check
+
+format: .venv/.dev
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i csrc/*.cc csrc/*.h tests/csrc/*.cc tests/csrc/*.h
 
 clean:
 	rm -rf .venv build dist *.egg-info mvbert/_core*.so

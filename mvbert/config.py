@@ -25,6 +25,7 @@ T = TypeVar("T", bound="TrainConfig")
 # Settings that are not part of a run's identity: they may differ when it is resumed.
 NOT_IDENTITY = ("max_hours", "keep_last", "keep_best", "cuda_graph")
 
+HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 DISTILL_LOSSES = ("logits", "hidden", "relations")
 
 
@@ -45,6 +46,7 @@ class ModelConfig:
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     pad_token_id: int = 0
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,8 +69,15 @@ class ModelConfig:
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ("gelu", "gelu_new", "relu"):
-            raise InputError(f"hidden_act must be gelu, gelu_new or relu, got {self.hidden_act!r}")
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise InputError(
+                f"hidden_act must be one of {', '.join(HIDDEN_ACTS)} or another name of one of "
+                f"them, got {self.hidden_act!r}"
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise InputError(
+                f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
+            )
 
     @property
     def encoder_parameters(self) -> int:
@@ -250,6 +259,8 @@ class Stage1Config(TrainConfig):
     """Start the student table from the teacher's (PCA of the spelled-out rows), not at random."""
     dropout: float = 0.1
     """Dropout of the teacher while it trains."""
+    cased: bool = False
+    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,7 +334,8 @@ class CorpusConfig:
     """Where the text comes from."""
 
     text: tuple[str, ...] = ("docstrings",)
-    """Files or folders; `docstrings`: those of the installed Python packages."""
+    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: those of
+    the installed Python packages."""
     heldout_text: tuple[str, ...] = ()
     """Files held out, instead of a share of the text."""
     heldout_share: float = 0.01
@@ -355,7 +367,7 @@ class MeasureConfig:
     context: int = 6
     """Words of context on each side."""
     sst2: str = ""
-    """SST-2's folder or .tar archive, for the linear probe (none: no probe)."""
+    """SST-2's folder or .tar archive (or data:NAME), for the linear probe (none: no probe)."""
     sentences: int = 8000
     """Training sentences of the probe (0: all)."""
 

@@ -51,7 +51,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     progress = Progress("distill")
     out = Path(config.out)
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
-    teacher = huggingface.find_teacher(config.teacher)
+    teacher = huggingface.find_model(config.teacher, "teacher")
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
     ranks = join_ranks()
 
@@ -61,9 +61,10 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
         described["stage1"] = config.stage1.described()
         describe_run(out / "distill.json", described)
-        lowercase = Vocab.load(teacher).lowercase
-        corpus_dir = make_corpus(config.corpus, out, lowercase, progress)
-        return make_vocab(config.vocab, out, corpus_dir, teacher, progress)
+        cased = config.stage1.cased
+        vocab = Vocab.load(teacher, lowercase=False if cased else None)
+        corpus_dir = make_corpus(config.corpus, out, vocab, progress)
+        return make_vocab(config.vocab, out, corpus_dir, teacher, progress, cased)
 
     vocab_report = ranks.first(prepare)
     corpus = checked_corpus(out / "corpus")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mvbert.config import MeasureConfig, RowConfig
+from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object
 from mvbert.model import huggingface
@@ -37,6 +38,7 @@ def run_eval(
     corpus: Path,
     row: RowConfig,
     measure: MeasureConfig,
+    cased: bool = False,
     *,
     eval_rows: int = 512,
     pass_rows: int = 32,
@@ -48,7 +50,8 @@ def run_eval(
     """Measures a model.
 
     Args:
-        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_teacher takes.
+        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_model takes.
+        cased: its vocabulary is cased, whatever the folder says or leaves out.
         eval_rows: held-out rows whose masked pieces are predicted.
         pass_rows: of them in one pass.
         seed: of the sentences that the probe is fitted on.
@@ -67,9 +70,13 @@ def run_eval(
     progress = Progress("eval")
     sst2 = read_sst2(Path(measure.sst2)) if measure.sst2 else None
     folder = huggingface.find_model(name)
-    model, missing = huggingface.load_masked_lm(folder)
-    vocab = huggingface.load_vocab(folder, model.config)
-    predicts = not any(part.startswith("head.") for part in missing)
+    shape, vocab = huggingface.read_shape(folder, cased=cased)
+    weights = huggingface.read_weights(folder)
+    model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
+    for note in (vocab.doubt, weights.unread()):
+        if note:
+            progress.note(note)
+    predicts = not any(part.startswith("cls.") for part in missing)
     if not predicts and sst2 is None:
         raise InputError(
             f"{folder} has no masked-language-model head, so it predicts nothing: "
@@ -81,8 +88,7 @@ def run_eval(
         progress.note(f"rows of {row.length} pieces; in training they had {trained}: --row.length")
     opened = checked_corpus(corpus)
     cut = opened.segment(vocab)
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(cores(threads))
     where = _device(device, dtype, folder, encoder_products(model.config, pass_rows * row.length))
     progress.note(f"device {where}")
     model = model.to(where.device).eval()
@@ -93,7 +99,10 @@ def run_eval(
         "vocab": vocab.size,
     }
     if predicts:
-        found = masked_measures(model, heldout_rows(opened, cut, row), eval_rows, pass_rows, where)
+        rows = heldout_rows(opened, cut, row)
+        if eval_rows > rows.count:
+            progress.note(f"eval_rows {eval_rows}: the held-out text has {rows.count} rows")
+        found = masked_measures(model, rows, eval_rows, pass_rows, where)
         progress.note(
             f"{found['loss']:.4f} nats a masked piece, "
             f"{found['accuracy']:.1%} of {found['masked']} said right"
@@ -143,10 +152,11 @@ def _length_in_training(folder: Path) -> int | None:
 def masked_measures(
     model: MaskedLM, rows: Rows, eval_rows: int, pass_rows: int, where: Device
 ) -> dict[str, float]:
-    """Loss and accuracy over the masked pieces of the first `eval_rows` rows."""
+    """Loss and accuracy over the masked pieces of the first eval_rows rows, at most one epoch."""
     total = {"mlm_sum": 0.0, "count": 0.0, "right": 0.0}
-    for first in range(0, eval_rows, pass_rows):
-        batch = rows.read(first, min(pass_rows, eval_rows - first))
+    count = min(eval_rows, rows.count)
+    for first in range(0, count, pass_rows):
+        batch = rows.read(first, min(pass_rows, count - first))
         with where.cast():
             for name, value in masked_sums(model, DeviceBatch.of(batch, where.device)).items():
                 total[name] += float(value)
@@ -156,7 +166,7 @@ def masked_measures(
     if not math.isfinite(loss):
         raise InputError(f"the held-out loss is {loss}: the model's weights are spoiled")
     return {
-        "rows": eval_rows,
+        "rows": count,
         "masked": int(total["count"]),
         "loss": loss,
         "accuracy": total["right"] / total["count"],

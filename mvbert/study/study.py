@@ -202,9 +202,9 @@ class _Work:
     def __init__(self, config: StudyConfig, out: Path, progress: Progress) -> None:
         self._config, self._out, self._progress = config, out, progress
         self._started = time.monotonic()
-        self._teacher = huggingface.find_teacher(config.teacher)
-        lowercase = Vocab.load(self._teacher).lowercase
-        self._corpus = checked_corpus(make_corpus(config.corpus, out, lowercase, progress))
+        self._teacher = huggingface.find_model(config.teacher, "teacher")
+        vocab = Vocab.load(self._teacher, lowercase=False if config.stage1.cased else None)
+        self._corpus = checked_corpus(make_corpus(config.corpus, out, vocab, progress))
         self._sst2: tuple[Sentences, Sentences] | None = None
         if config.measure.sst2:
             self._sst2 = read_sst2(Path(config.measure.sst2))
@@ -241,7 +241,10 @@ class _Work:
         """Stage I as this setting wants it; arms that want the same one share it."""
         size = setting.vocab.size
         vocab_dir = self._out / "vocabs" / _key(size, to_dict(setting.vocab))
-        make_vocab(setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress)
+        make_vocab(
+            setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress,
+            setting.stage1.cased,
+        )  # fmt: skip
         made_from = (to_dict(setting.vocab), to_dict(setting.row), setting.stage1.described())
         folder = self._out / "stage1" / _key(size, *made_from)
         run_stage1(

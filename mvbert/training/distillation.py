@@ -88,6 +88,7 @@ def reader(mixed: MixedMaskedLM) -> MaskedLM:
             vocab_size=len(mixed.student.table),
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            tie_word_embeddings=True,
         )
     )
     source: dict[str, Tensor] = dict(mixed.named_parameters())

@@ -50,15 +50,17 @@ def run_stage1(
     """
     progress = Progress("stage 1")
     config = config.counted(row.length)
-    vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
+    shape, teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
+    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
+    vocab = vocab.with_added_of(teacher_vocab)
 
     def describe() -> dict[str, Json]:
         return {
             "stage": 1,
             "corpus": corpus_id(corpus.folder),
             "teacher": huggingface.weights_id(teacher),
-            "teacher_vocab": Vocab.load(teacher).sha256,
-            "teacher_shape": to_dict(huggingface.read_model_config(teacher)),
+            "teacher_vocab": teacher_vocab.sha256,
+            "teacher_shape": to_dict(shape),
             "student_vocab": vocab.sha256,
             "row": to_dict(row),
             "train": config.described(),

@@ -53,19 +53,24 @@ class Stage1:
         student_vocab: Vocab,
         progress: Progress,
     ) -> None:
-        shape = huggingface.read_model_config(teacher)
-        self.teacher_vocab = huggingface.load_vocab(teacher, shape)
+        shape, self.teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
         self.student_vocab = student_vocab
+        for vocab in (self.teacher_vocab, student_vocab):
+            if vocab.doubt:
+                progress.note(vocab.doubt)
         check_lengths(row, shape)
         self._config = config
         shape = _with_dropout(shape, config.dropout)
         model = MixedMaskedLM(shape, student_vocab.size, config.embedding_size)
         model.init_weights(config.seed)
-        _, missing = huggingface.load_masked_lm(teacher, model, seed=config.seed)
+        weights = huggingface.read_weights(teacher)
+        _, missing = huggingface.load_masked_lm(teacher, model, weights=weights, seed=config.seed)
         if missing:
             progress.note(
                 f"not in the teacher's folder, so trained from the start: {', '.join(missing)}"
             )
+        if weights.unread():
+            progress.note(weights.unread())
         table = model.embeddings.word.weight.detach()
         rows, shared = spelled_rows(
             student_vocab.pieces, self.teacher_vocab.ids, table, self.teacher_vocab.unk
@@ -101,7 +106,7 @@ class Stage1:
         rows = self.model.student.rows()
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
         masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        teacher, student = self.model.mixed_sums(masked_hidden, batch.labels, rows)
+        teacher, student = self.model.mixed_losses(masked_hidden, batch.labels, rows)
         of_student = batch.labels >= self.teacher_size
         sums = {
             "teacher_sum": teacher.detach().double(),
@@ -171,10 +176,10 @@ def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
     if "table" not in tensors or tensors["table"].ndim != 2:
         raise InputError(f"{folder / STUDENT_TABLE}: no student table in it")
     V, E = tensors["table"].shape
-    shape = huggingface.read_model_config(folder)
+    shape, teacher_vocab = huggingface.read_shape(folder)
     vocab = Vocab.load(
-        folder / STUDENT_VOCAB, lowercase=huggingface.load_vocab(folder, shape).lowercase
-    )
+        folder / STUDENT_VOCAB, teacher_vocab.lowercase, teacher_vocab.strip_accents
+    ).with_added_of(teacher_vocab)
     if vocab.size != V:
         raise InputError(
             f"{folder}: {STUDENT_VOCAB} has {vocab.size} pieces, the student table {V} rows"

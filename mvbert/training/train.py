@@ -31,6 +31,7 @@ from mvbert.training.optim import make_optimizer
 from mvbert.training.ranks import Ranks, join_ranks
 from mvbert.training.runs import (
     Log,
+    check_run,
     describe_resume,
     describe_run,
     lock,
@@ -160,7 +161,7 @@ def _prepare(
     """Makes the optimiser, describes the run in its folder, reports what was chosen."""
     _check_shares(config, ranks)
     facts = environment(device, ranks.count)
-    ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
+    before = ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
     module = task.module.to(device.device)
     peak, source = peak_flops(
         device.device, device.autocast or torch.float32, torch.get_num_threads()
@@ -189,6 +190,15 @@ def _prepare(
         f"{config.steps * run.pieces_per_step / 1e6:.2f} M pieces, "
         f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
     )
+    if before is not None:
+        progress.note(
+            f"steps raised from {before} to {config.steps}: the learning rate of the steps to come "
+            f"is that of a run of {config.steps} steps"
+        )
+    if config.eval_rows > task.heldout.count:
+        progress.note(
+            f"eval_rows {config.eval_rows}: the held-out text has {task.heldout.count} rows"
+        )
     return run
 
 
@@ -293,7 +303,7 @@ def heldout_means(
     """Held-out means by the names of the log, over the same rows every time."""
     task.module.eval()
     sums = Sums(device.device)
-    share = ranks.share(config.eval_rows)
+    share = ranks.share(min(config.eval_rows, task.heldout.count))
     micro = config.micro_rows or config.rows // ranks.count
     for first in range(share.start, share.stop, micro):
         count = min(micro, share.stop - first)
@@ -308,6 +318,8 @@ def heldout_means(
 
 def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> dict[str, Json]:
     evaluations = [line for line in read_log(out) if "heldout" in line]
+    if not evaluations:
+        raise InputError(f"{out / 'log.jsonl'} holds no evaluation; restore it, or remove {out}")
     return {
         "output": str(out / "model"),
         "steps": config.steps,
@@ -323,8 +335,11 @@ def finished(
     """The report of a run that is already complete in `out`, or None."""
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
-    describe_run(out / "run.json", description)
+    if check_run(out / "run.json", description) is not None:
+        return None  # it is to have more steps now
     if checkpoint.check_manifest(out / "model") is not None:
         return None
+    if max((record["step"] for record in read_log(out)), default=0) < config.steps:
+        return None  # the model is that of fewer steps
     length = description["row"]["length"]  # type: ignore[index,call-overload]
     return _report(out, config, config.rows * int(length))  # type: ignore[arg-type]

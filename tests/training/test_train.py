@@ -481,9 +481,12 @@ def test_info_in_every_state_of_a_run(tmp_path):
     (run / "run.json").write_text(json.dumps(described))
     assert info.run_info(run)["step"] == 0  # started, nothing logged yet
     line = b'{"step": 5, "pieces": 80, "loss": 2.0}\n'
-    (run / "log.jsonl").write_bytes(line + b'7\n\xff\x00\n{"step": 6, "pie')  # and killed
+    (run / "log.jsonl").write_bytes(line + b'{"step": 6, "pie')  # and killed
     assert info.run_info(run)["last"]["loss"] == 2.0
     assert info.run_info(tmp_path)["runs"]["job/stage1"]["step"] == 5
+    (run / "log.jsonl").write_bytes(line + b'7\n\xff\x00\n{"step": 6, "pie')
+    with pytest.raises(InputError, match=r"log\.jsonl is damaged at line 2"):
+        info.run_info(run)
     with runs.Log(run / "log.jsonl", 5):  # goes on
         assert (run / "log.jsonl").read_bytes() == line
     (run / "run.json").write_text("{}")
