@@ -30,7 +30,12 @@ from mvbert.training.device import Choice
 from mvbert.training.distillation import reader
 from mvbert.training.machine import decide_for_job, pass_products, set_up
 from mvbert.training.ranks import join_ranks
-from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
+from mvbert.training.run_stage import (
+    checked_corpus,
+    load_student_vocab,
+    run_stage1,
+    run_stage2,
+)
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.train import RunReport
@@ -115,8 +120,8 @@ def _measure(
 ) -> dict[str, tuple[TrainConfig, Cost]]:
     """What Stage I and each student cost here; students are timed beside an untrained Stage I."""
     out, row, quiet = Path(config.out), config.row, Progress("", quiet=True)
-    shape = huggingface.read_model_config(teacher)
-    vocab = Vocab.load(out / VOCAB_FILE, lowercase=corpus.lowercase)
+    shape, teacher_vocab = huggingface.read_shape(teacher, cased=first.cased)
+    vocab = load_student_vocab(out / VOCAB_FILE, corpus, teacher_vocab)
     stage1 = functools.cache(lambda: Stage1(first, row, corpus, teacher, vocab, quiet))
     device = set_up(first, out / "stage1", pass_products(first, row, shape), dtype)
     costs: dict[str, tuple[TrainConfig, Cost]] = {

@@ -33,6 +33,12 @@ def checked_corpus(folder: Path) -> Corpus:
     return Corpus.open(folder)
 
 
+def load_student_vocab(vocab_file: Path, corpus: Corpus, teacher: Vocab) -> Vocab:
+    """The student's vocabulary, with the corpus's normaliser and the teacher's added pieces."""
+    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
+    return vocab.with_added_of(teacher)
+
+
 def run_stage1(
     config: Stage1Config,
     row: RowConfig,
@@ -53,8 +59,7 @@ def run_stage1(
     progress = Progress("stage 1")
     config = config.counted(row.length)
     shape, teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
-    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
-    vocab = vocab.with_added_of(teacher_vocab)
+    vocab = load_student_vocab(vocab_file, corpus, teacher_vocab)
 
     def describe() -> dict[str, Json]:
         return {
