@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-all check clean help
+.PHONY: demo test test-all test-cpus check clean help
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -37,6 +37,9 @@ test: .venv/.test
 
 test-all: .venv/.dev
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-cpus: .venv/.test
+	@$(BIN)/python tests/other_cpus.py $(ARGS)
 
 check: .venv/.dev
 	@$(BIN)/ruff check .
