@@ -47,9 +47,11 @@ from typing import Any
 
 import numpy as np
 
+from mvbert.files import data_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DATA = ROOT.parent / "shared" / "data"
+DATA = data_folder()
 
 # Distributions whose pip command is more than their name.
 PIP = {

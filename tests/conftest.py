@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # transformers asks for it. So the root leaves the import path once mvbert itself has been found
 # (where nothing is installed, it is found there). Child processes inherit PYTHONPATH as it came.
 import mvbert  # noqa: E402, F401
+from mvbert.files import data_folder  # noqa: E402
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
@@ -183,10 +184,10 @@ def git_files() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real corpora and vocabularies beside the repository; skips without it."""
-    folder = ROOT.parent / "shared" / "data"
+    """The folder of real corpora and vocabularies; skips without it."""
+    folder = data_folder()
     if not folder.is_dir():
-        pytest.skip("needs the folder ../shared/data beside the repository")
+        pytest.skip("needs the public data; run: python docs/experiments/get_data.py")
     return folder
 
 
@@ -197,7 +198,7 @@ def shared_file(shared_data):
     def find(name: str) -> Path:
         path = shared_data / name
         if not path.exists():
-            pytest.skip(f"needs ../shared/data/{name}")
+            pytest.skip(f"needs {name} in the data folder (docs/experiments/get_data.py)")
         return path
 
     return find

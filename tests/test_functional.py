@@ -1,12 +1,16 @@
 """The public functions on a CPU: chunked against the definitions, checks, torch.compile."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mvbert import functional as MF
 from mvbert import layers
-from mvbert.kernels import chunked
+from mvbert.kernels import chunked, linear_cross_entropy, linear_kl, ops
 
 
 @pytest.fixture(autouse=True)
@@ -81,14 +85,13 @@ def test_definition_is_torchs(reduction, label_smoothing):
     )
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_mixed_linear_cross_entropy(reduction, return_lse, small_chunks, same):
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mixed_linear_cross_entropy(reduction, small_chunks, same):
     labels = torch.randint(0, 58, (17,))
     labels[:6] = torch.tensor([0, 36, 37, 57, -100, 37])
     same(
         lambda be, h, wt, ws, bt, bs: MF.mixed_linear_cross_entropy(
-            h, wt, ws, labels, bt, bs, reduction=reduction, return_lse=return_lse, backend=be
+            h, wt, ws, labels, bt, bs, reduction=reduction, backend=be
         ),
         parameters((17, 20), (37, 20), (21, 20), (37,), (21,)),
         longest_sum=37,
@@ -310,6 +313,26 @@ def test_projected_rows_are_the_projected_table():
 # ---- modules, torch.compile --------------------------------------------------------------------
 
 
+def test_the_examples_of_the_losses_page_run(root):
+    page = (root / "docs" / "losses.md").read_text(encoding="utf-8")
+    labels = labels_of(5, 4928)
+    hidden, weight, bias = parameters((5, 256), (4928, 256), (4928,), dtype=torch.float32)
+    names = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels}
+    names["input_ids"] = torch.tensor([[0, 30521, 30522, 35449]])
+    function, module, embedding = re.findall(
+        r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE
+    )
+    exec(function, names)
+    torch.testing.assert_close(
+        names["loss"], F.cross_entropy(F.linear(hidden, weight, bias), labels)
+    )
+    assert weight.grad.any()
+    exec(module, names)
+    torch.testing.assert_close(names["loss"], F.cross_entropy(names["logits"], labels))
+    exec(embedding, names)
+    assert names["states"].shape == (1, 4, 768)
+
+
 def test_modules_alone():
     embedding = layers.MixedEmbedding(11, 5, 4, 20, max_positions=9, dropout=0.0).double()
     ids = torch.randint(0, 16, (2, 7))  # 14 pieces, 5 rows: the table is projected
@@ -332,7 +355,7 @@ def test_compiles_into_one_graph():
         rows = MF.project_table(table, weight, bias)
         hidden = MF.mixed_embedding(ids, teacher, rows, None, None, None, ln_weight, ln_bias)
         hidden = hidden.flatten(0, 1)
-        loss = MF.mixed_linear_cross_entropy(hidden, teacher, rows, labels)
+        loss = sum(MF.mixed_linear_cross_entropy(hidden, teacher, rows, labels))
         loss = (
             loss
             + MF.linear_cross_entropy(hidden, teacher, labels.clamp(max=10), reduction="none").sum()
@@ -349,8 +372,6 @@ def test_compiles_into_one_graph():
 
 
 def test_a_gpu_is_asked_nothing_that_waits_or_cannot_be_compiled(monkeypatch):
-    from mvbert.kernels import ops
-
     class OnGpu:
         is_cuda = True
 
@@ -365,10 +386,34 @@ def test_a_gpu_is_asked_nothing_that_waits_or_cannot_be_compiled(monkeypatch):
     ops.check_range("labels", OnGpu(), 3)  # it has no comparison to make
 
 
+WITHOUT_TRITON = """
+import importlib.util, sys
+sys.modules["triton"] = None
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+import torch
+from mvbert import functional, layers
+hidden, labels = torch.randn(3, 5, requires_grad=True), torch.tensor([0, 6, -100])
+functional.linear_cross_entropy(hidden, torch.randn(7, 5), labels).backward()
+layers.MixedEmbedding(6, 3, 4, 8)(torch.tensor([[0, 8]])).sum().backward()
+assert hidden.grad.any()
+try:
+    functional.linear_cross_entropy(hidden, torch.randn(7, 5), labels, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_without_triton_all_but_its_backend_works():
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_TRITON], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "backend 'triton' needs Triton, which is not installed\n"
+
+
 def test_operators_are_well_formed():
     """Schema, fake kernels and autograd registration, by torch's own checker."""
-    from mvbert.kernels import ops
-
     hidden, weight, bias = parameters((5, 8), (11, 8), (11,), dtype=torch.float32)
     labels, scale = torch.tensor([0, 10, -100, 3, 4]), torch.tensor(0.25)
     need, tests = (
@@ -376,12 +421,12 @@ def test_operators_are_well_formed():
         ("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     torch.library.opcheck(
-        ops.linear_cross_entropy_sum,
+        linear_cross_entropy.linear_cross_entropy_sum,
         (hidden, weight, bias, labels, scale, -100, 0.1, need, "chunked", False),
         test_utils=tests,
     )
     torch.library.opcheck(
-        ops.linear_cross_entropy_rows,
+        linear_cross_entropy.linear_cross_entropy_rows,
         (hidden, weight, bias, labels, -100, 0.1, need, "chunked"),
         test_utils=tests,
     )
@@ -389,9 +434,9 @@ def test_operators_are_well_formed():
     mask = labels >= 0
     dense = (hidden, weight, bias, teacher, teacher_weight, None, mask)
     torch.library.opcheck(
-        ops.linear_kl_sum, (*dense, scale, 2.0, need, "chunked"), test_utils=tests
+        linear_kl.linear_kl_sum, (*dense, scale, 2.0, need, "chunked"), test_utils=tests
     )
-    torch.library.opcheck(ops.linear_kl_rows, (*dense, 2.0, "chunked"), test_utils=tests)
+    torch.library.opcheck(linear_kl.linear_kl_rows, (*dense, 2.0, "chunked"), test_utils=tests)
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -499,7 +544,7 @@ def test_dropout_is_drawn_by_torchs_seed_and_only_in_training():
     assert MF.dropout(torch.empty(0, 5), 0.5).shape == (0, 5)
     assert MF.dropout(x, 1 - 2**-20).isfinite().all()
     for p in (-0.1, 1.0):
-        with pytest.raises(ValueError, match=rf"p in \[0, 1\), got {p}"):
+        with pytest.raises(ValueError, match=rf"p must lie in \[0, 1\), got {p}"):
             MF.dropout(x, p)
 
 

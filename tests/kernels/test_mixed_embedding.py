@@ -161,9 +161,8 @@ def test_id_out_of_range(draw, device):
             MF.mixed_embedding(ids, table, None, None, None, None, vector, vector, backend="triton")
     finally:
         MF.check_on_gpu(False)
-    hidden, _, _ = mixed_embedding.mixed_embedding_fwd(
-        ids, table.detach(), None, None, None, None, None, vector, vector, 1e-12, 0.0, None
-    )
+    inputs = mixed_embedding.EmbeddingInputs(ids, table.detach(), *[None] * 5, vector, vector)
+    hidden, _, _ = mixed_embedding.mixed_embedding_fwd(inputs, 1e-12, 0.0, None)
     assert hidden.isnan().any(-1).tolist() == [[False, True, True, False]]
 
 

@@ -6,7 +6,7 @@ import torch
 
 from mvbert import functional as MF
 from mvbert.kernels import chunked
-from mvbert.kernels.definitions import relation_kl_reference
+from mvbert.kernels.relation_kl import relation_kl_reference
 
 # (B, T, H_s, H_t, R): heads narrower and wider than a tile; rows below, at and above one; one
 # piece; one head of all.
