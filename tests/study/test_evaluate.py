@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvbert.model.huggingface import load_masked_lm, load_vocab
+from mvbert.model.huggingface import load_masked_lm, read_shape
 from mvbert.study import evaluate
 from mvbert.study.measures import ask, bits_per_word, choose_words
 from mvbert.text.corpus import Corpus
@@ -42,7 +42,7 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
 
     opened = Corpus.open(corpus)
     model, _ = load_masked_lm(out / "model")
-    vocab = load_vocab(out / "model", model.config)
+    _, vocab = read_shape(out / "model")
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
     words = ask(opened.heldout, cut, places, 3, 16)
     cpu = Device(torch.device("cpu"), None, "")
