@@ -42,7 +42,7 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
 
     opened = Corpus.open(corpus)
     model, _ = load_masked_lm(out / "model")
-    vocab = read_shape(out / "model")[1]
+    _, vocab = read_shape(out / "model")
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
     words = ask(opened.heldout, cut, places, 3, 16)
     cpu = Device(torch.device("cpu"), None, "")
