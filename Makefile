@@ -44,7 +44,7 @@ check: .venv/.dev
 	@$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info mvbert/_tokenizer*.so
+	rm -rf .venv build dist *.egg-info mvbert/_core*.so
 
 # ---- installation, one stamp a step: a second run finds nothing to do ----------------------------
 

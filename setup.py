@@ -1,4 +1,4 @@
-"""Builds the C++ extension `mvbert._tokenizer` with CMake; metadata is in pyproject.toml."""
+"""Builds the C++ extension `mvbert._core` with CMake; metadata is in pyproject.toml."""
 
 import importlib
 import shutil
@@ -48,11 +48,20 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(build), "--target", "_tokenizer"], check=True)
+        subprocess.run([cmake, "--build", str(build), "--target", "_core"], check=True)
 
 
 setup(
-    packages=["mvbert", "mvbert.kernels", "mvbert.presets"],
+    packages=[
+        "mvbert",
+        "mvbert.kernels",
+        "mvbert.presets",
+        "mvbert.text",
+        "mvbert.model",
+        "mvbert.training",
+        "mvbert.study",
+        "mvbert.publish",
+    ],
     # The folder's own name is Hugging Face's: it is imported as mvbert.kernels (CONTRIBUTING.md).
     package_dir={"mvbert": "mvbert", "mvbert.kernels": "kernels"},
     package_data={
@@ -60,6 +69,6 @@ setup(
         "mvbert.kernels": ["*.json", "*.md"],
         "mvbert.presets": ["*.toml"],
     },
-    ext_modules=[Extension("mvbert._tokenizer", sources=[])],
+    ext_modules=[Extension("mvbert._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

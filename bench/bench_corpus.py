@@ -60,7 +60,7 @@ def text() -> Text:
                 with lzma.open(part) as source:
                     shutil.copyfileobj(source, out, 1 << 20)
         return Text("English Wikipedia", path)
-    from mvbert.demo import docstring_corpus
+    from mvbert.text.docstrings import docstring_corpus
 
     docstring_corpus(path, ["stdlib"])
     return Text("docstrings of Python's standard library", path)
@@ -82,7 +82,7 @@ def teacher_vocab() -> Path:
     shared = harness.DATA / "vocab.txt"
     if shared.exists():
         return shared
-    from mvbert.demo import default_teacher
+    from mvbert.text.docstrings import default_teacher
 
     return default_teacher() / "vocab.txt"
 
@@ -90,7 +90,7 @@ def teacher_vocab() -> Path:
 @cache
 def corpus(megabytes: float | None = None):
     """The text, or its beginning, as an opened corpus, nothing held out."""
-    from mvbert.corpus import Corpus, build_corpus
+    from mvbert.text.corpus import Corpus, build_corpus
 
     out = harness.folder("corpus") / f"corpus-{megabytes}"
     source = beginning(megabytes) if megabytes else text()
@@ -132,7 +132,7 @@ class Build:
         self.threads = threads
 
     def __call__(self, x: Text) -> None:
-        from mvbert.corpus import build_corpus
+        from mvbert.text.corpus import build_corpus
 
         shutil.rmtree(harness.folder("corpus") / "out", ignore_errors=True)
         self.began = time.perf_counter(), time.process_time()
@@ -149,7 +149,7 @@ class Build:
 
 @BENCH.provider("mvbert")
 def _(case: Case, device: str):
-    from mvbert.wordpiece import basic_split
+    from mvbert.text.wordpiece import basic_split
 
     some = corpus(0.2)
     wanted = collections.Counter(basic_split(beginning(0.2).path.read_text(encoding="utf-8")))

@@ -48,9 +48,9 @@ def cases(device: str, quick: bool) -> list[Case]:
 def folder(model: str) -> Path:
     """A Hugging Face folder of that shape, weights random."""
     from mvbert.config import ModelConfig
-    from mvbert.huggingface import write_model
-    from mvbert.model import MaskedLM
-    from mvbert.vocab import Vocab
+    from mvbert.model.huggingface import write_model
+    from mvbert.model.masked_lm import MaskedLM
+    from mvbert.text.vocab import Vocab
 
     layers, H, heads, V = SHAPES[model]
     bert = MaskedLM(ModelConfig(V, H, layers, heads, 4 * H))
@@ -67,8 +67,8 @@ def folder(model: str) -> Path:
 @cache
 def exported(model: str, int8: bool) -> Path:
     """The ONNX file that `mvbert export` makes of the folder, hidden states out."""
-    from mvbert.huggingface import load_masked_lm
-    from mvbert.onnx_graph import to_onnx
+    from mvbert.model.huggingface import load_masked_lm
+    from mvbert.publish.onnx_graph import to_onnx
 
     file = folder(model) / ("int8.onnx" if int8 else "float32.onnx")
     file.write_bytes(to_onnx(load_masked_lm(folder(model))[0], int8=int8))
@@ -142,7 +142,7 @@ BENCH.add("torch.compile max-autotune bf16", with_torch, compiled=True, **GPU)
 
 
 def with_onnx(case: Case, device: str, int8: bool, bound: float):
-    from mvbert.export import Session
+    from mvbert.publish.export import Session
 
     file = exported(case.model, int8)
     session, size = Session(file), megabytes(file)

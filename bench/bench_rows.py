@@ -1,8 +1,9 @@
 """Word stream to finished training rows: pieces, whole-word masks, labels, in M pieces a second.
 
-Ours must equal the plain definition (`mvbert.mixing`) before it is timed, and unmasked teacher rows
-must hold the pieces that transformers' tokenizer gives for the same words. `mixed` is Stage I, a
-coin for every word; `student` is Stage II, one vocabulary; `teacher` is what the peers can do.
+Ours must equal the plain definition (`mvbert.text.row_reference`) before it is timed, and unmasked
+teacher rows must hold the pieces that transformers' tokenizer gives for the same words. `mixed` is
+Stage I, a coin for every word; `student` is Stage II, one vocabulary; `teacher` is what the peers
+can do.
 
 Peers: "HF text" tokenizes text with the fast tokenizer, cuts rows of T and masks them with
 DataCollatorForLanguageModeling; "HF pieces" and "HF words" start from rows that are cut already
@@ -20,10 +21,10 @@ import harness
 import numpy as np
 from bench_corpus import corpus, teacher_vocab
 
-from mvbert import mixing
-from mvbert.batches import Batch, Rows
-from mvbert.learner import learn_vocab
-from mvbert.vocab import Vocab
+from mvbert.text import row_reference
+from mvbert.text.batches import Batch, Rows
+from mvbert.text.learner import learn_vocab
+from mvbert.text.vocab import Vocab
 
 T = 128
 ROWS = 4096  # a call
@@ -111,7 +112,7 @@ def check_definition(words: str) -> None:
     """Raises unless some rows equal the plain definition."""
     source, cuts = rows(words), segmentations()
     for number in (0, 1, source.count - 1, source.count, 10**12):
-        expected = mixing.row_reference(
+        expected = row_reference.row_reference(
             corpus().train,
             number,
             teacher=cuts["teacher"] if words != "student" else None,
@@ -125,7 +126,7 @@ def check_definition(words: str) -> None:
         )
         for got, wanted in zip(vars(source.read(number, 1)).values(), expected, strict=True):
             if got[0].tolist() != wanted:
-                raise harness.Wrong(f"row {number} is not what mvbert.mixing says")
+                raise harness.Wrong(f"row {number} is not what mvbert.text.row_reference says")
 
 
 @cache
@@ -133,7 +134,7 @@ def check_tokenizer() -> None:
     """Raises unless unmasked teacher rows are transformers' pieces of the same words."""
     tokenizer = fast_tokenizer()
     source, stream = rows("teacher", 0.0, 0.0), corpus().train
-    first = [mixing.row_start(n, source.count, source.stride, 0) for n in range(50)]
+    first = [row_reference.row_start(n, source.count, source.stride, 0) for n in range(50)]
     for row, start in zip(source.read(0, 50).input_ids, first, strict=True):
         words = stream[start : start + T].tolist()
         line = " ".join(corpus().words[word].decode() for word in words if word)

@@ -86,7 +86,7 @@ def text() -> tuple[str, str]:
     if shared.exists():
         with lzma.open(shared, "rt", encoding="utf-8") as source:
             return "openstax", source.read(12_000_000)
-    from mvbert.demo import docstring_corpus
+    from mvbert.text.docstrings import docstring_corpus
 
     made = harness.folder("tokenizer") / "stdlib.txt"
     docstring_corpus(made, ["stdlib"])
@@ -96,9 +96,9 @@ def text() -> tuple[str, str]:
 @cache
 def vocabularies() -> Path:
     """Teacher's vocab.txt with the student's student.txt beside it, learned from the text."""
-    from mvbert.corpus import Corpus, build_corpus
-    from mvbert.learner import learn_vocab
-    from mvbert.vocab import Vocab
+    from mvbert.text.corpus import Corpus, build_corpus
+    from mvbert.text.learner import learn_vocab
+    from mvbert.text.vocab import Vocab
 
     out = harness.folder("tokenizer")
     Vocab.load(teacher_vocab(), lowercase=True).save(out / "vocab.txt")
@@ -266,8 +266,8 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
 
 def gate_mixed(case: Case) -> None:
     """Stops unless mixed cutting with student_prob 0 is plain cutting."""
-    from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
-    from mvbert.vocab import Vocab
+    from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
+    from mvbert.text.vocab import Vocab
 
     x = material(case.texts, case.megabytes)
     teacher = Vocab.load(x.vocab, lowercase=True)

@@ -8,9 +8,9 @@ learning-rate scheduler, the check of the loss for NaN. On a CPU the Trainer's d
 `mvbert mixed` does what Stage I does on top: a second vocabulary of 4,928 pieces, projected, with
 a softmax of its own.
 
-On a CPU, mvbert's loop tells malloc to keep what is freed (mvbert.device.keep_memory). The rows of
-transformers run with malloc as it comes, but for `memory kept`, which has the same. So each is in a
-process of its own there; they take turns, and a step before each measurement is not timed.
+On a CPU, mvbert's loop tells malloc to keep what is freed (mvbert.training.device.keep_memory). The
+rows of transformers run with the default malloc, except `memory kept`, which has the same setting.
+So each runs in a separate process; they take turns; a step before each measurement is not timed.
 
 The gate: loss and gradient norm of the first step, from the same weights, on the same rows.
 """
@@ -25,14 +25,14 @@ from torch import nn
 
 from mvbert import fuse
 from mvbert.config import ModelConfig, TrainConfig
-from mvbert.device import Device, give_memory_back, keep_memory
-from mvbert.encoder import compile_layers
-from mvbert.huggingface import to_hugging_face
-from mvbert.model import DeviceBatch, MaskedLM, MixedMaskedLM
-from mvbert.optim import make_optimizer
-from mvbert.ranks import Ranks
-from mvbert.speed import encoder_flops, head_flops
-from mvbert.step import CudaGraph, Losses, Step
+from mvbert.model.encoder import compile_layers
+from mvbert.model.flops import encoder_flops, head_flops
+from mvbert.model.huggingface import to_hugging_face
+from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM
+from mvbert.training.device import Device, give_memory_back, keep_memory
+from mvbert.training.optim import make_optimizer
+from mvbert.training.ranks import Ranks
+from mvbert.training.step import CudaGraph, Losses, Step
 
 MASK_PROB = 0.15
 STUDENT = 4928  # pieces of the second vocabulary of `mvbert mixed`
@@ -80,7 +80,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
-    """A batch by the names of mvbert.batches.Batch, and what Hugging Face takes of it."""
+    """A batch by the names of mvbert.text.batches.Batch, and what Hugging Face takes of it."""
     generator = torch.Generator().manual_seed(copy)
     # Pieces as uneven as words are.
     share = 1.0 / torch.arange(5, case.V + 5, dtype=torch.float64)
@@ -107,7 +107,7 @@ def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
 
 
 def work(case: Case, device: str) -> harness.Work:
-    """Model FLOPs as mvbert.speed counts them; every weight, gradient and moment moved once."""
+    """Model FLOPs (mvbert.model.flops); every weight, gradient and moment moved once."""
     pieces = case.B * case.T
     forward = encoder_flops(case.shape, case.T) + MASK_PROB * head_flops(case.shape, case.V)
     parameters = case.shape.encoder_parameters

@@ -14,11 +14,11 @@ from functools import cache
 import harness
 from bench_corpus import beginning, corpus, teacher_vocab
 
-from mvbert import learner_reference
-from mvbert.learner import learn_vocab, vocab_report
-from mvbert.learner_reference import SPECIAL_TOKENS
-from mvbert.readers import documents
-from mvbert.vocab import Vocab
+from mvbert.text import learner_reference
+from mvbert.text.learner import learn_vocab, vocab_report
+from mvbert.text.learner_reference import SPECIAL_TOKENS
+from mvbert.text.readers import documents
+from mvbert.text.vocab import Vocab
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ BENCH = harness.Bench(
 
 
 def learned(case: Case, device: str, learner: str) -> Callable:
-    """What `mvbert.learner` makes; but for ours, on one thread."""
+    """What `mvbert.text.learner` makes; but for ours, on one thread."""
     if learner == "topdown":
         check_definition()
     else:

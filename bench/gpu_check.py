@@ -85,7 +85,7 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     # Small ragged shapes of every kernel: under the sanitizer real ones would take hours.
     files = ("layer_norm", "linear_cross_entropy", "linear_kl", "mixed_embedding", "relation_kl")
     small = [*tests, *(f"tests/kernels/test_{name}.py" for name in files), "-k"]
-    names = "loss_and_gradients or test_types or test_dense or test_sparse or against_torch"
+    names = "loss_and_gradients or test_types or test_dense or against_torch"
     small.append(f"({names} or no_worse) and (bfloat16 or not float)")
     missing = ""
     if not cuda:

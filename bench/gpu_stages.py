@@ -43,7 +43,7 @@ def prepare(work: Path, text: Path | None, vocab: Path | None, toy: bool) -> Non
     """Corpus, vocabularies, a large and a small teacher, and a Stage I run of two steps."""
     work.mkdir(parents=True, exist_ok=True)
     if text is None:
-        from mvbert.demo import docstring_corpus
+        from mvbert.text.docstrings import docstring_corpus
 
         text = work / "docstrings.txt"
         docstring_corpus(text, ["stdlib"] if toy else ["stdlib", "torch", "numpy"])
@@ -69,9 +69,9 @@ def prepare(work: Path, text: Path | None, vocab: Path | None, toy: bool) -> Non
 def make_teacher(folder: Path, shape: tuple[int, int, int], vocab_file: Path) -> None:
     """A Hugging Face folder of that shape with BERT's initial weights."""
     from mvbert.config import ModelConfig
-    from mvbert.huggingface import write_model
-    from mvbert.model import MaskedLM
-    from mvbert.vocab import Vocab
+    from mvbert.model.huggingface import write_model
+    from mvbert.model.masked_lm import MaskedLM
+    from mvbert.text.vocab import Vocab
 
     vocab = Vocab.load(vocab_file, lowercase=True)
     layers, H, heads = shape

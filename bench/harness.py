@@ -360,7 +360,7 @@ def run_record(
     """Device, driver, versions, commit, clocks, load: what a reader of a result asks first."""
     import torch
 
-    from mvbert import environment
+    from mvbert.training import environment
 
     now = datetime.now(timezone.utc)
     needs = sorted({name for bench in benches for p in bench.providers for name in p.needs})

@@ -31,7 +31,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def vocab(tmp_path_factory):
-    from mvbert.vocab import Vocab
+    from mvbert.text.vocab import Vocab
 
     file = tmp_path_factory.mktemp("vocab") / "vocab.txt"
     file.write_text("\n".join(PIECES) + "\n", encoding="utf-8")
@@ -39,7 +39,7 @@ def vocab(tmp_path_factory):
 
 
 def test_tokenizer(benchmark, texts, vocab):
-    from mvbert.tokenizer import WordPieceTokenizer
+    from mvbert.text.tokenizer import WordPieceTokenizer
 
     tokenizer = WordPieceTokenizer(vocab)
     batch = benchmark(tokenizer.encode_batch, texts, add_special_tokens=False, threads=1)
@@ -47,7 +47,7 @@ def test_tokenizer(benchmark, texts, vocab):
 
 
 def test_mixed_tokenizer(benchmark, texts, vocab):
-    from mvbert.tokenizer import MixedTokenizer
+    from mvbert.text.tokenizer import MixedTokenizer
 
     tokenizer = MixedTokenizer(vocab, vocab)
     batch = benchmark(tokenizer.encode_batch, texts, threads=1)
@@ -56,8 +56,8 @@ def test_mixed_tokenizer(benchmark, texts, vocab):
 
 @pytest.fixture(scope="module")
 def rows(texts, vocab, tmp_path_factory):
-    from mvbert.batches import Rows
-    from mvbert.corpus import Corpus, build_corpus
+    from mvbert.text.batches import Rows
+    from mvbert.text.corpus import Corpus, build_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "text.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")

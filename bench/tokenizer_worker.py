@@ -68,8 +68,8 @@ def ours(make, **options):
 
 @peer("mvbert")
 def _(vocab, threads):
-    from mvbert.tokenizer import WordPieceTokenizer
-    from mvbert.vocab import Vocab
+    from mvbert.text.tokenizer import WordPieceTokenizer
+    from mvbert.text.vocab import Vocab
 
     pieces = Vocab.load(vocab, lowercase=True)
     return ours(lambda: WordPieceTokenizer(pieces), add_special_tokens=False, threads=threads)
@@ -77,8 +77,8 @@ def _(vocab, threads):
 
 @peer("mvbert mixed")
 def _(vocab, threads):
-    from mvbert.tokenizer import MixedTokenizer
-    from mvbert.vocab import Vocab
+    from mvbert.text.tokenizer import MixedTokenizer
+    from mvbert.text.vocab import Vocab
 
     both = [Vocab.load(path, lowercase=True) for path in (vocab, student_of(vocab))]
     return ours(lambda: MixedTokenizer(*both), student_prob=0.5, threads=threads)

@@ -797,7 +797,7 @@ std::vector<std::pair<std::string, std::vector<std::uint32_t>>> PhiloxBlocksShim
 
 }  // namespace
 
-PYBIND11_MODULE(_tokenizer, m) {
+PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of mvbert: words, WordPiece, lexicon, vocabulary learner, mixed rows.";
   m.attr("__version__") = mvbert::kVersion;
   m.attr("source_hash") = mvbert::kSourceHash;

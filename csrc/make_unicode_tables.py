@@ -1,4 +1,4 @@
-"""Writes csrc/unicode_tables.inc and mvbert/unicode_tables.py from the Unicode Character Database.
+"""Writes the tables of C++ and of mvbert/text from the Unicode Character Database.
 
     python csrc/make_unicode_tables.py
 
@@ -8,7 +8,7 @@ library itself never asks `unicodedata`, so every Python version gives the same 
 
 The C++ file holds, for each mode (uncased, cased), one entry a code point that says what the
 word splitter does with it; the Python file holds the raw properties, from which the plain
-definition in mvbert/wordpiece.py is written. Tests compare the two on every code point.
+definition in mvbert/text/wordpiece.py is written. Tests compare the two on every code point.
 """
 
 import sys
@@ -261,7 +261,7 @@ def write_python() -> None:
         classes.append(f"{value}:{','.join(f'{a:X}-{b:X}' for a, b in found)}")
     note = "# Inclusive ranges of code points, hexadecimal"
     out = [
-        f'"""Unicode {VERSION} properties for mvbert.wordpiece.\n\n'
+        f'"""Unicode {VERSION} properties for mvbert.text.wordpiece.\n\n'
         'Made by csrc/make_unicode_tables.py; do not edit.\n"""\n',
         f'VERSION = "{VERSION}"\n',
         py_ranges("CONTROL", f"{note}: general category C (Cc, Cf, Cn, Co, Cs).",
@@ -275,7 +275,7 @@ def write_python() -> None:
         py_text("DECOMPOSITION", "# Code point: canonical decomposition, one step.", steps),
         py_text("COMPOSITION_EXCLUDED", "# Pairs that NFC never composes again.", excluded),
     ]  # fmt: skip
-    (ROOT / "mvbert/unicode_tables.py").write_text("\n".join(out))
+    (ROOT / "mvbert/text/unicode_tables.py").write_text("\n".join(out))
 
 
 if __name__ == "__main__":

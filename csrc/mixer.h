@@ -1,6 +1,6 @@
 // Word stream + segmentations + counter-based coin -> training rows, whole-word masks, labels.
 //
-// What a row is stands in mvbert/mixing.py, in plain Python; this is the same, bit for bit, faster.
+// mvbert/text/row_reference.py defines a row in plain Python; this is the same, bit for bit, faster.
 // What each random number (philox.h) decides:
 //
 //   purpose        number            decides

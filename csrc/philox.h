@@ -16,7 +16,7 @@
 //   kHeldOut         document, low     purpose               document, high 32 bits; 0
 //   kText            block             purpose               text number, low and high 32 bits
 //
-// mixer.h and tokenizer.h say what the numbers decide. mvbert/mixing.py is the same in plain Python.
+// mixer.h and tokenizer.h say what the numbers decide. mvbert/text/philox.py is the same in plain Python.
 
 #ifndef MVBERT_PHILOX_H_
 #define MVBERT_PHILOX_H_

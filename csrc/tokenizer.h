@@ -36,7 +36,7 @@ namespace mvbert {
 
 // Which vocabulary cuts which word: word w of text number t is cut by the student's when the w-th
 // number that text t has for Purpose::kText is below `threshold`. The numbers lie as the mixer's do:
-// 64 from 16 Philox blocks, first words first (`drawn` in mvbert/mixing.py).
+// 64 from 16 Philox blocks, first words first (`drawn` in mvbert/text/row_reference.py).
 struct Coin {
   std::uint64_t threshold = 0;  // student_prob * 2^32, rounded to nearest: 0 never, 2^32 always
   std::uint64_t seed = 0;

@@ -15,8 +15,9 @@
 // fewer pieces a word, but far fewer of them are in BERT's own vocabulary.
 //
 // A search on the threshold and a trim make the size exact; pieces that greedy cutting never uses
-// are replaced. (Each round of that bars one of the words' suffixes at least for good, so it ends: with
-// pieces that are all used, or refused when too few are left.) mvbert/learner_reference.py is the same algorithm in plain Python.
+// are replaced. Each round of that bars at least one suffix of the words for good, so it ends: with
+// pieces that are all used, or refused when too few are left. mvbert/text/learner_reference.py is the
+// same algorithm in plain Python.
 
 #ifndef MVBERT_VOCAB_LEARNER_H_
 #define MVBERT_VOCAB_LEARNER_H_

@@ -4,7 +4,7 @@
 // with the Unicode tables pinned to 14.0.0 and with no special tokens: control, private, unassigned
 // characters and U+FFFD are deleted; whitespace separates; ideographs and punctuation marks are words
 // of their own; uncased text is lower-cased character by character and loses its accents (NFD
-// without Mn), cased text is composed (NFC). mvbert/wordpiece.py is the same in plain Python.
+// without Mn), cased text is composed (NFC). mvbert/text/wordpiece.py is the same in plain Python.
 //
 // A WordSplitter is immutable: any number of threads may use one, each with its own WordBatch.
 

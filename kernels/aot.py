@@ -138,13 +138,6 @@ def kl_case(N: int, H: int, H_t: int, V: int):
     )  # fmt: skip
 
 
-def sparse_kl_case(N: int, H: int, V: int, K: int):
-    linear_kl.sparse_kl(
-        meta(N, H), meta(V, H), meta(V), meta(N, K, dtype=torch.int32), meta(N, K), 2.0,
-        meta(dtype=torch.float32), Need(True, True, True),
-    )  # fmt: skip
-
-
 def embedding_case(B: int, T: int, H: int, V_t: int, V_s: int):
     ids, types = meta(B, T, dtype=torch.int32), meta(B, T, dtype=torch.uint8)
     teacher = meta(V_t, H) if V_t else None
@@ -190,7 +183,6 @@ CASES: dict[str, Callable[[], None]] = {
     "loss N4096 H32 V4928 fp32": lambda: cross_entropy_case(4096, 32, 4928, dtype=torch.float32),
     "loss N4096 H256 V4928 fp16": lambda: cross_entropy_case(4096, 256, 4928, dtype=torch.float16),
     "kl N4096 H256 H_t1024 V4928": lambda: kl_case(4096, 256, 1024, 4928),
-    "sparse kl N4096 H256 V4928 K32": lambda: sparse_kl_case(4096, 256, 4928, 32),
     "embedding B256 T128 H1024 V30522+4928": lambda: embedding_case(256, 128, 1024, 30522, 4928),
     "embedding B256 T128 H768 V30522+4928": lambda: embedding_case(256, 128, 768, 30522, 4928),
     "embedding B256 T128 H256 V4928": lambda: embedding_case(256, 128, 256, 0, 4928),

@@ -170,10 +170,6 @@ class LinearChunks:
         """In the second block."""
         return torch.softmax(wide, 1, out=self.blocks[1, : wide.shape[0]])
 
-    def log_softmax(self, wide: Tensor) -> Tensor:
-        """In the second block."""
-        return torch.log_softmax(wide, 1, out=self.blocks[1, : wide.shape[0]])
-
     def keep(self, z: Tensor, dz: Tensor) -> None:
         """Puts dlogits in the place of the logits, rounded, and adds them to dbias, unrounded."""
         if self.need.bias:
@@ -317,41 +313,6 @@ def kl(
         if need:
             student.backward(at, x, z)
     return loss, *student.gradients()
-
-
-def sparse_kl(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    target_ids: Tensor,  # [N, K]
-    target_probs: Tensor,  # [N, K]
-    temperature: float,
-    dloss: Tensor | None,  # [] or [N]
-    need: Need,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tau^2 sum_k q_k (log q_k - log p[id_k]) of each row: (loss [N], dhidden, dweight, dbias)."""
-    rows = (target_probs > 0).any(1).nonzero()[:, 0]
-    scale, dloss = upstream(dloss)
-    linear = LinearChunks(hidden, weight, bias, rows, need, scale * temperature)
-    loss = hidden.new_zeros(hidden.shape[0], dtype=linear.blocks.dtype)
-    for at in linear.chunks():
-        x, z = linear.logits(at)
-        for part in linear.parts(z):
-            picked = rows[at][part]
-            q = target_probs[picked].to(loss.dtype)
-            ids = target_ids[picked].long().where(q > 0, 0)
-            log_p = linear.log_softmax(linear.wide(z[part], temperature))
-            terms = torch.special.xlogy(q, q) - q * log_p.gather(1, ids)
-            loss[picked] = temperature**2 * terms.sum(1)
-            if not need:
-                continue
-            dz = log_p.exp_().mul_(q.sum(1)[:, None]).scatter_add_(1, ids, -q)
-            if dloss is not None:
-                dz *= dloss[picked][:, None]
-            linear.keep(z[part], dz)
-        if need:
-            linear.backward(at, x, z)
-    return loss, *linear.gradients()
 
 
 def relation_kl(

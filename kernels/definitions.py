@@ -4,7 +4,7 @@ Nothing here is fast and logits are held whole. The tests hold the kernels and t
 to these functions in float64; `backend="reference"` of `mvbert.functional` runs them.
 
 Letters: N rows, H hidden width, E embedding width of the student, V vocabulary size, B rows of a
-batch, T pieces in a row, K soft targets of a row.
+batch, T pieces in a row.
 """
 
 import torch
@@ -129,22 +129,6 @@ def linear_kl_reference(
     )
     loss = temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1)
     return loss if mask is None else loss * mask.to(loss.dtype)
-
-
-def sparse_linear_kl_reference(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    target_ids: Tensor,  # [N, K]
-    target_probs: Tensor,  # [N, K]
-    *,
-    temperature: float = 1.0,
-) -> Tensor:
-    """tau^2 sum_k q_k (log q_k - log softmax(z / tau)[id_k]); q_k = 0: slot not used. -> [N]"""
-    log_p = F.log_softmax(upcast(linear(hidden, weight, bias)) / temperature, 1)
-    q = target_probs.detach().to(log_p.dtype)
-    picked = log_p.gather(1, target_ids.long().where(q > 0, 0))
-    return temperature**2 * (torch.special.xlogy(q, q) - q * picked).sum(1)
 
 
 def relation_kl_reference(

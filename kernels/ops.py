@@ -11,8 +11,6 @@ Three operators a loss:
 are opaque to torch.compile, so a compiled model keeps one graph, whichever rows carry a loss.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +23,7 @@ CHECK_ON_GPU = False
 
 
 def _run(backend: str, loss: str, hidden: Tensor, *arguments):
-    """Calls the implementation of `loss` ("cross_entropy", "kl", "sparse_kl", "relation_kl").
+    """Calls the implementation of `loss` ("cross_entropy", "kl", "relation_kl").
 
     Autocast is off inside: the dtype of `hidden` already says what the products run in. Triton
     launches on the current device, which is therefore made that of `hidden`.
@@ -47,17 +45,13 @@ def check_range(
     ids: Tensor,
     size: int,
     ignore_index: int | None = None,
-    used: Callable[[], Tensor] | None = None,
 ) -> None:
-    """ValueError unless every id, or every one where `used()` holds, lies in [0, size) or equals
-    `ignore_index`."""
+    """ValueError unless every id lies in [0, size) or equals `ignore_index`."""
     if ids.numel() == 0 or (ids.is_cuda and not CHECK_ON_GPU):
         return
     bad = (ids < 0) | (ids >= size)
     if ignore_index is not None:
         bad &= ids != ignore_index
-    if used is not None:
-        bad &= used()
     if bad.any():
         allowance = "" if ignore_index is None else f" or be {ignore_index}"
         raise ValueError(
@@ -251,7 +245,7 @@ linear_cross_entropy_rows.register_autograd(
 )
 
 
-# ---- linear KL, dense and sparse targets -------------------------------------------------------
+# ---- linear KL ---------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("mvbert::linear_kl_sum", mutates_args=())
@@ -343,71 +337,6 @@ def _register_rows(forward, backward) -> None:
 
 
 _register_rows(linear_kl_rows, linear_kl_rows_backward)
-
-
-@torch.library.custom_op("mvbert::sparse_linear_kl_sum", mutates_args=())
-def sparse_linear_kl_sum(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    target_ids: Tensor,  # [N, K]
-    target_probs: Tensor,  # [N, K]
-    scale: Tensor,  # [], float32
-    temperature: float,
-    need: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_range("target_ids", target_ids, weight.shape[0], used=lambda: target_probs > 0)
-    need = Need(*need)
-    dloss = scale if need else None
-    loss, *gradients = _run(
-        backend, "sparse_kl", hidden, weight, bias, target_ids, target_probs, temperature, dloss,
-        need,
-    )  # fmt: skip
-    return _total(loss, scale), *gradients
-
-
-sparse_linear_kl_sum.register_fake(_sum_like)
-sparse_linear_kl_sum.register_autograd(_sum_backward, setup_context=_save_gradients)
-
-
-@torch.library.custom_op("mvbert::sparse_linear_kl_rows", mutates_args=())
-def sparse_linear_kl_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_ids: Tensor,
-    target_probs: Tensor,
-    temperature: float,
-    backend: str,
-) -> Tensor:
-    check_range("target_ids", target_ids, weight.shape[0], used=lambda: target_probs > 0)
-    return _run(
-        backend, "sparse_kl", hidden, weight, bias, target_ids, target_probs, temperature, None,
-        Need(),
-    )[0]  # fmt: skip
-
-
-@torch.library.custom_op("mvbert::sparse_linear_kl_rows_backward", mutates_args=())
-def sparse_linear_kl_rows_backward(
-    dloss: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_ids: Tensor,
-    target_probs: Tensor,
-    temperature: float,
-    need: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, *gradients = _run(
-        backend, "sparse_kl", hidden, weight, bias, target_ids, target_probs, temperature, dloss,
-        Need(*need),
-    )  # fmt: skip
-    return tuple(gradients)
-
-
-_register_rows(sparse_linear_kl_rows, sparse_linear_kl_rows_backward)
 
 
 # ---- KL of attention relations -----------------------------------------------------------------

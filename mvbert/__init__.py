@@ -10,21 +10,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mvbert.corpus import Corpus
     from mvbert.drop_in import fuse, unfuse
     from mvbert.errors import InputError
-    from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
+    from mvbert.text.batches import Rows
+    from mvbert.text.corpus import Corpus
+    from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
+    from mvbert.text.vocab import Vocab
 
 _HOMES = {
-    "Corpus": "corpus",
+    "Corpus": "text.corpus",
     "InputError": "errors",
-    "MixedTokenizer": "tokenizer",
-    "WordPieceTokenizer": "tokenizer",
+    "MixedTokenizer": "text.tokenizer",
+    "Rows": "text.batches",
+    "Vocab": "text.vocab",
+    "WordPieceTokenizer": "text.tokenizer",
     "fuse": "drop_in",
     "unfuse": "drop_in",
 }
 
-__all__ = ["Corpus", "InputError", "MixedTokenizer", "WordPieceTokenizer", "fuse", "unfuse"]
+__all__ = [
+    "Corpus",
+    "InputError",
+    "MixedTokenizer",
+    "Rows",
+    "Vocab",
+    "WordPieceTokenizer",
+    "fuse",
+    "unfuse",
+]
 
 
 def __getattr__(name: str) -> Any:

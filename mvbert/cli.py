@@ -74,7 +74,7 @@ class CorpusCommand:
     def run(self) -> dict[str, Json]:
         if self.merge:
             return self._merge()
-        from mvbert.corpus import load_vocabs, run_corpus
+        from mvbert.text.corpus import load_vocabs, run_corpus
 
         lowercase = not self.cased
         return run_corpus(
@@ -92,7 +92,7 @@ class CorpusCommand:
         )
 
     def _merge(self) -> dict[str, Json]:
-        from mvbert.corpus import Corpus, load_vocabs, run_merge
+        from mvbert.text.corpus import Corpus, load_vocabs, run_merge
 
         of_texts = "cased heldout_text heldout_share field errors threads resume"
         for option in of_texts.split():
@@ -130,11 +130,11 @@ class VocabCommand:
     """Replace another vocabulary that is already there."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.learner import run_vocab
+        from mvbert.text.learner import run_vocab
 
         teacher = self.teacher
         if teacher is not None and not Path(teacher).exists():
-            from mvbert.huggingface import find_teacher
+            from mvbert.model.huggingface import find_teacher
 
             teacher = str(find_teacher(teacher))
         return run_vocab(
@@ -165,8 +165,8 @@ class Stage1Command:
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def run(self) -> dict[str, Json]:
-        from mvbert.distill import checked_corpus, run_stage1
-        from mvbert.huggingface import find_teacher
+        from mvbert.model.huggingface import find_teacher
+        from mvbert.training.run_stage import checked_corpus, run_stage1
 
         return run_stage1(
             self.train,
@@ -193,7 +193,7 @@ class Stage2Command:
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
 
     def run(self) -> dict[str, Json]:
-        from mvbert.distill import checked_corpus, run_stage2
+        from mvbert.training.run_stage import checked_corpus, run_stage2
 
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
         corpus = checked_corpus(self.corpus)
@@ -216,9 +216,8 @@ class DistillCommand:
     """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.distill import run_distill
+        from mvbert.distill import print_distill_report, run_distill
         from mvbert.progress import leads
-        from mvbert.report import print_distill_report
 
         config = load_toml(DistillConfig, self.config)
         if self.text:
@@ -263,7 +262,7 @@ class StudyCommand:
     """CPU threads (0: as the settings say)."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.study import StudyConfig, run_study
+        from mvbert.study.study import StudyConfig, run_study
 
         config = load_toml(StudyConfig, self.config)
         corpus = config.corpus
@@ -315,7 +314,7 @@ class EvalCommand:
     """CPU threads (0: all cores)."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.evaluate import run_eval
+        from mvbert.study.evaluate import run_eval
 
         train = TrainConfig(
             eval_rows=self.eval_rows,
@@ -346,7 +345,7 @@ class ExportCommand:
     """Replace a folder that is already there."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.export import run_export
+        from mvbert.publish.export import run_export
 
         return run_export(
             self.model,
@@ -369,12 +368,12 @@ class InfoCommand:
 
     def run(self) -> dict[str, Json]:
         if any((self.run_folder / name).exists() for name in ("train.u32", "lexicon.bytes")):
-            from mvbert.corpus import run_corpus_info
+            from mvbert.text.corpus import run_corpus_info
 
             if self.plot is not None:
                 raise InputError(f"--plot draws the losses of a run; {self.run_folder} is a corpus")
             return run_corpus_info(self.run_folder)
-        from mvbert.report import plot_run, run_info
+        from mvbert.training.info import plot_run, run_info
 
         info = run_info(self.run_folder)
         if self.plot is not None:
@@ -465,8 +464,8 @@ def _usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     code = guarded(lambda: run(sys.argv[1:] if arguments is None else arguments))
-    if "mvbert.ranks" in sys.modules:
-        sys.modules["mvbert.ranks"].leave(code)
+    if "mvbert.training.ranks" in sys.modules:
+        sys.modules["mvbert.training.ranks"].leave(code)
     return code
 
 
@@ -500,11 +499,6 @@ def guarded(work: Callable[[], None]) -> int:
         return 2
     except InputError as error:
         _say(f"error: {error}", always=True)
-        return 2
-    except ImportError as error:
-        if "pip install" not in str(error):
-            raise
-        _say(f"error: {error}")
         return 2
     except Interrupted as error:
         _say(str(error))

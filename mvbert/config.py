@@ -22,8 +22,8 @@ else:
 C = TypeVar("C")
 T = TypeVar("T", bound="TrainConfig")
 
-# Settings that may differ between the commands that run one after the other in a folder.
-OF_THE_COMMAND = ("max_hours", "keep_last", "keep_best", "cuda_graph")
+# Settings that are not part of a run's identity: they may differ when it is resumed.
+NOT_IDENTITY = ("max_hours", "keep_last", "keep_best", "cuda_graph")
 
 DISTILL_LOSSES = ("logits", "hidden", "relations")
 
@@ -52,7 +52,7 @@ class ModelConfig:
             "intermediate_size", "max_position_embeddings", "type_vocab_size",
         ):  # fmt: skip
             value = getattr(self, name)
-            # The bound keeps a spoiled config.json from asking for terabytes.
+            # The bound keeps a corrupt config.json from asking for terabytes.
             if not isinstance(value, int) or not 1 <= value < 2**24:
                 raise InputError(f"{name} must be a whole number in [1, 2^24), got {value!r}")
         for name in (
@@ -109,28 +109,14 @@ class RowConfig:
     """Share of pieces that are masked, whole words at a time."""
     pair_prob: float = 0.5
     """Share of rows with a second segment (token type 1)."""
-    late_length: int = 0
-    """Length of the rows of the last steps, as many fewer of them as they are longer (0: same)."""
-    late_share: float = 0.1
-    """Share of the steps that have them."""
 
     def __post_init__(self) -> None:
-        if self.late_length and not self.length <= self.late_length <= 65535:
-            raise InputError(
-                f"late_length must lie in [{self.length}, 65535], got {self.late_length}"
-            )
-        if not 0 <= self.late_share <= 1:
-            raise InputError(f"late_share must lie in [0, 1], got {self.late_share}")
         if not 8 <= self.length <= 65535:
             raise InputError(f"row length must lie in [8, 65535], got {self.length}")
         if not 0 < self.mask_prob <= 0.5:
             raise InputError(f"mask_prob must lie in (0, 0.5], got {self.mask_prob}")
         if not 0 <= self.pair_prob <= 1:
             raise InputError(f"pair_prob must lie in [0, 1], got {self.pair_prob}")
-
-    def late_start(self, steps: int) -> int:
-        """The first of `steps` steps with rows of late_length; `steps` if there are none."""
-        return steps - (round(self.late_share * steps) if self.late_length else 0)
 
 
 @dataclass(frozen=True)
@@ -140,15 +126,13 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     pieces: int = 0
-    """Pieces to see, instead of a number of steps (0: steps counts)."""
+    """Train for this many pieces instead of `steps` (0: use `steps`)."""
     max_hours: float = 0.0
-    """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
+    """Time limit of the command in hours; it saves and the same command resumes (0: no limit)."""
     rows: int = 32
     """Rows per step (the batch), of all processes together."""
     micro_rows: int = 0
     """Rows per forward pass of a process; the rest is accumulated (0: all at once)."""
-    optimizer: Literal["adamw", "lamb"] = "adamw"
-    """AdamW, or LAMB for batches of many thousand rows."""
     lr: float = 5e-4
     """Peak learning rate."""
     warmup: float = 0.1
@@ -238,8 +222,8 @@ class TrainConfig:
         return dataclasses.replace(self, steps=-(-self.pieces // (self.rows * length)))
 
     def described(self) -> dict[str, Any]:
-        """The settings that must be the same to go on with a run: all but those of one command."""
-        return {k: v for k, v in to_dict(self).items() if k not in OF_THE_COMMAND}
+        """The settings that must be the same to resume a run."""
+        return {k: v for k, v in to_dict(self).items() if k not in NOT_IDENTITY}
 
 
 @dataclass(frozen=True)
@@ -250,10 +234,6 @@ class Stage1Config(TrainConfig):
     """Peak learning rate."""
     student_prob: float = 0.5
     """Chance that a word is cut by the student vocabulary."""
-    student_prob_end: float = -1.0
-    """Its value at the last step (negative: constant)."""
-    ramp_start: float = 0.7
-    """Share of the steps after which it moves towards that value."""
     embedding_size: int = 256
     """E, width of the student's embeddings."""
     warm_start: bool = True
@@ -265,21 +245,9 @@ class Stage1Config(TrainConfig):
         super().__post_init__()
         if not 0 <= self.student_prob <= 1:
             raise InputError(f"student_prob must lie in [0, 1], got {self.student_prob}")
-        if not 0 <= self.ramp_start <= 1:
-            raise InputError(f"ramp_start must lie in [0, 1], got {self.ramp_start}")
         _check_dropout(self.dropout)
-        if self.student_prob_end > 1:
-            raise InputError(f"student_prob_end must be at most 1, got {self.student_prob_end}")
         if self.embedding_size < 1:
             raise InputError(f"embedding_size must be at least 1, got {self.embedding_size}")
-
-    def student_prob_at(self, step: int) -> float:
-        """Chance of a student-cut word at `step`: constant, then linear to student_prob_end."""
-        if self.student_prob_end < 0 or self.steps <= 1:
-            return self.student_prob
-        start = self.ramp_start * (self.steps - 1)
-        share = min(max((step - start) / max(self.steps - 1 - start, 1e-9), 0.0), 1.0)
-        return self.student_prob + share * (self.student_prob_end - self.student_prob)
 
 
 @dataclass(frozen=True)
@@ -298,32 +266,20 @@ class Stage2Config(TrainConfig):
     """Of the logits loss."""
     logits_at: Literal["masked", "all"] = "masked"
     """Pieces that the logits loss is about."""
-    logits_top_k: int = 0
-    """Learn only the teacher's likeliest pieces, renormalised (0: the whole vocabulary)."""
     hidden_layers: tuple[int, ...] = ()
     """Student layers of the hidden loss, from 1; 0: the embeddings (none: the last)."""
-    hidden_map: Literal["linear", "none"] = "linear"
-    """What brings the student's states to the teacher's width (none: they are as wide)."""
     relations_layer: int = 0
     """Teacher layer of the relations loss (0: the last; 7/8 of the depth above 12 layers)."""
     relation_heads: int = 32
     """Heads that queries, keys and values are re-cut into; divides both widths."""
     mlm_weight: float = 1.0
     """Weight of the masked-language-model loss."""
-    mlm_weight_end: float = -1.0
-    """Its value at the last step, reached in a straight line (negative: constant)."""
     logits_weight: float = 1.0
     """Weight of the logits loss."""
-    logits_weight_end: float = -1.0
-    """Its value at the last step (negative: constant)."""
     hidden_weight: float = 1.0
     """Weight of the hidden-state loss."""
-    hidden_weight_end: float = -1.0
-    """Its value at the last step (negative: constant)."""
     relations_weight: float = 30.0
     """Weight of the relations loss."""
-    relations_weight_end: float = -1.0
-    """Its value at the last step (negative: constant)."""
     dropout: float = 0.0
     """Dropout of the student."""
 
@@ -336,8 +292,7 @@ class Stage2Config(TrainConfig):
         if len({*self.distill}) < len(self.distill):
             raise InputError(f"distill names a loss twice: {', '.join(self.distill)}")
         for name in (
-            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "logits_top_k",
-            "relations_layer",
+            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "relations_layer",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -351,13 +306,6 @@ class Stage2Config(TrainConfig):
         _check_dropout(self.dropout)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
-
-    def weight_at(self, loss: str, step: int) -> float:
-        """Weight of a loss (mlm, logits, hidden, relations) at `step`, from 0."""
-        start, end = getattr(self, f"{loss}_weight"), getattr(self, f"{loss}_weight_end")
-        if end < 0 or self.steps <= 1:
-            return start
-        return start + (end - start) * step / (self.steps - 1)
 
 
 @dataclass(frozen=True)

@@ -10,33 +10,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
-from mvbert import checkpoint, demo, huggingface
-from mvbert.config import (
-    CorpusConfig,
-    DistillConfig,
-    RowConfig,
-    Stage1Config,
-    Stage2Config,
-    VocabConfig,
-    to_dict,
-)
-from mvbert.corpus import Corpus, run_corpus
-from mvbert.errors import InputError
-from mvbert.files import Json, read_json_object, sha256_file, write_json
-from mvbert.fill import fill_masks
-from mvbert.learner import run_vocab
+from rich.console import Console
+from rich.table import Table
+
+from mvbert.config import DistillConfig, to_dict
+from mvbert.files import Json, write_json
+from mvbert.model import huggingface
+from mvbert.model.fill import fill_masks
 from mvbert.progress import Progress
-from mvbert.ranks import ranks
-from mvbert.runs import describe_run, make_folder
-from mvbert.stages import Stage1, Stage2, load_stage1
-from mvbert.train import finished, train
-from mvbert.vocab import Vocab
+from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
+from mvbert.text.vocab import Vocab
+from mvbert.training.ranks import join_ranks
+from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
+from mvbert.training.runs import describe_run, make_folder
+from mvbert.training.stages import load_stage1
 
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
-
-VOCAB_FILE = Path("student") / "vocab.txt"  # in the folder of the run
-DOCSTRINGS = "docstrings"  # the embedded text, see mvbert.demo
 
 
 def run_distill(config: DistillConfig) -> dict[str, Json]:
@@ -55,7 +46,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
     teacher = huggingface.find_teacher(config.teacher)
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
-    among = ranks()
+    ranks = join_ranks()
 
     def prepare() -> dict[str, Json]:
         make_folder(out)
@@ -67,7 +58,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         corpus_dir = make_corpus(config.corpus, out, lowercase, progress)
         return make_vocab(config.vocab, out, corpus_dir, teacher, progress)
 
-    vocab_report = among.first(prepare)
+    vocab_report = ranks.first(prepare)
     corpus = checked_corpus(out / "corpus")
     stage1 = run_stage1(
         config.stage1, config.row, corpus, teacher, out / VOCAB_FILE, out / "stage1"
@@ -91,7 +82,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         write_json(out / "report.json", report)
         return report
 
-    return among.first(conclude)
+    return ranks.first(conclude)
 
 
 def _report(
@@ -135,56 +126,6 @@ def _report(
     return report
 
 
-def make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Progress) -> Path:
-    """Reads the text, or finds that a corpus of just this text is there; returns its folder."""
-    folder = out / "corpus"
-    if folder.exists():
-        progress.note(f"{folder} is complete")
-    texts = []
-    for text in config.text:
-        if text != DOCSTRINGS:
-            texts.append(Path(text))
-            continue
-        texts.append(out / "text" / "docstrings.txt")
-        if not texts[-1].exists():
-            texts[-1].parent.mkdir(parents=True, exist_ok=True)
-            found = demo.docstring_corpus(texts[-1])
-            megabytes = found["bytes"] / 1e6
-            progress.note(f"text: docstrings of the installed packages, {megabytes:.1f} MB")
-    run_corpus(
-        texts,
-        folder,
-        lowercase=lowercase,
-        heldout_share=config.heldout_share,
-        heldout_texts=[Path(text) for text in config.heldout_text],
-        field=config.field,
-        errors=config.errors,
-    )
-    return folder
-
-
-def make_vocab(
-    config: VocabConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
-) -> dict[str, Json]:
-    """Learns the vocabulary `out`/VOCAB_FILE, unless that is done; returns its report."""
-    vocab_file = out / VOCAB_FILE
-    report_file = out / "student" / "report.json"  # written after the vocabulary
-    if report_file.is_file():
-        progress.note(f"{vocab_file} is complete")
-        return read_json_object(report_file)
-    report = run_vocab(
-        corpus_dir,
-        vocab_file,
-        config.size,
-        learner=config.learner,
-        coverage=config.coverage,
-        teacher=teacher,
-        overwrite=True,
-    )
-    write_json(report_file, report)
-    return report
-
-
 def _before_after(run: dict[str, Json], name: str) -> list[Json]:
     return [run["heldout_first"][name], run["heldout_last"][name]]  # type: ignore[index,call-overload]
 
@@ -194,86 +135,38 @@ def _parameters(folder: Path) -> int:
     return huggingface.read_model_config(folder).encoder_parameters
 
 
-def checked_corpus(folder: Path) -> Corpus:
-    """A corpus of which rank 0 has compared every byte with the manifest."""
+def print_distill_report(report: dict[str, Any]) -> None:
+    """Sizes, what both stages learned, the arms side by side and filled-in sentences, to stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    learned = Table("Stage I, held-out loss (nats per masked piece)", "before", "after")
+    for name, key in (
+        ("teacher pieces", "stage1_teacher_loss"),
+        ("student pieces", "stage1_student_loss"),
+    ):
+        before, after = report[key]
+        learned.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
+    console.print(learned)
 
-    def check() -> None:
-        Corpus.open(folder, verify="sha256")
+    arms = Table("Stage II student", "held-out loss", "masked pieces right", "pieces seen")
+    for name, heldout in report["arms"].items():
+        best = " (best)" if name == report["best"] and len(report["arms"]) > 1 else ""
+        arms.add_row(
+            name + best,
+            f"{heldout['loss']:.3f}",
+            f"{heldout['accuracy']:.1%}",
+            f"{report['pieces'][name] / 1e6:.2f} M",
+        )
+    console.print(arms)
 
-    ranks().first(check)
-    return Corpus.open(folder)
-
-
-def run_stage1(
-    config: Stage1Config,
-    row: RowConfig,
-    corpus: Corpus,
-    teacher: Path,
-    vocab_file: Path,
-    out: Path,
-) -> dict[str, Json]:
-    """Stage I in the run folder `out`; returns its report (see mvbert.train.train)."""
-    progress = Progress("stage 1")
-    config = config.counted(row.length)
-    vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
-
-    def describe() -> dict[str, Json]:
-        return {
-            "stage": 1,
-            "corpus": corpus_id(corpus.folder),
-            "teacher": huggingface.weights_id(teacher),
-            "teacher_vocab": Vocab.load(teacher).sha256,
-            "teacher_shape": to_dict(huggingface.read_model_config(teacher)),
-            "student_vocab": vocab.sha256,
-            "row": to_dict(row),
-            "train": config.described(),
-        }
-
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
-        progress.note(f"{out} is complete")
-        return report
-    task = Stage1(config, row, corpus, teacher, vocab, progress)
-    return train(task, config, out, description, progress)
-
-
-def run_stage2(
-    config: Stage2Config,
-    row: RowConfig,
-    corpus: Corpus,
-    stage1: Path,
-    out: Path,
-    title: str = "stage 2",
-) -> dict[str, Json]:
-    """Stage II in the run folder `out`, from the result of Stage I; returns its report."""
-    progress = Progress(title)
-    config = config.counted(row.length)
-
-    def describe() -> dict[str, Json]:
-        return {
-            "stage": 2,
-            "corpus": corpus_id(corpus.folder),
-            "stage1": stage1_id(stage1),
-            "row": to_dict(row),
-            "train": config.described(),
-        }
-
-    description = ranks().first(describe)
-    if (report := ranks().first(lambda: finished(out, description, config))) is not None:
-        progress.note(f"{out} is complete")
-        return report
-    task = Stage2(config, row, corpus, stage1, progress)
-    return train(task, config, out, description, progress)
-
-
-def corpus_id(folder: Path) -> str:
-    """The SHA-256 of a corpus's manifest, which holds those of all its files."""
-    return sha256_file(folder / "manifest.json")
-
-
-def stage1_id(folder: Path) -> str:
-    """The SHA-256 of a Stage I result's manifest, which holds those of all its files; checked."""
-    problem = checkpoint.check_manifest(folder)
-    if problem is not None:
-        raise InputError(f"not the whole result of Stage I: {problem}")
-    return sha256_file(folder / checkpoint.MANIFEST)
+    sizes = Table("size", "parameters", "bytes (float32)")
+    for name in ("teacher", "student"):
+        sizes.add_row(
+            name,
+            f"{report[f'{name}_parameters'] / 1e6:.2f} M",
+            f"{report[f'{name}_bytes'] / 1e6:.1f} MB",
+        )
+    console.print(sizes)
+    for filled in report["filled"]:
+        console.print(f"  {filled['sentence']}", markup=False)
+        console.print(f"    Stage I teacher, student pieces: {filled['teacher']}", markup=False)
+        console.print(f"    student:                         {filled['student']}", markup=False)

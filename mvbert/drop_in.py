@@ -10,7 +10,7 @@ states of the labelled pieces, without the logits of the others.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -47,29 +47,31 @@ def _distilbert_head(model: Any, hidden: Tensor) -> Tensor:
     return normed
 
 
-def _counted_positions(module: Any, input_ids: Tensor, past: int) -> None:
-    """BERT numbers positions 0, 1, .. itself."""
+def _buffered_positions(module: Any, input_ids: Tensor) -> Tensor:
+    """BERT reads positions from a buffer: 0, 1, .. unless somebody changed it. [1, T]."""
+    buffer: Tensor = module.position_ids
+    return buffer[:, : input_ids.shape[1]]
 
 
-def _positions_after_padding(module: Any, input_ids: Tensor, past: int) -> Tensor:
-    """RoBERTa counts pieces that are no padding, from padding_idx + 1 on."""
+def _positions_after_padding(module: Any, input_ids: Tensor) -> Tensor:
+    """RoBERTa counts pieces that are no padding, from padding_idx + 1 on. [B, T]."""
     kept = input_ids.ne(module.padding_idx).int()
-    return (kept.cumsum(1) + past) * kept + module.padding_idx
+    return kept.cumsum(1) * kept + module.padding_idx
 
 
-# Key: the class below transformers.models. Value: how positions are numbered.
-EMBEDDINGS: dict[str, Callable] = {
-    "bert.modeling_bert.BertEmbeddings": _counted_positions,
+# Key: the class below transformers.models. Value: the positions of a call that names none.
+EMBEDDINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "bert.modeling_bert.BertEmbeddings": _buffered_positions,
     "camembert.modeling_camembert.CamembertEmbeddings": _positions_after_padding,
-    "distilbert.modeling_distilbert.Embeddings": _counted_positions,
-    "electra.modeling_electra.ElectraEmbeddings": _counted_positions,
+    "distilbert.modeling_distilbert.Embeddings": _buffered_positions,
+    "electra.modeling_electra.ElectraEmbeddings": _buffered_positions,
     "roberta.modeling_roberta.RobertaEmbeddings": _positions_after_padding,
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaEmbeddings": _positions_after_padding,
 }
 # Value: the encoder, the decoder, and the way from the one's last hidden states to the other.
 _BERT = ("bert", "cls.predictions.decoder", _bert_head)
 _ROBERTA = ("roberta", "lm_head.decoder", _roberta_head)
-MASKED_LM: dict[str, tuple[str, str, Callable]] = {
+MASKED_LM: dict[str, tuple[str, str, Callable[[Any, Tensor], Tensor]]] = {
     "bert.modeling_bert.BertForMaskedLM": _BERT,
     "camembert.modeling_camembert.CamembertForMaskedLM": _ROBERTA,
     "distilbert.modeling_distilbert.DistilBertForMaskedLM": (
@@ -84,6 +86,15 @@ MASKED_LM: dict[str, tuple[str, str, Callable]] = {
 
 
 # ---- the two fused layers ----------------------------------------------------------------------
+
+# What a fused forward computes with. A call that sets anything else, in this version of
+# transformers or the next, is the original forward's.
+EMBEDDING_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids"})
+MASKED_LM_ARGUMENTS = frozenset({
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "head_mask",
+    "encoder_hidden_states", "encoder_attention_mask", "output_attentions", "output_hidden_states",
+    "labels", "return_dict", "num_items_in_batch",
+})  # fmt: skip
 
 
 class _Mixin:
@@ -106,80 +117,202 @@ class FusedEmbeddings(_Mixin):
     """Mixed into the class of an embedding module: word + position + type, LayerNorm, dropout."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _arguments(self._mvbert_original, self, args, kwargs)
-        input_ids = given.get("input_ids")
-        past = given.get("past_key_values_length") or 0
-        absolute = getattr(self, "position_embedding_type", "absolute") == "absolute"
-        if input_ids is None or not absolute or not _as_made(self.children()):
+        arguments = _arguments(self._mvbert_original, self, args, kwargs, EMBEDDING_ARGUMENTS)
+        if arguments is None or not _serves_embeddings(self):
             return super().forward(*args, **kwargs)
-        position_ids = given.get("position_ids")
-        if position_ids is None:
-            position_ids = EMBEDDINGS[_key(self._mvbert_original)](self, input_ids, past)
-        if position_ids is None and past:
-            position_ids = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-            position_ids = position_ids[None]
-        types = getattr(self, "token_type_embeddings", None)
+        indices = _indices(self, **arguments)
+        if indices is None:
+            return super().forward(*args, **kwargs)
+        input_ids, position_ids, token_type_ids = indices
+        types: Any = getattr(self, "token_type_embeddings", None)
+        if position_ids.shape[0] == 1:
+            # The same rows for the whole batch: added up once, and their gradient is a sum over
+            # the batch instead of a scatter.
+            position_table = self.position_embeddings(position_ids)[0]
+            position_ids = None
+            if token_type_ids is not None and token_type_ids.shape[0] < input_ids.shape[0]:
+                position_table = position_table + types(token_type_ids)[0]
+                types = token_type_ids = None
+        else:
+            position_table = _without_padding_gradient(self.position_embeddings)
+        if token_type_ids is not None:
+            token_type_ids = token_type_ids.expand_as(input_ids)
         return functional.mixed_embedding(
             input_ids,
             self.word_embeddings.weight,
             None,
-            _without_padding_gradient(self.position_embeddings),
-            None if types is None else types.weight,
-            given.get("token_type_ids"),
+            position_table,
+            None if types is None else _without_padding_gradient(types),
+            token_type_ids,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             eps=self.LayerNorm.eps,
             dropout_p=self.dropout.p,
-            training=self.training,
+            training=self.dropout.training,
             position_ids=position_ids,
             padding_id=self.word_embeddings.padding_idx,
         )
+
+
+def _serves_embeddings(module: Any) -> bool:
+    """Whether the parts of an embedding module are as transformers made them."""
+    word = module.word_embeddings
+    tables = [word, module.position_embeddings]
+    if hasattr(module, "token_type_embeddings"):
+        tables.append(module.token_type_embeddings)
+    norm, dropout = module.LayerNorm, module.dropout
+    return (
+        getattr(module, "position_embedding_type", "absolute") == "absolute"
+        and all(_calls_only(table, nn.Embedding) for table in tables)
+        and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
+        and _calls_only(norm, nn.LayerNorm)
+        and norm.bias is not None
+        and norm.normalized_shape == word.weight.shape[1:]
+        and _calls_only(dropout, nn.Dropout)
+        and dropout.p < 1
+        and all(_stored_like(p, word.weight) for m in (*tables, norm) for p in m.parameters())
+    )
+
+
+def _indices(
+    module: Any,
+    input_ids: Any = None,
+    token_type_ids: Any = None,
+    position_ids: Any = None,
+) -> tuple[Tensor, Any, Any] | None:
+    """Ids [B, T], positions [1, T] or [B, T] and types [1, T], [B, T] or None of a call.
+
+    Those that the call does not name are what the original forward would take. None: one of them
+    has another shape, dtype or device.
+    """
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
+        return None
+    B, T = input_ids.shape
+    buffers = {"position_ids", "token_type_ids"} & dict(module.named_buffers(recurse=False)).keys()
+    if position_ids is None:
+        if "position_ids" not in buffers:
+            return None
+        position_ids = EMBEDDINGS[_key(module._mvbert_original)](module, input_ids)
+    types = getattr(module, "token_type_embeddings", None)
+    # A table of one row leaves nothing to look up.
+    if token_type_ids is None and types is not None and types.num_embeddings > 1:
+        if "token_type_ids" not in buffers or position_ids.ndim != 2:
+            return None
+        token_type_ids = module.token_type_ids
+        if _types_follow_positions():
+            token_type_ids = token_type_ids.expand(position_ids.shape[0], -1)
+            token_type_ids = token_type_ids.gather(1, position_ids)
+        else:
+            token_type_ids = token_type_ids[:, :T]
+    elif token_type_ids is not None and token_type_ids.shape != (B, T):
+        return None
+    for ids in (input_ids, position_ids, token_type_ids):
+        if ids is not None and not (
+            tuple(ids.shape) in ((B, T), (1, T))
+            and ids.dtype in (torch.int32, torch.int64)
+            and ids.device == module.word_embeddings.weight.device
+        ):
+            return None
+    return input_ids, position_ids, token_type_ids
+
+
+@cache
+def _types_follow_positions() -> bool:
+    """transformers 5 reads the buffer of token types at the positions, 4 at 0 .. T-1."""
+    import transformers
+
+    return int(transformers.__version__.split(".")[0]) >= 5
 
 
 class FusedMaskedLM(_Mixin):
     """Mixed into the class of a masked-language model: in training, the loss without the logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _arguments(self._mvbert_original, self, args, kwargs)
-        labels = given.pop("labels", None)
+        arguments = _arguments(self._mvbert_original, self, args, kwargs, MASKED_LM_ARGUMENTS)
         encoder, path, head = MASKED_LM[_key(self._mvbert_original)]
-        *_, decoder = passed_by = _along(self, path)
-        if labels is None or not self.training or not _as_made(passed_by):
+        if arguments is None or not _serves_loss(self, encoder, path, arguments):
             return super().forward(*args, **kwargs)
-        return_dict = given.pop("return_dict", None)
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        given = {name: value for name, value in given.items() if value is not None}
-        outputs = getattr(self, encoder)(**given, return_dict=True)
+        labels = arguments.pop("labels").reshape(-1)
+        # Of no account in the original, whose loss is the mean over the labels of this batch.
+        arguments.pop("num_items_in_batch", None)
+        outputs = getattr(self, encoder)(**arguments | {"return_dict": True})
         hidden = outputs[0].flatten(0, 1)
-        labels = labels.reshape(-1).to(hidden.device)
+        labels = labels.to(hidden.device)
         if not hidden.is_cuda and not torch.compiler.is_compiling():
             # The head's transform, too, is only needed where there is a label. A GPU would have to
             # tell the host how many there are; there the loss alone skips the others.
             kept = labels != functional.IGNORE_INDEX
             hidden, labels = hidden[kept], labels[kept]
+        decoder = _along(self, path)
         loss = functional.linear_cross_entropy(
             head(self, hidden), decoder.weight, labels, decoder.bias
         )
         from transformers.modeling_outputs import MaskedLMOutput
 
-        output = MaskedLMOutput(
+        return MaskedLMOutput(
             loss=loss,  # type: ignore[arg-type]
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
         )
-        return output if return_dict else output.to_tuple()
 
 
-def _arguments(original: type[nn.Module], module: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a call of `original.forward` by name, those of its ** included."""
+def _serves_loss(model: Any, encoder: str, path: str, arguments: dict[str, Any]) -> bool:
+    """Whether the fused loss is what the original forward would return for these arguments."""
+    config = model.config
+    # A tuple has no place for logits that are not there.
+    as_tuple = not config.return_dict or getattr(config, "torchscript", False)
+    if not arguments.get("return_dict", not as_tuple):
+        return False
+    labels = arguments.get("labels")
+    rows = arguments.get("input_ids", arguments.get("inputs_embeds"))
+    decoder = _along(model, path)
+    return (
+        model.training
+        and isinstance(labels, Tensor)
+        and isinstance(rows, Tensor)
+        and labels.dtype == torch.int64
+        and labels.ndim == 2
+        and labels.shape == rows.shape[:2]
+        and _calls_only(decoder, nn.Linear)
+        and decoder.weight.shape[0] == config.vocab_size
+        and all(_stored_like(p, decoder.weight) for p in decoder.parameters())
+        and all(
+            _works_by_row(module, type(model)._mvbert_original.__module__)
+            for name, child in model.named_children()
+            if name != encoder
+            for module in child.modules()
+        )
+    )
+
+
+def _works_by_row(module: Any, family: str) -> bool:
+    """Whether a part of a head does the same for [N, H] as for [B, T, H], and has no hooks."""
+    if _calls_only(module, nn.CrossEntropyLoss):
+        options = (module.weight, module.ignore_index, module.reduction, module.label_smoothing)
+        return options == (None, functional.IGNORE_INDEX, "mean", 0.0)
+    kinds = (family, "transformers.activations", "torch.nn.modules.activation")
+    if type(module).__module__ in kinds:
+        return _calls_only(module, type(module))
+    return _calls_only(module, nn.Linear) or _calls_only(module, nn.LayerNorm)
+
+
+def _arguments(
+    original: type[nn.Module], module: Any, args: tuple, kwargs: dict, served: frozenset[str]
+) -> dict[str, Any] | None:
+    """The arguments that a call of `original.forward` sets, by name; None: not all are `served`."""
     signature = _signature(original)  # type: ignore[arg-type]
-    bound = dict(signature.bind(module, *args, **kwargs).arguments)
+    try:
+        bound = dict(signature.bind(module, *args, **kwargs).arguments)
+    except TypeError:
+        return None
     bound.pop("self")
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
-    return bound
+        elif bound.get(name) is parameter.default:
+            bound.pop(name, None)
+    bound = {name: value for name, value in bound.items() if value is not None}
+    return bound if bound.keys() <= served else None
 
 
 @cache
@@ -187,23 +320,38 @@ def _signature(original: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(original.forward)
 
 
-def _along(module: Any, path: str) -> list[Any]:
-    """The modules that a dotted path goes through, `module` left out."""
-    return [module := getattr(module, name) for name in path.split(".")]
+def _along(module: Any, path: str) -> Any:
+    """The module that a dotted path leads to."""
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
 
 
-def _as_made(modules: Iterable[nn.Module]) -> bool:
-    """Whether using their parameters is all that calling them would do.
+def _calls_only(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` would do what `kind.forward` does with its parameters, and no more.
 
-    An adapter puts another class in their place; gradient checkpointing, offloading and whoever
-    looks at activations hang hooks on them.
+    An adapter puts another class in its place; gradient checkpointing, offloading and whoever looks
+    at activations hang hooks on it.
     """
-    return all(
-        type(m).__module__.startswith(("torch.nn.modules.", "transformers.models."))
-        and "forward" not in vars(m)
-        and not (m._forward_hooks or m._forward_pre_hooks)
-        and not (m._backward_hooks or m._backward_pre_hooks)
-        for m in modules
+    return (
+        type(module).forward is kind.forward
+        and "forward" not in vars(module)
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+def _stored_like(parameter: Tensor, other: Tensor) -> bool:
+    """Whether a parameter is a plain tensor of another's dtype and device, with storage.
+
+    Quantised and sharded tensors are classes of their own.
+    """
+    return (
+        type(parameter) in (Tensor, nn.Parameter)
+        and parameter.dtype == other.dtype
+        and parameter.device == other.device
+        and not parameter.is_meta
     )
 
 

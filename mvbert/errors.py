@@ -8,6 +8,13 @@ class InputError(ValueError):
     """
 
 
+class MissingExtra(InputError, ImportError):
+    """A package that an optional part needs is not installed; the message has the command."""
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {package}; run: pip install 'mvbert[{extra}]'")
+
+
 class FailedElsewhere(InputError):
     """Another process of this run met wrong input and has told the user."""
 

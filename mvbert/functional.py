@@ -9,7 +9,7 @@
 
 Letters: B rows of a batch, T pieces in a row, N rows with or without a label, H hidden width, E
 embedding width of the student, V vocabulary size (V_t teacher, V_s student), P positions, S token
-types, K soft targets.
+types.
 
 Ids and labels of two vocabularies live in one space: below V_t a teacher piece, V_t + i student
 piece i. They are checked on the CPU always, on a GPU when `check_on_gpu(True)` was called (it waits
@@ -41,7 +41,6 @@ __all__ = [
     "relation_kl",
     "residual_layer_norm",
     "residual_layer_norm_twice",
-    "sparse_linear_kl",
 ]
 
 # Asked once: torch.compile of torch 2.11 cannot trace the question.
@@ -596,62 +595,6 @@ def linear_kl(
     )[0]
 
 
-def sparse_linear_kl(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target_ids: Tensor,
-    target_probs: Tensor,
-    *,
-    temperature: float = 1.0,
-    reduction: str = "mean",
-    backend: str = "auto",
-) -> Tensor:
-    """tau^2 sum_k q_k (log q_k - log softmax(logits / tau)[id_k]): soft targets as a short list.
-
-    Args:
-        hidden: [N, H].
-        weight: [V, H].
-        bias: [V] or None.
-        target_ids: [N, K], int32 or int64.
-        target_probs: [N, K], q >= 0; 0 marks an unused slot, a row of zeros costs nothing.
-        temperature: tau, > 0.
-        reduction: "mean" over the rows that have a target, "sum", or "none".
-        backend: see the module's first lines.
-
-    Returns:
-        float32 (float64 for float64 input), [] or [N].
-    """
-    _check_linear("sparse_linear_kl", hidden, weight, bias, ("N", "H"), ("V", "H"))
-    N = hidden.shape[0]
-    if target_ids.ndim != 2 or target_ids.shape[0] != N or target_ids.shape != target_probs.shape:
-        raise ValueError(
-            f"sparse_linear_kl needs target_ids and target_probs [N, K] with N = {N}, "
-            f"got {_shape(target_ids)} and {_shape(target_probs)}"
-        )
-    _check_integers("sparse_linear_kl", "target_ids", target_ids)
-    _check_temperature(temperature)
-    _check_reduction(reduction)
-    backend = _backend(backend, hidden)
-    target_probs = target_probs.detach()
-    kept = (target_probs > 0).any(1)
-    if backend == "reference":
-        loss = plain.sparse_linear_kl_reference(
-            hidden, weight, bias, target_ids, target_probs, temperature=temperature
-        )
-        return reduce_rows(loss, kept, reduction)
-    inputs = (_autocast(hidden), weight, bias)
-    scale = None if reduction == "none" else _scale(kept, reduction, hidden)
-    if scale is None or inputs[0].dtype == torch.float16:
-        loss = ops.sparse_linear_kl_rows(
-            *inputs, target_ids, target_probs, float(temperature), backend
-        )
-        return loss if scale is None else loss.sum() * scale
-    return ops.sparse_linear_kl_sum(
-        *inputs, target_ids, target_probs, scale, float(temperature), _need(*inputs), backend
-    )[0]
-
-
 def relation_kl(student: Tensor, teacher: Tensor, heads: int, *, backend: str = "auto") -> Tensor:
     """KL between the self-relations of queries, of keys and of values, in the mean.
 
@@ -734,7 +677,7 @@ def _cross_entropy_sum(
     hidden = _autocast(hidden)
     if hidden.dtype == torch.float16:
         # A scaled loss keeps gradients in float16's range only if they are made after the scaling.
-        # So too in linear_kl and sparse_linear_kl.
+        # So too in linear_kl.
         loss, *_ = ops.linear_cross_entropy_rows(
             hidden, weight, bias, labels, ignore_index, float(smoothing), [False] * 3, backend
         )

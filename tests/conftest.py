@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,62 @@ def poisoned_memory():
         yield
 
 
+# ---- rounding errors -------------------------------------------------------------------------
+
+# Numeric tests compare with float64, and bound the largest error by a model of rounding:
+#
+#     max |found - truth| <= ROUNDING * unit * max |truth|
+#     unit = max(eps(dtype), eps(dtype of the sums) * sqrt(terms of the longest sum))
+#
+# Errors of a sum go up and down, so they grow as the root of its terms; sums of 16-bit dtypes are
+# added in float32 and rounded once. What another library is off by is no bound: it differs from
+# processor to processor. The norm is the largest element, so that one wrong element is seen however
+# many right ones surround it.
+#
+# The largest error measured is given in docs/log.md, 2026-11-29, by op and processor: less than a
+# quarter of the bound. tests/kernels/test_mutations.py holds what must be far above it.
+ROUNDING = 8.0
+
+
+def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
+    """The largest error of `found` over what rounding explains: above 1, it is something else.
+
+    Args:
+        found: any shape, any floating-point dtype; NaN and infinity fail at once.
+        truth: the same shape, float64.
+        longest_sum: terms of the longest sum behind an element.
+        dtype: what was computed in, where `found` has another one by now.
+    """
+    dtype = dtype or found.dtype
+    assert found.shape == truth.shape
+    assert truth.dtype == torch.float64
+    assert found.isfinite().all()
+    if not found.numel():
+        return 0.0
+    sums = torch.promote_types(dtype, torch.float32)
+    unit = max(torch.finfo(dtype).eps, torch.finfo(sums).eps * longest_sum**0.5)
+    error = (found.double() - truth).abs().max().item()
+    return error / (ROUNDING * unit * max(truth.abs().max().item(), 1e-300))
+
+
+@pytest.fixture(scope="session")
+def share_of_bound():
+    """share_of_bound(found, truth, longest_sum): the error in units of the bound of rounding."""
+    return _share_of_bound
+
+
+@pytest.fixture
+def assert_rounded(record_property):
+    """assert_rounded(found, truth, longest_sum): no error that rounding does not explain."""
+
+    def check(found, truth, longest_sum: int, dtype=None) -> None:
+        share = _share_of_bound(found.detach(), truth.detach(), longest_sum, dtype)
+        record_property("share_of_bound", share)
+        assert share <= 1, f"{share * ROUNDING:.3g} units of rounding, more than {ROUNDING}"
+
+    return check
+
+
 # ---- places ----------------------------------------------------------------------------------
 
 
@@ -106,6 +163,20 @@ def poisoned_memory():
 def root() -> Path:
     """The repository root."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def git_files() -> Callable[..., list[str]]:
+    """Lists the files that git knows, by paths from the root; takes options of `git ls-files`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git checkout")
+
+    def listed(*options: str) -> list[str]:
+        command = ["git", "ls-files", "-z", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [name for name in done.stdout.split("\0") if name]
+
+    return listed
 
 
 @pytest.fixture(scope="session")
@@ -206,7 +277,7 @@ The vocabulary of a child grows by ten words a day, and nobody is teaching them.
 
 
 def _vocab(words: list[str]):
-    from mvbert.vocab import Vocab
+    from mvbert.text.vocab import Vocab
 
     pieces = [*SPECIALS, *LETTERS, *("##" + c for c in LETTERS), *words]
     return Vocab(tuple(dict.fromkeys(pieces)))
@@ -233,9 +304,9 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def write_teacher():
     """A function that writes a tiny BERT with random weights as a new Hugging Face folder."""
-    from mvbert import huggingface
     from mvbert.config import ModelConfig
-    from mvbert.model import MaskedLM
+    from mvbert.model import huggingface
+    from mvbert.model.masked_lm import MaskedLM
 
     def write(folder: Path, vocab) -> None:
         model = MaskedLM(ModelConfig(vocab.size, 32, 2, 2, 64, max_position_embeddings=32))
@@ -252,11 +323,11 @@ def training_inputs(tmp_path_factory, text, write_teacher, teacher_vocab, studen
 
     Tests that change them take `job`.
     """
-    from mvbert import checkpoint
     from mvbert.config import RowConfig, Stage1Config
-    from mvbert.corpus import Corpus, build_corpus
     from mvbert.progress import Progress
-    from mvbert.stages import Stage1
+    from mvbert.text.corpus import Corpus, build_corpus
+    from mvbert.training import checkpoint
+    from mvbert.training.stages import Stage1
 
     folder = tmp_path_factory.mktemp("training")
     (folder / "text.txt").write_text(text * 4)
@@ -280,7 +351,7 @@ def training_inputs(tmp_path_factory, text, write_teacher, teacher_vocab, studen
 @pytest.fixture(scope="session")
 def corpus(training_inputs):
     """The corpus of `training_inputs`, opened."""
-    from mvbert.corpus import Corpus
+    from mvbert.text.corpus import Corpus
 
     return Corpus.open(training_inputs / "corpus")
 
@@ -339,7 +410,7 @@ def refused(command_line):
 
 
 def _numbers(out: Path) -> list[dict]:
-    from mvbert import runs
+    from mvbert.training import runs
 
     clock = ("pieces_per_second", "mfu", "data_wait", "teacher_us_per_piece")
     return [{k: v for k, v in r.items() if k not in clock} for r in runs.read_log(out)]

@@ -63,7 +63,7 @@ class Comparison:
     def __init__(self, vocab: str, lowercase: bool, plain: bool) -> None:
         from transformers import BertTokenizer, logging
 
-        from mvbert.tokenizer import WordPieceTokenizer
+        from mvbert.text.tokenizer import WordPieceTokenizer
 
         logging.set_verbosity_error()  # about overflowing tokens, a line a pair
         self.ours = WordPieceTokenizer.from_pretrained(vocab, lowercase)
@@ -102,7 +102,7 @@ class Comparison:
         return [] if same else [f"pair: {text!a}, {pair!a}, max_length {max_length}"]
 
     def _definition(self, text: str) -> list[str]:
-        from mvbert.wordpiece import basic_split, wordpiece
+        from mvbert.text.wordpiece import basic_split, wordpiece
 
         vocab = self.ours.vocab
         if "[" in text:

@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("torch")
 
 from mvbert import cli
-from mvbert.vocab import Vocab
+from mvbert.text.vocab import Vocab
 
 ROWS = ["--row.length", "16", "--rows", "4", "--eval-rows", "8", "--device", "cpu",
         "--threads", "1"]  # fmt: skip

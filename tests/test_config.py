@@ -14,7 +14,7 @@ from mvbert.config import (
     to_dict,
 )
 from mvbert.errors import InputError
-from mvbert.model import MaskedLM
+from mvbert.model.masked_lm import MaskedLM
 
 
 def test_the_papers_two_shapes_have_the_papers_parameter_counts():
@@ -46,13 +46,11 @@ def test_toml_is_read_with_types(tmp_path):
         ("[stage1]\nstudent_prob = 1.5\n", "student_prob must lie in [0, 1]"),
         ("[stage1]\nlr = nan\n", "must be finite"),
         ("[row]\nlength = 1\n", "row length must lie in [8, 65535]"),
-        ("[row]\nlate_length = 64\n", "late_length must lie in [128, 65535]"),
-        ("[row]\nlate_share = 2\n", "late_share must lie in [0, 1]"),
         ('[stage2]\nstart = "paper"\n', "must be one of stage1, random"),
         ('[stage2]\ndistill = ["logit"]\n', "distill takes logits, hidden, relations"),
         ('[stage2]\ndistill = ["hidden", "hidden"]\n', "names a loss twice: hidden, hidden"),
         ("[stage2]\nhidden_layers = [2, 2]\n", "hidden_layers must be different"),
-        ("[stage2]\nlogits_top_k = -1\n", "logits_top_k must not be negative"),
+        ("[stage2]\nrelations_layer = -1\n", "relations_layer must not be negative"),
         ("[stage2]\nrelation_heads = 0\n", "relation_heads must be at least 1"),
         ('[stage2]\nlogits_at = "some"\n', "must be one of masked, all"),
         ("[stage2]\nrows = 10\nmicro_rows = 3\n", "not a multiple of micro_rows"),
@@ -88,20 +86,6 @@ def test_a_wrong_shape_is_named(name):
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(InputError, match="not a multiple"):
         ModelConfig(10, 10, 1, 3, 10)
-
-
-def test_student_prob_moves_to_its_end_after_the_ramp_starts():
-    config = Stage1Config(steps=11, student_prob=0.5, student_prob_end=1.0, ramp_start=0.5)
-    assert [config.student_prob_at(step) for step in (0, 5, 10)] == [0.5, 0.5, 1.0]
-    assert config.student_prob_at(7) == pytest.approx(0.7)
-    assert Stage1Config().student_prob_at(999) == 0.5
-
-
-def test_a_weight_moves_in_a_straight_line_to_its_end():
-    config = Stage2Config(steps=11, logits_weight=1.0, logits_weight_end=0.0, hidden_weight=2.0)
-    assert [config.weight_at("logits", step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
-    assert config.weight_at("hidden", 7) == 2.0
-    assert Stage2Config(steps=1, mlm_weight_end=0.0).weight_at("mlm", 0) == 1.0
 
 
 def test_the_sizes_in_the_docs_are_those_of_the_models(root):

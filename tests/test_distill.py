@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mvbert import huggingface
 from mvbert.config import DistillConfig, load_toml
-from mvbert.report import run_info
-from mvbert.vocab import Vocab
+from mvbert.model import huggingface
+from mvbert.text.vocab import Vocab
+from mvbert.training.info import run_info
 
 SETTINGS = """
 out = "run"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mvbert import _tokenizer
+from mvbert import _core
 
 CHECKS = sorted(path.stem for path in Path(__file__).parent.glob("*_check.cc"))
 SANITIZERS = ["address,undefined", "thread"]
@@ -102,7 +102,7 @@ COLLECTED = {"encode_check": "*Measured*", "mixer_check": "mvbert::Mixer::Read(*
 def test_instructions(plain, check, argument, tmp_path):
     if not shutil.which("valgrind"):
         pytest.skip("needs valgrind")
-    if "avx2" not in _tokenizer.instruction_sets():
+    if "avx2" not in _core.instruction_sets():
         pytest.skip("needs a machine with AVX2, for which the numbers are")
     result = _run(
         "valgrind", "--tool=callgrind", f"--callgrind-out-file={tmp_path / 'out'}",

@@ -9,12 +9,12 @@ import sys
 import numpy as np
 import pytest
 
-from mvbert import _tokenizer
+from mvbert import _core
 
 
 def builder(**options):
     defaults = {"lowercase": True, "heldout_share": 0, "seed": 0, "replace": False, "threads": 2}
-    return _tokenizer.CorpusBuilder(**{**defaults, **options})
+    return _core.CorpusBuilder(**{**defaults, **options})
 
 
 def take(build, streams=None):
@@ -171,7 +171,7 @@ def test_a_state_that_cannot_be_is_refused(words, train, message):
 FEW_THREADS = """
 import resource, threading
 import numpy as np
-from mvbert import _tokenizer
+from mvbert import _core
 
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
@@ -191,7 +191,7 @@ assert 0 < started < 15, started
 
 text = b" ".join(b"w%x" % (i * i % 99991) for i in range(200_000))
 for threads in (1, 16):
-    builder = _tokenizer.CorpusBuilder(
+    builder = _core.CorpusBuilder(
         lowercase=True, heldout_share=0, seed=0, replace=False, threads=threads, block_bytes=9999
     )
     builder.begin_source(0, "train")
@@ -199,9 +199,9 @@ for threads in (1, 16):
     builder.flush()
     ids = np.concatenate(builder.take()[0])
     data, ends, counts, final_ids = builder.lexicon(ids[:0])
-    pieces, *_ = _tokenizer.learn_vocab(data, ends, counts, 500, 1.0, threads)
-    wordpiece = _tokenizer.WordPiece(pieces, 1)
-    cut = _tokenizer.segment_lexicon(data, ends, wordpiece, threads)
+    pieces, *_ = _core.learn_vocab(data, ends, counts, 500, 1.0, threads)
+    wordpiece = _core.WordPiece(pieces, 1)
+    cut = _core.segment_lexicon(data, ends, wordpiece, threads)
     result = [final_ids[ids], data, ends, counts, *cut, np.array(pieces)]
     if threads == 1:
         expected = result
@@ -238,7 +238,7 @@ def test_not_utf8_names_source_and_byte_of_the_first_error():
     build.begin_source(7, "train")
     build.add_text(b"  \n more good text\n\n" * 20 + b"b\xc3d and \xff")
     build.flush()
-    with pytest.raises(_tokenizer.NotUtf8) as error:
+    with pytest.raises(_core.NotUtf8) as error:
         build.take()
     assert error.value.args == (7, 401)
 
@@ -263,7 +263,7 @@ def test_bad_arguments():
 def test_merged_lexicons_count_together():
     one = arrays([("the", 5), ("a", 2), ("x", 0)])
     two = arrays([("a", 4), ("b", 4), ("the", 1)])
-    data, ends, counts, maps = _tokenizer.merge_lexicons([one, two])
+    data, ends, counts, maps = _core.merge_lexicons([one, two])
     assert words_of(data, ends) == ["", "a", "the", "b", "x"]
     assert counts.tolist() == [2, 6, 6, 4, 0]
     assert [m.tolist() for m in maps] == [[0, 2, 1, 4], [0, 1, 3, 2]]
@@ -271,22 +271,22 @@ def test_merged_lexicons_count_together():
 
 def test_a_lexicon_with_an_empty_word_is_refused():
     with pytest.raises(ValueError, match="must have bytes"):
-        _tokenizer.merge_lexicons([arrays([("a", 1), ("", 1)])])
+        _core.merge_lexicons([arrays([("a", 1), ("", 1)])])
 
 
 def test_segmenting_refuses_ends_outside_the_bytes():
-    wordpiece = _tokenizer.WordPiece(["[UNK]", "a"], 0)
+    wordpiece = _core.WordPiece(["[UNK]", "a"], 0)
     with pytest.raises(ValueError, match="word 1 ends at 9"):
-        _tokenizer.segment_lexicon(b"aa", np.array([1, 9], np.uint64), wordpiece, 1)
+        _core.segment_lexicon(b"aa", np.array([1, 9], np.uint64), wordpiece, 1)
     with pytest.raises(ValueError, match="threads must be at least 1"):
-        _tokenizer.segment_lexicon(b"aa", np.array([1, 2], np.uint64), wordpiece, 0)
-    ends, ids = _tokenizer.segment_lexicon(b"", np.zeros(0, np.uint64), wordpiece, 4)
+        _core.segment_lexicon(b"aa", np.array([1, 2], np.uint64), wordpiece, 0)
+    ends, ids = _core.segment_lexicon(b"", np.zeros(0, np.uint64), wordpiece, 4)
     assert (len(ends), len(ids)) == (0, 0)
 
 
 def test_held_out_draws_are_philox_of_seed_and_document():
-    draws = _tokenizer.heldout_draws(0x0123456789ABCDEF, 5)
+    draws = _core.heldout_draws(0x0123456789ABCDEF, 5)
     held_out = 5  # the purpose in csrc/philox.h
     for document, draw in enumerate(draws):
         counter = (document, held_out, 0, 0)
-        assert draw == _tokenizer.philox4x32(counter, (0x89ABCDEF, 0x01234567))[0]
+        assert draw == _core.philox4x32(counter, (0x89ABCDEF, 0x01234567))[0]

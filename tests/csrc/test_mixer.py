@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from mvbert import mixing
-from mvbert.batches import IGNORE_INDEX, Rows
-from mvbert.corpus import Segmentation
+from mvbert.text import philox, row_reference
+from mvbert.text.batches import IGNORE_INDEX, Rows
+from mvbert.text.corpus import Segmentation
 
 FIELDS = ("input_ids", "token_type_ids", "masked_positions", "labels")
 
@@ -83,7 +83,7 @@ def test_equals_the_plain_definition(case, sides):
         for start, count in [(0, 5), (rng.randrange(5 * rows.count), 3), (2**64 - 2, 2)]:
             batch = rows.read(start, count)
             for i in range(count):
-                expected = mixing.row_reference(
+                expected = row_reference.row_reference(
                     stream,
                     start + i,
                     **given,
@@ -171,7 +171,7 @@ def test_coin_of_words_and_special_pieces(unmasked):
 def test_budget_and_capacity(rows, batch, unmasked):
     used = (batch.labels != IGNORE_INDEX).sum(axis=1)
     words = (~np.isin(unmasked, SEPS + CLSS)).sum(axis=1)
-    budget = np.array([mixing.mask_budget(int(n), rows.T, 0.15) for n in words])
+    budget = np.array([row_reference.mask_budget(int(n), rows.T, 0.15) for n in words])
     assert (used <= budget).all()
     assert (used == budget).mean() > 0.95  # short words are there nearly always
     assert rows.capacity == round(0.15 * 64)
@@ -231,7 +231,7 @@ def test_every_word_is_equally_likely_to_be_masked():
     stream = make_stream(random.Random(3), 2000, words, 0.0)
     rows = Rows(stream, teacher=teacher, T=32, mask_prob=0.15, pair_prob=0.0)
     batch = rows.read(0, 20_000)
-    budget = mixing.mask_budget(30, 32, 0.15)
+    budget = row_reference.mask_budget(30, 32, 0.15)
     assert ((batch.labels != IGNORE_INDEX).sum(axis=1) == budget).all()
     places = np.bincount(batch.masked_positions[:, :budget].ravel(), minlength=32)
     assert places[0] == 0
@@ -252,10 +252,10 @@ def test_an_epoch_is_a_permutation_of_row_starts(rows):
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 17, 64, 65])
 def test_order_is_uniform_even_for_few_rows(count):
     """Which row comes first is uniform over epochs."""
-    first = [mixing.permuted(0, count, epoch, seed=9) for epoch in range(600)]
+    first = [philox.permuted(0, count, epoch, seed=9) for epoch in range(600)]
     for row in range(count):
         assert_binomial(first.count(row), 600, 1 / count)
-    assert sorted(mixing.permuted(i, count, 4, 9) for i in range(count)) == list(range(count))
+    assert sorted(philox.permuted(i, count, 4, 9) for i in range(count)) == list(range(count))
 
 
 def test_a_binomial_bound_that_can_fail():

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mvbert import _tokenizer
-from mvbert.learner_reference import SPECIAL_TOKENS, cuts, learn_vocab_reference
+from mvbert import _core
+from mvbert.text.learner_reference import SPECIAL_TOKENS, cuts, learn_vocab_reference
 
 # Every word has its last letter in common with many others, so suffixes matter.
 WORDS = {
@@ -23,7 +23,7 @@ def learn(counts: dict[str, int], size: int, coverage: float = 1.0, threads: int
     words = [word.encode() for word in counts]
     ends = np.cumsum([len(word) for word in words], dtype=np.uint64)
     numbers = np.array(list(counts.values()), dtype=np.uint64)
-    return _tokenizer.learn_vocab(b"".join(words), ends, numbers, size, coverage, threads)
+    return _core.learn_vocab(b"".join(words), ends, numbers, size, coverage, threads)
 
 
 def random_lexicon(seed: int, words: int, letters: str = "abcdeé東😀") -> dict[str, int]:
@@ -159,17 +159,17 @@ def test_refuses(counts: dict[str, int], size: int, message: str):
 def test_refuses_words_that_are_not_utf8(word: bytes):
     both = np.array([2, 2 + len(word)], dtype=np.uint64)
     with pytest.raises(ValueError, match="word 1 is not UTF-8 at its byte"):
-        _tokenizer.learn_vocab(b"ok" + word, both, np.ones(2, dtype=np.uint64), 10, 1.0, 1)
+        _core.learn_vocab(b"ok" + word, both, np.ones(2, dtype=np.uint64), 10, 1.0, 1)
 
 
 def test_refuses_arguments_out_of_range():
     one = np.ones(1, dtype=np.uint64)
     for coverage in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="coverage must be in"):
-            _tokenizer.learn_vocab(b"a", one, one, 6, coverage, 1)
+            _core.learn_vocab(b"a", one, one, 6, coverage, 1)
     with pytest.raises(ValueError, match="threads must be 0 or more"):
-        _tokenizer.learn_vocab(b"a", one, one, 6, 1.0, -1)
+        _core.learn_vocab(b"a", one, one, 6, 1.0, -1)
     with pytest.raises(ValueError, match="word 0 ends at byte 9, outside"):
-        _tokenizer.learn_vocab(b"a", one * 9, one, 6, 1.0, 1)
+        _core.learn_vocab(b"a", one * 9, one, 6, 1.0, 1)
     with pytest.raises(ValueError, match="equally long, got 1 ends and 2 counts"):
-        _tokenizer.learn_vocab(b"a", one, np.ones(2, dtype=np.uint64), 6, 1.0, 1)
+        _core.learn_vocab(b"a", one, np.ones(2, dtype=np.uint64), 6, 1.0, 1)

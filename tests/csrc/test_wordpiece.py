@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from mvbert import _tokenizer
-from mvbert.wordpiece import basic_split, wordpiece
+from mvbert import _core
+from mvbert.text.wordpiece import basic_split, wordpiece
 
 PIECES = [
     "[UNK]",
@@ -51,11 +51,11 @@ CUTS = [
 @pytest.mark.parametrize(("word", "pieces"), CUTS)
 def test_cuts(word, pieces):
     assert wordpiece(word, IDS) == pieces
-    assert _tokenizer.WordPiece(PIECES, 0).cut(word) == [IDS[piece] for piece in pieces]
+    assert _core.WordPiece(PIECES, 0).cut(word) == [IDS[piece] for piece in pieces]
 
 
 def test_longest_word_is_an_option():
-    cutter = _tokenizer.WordPiece(PIECES, 0, max_chars=3)
+    cutter = _core.WordPiece(PIECES, 0, max_chars=3)
     for word in ("aaa", "aaaa", "éé", "ééé", "éééé"):
         assert cutter.cut(word) == [IDS[piece] for piece in wordpiece(word, IDS, max_chars=3)]
 
@@ -70,7 +70,7 @@ def test_random_vocabularies():
             stem = "".join(random_.choice(letters) for _ in range(random_.randint(1, 6)))
             pieces.add(random_.choice(("", "##")) + stem)
         ids = {piece: id for id, piece in enumerate(sorted(pieces))}
-        cutter = _tokenizer.WordPiece(list(ids), ids["[UNK]"])
+        cutter = _core.WordPiece(list(ids), ids["[UNK]"])
         for _ in range(50):
             word = "".join(random_.choice(letters) for _ in range(random_.randint(1, 12)))
             assert cutter.cut(word) == [ids[piece] for piece in wordpiece(word, ids)]
@@ -79,7 +79,7 @@ def test_random_vocabularies():
 def test_large_vocabulary():
     pieces = ["[UNK]", *(f"{n:x}" for n in range(200_000)), *(f"##{n:x}" for n in range(50_000))]
     ids = {piece: id for id, piece in enumerate(pieces)}
-    cutter = _tokenizer.WordPiece(pieces, 0)
+    cutter = _core.WordPiece(pieces, 0)
     assert len(cutter) == 250_001
     for word in ("1f", "30d3f", "30d40", "fffff", "0", "c34ffc34f0"):
         assert cutter.cut(word) == [ids[piece] for piece in wordpiece(word, ids)]
@@ -87,12 +87,12 @@ def test_large_vocabulary():
 
 def test_wrong_vocabularies():
     with pytest.raises(ValueError, match="piece 'a' has two ids, 1 and 2"):
-        _tokenizer.WordPiece(["[UNK]", "a", "a"], 0)
+        _core.WordPiece(["[UNK]", "a", "a"], 0)
     for unk in (-1, 2):
         with pytest.raises(ValueError, match=rf"unk_id {unk} is not in \[0, 2\)"):
-            _tokenizer.WordPiece(["[UNK]", "a"], unk)
+            _core.WordPiece(["[UNK]", "a"], unk)
     with pytest.raises(ValueError, match="unk_id"):
-        _tokenizer.WordPiece([], 0)
+        _core.WordPiece([], 0)
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "vocab-cased.txt", "vocab-multilingual-cased.txt"])
@@ -100,7 +100,7 @@ def test_shared_vocabularies(name, shared_file):
     """Real pieces glued together at random, against the plain definition and Hugging Face."""
     pieces = shared_file(name).read_text(encoding="utf-8").split("\n")[:-1]
     ids = {piece: id for id, piece in enumerate(pieces)}
-    cutter = _tokenizer.WordPiece(pieces, ids["[UNK]"])
+    cutter = _core.WordPiece(pieces, ids["[UNK]"])
     slow = slow_wordpiece(ids)
     random_ = random.Random(0)
     for _ in range(3000):

@@ -11,8 +11,9 @@ import unicodedata
 
 import pytest
 
-from mvbert import _tokenizer, unicode_tables
-from mvbert.wordpiece import basic_split
+from mvbert import _core
+from mvbert.text import unicode_tables
+from mvbert.text.wordpiece import basic_split
 
 # text, uncased words, cased words
 AWKWARD = [
@@ -64,21 +65,21 @@ AWKWARD = [
 def test_awkward_text(text, uncased, cased):
     for lowercase, expected in ((True, uncased), (False, cased)):
         assert basic_split(text, lowercase) == expected
-        assert _tokenizer.split(text, lowercase) == expected
+        assert _core.split(text, lowercase) == expected
 
 
-@pytest.mark.parametrize("instruction_set", _tokenizer.instruction_sets())
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
 def test_words_do_not_depend_on_place(instruction_set):
     """Every awkward text at every distance from a block's boundary, with others around it."""
     texts = [text for text, _, _ in AWKWARD if text]
     for lowercase in (True, False):
         for shift in range(70):
             joined = "x" * shift + "é".join(texts[shift % 7 :])
-            words = _tokenizer.split(joined, lowercase, instruction_set)
+            words = _core.split(joined, lowercase, instruction_set)
             assert words == basic_split(joined, lowercase)
 
 
-@pytest.mark.parametrize("instruction_set", _tokenizer.instruction_sets())
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
 def test_every_way_to_read_ascii(instruction_set):
     """Random ASCII of every length to 200, sometimes with one other byte: all ways agree."""
     random_ = random.Random(3)
@@ -92,10 +93,10 @@ def test_every_way_to_read_ascii(instruction_set):
                 text[random_.randrange(length)] = random_.choice("é\u0338\x00\x7f\u200b中")
             text = "".join(text)
             for lowercase in (True, False):
-                words = _tokenizer.split(text, lowercase, instruction_set)
+                words = _core.split(text, lowercase, instruction_set)
                 assert words == basic_split(text, lowercase), ascii(text)
     with pytest.raises(ValueError, match="no instruction set 'mmx'"):
-        _tokenizer.split("", True, "mmx")
+        _core.split("", True, "mmx")
 
 
 def test_every_code_point():
@@ -103,7 +104,7 @@ def test_every_code_point():
     for first in range(0, 0x110000, 0x400):
         text = " ".join(f"a{chr(c)}b {chr(c)}" for c in range(first, first + 0x400))
         for lowercase in (True, False):
-            assert _tokenizer.split(text, lowercase) == basic_split(text, lowercase), hex(first)
+            assert _core.split(text, lowercase) == basic_split(text, lowercase), hex(first)
 
 
 def test_every_code_point_as_hugging_face(slow_split):
@@ -111,14 +112,14 @@ def test_every_code_point_as_hugging_face(slow_split):
     for first in range(0, 0x110000, 0x400):
         text = " ".join(f"a{chr(c)}b {chr(c)}" for c in range(first, first + 0x400))
         for lowercase in (True, False):
-            assert _tokenizer.split(text, lowercase) == slow_split(text, lowercase), hex(first)
+            assert _core.split(text, lowercase) == slow_split(text, lowercase), hex(first)
 
 
 def test_tables_are_of_the_pinned_version(root):
-    assert _tokenizer.unicode_version == unicode_tables.VERSION == "14.0.0"
+    assert _core.unicode_version == unicode_tables.VERSION == "14.0.0"
     if unicodedata.unidata_version != "14.0.0":
         pytest.skip("the generator needs Python 3.11, whose unicodedata is 14.0.0")
-    names = [root / "csrc/unicode_tables.inc", root / "mvbert/unicode_tables.py"]
+    names = [root / "csrc/unicode_tables.inc", root / "mvbert/text/unicode_tables.py"]
     before = [name.read_bytes() for name in names]
     code = (
         "import runpy, pathlib, sys; written = {};"
@@ -147,7 +148,7 @@ def test_random_text(alphabets):
     for _ in range(4000):
         text = random_text(random_, alphabets)
         for lowercase in (True, False):
-            assert _tokenizer.split(text, lowercase) == basic_split(text, lowercase), ascii(text)
+            assert _core.split(text, lowercase) == basic_split(text, lowercase), ascii(text)
 
 
 def test_random_text_as_hugging_face(alphabets, slow_split):
@@ -156,7 +157,7 @@ def test_random_text_as_hugging_face(alphabets, slow_split):
     for _ in range(4000):
         text = random_text(random_, alphabets)
         for lowercase in (True, False):
-            assert _tokenizer.split(text, lowercase) == slow_split(text, lowercase), ascii(text)
+            assert _core.split(text, lowercase) == slow_split(text, lowercase), ascii(text)
 
 
 def test_arbitrary_text():
@@ -167,22 +168,22 @@ def test_arbitrary_text():
     @hypothesis.given(strategies.text(strategies.characters(exclude_categories=())))
     def check(text):
         for lowercase in (True, False):
-            assert _tokenizer.split(text, lowercase) == basic_split(text, lowercase)
+            assert _core.split(text, lowercase) == basic_split(text, lowercase)
 
     check()
 
 
 def test_long_words_and_long_runs():
     for lowercase in (True, False):
-        assert _tokenizer.split("x" * 10**6, lowercase) == ["x" * 10**6]
-        assert _tokenizer.split("é" * 10**6, lowercase) == [("e" if lowercase else "é") * 10**6]
-        assert _tokenizer.split("!" * 10**5, lowercase) == ["!"] * 10**5
-        assert _tokenizer.split(" " * 10**6, lowercase) == []
-        assert _tokenizer.split("a" + "\u200b" * 10**5 + "b", lowercase) == ["ab"]
+        assert _core.split("x" * 10**6, lowercase) == ["x" * 10**6]
+        assert _core.split("é" * 10**6, lowercase) == [("e" if lowercase else "é") * 10**6]
+        assert _core.split("!" * 10**5, lowercase) == ["!"] * 10**5
+        assert _core.split(" " * 10**6, lowercase) == []
+        assert _core.split("a" + "\u200b" * 10**5 + "b", lowercase) == ["ab"]
         marks = "\u0323\u0301" * 10**5
         expected = "e" if lowercase else "\u1eb9" + "\u0323" * (10**5 - 1) + "\u0301" * 10**5
-        assert _tokenizer.split("e" + marks, lowercase) == [expected]
-        assert _tokenizer.split("\u302e\U0001d165" * 10**4, lowercase) == [
+        assert _core.split("e" + marks, lowercase) == [expected]
+        assert _core.split("\u302e\U0001d165" * 10**4, lowercase) == [
             "\U0001d165" * 10**4 + "\u302e" * 10**4
         ]
 
@@ -196,9 +197,9 @@ ILL_FORMED = [
 
 @pytest.mark.parametrize(("data", "offset"), ILL_FORMED)
 def test_ill_formed_utf8(data, offset):
-    assert _tokenizer.utf8_error(data) == offset
+    assert _core.utf8_error(data) == offset
     with pytest.raises(ValueError, match=f"byte 0x{data[offset]:02x} at offset {offset}"):
-        _tokenizer.split(data)
+        _core.split(data)
 
 
 def test_utf8_validation_as_python():
@@ -219,20 +220,20 @@ def test_utf8_validation_as_python():
         except UnicodeDecodeError as error:
             expected = error.start
             seen += 1
-        assert _tokenizer.utf8_error(bytes(data)) == expected
+        assert _core.utf8_error(bytes(data)) == expected
     assert seen > 1000
 
 
 def test_bytes_and_buffers():
     text = "Héllo, wörld 中"
-    expected = _tokenizer.split(text)
+    expected = _core.split(text)
     for data in (text.encode(), bytearray(text.encode()), memoryview(text.encode())):
-        assert _tokenizer.split(data) == expected
-    assert _tokenizer.split(b"") == []
+        assert _core.split(data) == expected
+    assert _core.split(b"") == []
     with pytest.raises(TypeError, match="expected str or bytes, got int"):
-        _tokenizer.split(3)
+        _core.split(3)
     with pytest.raises(TypeError, match="contiguous"):
-        _tokenizer.split(memoryview(b"abcdef")[::2])
+        _core.split(memoryview(b"abcdef")[::2])
 
 
 def sample(path, size: int = 40_000) -> str:
@@ -254,7 +255,7 @@ def test_every_shared_file(shared_data, slow_split):
             text = sample(path)
             assert len(text) > 1000, path
             for lowercase in (True, False):
-                words = _tokenizer.split(text, lowercase)
+                words = _core.split(text, lowercase)
                 assert words == basic_split(text, lowercase), path
                 assert words == slow_split(text, lowercase), path
 

@@ -26,7 +26,7 @@ def relations(draw):
 
     def make(shape, dtype):
         B, T, H, H_t, R = shape
-        teacher = draw(B, T, 3 * H_t, dtype=torch.float32, requires_grad=False)
+        teacher = draw(B, T, 3 * H_t, dtype=torch.bfloat16, requires_grad=False)
 
         def of(backend):
             return lambda x: MF.relation_kl(x, teacher.to(x.dtype), R, backend=backend)
@@ -37,9 +37,11 @@ def relations(draw):
 
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
-def test_no_worse_than_the_definition(backend, shape, dtype, relations, check_against):
+def test_against_the_definition(backend, shape, dtype, relations, check_against):
+    B, T, H, H_t, R = shape
     student, of = relations(shape, dtype)
-    check_against(of(backend), of("reference"), [student])
+    # A row of scores and its gradient are sums over T, a score over the width of a head.
+    check_against(of(backend), of("reference"), [student], max(T, H // R, H_t // R))
 
 
 def test_the_definition_is_what_is_meant():

@@ -1,0 +1,1 @@
+"""Writes models in other programs' formats."""

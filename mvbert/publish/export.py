@@ -1,0 +1,330 @@
+"""A BERT as an ONNX graph, in float32 and in int8: for phones, browsers and cheap CPUs.
+
+    OUT/onnx/model.onnx            float32
+    OUT/onnx/model_quantized.onnx  int8
+    OUT/config.json, vocab.txt, tokenizer.json, tokenizer_config.json
+
+These are the names under which transformers.js and Optimum look.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvbert.config import ModelConfig, RowConfig
+from mvbert.errors import InputError
+from mvbert.files import (
+    Json,
+    atomic_folder,
+    atomic_write,
+    read_json_object,
+    sync_folder,
+    write_json,
+)
+from mvbert.model import huggingface
+from mvbert.model.masked_lm import DeviceBatch, LabelHead, MaskedLM
+from mvbert.progress import Progress
+from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, needed, to_onnx
+from mvbert.text.batches import Batch
+from mvbert.text.corpus import Corpus, build_corpus
+from mvbert.text.docstrings import module_prose, module_sources
+from mvbert.text.stage_rows import heldout_rows
+from mvbert.text.tokenizer import save_tokenizer_files
+from mvbert.text.vocab import Vocab
+
+FLOAT, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
+ROWS, PIECES = 64, 128  # of the check; the pieces of a timed row, too
+CHECK_ROWS = 4  # of a pass: logits of all pieces are large
+BOUND = 1e-4  # of the largest value: how far float32 may be from torch
+TEXT_BYTES = 200_000  # of documentation strings, where no corpus is given
+
+
+# ---- running it ----------------------------------------------------------------------------------
+
+
+class Session:
+    """An ONNX file, opened on the CPU."""
+
+    def __init__(self, file: bytes | Path, threads: int = 1) -> None:
+        onnxruntime = needed()[1]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(
+            file, options, providers=["CPUExecutionProvider"]
+        )
+        self.outputs = [output.name for output in self._session.get_outputs()]
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Any:
+        """Inputs [B, T] of whole numbers -> the outputs by their names."""
+        given = zip(INPUTS, (input_ids, attention_mask, token_type_ids), strict=True)
+        results = self._session.run(None, {name: x.long().numpy() for name, x in given})
+        return {n: torch.from_numpy(x) for n, x in zip(self.outputs, results, strict=True)}
+
+    def milliseconds(self, config: ModelConfig, seconds: float = 0.4) -> float:
+        """The median time of one row of PIECES pieces."""
+        T = min(PIECES, config.max_position_embeddings)
+        ids = torch.arange(T)[None] * 7919 % config.vocab_size
+        given = ids, torch.ones_like(ids), torch.zeros_like(ids)
+        times: list[float] = []
+        for _ in range(3):
+            self(*given)
+        while len(times) < 5 or (sum(times) < seconds and len(times) < 200):
+            started = time.perf_counter()
+            self(*given)
+            times.append(time.perf_counter() - started)
+        return float(np.median(times)) * 1e3
+
+
+# ---- the check -----------------------------------------------------------------------------------
+
+
+def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
+    """Masked rows of a corpus's held-out text, or of Python's own documentation strings."""
+    pairs = 0.5 if config.type_vocab_size > 1 else 0.0
+    row = RowConfig(length=min(PIECES, config.max_position_embeddings), pair_prob=pairs)
+    with tempfile.TemporaryDirectory() as scratch:
+        if corpus is None:
+            text, size = [], 0
+            for source in module_sources("stdlib"):
+                text.append("\n".join(module_prose(source)))
+                size += len(text[-1])
+                if size > TEXT_BYTES:
+                    break
+            atomic_write(Path(scratch, "text.txt"), "\n\n".join(text))
+            made = Path(scratch, "corpus")
+            texts = [Path(scratch, "text.txt")]
+            build_corpus(texts, made, lowercase=vocab.lowercase, heldout_share=0.9)
+            opened = Corpus.open(made)
+        else:
+            opened = Corpus.open(corpus, verify="sha256")
+        return heldout_rows(opened, opened.segment(vocab), row).read(0, ROWS)
+
+
+class Comparison:
+    """What ONNX Runtime makes of rows, beside torch's own.
+
+    Rows are cut to different lengths and padded, so that attention_mask counts.
+
+    Args:
+        model: in float32, on the CPU.
+        head: whether the model can predict pieces; if not, only outputs are compared.
+        labels: scores labels, of rows in which nothing is masked.
+    """
+
+    def __init__(
+        self, model: MaskedLM, vocab: Vocab, batch: Batch, head: bool, labels: LabelHead | None
+    ) -> None:
+        self._model, self._head, self._labels = model.eval(), head, labels
+        carried = DeviceBatch.of(batch, torch.device("cpu"))
+        B, T = batch.input_ids.shape
+        shortest = T // 2
+        lengths = T - torch.arange(B) * 7 % (T - shortest + 1)
+        self._mask = torch.arange(T) < lengths[:, None]
+        self._ids = carried.input_ids.where(self._mask, vocab.pad)
+        self._types = carried.token_type_ids
+        row, place = carried.masked_index // T, carried.masked_index % T
+        asked = (carried.labels >= 0) & self._mask[row, place]
+        self._masked = row[asked], place[asked], carried.labels[asked]
+        if labels is not None:
+            self._ids[self._masked[:2]] = self._masked[2].to(self._ids.dtype)
+        self._hidden: dict[int, Tensor] = {}  # torch's, by the first row of a pass
+
+    @torch.no_grad()
+    def __call__(self, session: Session) -> dict[str, Any]:
+        """The session's distance from torch.
+
+        Returns:
+            largest: of each output, the largest difference over the largest value; error: the root
+            of the mean square of the difference over that of the value; where something is chosen,
+            same_top1: the share of masked pieces, or labels, for which both have the same first
+            choice; of pieces also right, right_torch: the share that either gets right.
+        """
+        sums = {name: [0.0] * 4 for name in session.outputs}
+        chosen = same = right = right_torch = 0
+        for first in range(0, len(self._ids), CHECK_ROWS):
+            rows = slice(first, first + CHECK_ROWS)
+            ids, mask, types = self._ids[rows], self._mask[rows], self._types[rows]
+            found = session(ids, mask, types)
+            if first not in self._hidden:
+                embedded = self._model.embeddings(ids, types)
+                self._hidden[first] = self._model.encoder(embedded, mask)
+            wanted = self._outputs(self._hidden[first], mask, session.outputs)
+            for name, total in sums.items():
+                a, b = found[name], wanted[name]
+                if not self._of_text(name):
+                    a, b = a[mask], b[mask]
+                apart = (a - b).double()
+                # NumPy's maximum keeps a NaN.
+                total[0] = float(np.maximum(total[0], float(apart.abs().max())))
+                total[1] = float(np.maximum(total[1], float(b.abs().max())))
+                total[2] += float(apart.square().sum())
+                total[3] += float(b.double().square().sum())
+            if not self._chooses(session.outputs):
+                continue
+            here = (self._masked[0] >= first) & (self._masked[0] < rows.stop)
+            row, place, label = (x[here] for x in self._masked)
+            ours, torchs = (
+                self._scores(outputs, mask, row - first, place).argmax(-1)
+                for outputs in (found, wanted)
+            )
+            chosen += len(ours)
+            same += int((ours == torchs).sum())
+            if self._labels is None:
+                right += int((ours == label).sum())
+                right_torch += int((torchs == label).sum())
+        result: dict[str, Any] = {
+            "largest": {name: t[0] / max(t[1], 1e-30) for name, t in sums.items()},
+            "error": {name: math.sqrt(t[2] / max(t[3], 1e-30)) for name, t in sums.items()},
+        }
+        if chosen:
+            result["masked" if self._labels is None else "labels"] = chosen
+            result["same_top1"] = same / chosen
+            if self._labels is None:
+                result |= {"right": right / chosen, "right_torch": right_torch / chosen}
+        return result
+
+    def _of_text(self, name: str) -> bool:
+        """Whether an output has one value for a text, not one for each of its pieces."""
+        of_text = self._labels is not None and self._labels.of_text
+        return name == OUTPUTS["pooled"] or (name == OUTPUTS["logits"] and of_text)
+
+    def _outputs(self, hidden: Tensor, mask: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """What the graph computes from torch's hidden states."""
+        outputs = {OUTPUTS["hidden"]: hidden}
+        if OUTPUTS["pooled"] in names:
+            counted = hidden * mask[..., None]
+            outputs[OUTPUTS["pooled"]] = counted.sum(1) / mask.sum(1, keepdim=True)
+        if self._labels is not None:
+            outputs |= self._labels(self._model, hidden)
+        elif OUTPUTS["logits"] in names:
+            outputs[OUTPUTS["logits"]] = self._model.logits(self._model.head(hidden))
+        return outputs
+
+    def _chooses(self, names: Sequence[str]) -> bool:
+        """Whether the outputs say which of several labels, or which piece."""
+        if self._labels is not None:
+            return OUTPUTS["logits"] in names and self._labels.scores.out_features > 1
+        return self._head and bool({OUTPUTS["hidden"], OUTPUTS["logits"]} & {*names})
+
+    def _scores(
+        self, outputs: dict[str, Tensor], mask: Tensor, row: Tensor, place: Tensor
+    ) -> Tensor:
+        """Of labels, or of the pieces at places of rows: [choices, labels or V]."""
+        if self._labels is not None:
+            scores = outputs[OUTPUTS["logits"]]
+            return scores if self._labels.of_text else scores[mask]
+        if OUTPUTS["logits"] in outputs:
+            return outputs[OUTPUTS["logits"]][row, place]
+        return self._model.logits(self._model.head(outputs[OUTPUTS["hidden"]][row, place]))
+
+
+# ---- the verb ------------------------------------------------------------------------------------
+
+
+def run_export(
+    name: str,
+    out: Path,
+    *,
+    heads: Sequence[str] = (),
+    int8: bool = False,
+    corpus: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Json]:
+    """Writes the folder of the module's first lines, checked before it appears.
+
+    Args:
+        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_teacher takes.
+        heads: of OUTPUTS; none: the scores of labels where the model has them, else hidden states.
+        corpus: whose held-out text is used for the check.
+
+    Raises:
+        InputError: no such BERT, it lacks what a head needs, `out` is taken or holds what is read,
+            or ONNX Runtime does not give torch's outputs.
+        MissingExtra: onnx or onnxruntime is not installed.
+    """
+    onnxruntime = needed()[1]
+    progress = Progress("export")
+    folder = huggingface.find_model(name)
+    for read in (folder, corpus):  # `out` is replaced as a whole
+        if read is not None and read.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} holds {read}, which is read; give another path")
+    model, missing = huggingface.load_masked_lm(folder)
+    vocab = huggingface.load_vocab(folder, model.config)
+    head = not any(part.startswith("head.") for part in missing)
+    labels = huggingface.load_label_head(folder, model.config)
+    if not heads:
+        heads = ["hidden"] if labels is None else ["logits"]
+        progress.note(f"outputs: {heads[0]}, as --head says nothing")
+    heads = [known for known in OUTPUTS if known in heads]
+    if "logits" in heads and not head and labels is None:
+        raise InputError(
+            f"{folder} has no head for masked language modelling, of labels or of questions, "
+            "so there are no logits"
+        )
+    compare = Comparison(model, vocab, real_rows(vocab, model.config, corpus), head, labels)
+    files: dict[str, Json] = {}
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        (partial / "onnx").mkdir()
+        for file in [FLOAT, INT8] if int8 else [FLOAT]:
+            data = to_onnx(model, heads, file == INT8, labels)
+            atomic_write(partial / file, data)
+            session = Session(data)
+            found = compare(session)
+            worst = max(found["largest"].values())
+            if file == FLOAT and not worst <= BOUND:
+                if not math.isfinite(worst):
+                    raise InputError(f"{folder}: the model's weights are spoiled: outputs are NaN")
+                raise InputError(
+                    f"ONNX Runtime {onnxruntime.__version__} is {worst:.1e} of the largest value "
+                    f"away from torch's outputs of {folder}, more than {BOUND:.0e}: "
+                    "nothing was written"
+                )
+            found |= {"bytes": len(data), "milliseconds": session.milliseconds(model.config)}
+            progress.note(_line(file, found))
+            files[file] = {
+                key: _rounded(value) if isinstance(value, dict) else value
+                for key, value in _rounded(found).items()
+            }
+        # Read and written, not copied: a config.json that is a link leads nowhere elsewhere.
+        write_json(partial / "config.json", read_json_object(folder / "config.json"))
+        save_tokenizer_files(vocab, partial, model.config.max_position_embeddings)
+        sync_folder(partial / "onnx")
+    return {
+        "output": str(out),
+        "model": str(folder),
+        "outputs": session.outputs,
+        "files": files,
+        "checked_on": str(corpus) if corpus is not None else "documentation strings of Python",
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def _line(file: str, found: dict[str, Any]) -> str:
+    """What people are told of one file."""
+    text = f"{file}: {found['bytes'] / 1e6:.2f} MB, {found['milliseconds']:.2f} ms a row, 1 thread"
+    if file == FLOAT:
+        return f"{text}; {max(found['largest'].values()):.1e} of the largest value from torch's"
+    for name, error in found["error"].items():
+        text += f"; {name} {error:.1%} off (root mean square)"
+    if "masked" in found:
+        text += (
+            f"; {found['same_top1']:.1%} of {found['masked']} masked pieces guessed alike, "
+            f"{found['right']:.1%} of them right, in float32 {found['right_torch']:.1%}"
+        )
+    if "labels" in found:
+        text += f"; {found['same_top1']:.1%} of {found['labels']} labels chosen alike"
+    return text
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, Any]:
+    """Four digits of every fraction."""
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}

@@ -1,0 +1,150 @@
+"""A linear probe on SST-2: what a student's states say of a sentence, without fine-tuning.
+
+Sentences are the mean of the last hidden states over their pieces; a logistic regression on these
+is fitted on some of the training sentences and asked about the dev set. The student itself stays as
+it is, so the figure is well below what fine-tuning reaches; it is for comparing students. Same
+student, same seed: same figure.
+
+SST-2: Socher et al. 2013; as GLUE's TSV files (Wang et al. 2018, arXiv 1804.07461).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mvbert.errors import InputError
+from mvbert.model.masked_lm import MaskedLM
+from mvbert.study.measures import BATCH, padded
+from mvbert.text.philox import permuted
+from mvbert.text.tokenizer import WordPieceTokenizer
+from mvbert.text.vocab import Vocab
+from mvbert.training.device import Device
+
+L2 = 1e-3  # on the mean loss; features have unit variance
+
+Sentences = tuple[list[str], list[int]]
+
+
+def read_sst2(path: Path) -> tuple[Sentences, Sentences]:
+    """Training and dev sentences with their labels, out of a folder or a .tar archive of it.
+
+    Raises:
+        InputError: there is no such file, or a line is not a sentence, a tab and 0 or 1.
+    """
+    found = {}
+    for name in ("train.tsv", "dev.tsv"):
+        where, text = _read(path, name)
+        sentences, labels = [], []
+        lines = text.splitlines()
+        if not lines or lines[0].split("\t") != ["sentence", "label"]:
+            raise InputError(f"{where}:1: expected the columns sentence and label")
+        for number, line in enumerate(lines[1:], 2):
+            sentence, tab, label = line.rpartition("\t")
+            if not tab or label not in ("0", "1"):
+                raise InputError(f"{where}:{number}: expected a sentence, a tab, and 0 or 1")
+            sentences.append(sentence)
+            labels.append(int(label))
+        found[name] = (sentences, labels)
+    return found["train.tsv"], found["dev.tsv"]
+
+
+def _read(path: Path, name: str) -> tuple[str, str]:
+    """A file of the folder or archive, and what to call it in a message."""
+    try:
+        if path.is_dir():
+            return str(path / name), (path / name).read_text(encoding="utf-8")
+        with tarfile.open(path) as archive:
+            for member in archive:
+                file = archive.extractfile(member) if Path(member.name).name == name else None
+                if file is not None:
+                    return f"{path}:{member.name}", io.TextIOWrapper(file, "utf-8").read()
+    except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0].rstrip(":")  # tarfile adds a line for each packing
+        raise InputError(f"{path}: cannot be read as SST-2's folder or archive: {reason}") from None
+    raise InputError(f"{path}: no {name} in it; expected SST-2's folder or a .tar archive of it")
+
+
+def linear_probe(
+    model: MaskedLM,
+    vocab: Vocab,
+    train: Sentences,
+    dev: Sentences,
+    where: Device,
+    *,
+    length: int,
+    count: int = 0,
+    seed: int = 0,
+) -> float:
+    """The share of dev sentences that a logistic regression on the student's states gets right.
+
+    Args:
+        model: the student, on the device.
+        length: pieces after which sentences are cut.
+        count: training sentences (0: all), drawn by `seed`.
+    """
+    sentences, labels = train
+    if 0 < count < len(sentences):
+        chosen = [permuted(i, len(sentences), 0, seed) for i in range(count)]
+        sentences, labels = [sentences[i] for i in chosen], [labels[i] for i in chosen]
+    tokenizer = WordPieceTokenizer(vocab)
+    x = sentence_states(model, tokenizer, sentences, where, length)
+    x_dev = sentence_states(model, tokenizer, dev[0], where, length)
+    mean, spread = x.mean(0), x.std(0).clamp_min(1e-9)
+    weights = fit_logistic((x - mean) / spread, torch.tensor(labels))
+    scores = (x_dev - mean) / spread @ weights[:-1] + weights[-1]
+    return float(((scores > 0).long() == torch.tensor(dev[1])).double().mean())
+
+
+@torch.no_grad()
+def sentence_states(
+    model: MaskedLM,
+    tokenizer: WordPieceTokenizer,
+    sentences: list[str],
+    where: Device,
+    length: int,
+) -> Tensor:
+    """The mean last hidden state of each sentence's pieces, [sentences, H] float64."""
+    model.eval()
+    rows = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in sentences]
+    cls, sep, pad = tokenizer.vocab.cls, tokenizer.vocab.sep, tokenizer.vocab.pad
+    rows = [[cls, *row[: length - 2], sep] for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    states = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float64)
+    for first in range(0, len(order), BATCH):
+        part = order[first : first + BATCH]
+        ids, mask = padded([rows[i] for i in part], pad, where.device)
+        with where.cast():
+            hidden = model.encoder(model.embeddings(ids, torch.zeros_like(ids)), mask)
+        inside = (mask & (ids != cls) & (ids != sep))[..., None]
+        total = (hidden.double() * inside).sum(1) / inside.sum(1).clamp_min(1)
+        states[part] = total.cpu()
+    return states
+
+
+def fit_logistic(x: Tensor, labels: Tensor) -> Tensor:
+    """Weights and bias [H + 1] of a logistic regression, by L-BFGS in float64 from zero."""
+    weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    target = labels.double()
+    optimizer = torch.optim.LBFGS(
+        [weights],
+        max_iter=200,
+        tolerance_grad=1e-7,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        scores = x @ weights[:-1] + weights[-1]
+        value = torch.nn.functional.binary_cross_entropy_with_logits(scores, target)
+        value = value + L2 / 2 * weights[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return weights.detach()

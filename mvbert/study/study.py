@@ -1,0 +1,344 @@
+"""A study: arms that differ from a common setting in what is named, and in nothing else.
+
+    corpus -> a vocabulary a size -> Stage I, once for each way it is run -> Stage II, arm by seed
+
+Every arm sees the same number of pieces; arms of one vocabulary see the same rows, and the results
+hold the checksums that show it. Each step is a folder that is not made again, so a study that was
+stopped or killed goes on where it was.
+
+    out/corpus/  vocabs/SIZE/  stage1/KEY/  runs/ARM/SEED/   the steps
+    out/results.jsonl     one line for each arm, seed and held-out point
+    out/table.md          means over seeds at the last point, and differences from the baseline
+    out/curves.svg, .png  bits per word against pieces seen
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvbert.config import (
+    JobConfig,
+    MeasureConfig,
+    Stage1Config,
+    Stage2Config,
+    from_dict,
+    to_dict,
+)
+from mvbert.errors import InputError
+from mvbert.files import Json, atomic_write, read_json, write_json
+from mvbert.model import huggingface
+from mvbert.progress import Progress
+from mvbert.study.measures import MeasuredWords, ask, bits_per_word, choose_words
+from mvbert.study.probe import Sentences, linear_probe, read_sst2
+from mvbert.study.study_report import write_report
+from mvbert.text.batches import Rows
+from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
+from mvbert.text.stage_rows import student_rows
+from mvbert.text.vocab import Vocab
+from mvbert.training.device import Device, choose_device
+from mvbert.training.ranks import join_ranks
+from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
+from mvbert.training.runs import describe_run, lock, make_folder, read_log
+
+_TABLES = ("vocab", "row", "stage1", "stage2")  # what an arm may change
+
+
+@dataclass(frozen=True)
+class StudyConfig(JobConfig):
+    """A study: the common setting, as for `mvbert distill`, and the arms that differ from it."""
+
+    out: str = "runs/study"
+    """Folder of the study."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Every arm is run once with each: rows, masks, dropout and initial weights."""
+    stage1_seeds: bool = False
+    """Run Stage I with each seed too, instead of once with stage1.seed."""
+    baseline: str = ""
+    """The arm that others are compared with (none: the first)."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name -> tables vocab, row, stage1, stage2 with the fields that differ."""
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise InputError("a study needs arms: [arms.NAME.stage2] and so on")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise InputError(f"seeds must be different numbers, got {list(self.seeds)}")
+        if self.baseline and self.baseline not in self.arms:
+            raise InputError(f"the baseline {self.baseline!r} is not one of the arms")
+        settings = {}
+        for name, tables in self.arms.items():
+            if not re.fullmatch(r"[A-Za-z0-9_+-]+", name):
+                raise InputError(f"an arm's name is letters, digits, +, - and _, got {name!r}")
+            for table, values in tables.items():
+                if table not in _TABLES or not isinstance(values, dict):
+                    raise InputError(
+                        f"arms.{name} takes tables {', '.join(_TABLES)}, got {table!r}"
+                    )
+            settings[name] = self.setting(name)
+            try:
+                settings[name].check_start("student", settings[name].stage2)
+            except InputError as error:
+                raise InputError(f"arms.{name}: {error}") from None
+        first, *others = settings
+        wanted = _alike(settings[first])
+        for name in others:
+            for what, mine in _alike(settings[name]).items():
+                if mine != wanted[what]:
+                    raise InputError(
+                        f"arms must be alike in {what}: "
+                        f"{first} has {wanted[what]}, {name} has {mine}"
+                    )
+
+    def setting(self, name: str, seed: int | None = None) -> JobConfig:
+        """What arm `name` is made from, with a seed of the study in place of its own."""
+        tables: dict[str, Any] = {}
+        for table in _TABLES:
+            common = getattr(self, table)
+            values = to_dict(common) | self.arms[name].get(table, {})
+            tables[table] = from_dict(type(common), values, f"arms.{name}.{table}")
+        for table in ("stage1", "stage2"):
+            tables[table] = tables[table].counted(tables["row"].length)
+        if seed is not None:
+            tables["stage2"] = replace(tables["stage2"], seed=seed)
+            if self.stage1_seeds:
+                tables["stage1"] = replace(tables["stage1"], seed=seed)
+        return JobConfig(self.teacher, self.corpus, **tables)
+
+    def scaled(self, share: float) -> StudyConfig:
+        """The same study with `share` of the steps of both stages."""
+        if not share > 0:
+            raise InputError(f"scale must be above 0, got {share}")
+
+        def shorter(values: dict[str, Any]) -> dict[str, Any]:
+            steps = {
+                key: max(1, round(values[key] * share))
+                for key in ("steps", "eval_every", "save_every", "pieces")
+                if values.get(key)
+            }
+            return {**values, **steps}
+
+        arms = {
+            name: {
+                table: shorter(values) if table in ("stage1", "stage2") else values
+                for table, values in tables.items()
+            }
+            for name, tables in self.arms.items()
+        }
+        return replace(
+            self,
+            arms=arms,
+            stage1=from_dict(Stage1Config, shorter(to_dict(self.stage1)), "stage1"),
+            stage2=from_dict(Stage2Config, shorter(to_dict(self.stage2)), "stage2"),
+        )
+
+
+def _pieces(setting: JobConfig, step: int) -> int:
+    """Pieces that Stage II has seen at `step`."""
+    return step * setting.stage2.rows * setting.row.length
+
+
+def _alike(setting: JobConfig) -> dict[str, int]:
+    """What must be the same in all arms of a study."""
+    stage2 = setting.stage2
+    return {
+        "pieces": _pieces(setting, stage2.steps),
+        "stage2.eval_every": stage2.eval_every,
+        "stage2.eval_rows": stage2.eval_rows,
+    }
+
+
+def run_study(config: StudyConfig) -> dict[str, Json]:
+    """Runs what is not done yet, measures it, and writes results, table and curves.
+
+    Returns:
+        The folder, the number of runs and of results, and each arm's mean at the last point.
+
+    Raises:
+        InputError: wrong input, `config.out` holds another study, or there are several processes.
+        Interrupted: asked to stop; a checkpoint was saved first.
+    """
+    if join_ranks().count > 1:
+        raise InputError("a study runs in one process: start it without torchrun")
+    started = time.perf_counter()
+    progress = Progress("study")
+    out = Path(config.out)
+    make_folder(out)
+    with lock(out):
+        described = to_dict(config)
+        for later in ("out", "arms", "seeds", "baseline"):  # arms and seeds may be added
+            del described[later]
+        described |= {"stage1": config.stage1.described(), "stage2": config.stage2.described()}
+        describe_run(out / "study.json", described)
+        work = _Work(config, out, progress)
+        for seed in config.seeds:
+            for name in config.arms:
+                work.arm(name, seed)
+                _write_results(config, out)
+        records = _write_results(config, out)
+        report = write_report(out, records, config.baseline or next(iter(config.arms)))
+    return {
+        "output": str(out),
+        "runs": len(config.seeds) * len(config.arms),
+        "results": len(records),
+        "arms": report,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+class _Work:
+    """The steps of a study, each made once."""
+
+    def __init__(self, config: StudyConfig, out: Path, progress: Progress) -> None:
+        self._config, self._out, self._progress = config, out, progress
+        self._teacher = huggingface.find_teacher(config.teacher)
+        lowercase = Vocab.load(self._teacher).lowercase
+        self._corpus = checked_corpus(make_corpus(config.corpus, out, lowercase, progress))
+        self._sst2: tuple[Sentences, Sentences] | None = None
+        if config.measure.sst2:
+            self._sst2 = read_sst2(Path(config.measure.sst2))
+
+    def arm(self, name: str, seed: int) -> None:
+        """Trains and measures one student, unless that is done."""
+        setting = self._config.setting(name, seed)
+        folder = run_folder(self._out, name, seed)
+        points = _points_every(setting.stage2)
+        # A checkpoint for every held-out point, to be measured; those of interruptions come on top.
+        stage2 = replace(setting.stage2, save_every=setting.stage2.eval_every, keep_last=10**6)
+        stage1_dir = self._stage1(setting)
+        run_stage2(
+            stage2, setting.row, self._corpus, stage1_dir / "model", folder, f"{name} {seed}"
+        )
+        if (folder / "points.json").is_file():
+            return
+        records = self._measure(name, seed, setting, folder, points)
+        write_json(folder / "points.json", records)
+        checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+        for old in checkpoints[:-1]:  # model/ holds the last one's weights
+            shutil.rmtree(old)
+
+    def _stage1(self, setting: JobConfig) -> Path:
+        """Stage I as this setting wants it; arms that want the same one share it."""
+        size = setting.vocab.size
+        vocab_dir = self._out / "vocabs" / _key(size, to_dict(setting.vocab))
+        make_vocab(setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress)
+        made_from = (to_dict(setting.vocab), to_dict(setting.row), setting.stage1.described())
+        folder = self._out / "stage1" / _key(size, *made_from)
+        run_stage1(
+            setting.stage1, setting.row, self._corpus, self._teacher, vocab_dir / VOCAB_FILE, folder
+        )
+        return folder
+
+    def _measure(
+        self, name: str, seed: int, setting: JobConfig, folder: Path, points: list[int]
+    ) -> list[Json]:
+        """The records of one run, a line for each held-out point."""
+        where = choose_device(setting.stage2)
+        logged = read_log(folder)
+        heldout = {r["step"]: r["heldout"] for r in logged if "heldout" in r}
+        trained = [r for r in logged if "heldout" not in r]
+        vocab = Vocab.load(folder / "model")
+        cut = self._corpus.segment(vocab)
+        words = None
+        if self._config.measure.words:
+            places = choose_words(self._corpus.heldout, self._config.measure.words)
+            words = ask(
+                self._corpus.heldout, cut, places, self._config.measure.context, setting.row.length
+            )
+        rows = student_rows(self._corpus.train, cut, setting.row, setting.stage2.seed)
+        lengths = rows.describe()["pieces_per_word"]["student"]
+        shared: dict[str, Json] = {
+            "arm": name,
+            "seed": seed,
+            "vocab": vocab.size,
+            "rows": _rows_id(rows, setting.stage2),
+            "student_parameters": huggingface.read_model_config(
+                folder / "model"
+            ).encoder_parameters,
+            **{key: trained[-1].get(key) for key in ("student_mflop", "teacher_mflop")},
+        }
+        records: list[Json] = []
+        for step in points:
+            record = {
+                **shared,
+                "step": step,
+                "pieces": _pieces(setting, step),
+                "words": round(_pieces(setting, step) / lengths),
+                "loss": heldout[step]["loss"],
+                "accuracy": heldout[step]["accuracy"],
+                **self._asked(folder, step, vocab, words, where),
+            }
+            records.append(record)
+        records[-1] |= self._probed(folder, vocab, setting, where)  # type: ignore[operator]
+        return records
+
+    def _asked(
+        self, folder: Path, step: int, vocab: Vocab, words: MeasuredWords | None, where: Device
+    ) -> dict[str, Json]:
+        if words is None:
+            return {}
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        model, _ = huggingface.load_masked_lm(checkpoint, complete=True)
+        found = bits_per_word(model.to(where.device), vocab.pad, words, where)
+        self._progress.note(f"{folder.parent.name} step {step}: {found['bits_per_word']:.3f} bits")
+        return {**found, **words.facts()}
+
+    def _probed(
+        self, folder: Path, vocab: Vocab, setting: JobConfig, where: Device
+    ) -> dict[str, Json]:
+        if self._sst2 is None:
+            return {}
+        model, _ = huggingface.load_masked_lm(folder / "model", complete=True)
+        accuracy = linear_probe(
+            model.to(where.device), vocab, *self._sst2, where,
+            length=setting.row.length, count=self._config.measure.sentences,
+            seed=setting.stage2.seed,
+        )  # fmt: skip
+        self._progress.note(f"{folder.parent.name}: SST-2, linear probe {accuracy:.1%}")
+        return {"sst2": accuracy}
+
+
+def run_folder(out: Path, arm: str, seed: int) -> Path:
+    return out / "runs" / arm / str(seed)
+
+
+def _points_every(stage2: Stage2Config) -> list[int]:
+    """Steps with a held-out evaluation."""
+    return sorted({*range(0, stage2.steps, stage2.eval_every), stage2.steps})
+
+
+def _key(size: int, *settings: dict[str, Any]) -> str:
+    """A short name for what is made from these settings."""
+    text = json.dumps(settings, sort_keys=True)
+    return f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _rows_id(rows: Rows, stage2: Stage2Config) -> str:
+    """A checksum of the first and the last step's rows: what two runs must share to be compared."""
+    digest = hashlib.sha256()
+    for step in (0, stage2.steps - 1):
+        batch = rows.read(step * stage2.rows, stage2.rows, student_prob=1.0, threads=1)
+        for array in (batch.input_ids, batch.labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _write_results(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
+    """All records that there are, in the order of seeds and arms, to results.jsonl."""
+    records: list[dict[str, Any]] = []
+    for seed in config.seeds:
+        for name in config.arms:
+            points = run_folder(out, name, seed) / "points.json"
+            if points.is_file():
+                records += read_json(points)  # type: ignore[arg-type]
+    atomic_write(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+    return records

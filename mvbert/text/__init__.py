@@ -1,0 +1,1 @@
+"""Text to training rows: readers, corpus, vocabulary, tokenizer. Nothing here imports torch."""

@@ -1,0 +1,165 @@
+"""The folder that holds a corpus: what is in it, and what is checked when it is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvbert import _core
+from mvbert.cores import cores
+from mvbert.errors import InputError
+from mvbert.files import read_json_object, sha256_file
+from mvbert.text.lexicon import Segmentation, WordList
+
+if TYPE_CHECKING:
+    from mvbert.text.vocab import Vocab
+
+FORMAT = "mvbert-corpus"
+VERSION = 1
+MANIFEST = "manifest.json"
+STREAMS = ("train.u32", "heldout.u32")
+LEXICON = ("lexicon.bytes", "lexicon.ends", "lexicon.counts")
+
+
+def open_stream(path: Path) -> np.ndarray:
+    """Word ids as a read-only memory map (an empty file cannot be mapped)."""
+    if path.stat().st_size == 0:
+        return np.zeros(0, np.uint32)
+    return np.memmap(path, np.dtype("<u4"), "r")
+
+
+class Corpus:
+    """A corpus folder, opened: streams and lexicon are memory maps, nothing is read in."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        """Use `Corpus.open`."""
+        self.folder = folder
+        self.manifest = manifest
+        self.train = open_stream(folder / "train.u32")
+        self.heldout = open_stream(folder / "heldout.u32")
+        data, ends, counts = (folder / name for name in LEXICON)
+        self.words = WordList(np.memmap(data, np.uint8, "r"), np.memmap(ends, np.dtype("<u8"), "r"))
+        self.counts = np.memmap(counts, np.dtype("<u8"), "r")
+
+    @property
+    def lowercase(self) -> bool:
+        return self.manifest["lowercase"]
+
+    def __repr__(self) -> str:
+        return (
+            f"Corpus({str(self.folder)!r}, words={self.manifest['words']}, "
+            f"distinct={self.manifest['distinct']})"
+        )
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: str = "sizes") -> Corpus:
+        """Opens a corpus folder.
+
+        Args:
+            folder: as build_corpus made it.
+            verify: "sizes" compares the sizes of the files with the manifest, "sha256" their bytes
+                too (reads all of them).
+
+        Raises:
+            InputError: not a corpus, of another format version, or a file that is missing or not
+                the one the manifest describes, by name.
+        """
+        if verify not in ("sizes", "sha256"):
+            raise InputError(f'verify must be "sizes" or "sha256", got {verify!r}')
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise InputError(
+                f"{folder} is not a corpus: it has no {MANIFEST}; make one with `mvbert corpus`"
+            )
+        manifest: dict[str, Any] = read_json_object(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise InputError(f"{folder / MANIFEST} is not the manifest of a corpus")
+        if manifest.get("version") != VERSION:
+            raise InputError(
+                f"{folder} is a corpus of format version {manifest.get('version')}, "
+                f"this program reads version {VERSION}; build it again"
+            )
+        _check_manifest(folder / MANIFEST, manifest)
+        for name in (*STREAMS, *LEXICON):
+            _check_file(folder / name, manifest["files"][name], verify)
+        return cls(folder, manifest)
+
+    def segment(self, vocab: Vocab, threads: int = 0) -> Segmentation:
+        """Cuts every word of the lexicon with a vocabulary; takes milliseconds to seconds.
+
+        Raises:
+            InputError: a cased vocabulary for an uncased corpus, or the other way round.
+        """
+        if vocab.lowercase != self.lowercase:
+            cased = {True: "uncased", False: "cased"}
+            raise InputError(
+                f"the vocabulary is {cased[vocab.lowercase]} but the corpus {self.folder} is "
+                f"{cased[self.lowercase]}; build the corpus with lowercase={vocab.lowercase} "
+                f"({'without' if vocab.lowercase else 'with'} --cased)"
+            )
+        wordpiece = _core.WordPiece(list(vocab.pieces), vocab.unk)
+        ends, ids = _core.segment_lexicon(
+            self.words.data, self.words.ends, wordpiece, cores(threads)
+        )
+        return Segmentation(ends, ids, vocab)
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuses a manifest whose values are not of the kinds that a corpus has."""
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    heldout: Any = manifest.get("heldout")
+    files: Any = manifest.get("files")
+    bad = [k for k in ("documents", "words", "distinct", "bytes") if not is_count(manifest.get(k))]
+    if not isinstance(manifest.get("lowercase"), bool):
+        bad.append("lowercase")
+    sources = manifest.get("sources")
+    if not isinstance(sources, list) or not all(
+        isinstance(source, dict) and {"name", "bytes", "sha256", "heldout"} <= source.keys()
+        for source in sources
+    ):
+        bad.append("sources")
+    if not isinstance(heldout, dict) or not all(
+        is_count(heldout.get(k)) for k in ("documents", "words")
+    ):
+        bad.append("heldout")
+    if not isinstance(files, dict) or not all(
+        isinstance(files.get(name), dict)
+        and is_count(files[name].get("bytes"))
+        and isinstance(files[name].get("sha256"), str)
+        for name in (*STREAMS, *LEXICON)
+    ):
+        bad.append("files")
+    if bad:
+        raise InputError(f"{path} is damaged: {', '.join(bad)} missing or of the wrong kind")
+    W = manifest["distinct"] + 1
+    sizes = {
+        "train.u32": 4 * (manifest["words"] + manifest["documents"]),
+        "heldout.u32": 4 * (heldout["words"] + heldout["documents"]),
+        "lexicon.ends": 8 * W,
+        "lexicon.counts": 8 * W,
+    }
+    for name, size in sizes.items():
+        if files[name]["bytes"] != size:
+            raise InputError(
+                f"{path} is damaged: by its counts {name} has {size} bytes, "
+                f"by its list of files {files[name]['bytes']}"
+            )
+
+
+def _check_file(path: Path, entry: dict[str, Any], verify: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is missing; build the corpus again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise InputError(
+            f"{path} has {size} bytes, its manifest says {entry['bytes']}; build the corpus again"
+        )
+    if verify == "sha256" and sha256_file(path) != entry["sha256"]:
+        raise InputError(
+            f"{path} is not the file of its manifest (another SHA-256); build the corpus again"
+        )

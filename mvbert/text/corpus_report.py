@@ -1,0 +1,205 @@
+"""What a person and a program are told of a corpus: counts, and how vocabularies cut it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvbert.errors import InputError, Interrupted
+from mvbert.text.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, merge_corpora
+from mvbert.text.corpus_folder import Corpus
+
+if TYPE_CHECKING:
+    from mvbert.text.vocab import Vocab
+
+
+def run_corpus(
+    texts: Iterable[str | Path],
+    out: str | Path,
+    *,
+    vocabs: Mapping[str, Vocab] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`build_corpus` with a progress bar, then the report: what `mvbert corpus` does.
+
+    Args:
+        texts, out, options: as build_corpus takes them.
+        vocabs: vocabularies by name, for pieces per word and unknown rate in each.
+
+    Raises:
+        InputError: as build_corpus raises it.
+        Interrupted: Ctrl-C.
+    """
+    with _progress_bar("corpus") as progress:
+        try:
+            build_corpus(texts, out, progress=progress, **options)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; {out} was not made; the same command goes on from the last "
+                f"checkpoint, if there is one (every {CHECKPOINT_BYTES >> 20} MiB of text)"
+            ) from None
+    corpus = Corpus.open(out)
+    report = corpus_report(corpus, vocabs or {})
+    print_corpus_report(report)
+    return report
+
+
+def run_merge(
+    corpora: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    vocabs: Mapping[str, Vocab] | None = None,
+) -> dict[str, Any]:
+    """`merge_corpora` with a progress bar, then the report."""
+    with _progress_bar("merge") as progress:
+        merge_corpora(corpora, out, overwrite=overwrite, progress=progress)
+    report = corpus_report(Corpus.open(out), vocabs or {})
+    print_corpus_report(report)
+    return report
+
+
+def run_corpus_info(folder: str | Path) -> dict[str, Any]:
+    """Reads all of a corpus and compares it with its manifest, then the report.
+
+    Raises:
+        InputError: not a corpus, or a file is not the one that was written, by name.
+    """
+    corpus = Corpus.open(folder, verify="sha256")
+    report = corpus_report(corpus, {})
+    print_corpus_report(report)
+    print("every file has the SHA-256 of the manifest", file=sys.stderr)
+    return report
+
+
+def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab]:
+    """Vocabularies by their paths, to report on.
+
+    Raises:
+        InputError: no vocabulary, or its own configuration says that it is of the other case.
+    """
+    from mvbert.text.vocab import Vocab
+
+    vocabs = {}
+    for path in map(Path, paths):
+        # A bare vocab.txt does not say of which case it is.
+        vocab = Vocab.load(path, lowercase=None if path.is_dir() else lowercase)
+        if vocab.lowercase != lowercase:
+            cased = {True: "uncased", False: "cased"}
+            raise InputError(
+                f"the vocabulary {path} is {cased[vocab.lowercase]} but the corpus is "
+                f"{cased[lowercase]}"
+            )
+        vocabs[str(path)] = vocab
+    return vocabs
+
+
+def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]:
+    """Counts of a corpus, and of its train part how each vocabulary cuts it.
+
+    Pieces per word and the unknown rate are over the words of the train stream, each as often as it
+    is there; `unknown` is the share of words with an unknown piece. `shared` is the share of a
+    vocabulary's pieces that are in each of the others.
+    """
+    manifest = corpus.manifest
+    report: dict[str, Any] = {
+        "output": str(corpus.folder),
+        **{k: manifest[k] for k in ("bytes", "documents", "words", "distinct", "lowercase")},
+        "not_utf8": manifest["not_utf8"],
+        "heldout": manifest["heldout"],
+        "vocabularies": {},
+    }
+    for name, vocab in vocabs.items():
+        cut = corpus.segment(vocab)
+        counts = corpus.counts[1:].astype(np.float64)
+        lengths = cut.lengths[1:]
+        words = max(counts.sum(), 1.0)
+        # A word that cannot be cut is the one unknown piece.
+        first = cut.ids[cut.ends[:-1]]
+        report["vocabularies"][name] = {
+            "size": vocab.size,
+            "pieces_per_word": float(counts @ lengths / words),
+            "unknown": float(counts[first == vocab.unk].sum() / words),
+            "whole_words": float(counts[(lengths == 1) & (first != vocab.unk)].sum() / words),
+            "shared": {
+                other: len(set(vocab.pieces) & set(others.pieces)) / vocab.size
+                for other, others in vocabs.items()
+                if other != name
+            },
+        }
+    return report
+
+
+def print_corpus_report(report: dict[str, Any]) -> None:
+    """The report as a table, to stderr (stdout is for the JSON)."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    heldout = report["heldout"]
+    table = Table("corpus", "train", "held out")
+    table.add_row("documents", f"{report['documents']:,}", f"{heldout['documents']:,}")
+    table.add_row("words", f"{report['words']:,}", f"{heldout['words']:,}")
+    table.add_row("distinct words", f"{report['distinct']:,}", "")
+    table.add_row("bytes of text", f"{report['bytes']:,}", "")
+    console.print(table)
+    if report["vocabularies"]:
+        column = Column("vocabulary", overflow="fold")  # paths that differ at their ends
+        table = Table(column, "pieces", "pieces per word", "whole words", "unknown")
+        for name, cut in report["vocabularies"].items():
+            table.add_row(
+                name,
+                f"{cut['size']:,}",
+                f"{cut['pieces_per_word']:.4f}",
+                f"{cut['whole_words']:.2%}",
+                f"{cut['unknown']:.4%}",
+            )
+        console.print(table)
+        for name, cut in report["vocabularies"].items():
+            for other, share in cut["shared"].items():
+                console.print(f"{share:.1%} of the pieces of {name} are in {other}", markup=False)
+    share = heldout.get("share", 0.0)
+    by = {
+        "texts": "texts of their own",
+        "draw": f"a draw of {share:g} of the documents, seed {heldout.get('seed')}",
+        "document": "the one document nearest to being drawn",
+        "tail": f"the last {share:g} of the one document",
+        "merge": "what was held out of the merged corpora",
+        "none": "nothing",
+    }
+    console.print(f"held out: {by[heldout['by']]}", markup=False)
+    if report["not_utf8"]:
+        console.print(f"left out: {report['not_utf8']:,} runs of bytes that are not UTF-8")
+
+
+@contextlib.contextmanager
+def _progress_bar(title: str) -> Iterator[Progress | None]:
+    """A bar over bytes on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,323 @@
+"""Learns a student vocabulary from a lexicon's (word, count) pairs, and says how good it is.
+
+`topdown` is the C++ learner: csrc/vocab_learner.h has the algorithm, learner_reference.py the plain
+definition. `bpe` and `unigram` are sentencepiece's (learner_sentencepiece.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvbert import _core
+from mvbert.cores import cores
+from mvbert.errors import InputError
+from mvbert.files import Json
+from mvbert.text.corpus import Corpus
+from mvbert.text.learner_reference import SPECIAL_TOKENS
+from mvbert.text.lexicon import WordList
+from mvbert.text.vocab import Vocab
+
+LEARNERS = ("topdown", "bpe", "unigram")
+
+# On 410 MB of English Wikipedia and 78 MB of books, single characters that cover 0.9999 of the text
+# are 239 (412 pieces of 4,928) and leave 0.018 % of held-out words unknown, where BERT's own
+# vocabulary leaves 0.011 %. 0.99999 spends 2,938 pieces to reach 0.006 %; all 5,005 characters do
+# not fit. docs/log.md has the table.
+COVERAGE = 0.9999
+
+# The words of a corpus; or a list of UTF-8 words; or all bytes and where each word ends, u64 [W].
+WordSource = WordList | Sequence[bytes] | tuple[bytes, np.ndarray]
+
+
+def learn_vocab(
+    words: WordSource,
+    counts: Sequence[int] | np.ndarray,
+    size: int,
+    *,
+    learner: str = "topdown",
+    coverage: float = COVERAGE,
+    threads: int = 0,
+) -> list[str]:
+    """Learns exactly `size` WordPiece pieces from distinct words and how often each occurs.
+
+    The result depends on the words, their counts, `size`, `learner` and `coverage` alone; bpe and
+    unigram also on the version of sentencepiece.
+
+    Args:
+        words: W words as BERT's splitter makes them; the empty word (a lexicon's document mark),
+            words of count 0 and words over 100 characters (always [UNK]) take no part.
+        counts: [W], integers.
+        size: pieces wanted, the five special tokens included.
+        learner: one of LEARNERS.
+        coverage: share of character occurrences that single characters must cover, in (0, 1]; words
+            with other characters become [UNK]. Below 1 it keeps rare foreign letters from filling a
+            small vocabulary.
+        threads: 0 for one for each core.
+
+    Returns:
+        [PAD] [UNK] [CLS] [SEP] [MASK], then pieces by descending use, ties in byte order. All words
+        of covered characters can be cut, and greedy cutting uses every piece of two characters or
+        more.
+
+    Raises:
+        InputError: `size` is below the alphabet or above what the words give, an argument is out of
+            range, or a word is not one that the splitter makes.
+        MissingExtra: `learner` needs sentencepiece, which is not installed.
+    """
+    if learner not in LEARNERS:
+        raise InputError(f"learner must be one of {', '.join(LEARNERS)}, got {learner!r}")
+    if not 0 < coverage <= 1:
+        raise InputError(f"coverage must be in (0, 1], got {coverage}")
+    if size <= len(SPECIAL_TOKENS):
+        raise InputError(f"size must be above the {len(SPECIAL_TOKENS)} special tokens, got {size}")
+    if threads < 0:
+        raise InputError(f"threads must be 0 or more, got {threads}")
+    data, ends = flat_words(words)
+    numbers = check_counts(counts, len(ends))
+    if learner == "topdown":
+        try:
+            pieces, _, _, _ = _core.learn_vocab(data, ends, numbers, size, coverage, cores(threads))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return pieces
+    from mvbert.text.learner_sentencepiece import learn_with_sentencepiece
+
+    lexicon = dict(zip(decoded(data, ends), numbers.tolist(), strict=True))
+    return learn_with_sentencepiece(lexicon, size, model_type=learner, coverage=coverage)
+
+
+def vocab_report(
+    pieces: Sequence[str],
+    words: WordSource,
+    counts: Sequence[int] | np.ndarray,
+    teacher_vocab: Vocab | Sequence[str] | None = None,
+    *,
+    threads: int = 0,
+) -> dict[str, Any]:
+    """How a vocabulary cuts a lexicon, beside a teacher's vocabulary.
+
+    Returns:
+        `size`; `alphabet`, pieces of one character; and over all words, each as often as it occurs,
+        `pieces_per_word`, `whole_words` (share cut into one known piece) and `unknown` (share that
+        is [UNK]); `never_used`, pieces that no word is cut into, special tokens aside. `words` and
+        `distinct` count what that was measured on. `teacher`, None without one, has the same of the
+        teacher's vocabulary, and `shared` and `shared_share`: pieces that are in both, and their
+        share of `size`.
+
+    Raises:
+        InputError: the words are not UTF-8, or a vocabulary has duplicates or no [UNK].
+    """
+    data, ends = flat_words(words)
+    check_utf8(data, ends)
+    # The document mark is no word.
+    numbers = np.where(word_lengths(ends) > 0, check_counts(counts, len(ends)), np.uint64(0))
+    report: dict[str, Any] = {
+        "words": int(numbers.sum()),
+        "distinct": int(np.count_nonzero(numbers)),
+        **_cut_report(tuple(pieces), data, ends, numbers, threads),
+        "teacher": None,
+    }
+    if teacher_vocab is not None:
+        teacher = tuple(teacher_vocab)
+        shared = len(set(pieces) & set(teacher))
+        report["teacher"] = {
+            "shared": shared,
+            "shared_share": shared / len(pieces),
+            **_cut_report(teacher, data, ends, numbers, threads),
+        }
+    return report
+
+
+def _cut_report(
+    pieces: tuple[str, ...], data: Any, ends: np.ndarray, counts: np.ndarray, threads: int
+) -> dict[str, Any]:
+    if "[UNK]" not in pieces:
+        raise InputError("the vocabulary has no [UNK]: is this a WordPiece vocabulary?")
+    unk = pieces.index("[UNK]")
+    try:
+        wordpiece = _core.WordPiece(list(pieces), unk)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    piece_ends, ids = _core.segment_lexicon(data, ends, wordpiece, cores(threads))
+    lengths = word_lengths(piece_ends)
+    # Sums of whole numbers in float64: exact up to 2^53.
+    uses = np.bincount(ids, weights=np.repeat(counts, lengths), minlength=len(pieces))
+    # A word that cannot be cut is the one piece [UNK].
+    whole = counts[lengths == 1].sum() - uses[unk]
+    total = max(int(counts.sum()), 1)
+    used = {pieces[id] for id in np.flatnonzero(uses)}
+    return {
+        "size": len(pieces),
+        "alphabet": sum(len(p.removeprefix("##")) == 1 for p in pieces),
+        "pieces_per_word": float(uses.sum() / total),
+        "whole_words": float(whole / total),
+        "unknown": float(uses[unk] / total),
+        "never_used": sum(p not in used for p in pieces if p not in SPECIAL_TOKENS),
+    }
+
+
+def print_vocab_report(report: dict[str, Any]) -> None:
+    """The report as a table, to stderr (stdout is for the JSON)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    table = Table("vocabulary", "student", *(["teacher"] if report["teacher"] else []))
+    columns = [report, report["teacher"]] if report["teacher"] else [report]
+    for name, key, form in (
+        ("pieces", "size", ","),
+        ("of one character", "alphabet", ","),
+        ("pieces per word", "pieces_per_word", ".4f"),
+        ("whole words", "whole_words", ".2%"),
+        ("unknown words", "unknown", ".4%"),
+        ("never used", "never_used", ","),
+    ):
+        table.add_row(name, *(format(column[key], form) for column in columns))
+    console.print(table)
+    if report["teacher"]:
+        shared, share = report["teacher"]["shared"], report["teacher"]["shared_share"]
+        console.print(
+            f"{shared:,} of {report['size']:,} student pieces ({share:.1%}) are in the teacher's"
+        )
+
+
+def run_vocab(
+    corpus_dir: str | Path,
+    out_path: str | Path,
+    size: int,
+    *,
+    learner: str = "topdown",
+    teacher: str | Path | None = None,
+    coverage: float = COVERAGE,
+    threads: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Json]:
+    """Learns a vocabulary from a corpus folder and writes its vocab.txt: what `mvbert vocab` does.
+
+    Args:
+        corpus_dir: a folder that build_corpus made.
+        out_path: the vocab.txt to write, whole or not at all; its folder is made if need be.
+        size, learner, coverage, threads: as learn_vocab takes them.
+        teacher: a folder or file with the teacher's vocabulary, for the report.
+        overwrite: replace another vocabulary that is already there.
+
+    Returns:
+        What vocab_report returns, with `output`, `sha256`, `learner`, `coverage` and `seconds`.
+
+    Raises:
+        InputError: wrong arguments, the teacher is cased and the corpus not or the other way round,
+            or `out_path` holds another vocabulary.
+    """
+    out_path = Path(out_path)
+    corpus = Corpus.open(corpus_dir)
+    teacher_vocab = Vocab.load(teacher) if teacher is not None else None
+    if teacher_vocab is not None and teacher_vocab.lowercase != corpus.lowercase:
+        cased = {True: "uncased", False: "cased"}
+        raise InputError(
+            f"the teacher {teacher} is {cased[teacher_vocab.lowercase]} but the corpus "
+            f"{corpus_dir} is {cased[corpus.lowercase]}; build the corpus as the teacher reads text"
+        )
+    if out_path.is_dir():
+        raise InputError(f"{out_path} is a folder; give the path of the vocab.txt to write")
+    started = time.perf_counter()
+    pieces = learn_vocab(
+        corpus.words, corpus.counts, size, learner=learner, coverage=coverage, threads=threads
+    )
+    seconds = time.perf_counter() - started
+    vocab = Vocab(tuple(pieces), corpus.lowercase)
+    _save(vocab, out_path, overwrite)
+    report = {
+        "output": str(out_path),
+        "sha256": vocab.sha256,
+        "learner": learner,
+        "coverage": coverage,
+        "seconds": round(seconds, 3),
+        **vocab_report(pieces, corpus.words, corpus.counts, teacher_vocab, threads=threads),
+    }
+    print_vocab_report(report)
+    return report
+
+
+def _save(vocab: Vocab, path: Path, overwrite: bool) -> None:
+    """Writes the vocabulary unless it is there already; another one is replaced only if asked."""
+    text = "".join(f"{piece}\n" for piece in vocab.pieces).encode()
+    try:
+        if path.exists():
+            if path.read_bytes() == text:
+                return
+            if not overwrite:
+                raise InputError(
+                    f"{path} holds another vocabulary; give another path, or --overwrite to "
+                    "replace it"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    vocab.save(path)
+
+
+# ---- words as arrays --------------------------------------------------------------------------
+
+
+def flat_words(words: WordSource) -> tuple[Any, np.ndarray]:
+    """Words as all bytes together (any buffer of bytes) and the end of each, u64 [W]."""
+    if isinstance(words, WordList):
+        return words.data, words.ends
+    if isinstance(words, tuple) and len(words) == 2 and isinstance(words[1], np.ndarray):
+        return words[0], words[1].astype(np.uint64, copy=False)
+    lengths = np.fromiter((len(word) for word in words), dtype=np.uint64, count=len(words))
+    return b"".join(words), np.cumsum(lengths, dtype=np.uint64)
+
+
+def word_lengths(ends: np.ndarray) -> np.ndarray:
+    """How long each of the parts is that end at `ends`."""
+    return np.diff(ends, prepend=ends.dtype.type(0))
+
+
+def check_counts(counts: Sequence[int] | np.ndarray, words: int) -> np.ndarray:
+    """Counts as u64 [W]."""
+    array = np.asarray(counts)
+    if array.shape != (words,):
+        raise InputError(f"counts must have one number a word: {words} words, got {array.shape}")
+    if words and not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"counts must be integers, got {array.dtype}")
+    if words and array.min() < 0:
+        raise InputError(f"counts must be 0 or more, got {array.min()}")
+    return array.astype(np.uint64, copy=False)
+
+
+def check_utf8(data: Any, ends: np.ndarray) -> None:
+    """Raises unless the bytes are UTF-8 and every word ends at the end of a character."""
+    at = _core.utf8_error(data)
+    if at is None:
+        array = np.frombuffer(data, np.uint8)
+        inner = ends[ends < len(array)].astype(np.int64)
+        split = inner[(array[inner] & 0xC0) == 0x80]
+        at = int(split[0]) if len(split) else None
+    if at is not None:
+        word = int(np.searchsorted(ends, at, side="right"))
+        raise InputError(f"word {word} is not UTF-8 (byte {at} of all words)")
+
+
+def decoded(data: Any, ends: np.ndarray) -> list[str]:
+    """The words as str; also checks what the C++ learner checks."""
+    check_utf8(data, ends)
+    raw = bytes(data)
+    words, begin = [], 0
+    for index, end in enumerate(ends.tolist()):
+        word = raw[begin:end].decode()
+        begin = end
+        if len(word) > 2 and word.startswith("##"):
+            raise InputError(
+                f"word {index} begins with '##', the mark of inner pieces: cut text with the BERT "
+                "splitter, which isolates '#'"
+            )
+        if any(character in " \t\n\v\f\r" for character in word):
+            raise InputError(f"word {index} holds white space: a vocab.txt cannot")
+        words.append(word)
+    return words

@@ -1,0 +1,601 @@
+"""Tokenizers over the C++ core, and the files that Hugging Face's tokenizers open.
+
+`WordPieceTokenizer` gives the ids of Hugging Face's slow BertTokenizer (transformers 4.57);
+`MixedTokenizer` cuts each word by one of two vocabularies. Both are immutable: any number of
+threads may use one, a forked child too, and no environment variable is needed.
+"""
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mvbert import _core
+from mvbert.errors import InputError, MissingExtra
+from mvbert.files import Json, atomic_write, write_error, write_json
+from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, Vocab
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizerFast
+
+Text = str | bytes | bytearray | memoryview
+
+TRUNCATIONS = ("longest_first", "only_first", "only_second")
+
+
+@dataclass(frozen=True)
+class FlatBatch:
+    """Rows of different lengths, one after another."""
+
+    ids: NDArray[np.int32]  # [N]; row i is ids[offsets[i] : offsets[i + 1]]
+    offsets: NDArray[np.int64]  # [B + 1]
+    token_type_ids: NDArray[np.uint8]  # [N]; 1 in the second text of a pair, with [SEP]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray[np.int32]:
+        row = range(len(self))[row]
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Rows padded to one length T, named as Hugging Face's models want them."""
+
+    input_ids: NDArray[Any]  # [B, T]
+    token_type_ids: NDArray[Any]  # [B, T]
+    attention_mask: NDArray[Any]  # [B, T]; 0 where padded
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class MixedEncoding:
+    """A text cut by two vocabularies. Ids from the teacher's size on are the student's."""
+
+    ids: NDArray[np.int32]  # [n]
+    word_starts: NDArray[np.int32]  # [words]; word w is ids[word_starts[w] : word_starts[w + 1]]
+    from_student: NDArray[np.bool_]  # [words]
+
+
+class MixedBatch:
+    """Texts cut by two vocabularies, one after another; batch[i] is the `MixedEncoding` of text i.
+
+    Where words begin and who cut them is found out when it is asked for.
+
+    Attributes:
+        ids: [N] int32; text i is ids[offsets[i] : offsets[i + 1]].
+        offsets: [B + 1] int64.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        begins_word: NDArray[np.bool_],
+        teacher_size: int,
+    ) -> None:
+        self.ids = ids
+        self.offsets = offsets
+        self._begins_word = begins_word  # by joint id
+        self._teacher_size = teacher_size
+
+    @cached_property
+    def word_starts(self) -> NDArray[np.int64]:
+        """[words], of all texts: word w is ids[word_starts[w] : word_starts[w + 1]]."""
+        return np.flatnonzero(self._begins_word[self.ids])
+
+    @cached_property
+    def word_offsets(self) -> NDArray[np.int64]:
+        """[B + 1]: text i has words [word_offsets[i], word_offsets[i + 1])."""
+        return np.searchsorted(self.word_starts, self.offsets)
+
+    @cached_property
+    def from_student(self) -> NDArray[np.bool_]:
+        """[words]: whether the student's vocabulary cut it."""
+        return self.ids[self.word_starts] >= self._teacher_size
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, text: int) -> MixedEncoding:
+        text = range(len(self))[text]
+        begin, end = self.offsets[text : text + 2]
+        words = slice(*self.word_offsets[text : text + 2])
+        return MixedEncoding(
+            self.ids[begin:end],
+            (self.word_starts[words] - begin).astype(np.int32),
+            self.from_student[words],
+        )
+
+
+class WordPieceTokenizer:
+    """BERT's tokenizer.
+
+    >>> tokenizer = WordPieceTokenizer.from_pretrained("folder")
+    >>> tokenizer.encode("Hello, [MASK]!")
+    [101, 7592, 1010, 103, 999, 102]
+
+    Special pieces inside text are recognised, as Hugging Face does; build corpora with
+    `mvbert.text.corpus`, which does not.
+
+    Args:
+        vocab: the vocabulary; `vocab.lowercase` says whether text is lower-cased.
+    """
+
+    def __init__(self, vocab: Vocab) -> None:
+        self.vocab = vocab
+        self._core = _core.Tokenizer(
+            lowercase=vocab.lowercase,
+            teacher=_core.WordPiece(list(vocab.pieces), vocab.unk),
+            special=[(piece, vocab.ids[piece]) for piece in SPECIAL_PIECES],
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, lowercase: bool | None = None
+    ) -> "WordPieceTokenizer":
+        """Opens a folder with a vocabulary, a vocab.txt or a tokenizer.json; see `Vocab.load`."""
+        return cls(Vocab.load(path, lowercase))
+
+    def save_pretrained(self, folder: str | Path) -> tuple[Path, ...]:
+        """Writes the files that `AutoTokenizer` opens; see `save_tokenizer_files`."""
+        return save_tokenizer_files(self.vocab, folder)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.vocab,)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.vocab.size} pieces, lowercase={self.vocab.lowercase})"
+
+    def __len__(self) -> int:
+        return self.vocab.size
+
+    def encode(
+        self, text: Text, pair: Text | None = None, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The ids of a text, or of a pair of texts.
+
+        Args:
+            text: str (lone surrogates are deleted) or UTF-8 bytes.
+            pair: a second text, after a [SEP].
+            add_special_tokens: [CLS] at the beginning, [SEP] after each text.
+
+        Raises:
+            ValueError: bytes that are not UTF-8; the message has the offset.
+        """
+        special = (self.vocab.cls, self.vocab.sep) if add_special_tokens else None
+        return self._core.encode_list(text, pair, special)
+
+    def offsets(self, text: Text) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The ids of a text, without [CLS] and [SEP], and where each piece lies in it.
+
+        Returns:
+            ids [n] and spans [n, 2]: piece i has its letters in text[spans[i, 0] : spans[i, 1]]
+            (characters, not bytes). Deleted characters and stripped accents at a piece's edge are
+            not in its span.
+
+        Raises:
+            InputError: a text of 2^31 characters or more, whose places would not fit into int32.
+            ValueError: bytes that are not UTF-8.
+        """
+        _check_size(text)
+        return self._core.encode_spans(text, True)
+
+    def encode_batch(
+        self,
+        texts: Iterable[Text],
+        pairs: Iterable[Text] | None = None,
+        *,
+        max_length: int | None = None,
+        truncation: bool | str = False,
+        padding: bool | str = False,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        threads: int | None = None,
+        dtype: DTypeLike = np.int64,
+    ) -> FlatBatch | PaddedBatch:
+        """The ids of many texts as numpy arrays; the interpreter lock is free meanwhile.
+
+        Args:
+            texts: B texts.
+            pairs: the second text of each row; an empty one still has its [SEP].
+            max_length: the longest row, special tokens counted. What cannot get into a row is not
+                read.
+            truncation: False, or how rows are cut to `max_length`: True or "longest_first" takes
+                from the longer text of a pair, "only_first" and "only_second" from one.
+            padding: False gives a `FlatBatch`; True or "longest" pads to the longest row,
+                "max_length" to `max_length`.
+            pad_to_multiple_of: rounds the padded length up.
+            add_special_tokens: [CLS] at the beginning, [SEP] after each text.
+            threads: None takes as many as there are CPUs for this process, 0 is 1.
+            dtype: of a `PaddedBatch`: int64, which torch and Hugging Face use, or int32.
+
+        Raises:
+            InputError: an option or a combination that has no meaning, rows that cannot be cut,
+                bytes that are not UTF-8 (the message has the text's number and the offset).
+        """
+        for batch in (texts, pairs):
+            if isinstance(batch, Text):
+                raise InputError("encode_batch takes a list of texts; for one text there is encode")
+        cut = _truncation(truncation, max_length, pairs is not None)
+        pad_to = _padding(padding, max_length)
+        if max_length is not None and cut is None and pad_to != "max_length":
+            raise InputError("max_length needs truncation, which cuts to it, or padding to it")
+        if np.dtype(dtype) not in (np.int32, np.int64):
+            raise InputError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
+        if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of < 2**31:
+            raise InputError(f"pad_to_multiple_of is {pad_to_multiple_of}, expected at least 1")
+        if cut and pad_to and max_length is not None and max_length % (pad_to_multiple_of or 1):
+            raise InputError(
+                f"max_length {max_length} is not a multiple of pad_to_multiple_of "
+                f"{pad_to_multiple_of}, so padded rows could be longer than it"
+            )
+        threads = _threads(threads)
+        try:
+            arrays = self._core.encode_rows(
+                texts,
+                pairs,
+                cls_sep=(self.vocab.cls, self.vocab.sep) if add_special_tokens else None,
+                pad=self.vocab.pad,
+                truncation=cut,
+                max_length=max_length or 0,
+                padded=pad_to is not None,
+                width=max_length if pad_to == "max_length" else None,
+                multiple=pad_to_multiple_of or 1,
+                wide=np.dtype(dtype) == np.int64,
+                threads=threads,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return PaddedBatch(*arrays) if pad_to else FlatBatch(*arrays)
+
+    def encode_file(self, path: str | Path, *, threads: int | None = None) -> NDArray[np.int32]:
+        """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
+
+        Raises:
+            InputError: the file cannot be read or is not UTF-8; the message has the offset.
+        """
+        threads = _threads(threads)
+        try:
+            with open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size == 0:
+                    return np.zeros(0, np.int32)
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with mapped, memoryview(mapped) as data:
+                    return self._core.encode_long(data, True, threads)
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        except ValueError as error:
+            raise InputError(f"{path} is {error}") from None
+
+    def decode(
+        self,
+        ids: Sequence[int] | NDArray[Any],
+        *,
+        skip_special_tokens: bool = False,
+        clean_up: bool = True,
+    ) -> str:
+        """The text of ids: pieces joined, as Hugging Face's slow tokenizer does.
+
+        Args:
+            ids: any integers of [0, size).
+            skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP] and [MASK].
+            clean_up: no space before punctuation and inside English contractions.
+
+        Raises:
+            InputError: an id outside the vocabulary.
+        """
+        pieces = []
+        for id in np.asarray(ids).tolist():
+            if not isinstance(id, int) or not 0 <= id < self.vocab.size:
+                raise InputError(f"id {id!r} is not in [0, {self.vocab.size})")
+            piece = self.vocab.pieces[id]
+            if not (skip_special_tokens and piece in SPECIAL_PIECES):
+                pieces.append(piece)
+        text = " ".join(pieces).replace(" ##", "").strip()
+        if clean_up:
+            for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+                text = text.replace(before, before.strip())
+        return text
+
+    def as_hf(self) -> "BertTokenizerFast":
+        """This vocabulary as transformers' own fast tokenizer, for code that asks for one.
+
+        It is Hugging Face's implementation: its ids differ from this class's on some 760 characters
+        newer than its Unicode tables, and on cased text with decomposed accents.
+        """
+        try:
+            import tokenizers
+            import transformers
+        except ImportError as error:
+            raise MissingExtra("as_hf", str(error.name), "hf") from None
+        return transformers.BertTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
+            do_lower_case=self.vocab.lowercase,
+            model_max_length=512,
+        )
+
+
+class MixedTokenizer:
+    """Cuts each word of a text by the teacher's or by the student's vocabulary.
+
+    Ids are in one space: below `teacher.size` a teacher's piece, `teacher.size + i` the student's
+    piece i. Special pieces in text are not special; no [CLS] or [SEP] is added.
+
+    Args:
+        teacher, student: vocabularies (or tokenizers) with the same lower-casing.
+
+    Raises:
+        InputError: one lower-cases and the other does not, or the ids do not fit into 31 bits.
+    """
+
+    def __init__(
+        self, teacher: Vocab | WordPieceTokenizer, student: Vocab | WordPieceTokenizer
+    ) -> None:
+        self.teacher = teacher.vocab if isinstance(teacher, WordPieceTokenizer) else teacher
+        self.student = student.vocab if isinstance(student, WordPieceTokenizer) else student
+        if self.teacher.lowercase != self.student.lowercase:
+            raise InputError(
+                f"the teacher's vocabulary has lowercase={self.teacher.lowercase} and the "
+                f"student's {self.student.lowercase}; a word must be the same for both"
+            )
+        if self.teacher.size + self.student.size > LIMIT:
+            raise InputError("the two vocabularies have more than 2^31 - 1 pieces together")
+        self._core = _core.Tokenizer(
+            lowercase=self.teacher.lowercase,
+            teacher=_core.WordPiece(list(self.teacher.pieces), self.teacher.unk),
+            student=_core.WordPiece(list(self.student.pieces), self.student.unk),
+        )
+        # By joint id. No word begins with ##: # is punctuation, a word of its own.
+        self._begins_word = np.array(
+            [not piece.startswith("##") for v in (self.teacher, self.student) for piece in v]
+        )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.teacher, self.student)
+
+    def encode(
+        self, text: Text, *, student_prob: float = 0.5, seed: int = 0, number: int = 0
+    ) -> MixedEncoding:
+        """Cuts a text; the same arguments always give the same ids.
+
+        Args:
+            text: str or UTF-8 bytes.
+            student_prob: the chance of each word to be cut by the student's vocabulary.
+            seed: of [0, 2^64).
+            number: the text's own number, of [0, 2^64): texts with different numbers have
+                independent coins.
+
+        Raises:
+            InputError: an argument out of range, or a text of 2^31 characters or more.
+            ValueError: bytes that are not UTF-8; the message has the offset.
+        """
+        _check_size(text)
+        coin = _coin(student_prob, seed, number)
+        return MixedEncoding(*self._core.encode_words(text, False, *coin))
+
+    def offsets(
+        self, text: Text, *, student_prob: float = 0.5, seed: int = 0, number: int = 0
+    ) -> tuple[MixedEncoding, NDArray[np.int32]]:
+        """What `encode` gives, and where each piece lies in the text.
+
+        Returns:
+            The encoding and spans [n, 2], which mean what `WordPieceTokenizer.offsets` says.
+        """
+        encoding = self.encode(text, student_prob=student_prob, seed=seed, number=number)
+        lengths = np.diff(encoding.word_starts, append=len(encoding.ids))
+        spans = np.empty((len(encoding.ids), 2), np.int32)
+        for student, core in enumerate((self._core, self._student_core)):
+            # All words as one vocabulary cuts them; of these, the words that it is to cut.
+            ids, all_spans = core.encode_spans(text, False)
+            starts = np.flatnonzero(self._begins_word[ids + student * self.teacher.size])
+            words = encoding.from_student == bool(student)
+            all_lengths = np.diff(starts, append=len(ids))
+            spans[np.repeat(words, lengths)] = all_spans[np.repeat(words, all_lengths)]
+        return encoding, spans
+
+    @cached_property
+    def _student_core(self) -> _core.Tokenizer:
+        """The student's pieces alone."""
+        return _core.Tokenizer(
+            lowercase=self.student.lowercase,
+            teacher=_core.WordPiece(list(self.student.pieces), self.student.unk),
+        )
+
+    def encode_batch(
+        self,
+        texts: Iterable[Text],
+        *,
+        student_prob: float = 0.5,
+        seed: int = 0,
+        first_number: int = 0,
+        threads: int | None = None,
+    ) -> MixedBatch:
+        """Cuts texts; text i has number first_number + i. Threads do not change the result.
+
+        Raises:
+            InputError: an argument out of range, or bytes that are not UTF-8 (the message has the
+                text's number and the offset).
+        """
+        if isinstance(texts, Text):
+            raise InputError("encode_batch takes a list of texts; for one text there is encode")
+        coin = _coin(student_prob, seed, first_number)
+        try:
+            arrays = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return MixedBatch(*arrays, self._begins_word, self.teacher.size)
+
+
+def _check_size(text: Text) -> None:
+    """Refuses a text whose places do not fit into int32."""
+    if len(text) >= 2**31:
+        raise InputError(
+            f"the text has {len(text)} characters or bytes; places are 32-bit, so at most "
+            f"{2**31 - 1}: cut it into several texts"
+        )
+
+
+def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
+    """The probability as an integer of [0, 2^32], the seed, the number."""
+    if not 0 <= student_prob <= 1:
+        raise InputError(f"student_prob is {student_prob}, expected a number of [0, 1]")
+    for name, value in (("seed", seed), ("number", number)):
+        if not 0 <= value < 2**64:
+            raise InputError(f"{name} is {value}, expected an integer of [0, 2^64)")
+    return round(student_prob * 2**32), seed, number
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        affinity = getattr(os, "sched_getaffinity", None)
+        return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if threads < 0:
+        raise InputError(f"threads is {threads}, expected at least 0")
+    return max(threads, 1)
+
+
+def _truncation(truncation: bool | str, max_length: int | None, pairs: bool) -> str | None:
+    if truncation is True:
+        truncation = "longest_first"
+    if truncation is False:
+        return None
+    if truncation not in TRUNCATIONS:
+        raise InputError(
+            f"truncation is {truncation!r}, expected True, False or one of {', '.join(TRUNCATIONS)}"
+        )
+    if max_length is None:
+        raise InputError("truncation needs max_length")
+    _check_length(max_length)
+    if truncation == "only_second" and not pairs:
+        raise InputError("truncation='only_second' needs pairs")
+    return truncation
+
+
+def _padding(padding: bool | str, max_length: int | None) -> str | None:
+    if padding is False:
+        return None
+    if padding is True:
+        padding = "longest"
+    if padding not in ("longest", "max_length"):
+        raise InputError(f"padding is {padding!r}, expected True, False, 'longest' or 'max_length'")
+    if padding == "max_length":
+        if max_length is None:
+            raise InputError("padding='max_length' needs max_length")
+        _check_length(max_length)
+    return padding
+
+
+def _check_length(max_length: int) -> None:
+    if not 0 <= max_length < 2**31:
+        raise InputError(f"max_length is {max_length}, expected an integer of [0, 2^31)")
+
+
+def save_tokenizer_files(
+    vocab: Vocab, folder: str | Path, model_max_length: int = 512
+) -> tuple[Path, ...]:
+    """Writes vocab.txt, tokenizer.json and tokenizer_config.json, each atomically.
+
+    `AutoTokenizer.from_pretrained(folder)` of transformers 4 and 5 opens them; the folder needs a
+    config.json with `"model_type": "bert"` only where transformers asks for one.
+
+    Args:
+        vocab: the vocabulary; `vocab.lowercase` decides lower-casing and accent stripping.
+        folder: made if it is not there.
+        model_max_length: the longest row the model takes, in pieces.
+
+    Returns:
+        The three paths.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    paths = tuple(
+        folder / name for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
+    )
+    vocab.save(paths[0])
+    # One line: the vocabulary would otherwise be 30,000 lines of indentation.
+    atomic_write(paths[1], json.dumps(_tokenizer_json(vocab), ensure_ascii=False) + "\n")
+    write_json(
+        paths[2],
+        {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": vocab.lowercase,
+            "strip_accents": None,
+            "tokenize_chinese_chars": True,
+            "model_max_length": model_max_length,
+            "pad_token": "[PAD]",
+            "unk_token": "[UNK]",
+            "cls_token": "[CLS]",
+            "sep_token": "[SEP]",
+            "mask_token": "[MASK]",
+        },
+    )
+    return paths
+
+
+def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
+    def special(piece: str) -> dict[str, Json]:
+        return {"id": piece, "ids": [vocab.ids[piece]], "tokens": [piece]}
+
+    def sequence(name: str, type_id: int) -> dict[str, Json]:
+        return {"Sequence": {"id": name, "type_id": type_id}}
+
+    def token(piece: str, type_id: int) -> dict[str, Json]:
+        return {"SpecialToken": {"id": piece, "type_id": type_id}}
+
+    single = [token("[CLS]", 0), sequence("A", 0), token("[SEP]", 0)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": vocab.ids[piece],
+                "content": piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for piece in sorted(SPECIAL_PIECES, key=vocab.ids.__getitem__)
+        ],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": vocab.lowercase,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": [*single, sequence("B", 1), token("[SEP]", 1)],
+            "special_tokens": {piece: special(piece) for piece in ("[CLS]", "[SEP]")},
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": vocab.ids,
+        },
+    }

@@ -1,0 +1,1 @@
+"""One run folder: the two stages, the loop, checkpoints, ranks."""

@@ -1,0 +1,217 @@
+"""Checkpoints: folders that are whole or not there, and state that resumes a run bit for bit.
+
+A checkpoint is a Hugging Face folder with the training state beside the model:
+
+    step-00000200/   config.json, model.safetensors, vocab.txt ...   the model, usable as it is
+                     training.safetensors   optimiser moments and parameters outside the model
+                     training.json          step, held-out loss, running sums of the log
+                     manifest.json          size and SHA-256 of every other file, written last
+
+There is no generator state: rows, masks and dropout are functions of (seed, step).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvbert.config import TrainConfig
+from mvbert.errors import InputError
+from mvbert.files import (
+    PARTIAL,
+    Json,
+    atomic_folder,
+    read_json_object,
+    sha256_file,
+    write_json,
+)
+from mvbert.model.huggingface import WEIGHTS, read_tensors, write_tensors
+from mvbert.training import optim
+
+MANIFEST = "manifest.json"
+TRAINING = "training.safetensors"
+STATE = "training.json"
+_STEP = re.compile(r"step-(\d{8})")
+
+
+def write_manifest(folder: Path) -> None:
+    """Lists size and SHA-256 of every file in `folder`; a folder without it does not count."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {"format": "mvbert-checkpoint", "version": 1, "files": files})
+
+
+def check_manifest(folder: Path, needed: Iterable[str] = ()) -> str | None:
+    """What is wrong with a folder that write_manifest finished, or None if it is whole.
+
+    Args:
+        needed: files that must be listed.
+    """
+    try:
+        manifest = read_json_object(folder / MANIFEST)
+    except InputError as error:
+        return str(error)
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return f"{folder / MANIFEST} lists no files"
+    for name in needed:
+        if name not in files:
+            return f"{folder / MANIFEST} does not list {name}"
+    for name, entry in files.items():
+        if Path(name).name != name or name in ("", ".", ".."):
+            return f"{folder / MANIFEST} names {name!r}, which leaves the folder"
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is missing"
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            return f"{path} has {path.stat().st_size} bytes, not what the manifest says"
+        if sha256_file(path) != entry.get("sha256"):
+            return f"{path} does not have the manifest's SHA-256"
+    return None
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def save(
+    checkpoints: Path,
+    state: dict[str, Json],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    write_model: Callable[[Path], None],
+    config: TrainConfig,
+) -> None:
+    """Writes a checkpoint and then removes those that `config` does not keep.
+
+    Later ones go too: they are damaged, or the run would have gone on from them.
+
+    Args:
+        state: what training.json holds: the step, its held-out loss if there is one, and what else
+            the loop needs to go on.
+    """
+    step = int(state["step"])  # type: ignore[arg-type]
+    with atomic_folder(step_folder(checkpoints, step), overwrite=True) as partial:
+        write_model(partial)
+        write_tensors(partial / TRAINING, _training_tensors(module, optimizer))
+        write_json(partial / STATE, state)
+        write_manifest(partial)
+    steps = _steps(checkpoints)
+    earlier = [old for old in steps if old <= step]
+    losses = {old: _heldout(checkpoints, old) for old in earlier}
+    kept = earlier[-config.keep_last :] + _best(losses)[: config.keep_best]
+    for old in steps:
+        if old not in kept:
+            shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)
+
+
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Removes checkpoints later than the one that a run goes on from: they are damaged."""
+    for later in _steps(checkpoints):
+        if later > step:
+            shutil.rmtree(step_folder(checkpoints, later), ignore_errors=True)
+
+
+def is_best(checkpoints: Path, heldout: float | None, keep_best: int) -> bool:
+    """Whether a model of this held-out loss is one of the best, so that it should be saved."""
+    if heldout is None or not keep_best:
+        return False
+    losses = {step: _heldout(checkpoints, step) for step in _steps(checkpoints)}
+    best = _best(losses)[:keep_best]
+    return len(best) < keep_best or heldout < max(losses[step] for step in best)
+
+
+def best(checkpoints: Path) -> str | None:
+    """The name of the checkpoint with the lowest held-out loss."""
+    found = _best({step: _heldout(checkpoints, step) for step in _steps(checkpoints)})
+    return step_folder(checkpoints, found[0]).name if found else None
+
+
+def _best(losses: dict[int, float]) -> list[int]:
+    """Steps by their held-out loss, lowest first; those without one are left out."""
+    return sorted((s for s, loss in losses.items() if loss < math.inf), key=lambda s: losses[s])
+
+
+def _heldout(checkpoints: Path, step: int) -> float:
+    """Held-out loss of a checkpoint, infinite where it has none."""
+    try:
+        loss = read_json_object(step_folder(checkpoints, step) / STATE).get("heldout")
+    except InputError:
+        return math.inf
+    return float(loss) if isinstance(loss, (int, float)) else math.inf
+
+
+def newest_name(checkpoints: Path, warn: Callable[[str], None]) -> str | None:
+    """The name of the newest whole checkpoint."""
+    folder = newest(checkpoints, warn)
+    return None if folder is None else folder.name
+
+
+def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named through `warn` and passed over."""
+    for stale in checkpoints.glob(f".*{PARTIAL}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for step in reversed(_steps(checkpoints)):
+        folder = step_folder(checkpoints, step)
+        problem = check_manifest(folder, (WEIGHTS, TRAINING, STATE))
+        if problem is None:
+            return folder
+        warn(f"skipping damaged checkpoint {folder.name}: {problem}")
+    return None
+
+
+def load(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, Json]]:
+    """Puts the training state back (the task has loaded the model); returns step and state."""
+    state = read_json_object(folder / STATE)
+    if not isinstance(state.get("step"), int) or not isinstance(state.get("window"), dict):
+        raise InputError(f"{folder / STATE}: no step and window in it")
+    tensors = read_tensors(folder / TRAINING)
+    with torch.no_grad():
+        for name, parameter in optim.trained_parameters(module):
+            if f"parameter.{name}" in tensors:
+                parameter.copy_(tensors[f"parameter.{name}"])
+            slot = optimizer.state[parameter]
+            for key in optim.STATE:
+                if f"{key}.{name}" not in tensors:
+                    raise InputError(f"{folder / TRAINING}: no {key} of {name} in it")
+                value = tensors[f"{key}.{name}"]
+                slot[key] = (
+                    value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
+                )
+    return state["step"], state  # type: ignore[return-value]
+
+
+def _training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimiser moments by parameter name, and the parameters that the model files do not hold."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in optim.trained_parameters(module):
+        if not name.startswith("model."):
+            tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
+        # A parameter that has had no update yet (a run saved at step 0) has zero moments.
+        slot = optimizer.state.get(parameter) or {
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+            "step": torch.zeros(()),
+        }
+        for key in optim.STATE:
+            tensors[f"{key}.{name}"] = slot[key].detach().cpu().contiguous()
+    return tensors
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    """Steps of all checkpoint folders, ascending, whole or not."""
+    if not checkpoints.is_dir():
+        return []
+    found = (_STEP.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)

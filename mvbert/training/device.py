@@ -1,0 +1,154 @@
+"""Where and how a run computes: the device, and the dtype of its matrix products."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mvbert.config import TrainConfig
+from mvbert.errors import InputError
+
+# Parameters of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+# How much faster bfloat16 products must be: casts to and from it take time of their own.
+MARGIN = 1.2
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a run computes, the dtype of its matrix products, and why.
+
+    Attributes:
+        autocast: torch.bfloat16, or None for float32.
+    """
+
+    device: torch.device
+    autocast: torch.dtype | None
+    reason: str
+
+    @property
+    def dtype(self) -> str:
+        """float32 or bfloat16."""
+        return "float32" if self.autocast is None else "bfloat16"
+
+    def __str__(self) -> str:
+        weights = ", float32 weights" if self.autocast is not None else ""
+        return f"{self.device}, {self.dtype} products{weights}: {self.reason}"
+
+    def cast(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside it, matrix products have the run's dtype."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside it, a GPU works on a stream of its own, as capturing a graph demands."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        torch.cuda.set_device(self.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # on which the weights came
+        return torch.cuda.stream(stream)
+
+
+def choose_graph(config: TrainConfig, device: torch.device, processes: int) -> tuple[bool, str]:
+    """Whether a step is captured as a CUDA graph, and why (or why not)."""
+    obstacle = ""
+    if device.type != "cuda":
+        obstacle = "there is no GPU"
+    elif processes > 1:
+        obstacle = "gradients of several processes are summed outside of graphs"
+    if config.cuda_graph == "on":
+        if obstacle:
+            raise InputError(f"cuda_graph is on, but {obstacle}: make it auto")
+        return True, "each step is one CUDA graph: asked for"
+    if config.cuda_graph == "off":
+        return False, "steps run eagerly: asked for"
+    if obstacle:
+        return False, f"steps run eagerly: {obstacle}"
+    return True, "each step is one CUDA graph"
+
+
+def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
+    """What `device` means on this machine; auto is CUDA if there is a GPU.
+
+    Of several processes on a machine each takes the GPU of its number.
+    """
+    chosen = name
+    if chosen == "auto":
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+    if chosen == "cuda" and local_count > 1:
+        chosen = f"cuda:{local_rank}"
+    try:
+        device = torch.device(chosen)
+    except RuntimeError:
+        raise InputError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda[:N], got {name!r}")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
+        if device.index >= torch.cuda.device_count():
+            raise InputError(
+                f"device {chosen}: this torch sees {torch.cuda.device_count()} CUDA devices"
+            )
+    return device
+
+
+def choose_dtype(
+    dtype: str,
+    device: torch.device,
+    rates: Callable[[], dict[torch.dtype, float]],
+) -> tuple[str, str]:
+    """What `dtype` means on this machine, float32 or bfloat16, and why.
+
+    Args:
+        dtype: of matrix products; auto is bfloat16 on GPUs that have it, and on a CPU if its
+            products are faster by `MARGIN`.
+        rates: measures FLOP/s by dtype on a CPU, see mvbert.speed.product_rates.
+    """
+    if dtype != "auto":
+        return dtype, "as set"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU has them"
+        return "float32", "the GPU has no bfloat16 products"
+    measured = rates()
+    float32, bfloat16 = measured[torch.float32], measured[torch.bfloat16]
+    chosen = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
+    figures = f"float32 {float32 / 1e9:.3g}, bfloat16 {bfloat16 / 1e9:.3g} GFLOP/s"
+    return chosen, f"measured {figures}"
+
+
+def device_of(device: torch.device, dtype: str, reason: str) -> Device:
+    """A Device out of what `choose_dtype` returned."""
+    return Device(device, {"float32": None, "bfloat16": torch.bfloat16}[dtype], reason)
+
+
+def keep_memory() -> None:
+    """Tells glibc's malloc to keep what this process frees, for its next tensors.
+
+    As it comes, malloc gives large blocks back to the system at once, and the same step of a
+    training meets them again as page faults, tens of thousands a step: a fifth of a student's step,
+    more than half of the step of transformers' BertForMaskedLM. Nothing happens where malloc is
+    not glibc's. The process stays as large as it once was, until `give_memory_back`.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # An older glibc refuses more than 32 MiB.
+        if not mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):
+            mallopt(_M_MMAP_THRESHOLD, 2**25)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def give_memory_back() -> None:
+    """Gives the system what glibc's malloc has kept and nobody uses."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

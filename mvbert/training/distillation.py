@@ -1,0 +1,273 @@
+"""What a student learns from the Stage I teacher, which reads the very same rows.
+
+After Stage I the teacher reads student pieces: with the projected student table in place of its own
+it is an ordinary BERT of the student's vocabulary. So the classic losses hold position by position,
+though teacher and student had different vocabularies:
+
+    logits      tau^2 KL(teacher || student) over the student's vocabulary
+                (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)
+    hidden      squared error between the student's mapped states and the teacher's normalised ones,
+                layers matched by relative depth (Jiao et al. 2020, arXiv 1909.10351)
+    relations   KL between softmax(Q Q^T), softmax(K K^T), softmax(V V^T) of one layer each, heads
+                re-cut so that neither width nor number of heads has to match
+                (MiniLMv2: Wang et al. 2021, arXiv 2012.15828)
+
+Nothing here waits for the device and every shape is fixed, so a step with a teacher can be one CUDA
+graph. Letters: B rows, T pieces a row, H width (H_s student, H_t teacher), R relation heads.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvbert import functional
+from mvbert.config import ModelConfig, Stage2Config
+from mvbert.errors import InputError
+from mvbert.model.encoder import Taps
+from mvbert.model.flops import encoder_flops, head_flops
+from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM
+
+DEEP = 12  # layers above which the best teacher layer for relations is below the last
+
+
+class Teacher:
+    """A Stage I teacher that reads student pieces: frozen, in the dtype of the run's products."""
+
+    def __init__(self, mixed: MixedMaskedLM) -> None:
+        self.model = reader(mixed).requires_grad_(False).eval()
+        self.microseconds: float | None = None
+        """Time of a pass for one piece, measured at the first one; None before."""
+        self._settled = False
+
+    @torch.no_grad()
+    def read(self, batch: DeviceBatch, taps: Taps) -> Tensor:
+        """Hidden states [B, T, H_t] of the last layer that `taps` needs; fills `taps`."""
+        if not self._settled:
+            self._settle(batch, taps)
+        return self.model.encode(batch.input_ids, batch.token_type_ids, taps=taps)
+
+    def _settle(self, batch: DeviceBatch, taps: Taps) -> None:
+        """Moves to the batch's device, rounds the matrices once, and measures a pass."""
+        device = batch.input_ids.device
+        self.model.to(device)
+        if torch.is_autocast_enabled(device.type):
+            # What autocast would do at every pass, as it remembers only what takes gradients.
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.get_autocast_dtype(device.type))
+        wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        seconds = []
+        for _ in range(3):
+            wait()
+            start = time.perf_counter()
+            self.model.encode(batch.input_ids, batch.token_type_ids, taps)
+            wait()
+            seconds.append(time.perf_counter() - start)
+        self.microseconds = 1e6 * min(seconds) / max(batch.input_ids.numel(), 1)
+        self._settled = True
+
+
+@torch.no_grad()
+def reader(mixed: MixedMaskedLM) -> MaskedLM:
+    """The teacher as a BERT of the student's vocabulary: its word table is the projected one."""
+    model = MaskedLM(
+        replace(
+            mixed.config,
+            vocab_size=len(mixed.student.table),
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+    source: dict[str, Tensor] = dict(mixed.named_parameters())
+    source["embeddings.word.weight"] = mixed.student.rows()
+    source["head.bias"] = mixed.student.bias
+    for name, parameter in model.named_parameters():
+        parameter.copy_(source[name])
+    return model
+
+
+class Distillation(nn.Module):
+    """The losses of `config.distill` and what they train beside the student: the maps of `hidden`.
+
+    Args:
+        config: which losses, of what.
+        student: the student's shape.
+        teacher: its teacher.
+    """
+
+    def __init__(self, config: Stage2Config, student: ModelConfig, teacher: Teacher) -> None:
+        super().__init__()
+        self.config, self.teacher = config, teacher
+        shape = teacher.model.config
+        self.pairs = hidden_pairs(config, student, shape) if "hidden" in config.distill else {}
+        self.relations_layer = relations_layer(config, shape)
+        H_s, H_t = student.hidden_size, shape.hidden_size
+        if "relations" in config.distill and (
+            H_s % config.relation_heads or H_t % config.relation_heads
+        ):
+            raise InputError(
+                f"relation_heads {config.relation_heads} must divide the widths of student and "
+                f"teacher, {H_s} and {H_t}"
+            )
+        self.maps = nn.ModuleDict()
+        generator = torch.Generator().manual_seed(config.seed + 1)
+        for layer in self.pairs:
+            linear = nn.Linear(H_s, H_t)
+            with torch.no_grad():
+                linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
+                linear.bias.zero_()
+            self.maps[str(layer)] = linear
+        self._last = student.num_hidden_layers
+
+    def student_taps(self) -> Taps:
+        """What the student must keep of its pass."""
+        relations = "relations" in self.config.distill
+        return Taps(hidden=self.pairs, qkv=[self._last] if relations else [])
+
+    def teacher_taps(self) -> Taps:
+        relations = "relations" in self.config.distill
+        return Taps(
+            hidden=self.pairs.values(),
+            qkv=[self.relations_layer] if relations else [],
+            last="logits" in self.config.distill,
+        )
+
+    def forward(
+        self,
+        batch: DeviceBatch,
+        masked: Tensor | int,
+        share: float,
+        student: MaskedLM,
+        hidden: Tensor,
+        masked_hidden: Tensor,
+        taps: Taps,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of a batch, not yet weighted, and sums to report.
+
+        Args:
+            masked: masked pieces of the whole step, of which this batch may be a part.
+            share: this batch's share of the step's rows.
+            hidden: [B, T, H_s], the student's last hidden states.
+            masked_hidden: [N, H_s], transformed, at the masked pieces.
+            taps: filled by the student's pass.
+        """
+        config = self.config
+        teacher_taps = self.teacher_taps()
+        teacher_hidden = self.teacher.read(batch, teacher_taps)
+        losses: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        if "logits" in config.distill:
+            if config.logits_at == "masked":
+                rows, index, mask = masked_hidden, batch.masked_index, batch.labels >= 0
+                sums["logits_count"] = mask.sum()
+                scale = 1 / masked
+            else:
+                rows, index, mask = student.head(hidden.flatten(0, 1)), None, None
+                count = batch.input_ids.numel()
+                sums["logits_count"] = torch.full_like(batch.labels[:1].sum(), count)
+                scale = share / count
+            total = self._logits(student, rows, teacher_hidden, index, mask)
+            losses["logits"] = total * scale
+            sums["logits_sum"] = total.detach()
+        if "hidden" in config.distill:
+            errors = [
+                hidden_error(self.maps[str(own)](taps.hidden[own]), teacher_taps.hidden[other])
+                for own, other in self.pairs.items()
+            ]
+            losses["hidden"] = torch.stack(errors).mean() * share
+            sums["hidden_sum"] = losses["hidden"].detach()
+        if "relations" in config.distill:
+            losses["relations"] = share * functional.relation_kl(
+                taps.qkv[self._last], teacher_taps.qkv[self.relations_layer], config.relation_heads
+            )
+            sums["relations_sum"] = losses["relations"].detach()
+        return losses, sums
+
+    def _logits(
+        self,
+        student: MaskedLM,
+        rows: Tensor,
+        teacher_hidden: Tensor,
+        index: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """The sum of tau^2 KL over the rows that count."""
+        config, teacher = self.config, self.teacher.model
+        own = (student.embeddings.word.weight, student.head.bias)
+        table, bias = teacher.embeddings.word.weight, teacher.head.bias
+        with torch.no_grad():
+            if index is None:
+                index = torch.arange(len(rows), device=rows.device)
+            target = teacher.masked_hidden(teacher_hidden, index)
+        return functional.linear_kl(
+            rows, *own, target, table, bias,
+            temperature=config.temperature, mask=mask, reduction="sum",
+        )  # fmt: skip
+
+    def teacher_flops(self, T: int, mask_prob: float) -> float:
+        """Floating-point operations of the teacher's products for one piece in a row of T."""
+        shape = self.teacher.model.config
+        L = shape.num_hidden_layers
+        flops = encoder_flops(shape, T) * self.teacher_taps().depth(L) / L
+        if "relations" in self.config.distill:
+            flops += 3 * 2.0 * T * shape.hidden_size
+        if "logits" in self.config.distill:
+            share = mask_prob if self.config.logits_at == "masked" else 1.0
+            flops += share * head_flops(shape, shape.vocab_size)
+        return flops
+
+    def map_flops(self) -> float:
+        """Floating-point operations of the maps of the hidden loss for one piece, forward.
+
+        The student's relations are left out: under 1 % of its work at rows of 128.
+        """
+        return sum(2.0 * p.numel() for p in self.maps.parameters() if p.ndim == 2)
+
+
+# ---- which layers ------------------------------------------------------------------------------
+
+
+def hidden_pairs(
+    config: Stage2Config, student: ModelConfig, teacher: ModelConfig
+) -> dict[int, int]:
+    """Student layers of the hidden loss -> the teacher's layers at the same relative depth.
+
+    Layers count from 1; 0 is what the embeddings give.
+    """
+    L_s, L_t = student.num_hidden_layers, teacher.num_hidden_layers
+    chosen = config.hidden_layers or (L_s,)
+    for layer in chosen:
+        if layer > L_s:
+            raise InputError(f"hidden_layers: the student has {L_s} layers, got {layer}")
+    return {layer: round(layer * L_t / L_s) for layer in chosen}
+
+
+def relations_layer(config: Stage2Config, teacher: ModelConfig) -> int:
+    """The teacher's layer whose relations are learned.
+
+    By default the last one, of deep teachers the one at 7/8 of the depth: the 21st of 24, as
+    MiniLMv2 found for BERT-large (section 4.2 there: upper-middle beats last).
+    """
+    L = teacher.num_hidden_layers
+    layer = config.relations_layer or (L if L <= DEEP else round(L * 7 / 8))
+    if layer > L:
+        raise InputError(f"relations_layer: the teacher has {L} layers, got {layer}")
+    return layer
+
+
+# ---- the losses --------------------------------------------------------------------------------
+
+
+def hidden_error(mapped: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error against the teacher's states, each normalised to mean 0, variance 1.
+
+    Normalised, because a LayerNorm's scale says how much later layers make of a direction, and a
+    few directions with huge scales would be all that the error sees. [B, T, H_t] twice -> []
+    """
+    target = F.layer_norm(teacher.float(), teacher.shape[-1:])
+    return (mapped.float() - target).square().mean()

@@ -1,0 +1,91 @@
+"""Rows of the coming steps, made ahead of time by threads, on their way to the device."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from mvbert.config import TrainConfig
+from mvbert.text.batches import Batch
+from mvbert.training.ranks import Ranks
+from mvbert.training.task import Task
+
+SLOTS = 3  # batches in host memory: one on its way to the device, two in the making
+
+
+class Feed:
+    """This process's share of the rows of one step after the other.
+
+    The rows are a function of the seed and the step alone. On a GPU they are written into pinned
+    memory, from which the device fetches them by itself: 4 bytes a piece, 1 for its type, and 8 a
+    masked piece.
+    """
+
+    def __init__(
+        self, task: Task, config: TrainConfig, ranks: Ranks, device: torch.device, step: int
+    ) -> None:
+        self._task, self._config, self._cuda = task, config, device.type == "cuda"
+        self._share = ranks.share(config.rows)
+        # On a CPU the model needs the cores.
+        self._threads = max(1, torch.get_num_threads() // 2) if self._cuda else 1
+        shape = (len(self._share), task.rows.T, task.rows.capacity)
+        self._slots = [
+            {name: torch.from_numpy(array) for name, array in vars(Batch.empty(*shape)).items()}
+            for _ in range(SLOTS)
+        ]
+        if self._cuda:
+            self._slots = [{n: t.pin_memory() for n, t in slot.items()} for slot in self._slots]
+        # The same memory as arrays, for the reader to write into.
+        self._buffers = [Batch(**{n: t.numpy() for n, t in slot.items()}) for slot in self._slots]
+        self._fetched: list[torch.cuda.Event | None] = [None] * SLOTS
+        self.device = {n: torch.empty_like(t, device=device) for n, t in self._slots[0].items()}
+        self._waited = 0.0
+        self._step = step
+        self._ahead: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(1)
+        for later in range(step, step + SLOTS - 1):
+            self._submit(later)
+
+    def fetch(self) -> None:
+        """Brings the rows of the next step into `device`, tensors by the names in Batch."""
+        before = time.perf_counter()
+        self._ahead.popleft().result()
+        self._waited += time.perf_counter() - before
+        slot = self._step % SLOTS
+        for name, tensor in self.device.items():
+            tensor.copy_(self._slots[slot][name], non_blocking=True)
+        if self._cuda:
+            event = self._fetched[slot] = torch.cuda.Event()
+            event.record()
+        self._submit(self._step + SLOTS - 1)
+        self._step += 1
+
+    def take_waited(self) -> float:
+        """Seconds that `fetch` has waited for rows since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _submit(self, step: int) -> None:
+        if step < self._config.steps:
+            self._ahead.append(self._pool.submit(self._make, step))
+
+    def _make(self, step: int) -> None:
+        slot = step % SLOTS
+        if (event := self._fetched[slot]) is not None:
+            event.synchronize()  # the device may still be reading what is to be overwritten
+        self._task.rows.read(
+            step * self._config.rows + self._share.start,
+            len(self._share),
+            student_prob=self._task.student_prob,
+            threads=self._threads,
+            out=self._buffers[slot],
+        )
+
+    def __enter__(self) -> Feed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,82 @@
+"""Where a run stands: its stage, steps and losses, and their curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mvbert.errors import InputError, MissingExtra
+from mvbert.files import Json, atomic_file, read_json_object
+from mvbert.training import checkpoint
+from mvbert.training.runs import read_log
+
+
+def run_info(folder: Path) -> dict[str, Json]:
+    """Where a run stands: its stage, steps done and losses; of a job or study, every run in it.
+
+    Raises:
+        InputError: `folder` is not the folder of a run.
+    """
+    if not (folder / "run.json").is_file():
+        runs = sorted(path.parent for path in folder.rglob("run.json"))
+        if not runs:
+            raise InputError(f"{folder}: no run.json in it; expected the folder of a training run")
+        return {"runs": {str(run.relative_to(folder)): run_info(run) for run in runs}}
+    run = read_json_object(folder / "run.json")
+    description: Any = run.get("description")
+    if not isinstance(description, dict) or "environment" not in run:
+        raise InputError(f"{folder / 'run.json'} does not say what the run is: was it changed?")
+    # A run that has only just started has no log.
+    records = read_log(folder) if (folder / "log.jsonl").exists() else []
+    trained = [r for r in records if "heldout" not in r]
+    evaluated = [r for r in records if "heldout" in r]
+    return {
+        "stage": description["stage"],
+        "steps": description["train"]["steps"],
+        "step": max((r["step"] for r in records), default=0),
+        "complete": (folder / "model" / "manifest.json").is_file(),
+        "last": trained[-1] if trained else None,
+        "heldout_first": evaluated[0]["heldout"] if evaluated else None,
+        "heldout_last": evaluated[-1]["heldout"] if evaluated else None,
+        "best_checkpoint": checkpoint.best(folder / "checkpoints"),
+        "environment": run["environment"],
+        "resumed": run.get("resumed", []),
+    }
+
+
+def plot_run(folder: Path, image: Path) -> None:
+    """Draws a run's loss curves, training and held out, over the pieces seen.
+
+    Raises:
+        InputError: `folder` is not the folder of a run, or has nothing to draw.
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("plotting", "matplotlib", "study") from None
+    records = read_log(folder)
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for record in records:
+        heldout = record.get("heldout")
+        for name, value in (heldout or record).items():
+            if (name == "loss" or name.endswith("_loss")) and value is not None:
+                pieces, values = curves.setdefault(
+                    f"{name}, held out" if heldout else name, ([], [])
+                )
+                pieces.append(record["pieces"] / 1e6)
+                values.append(value)
+    if not curves:
+        raise InputError(f"{folder / 'log.jsonl'} has no losses to draw yet")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, (pieces, values) in curves.items():
+        held = name.endswith("held out")
+        axes.plot(pieces, values, label=name, marker="o" if held else None, linewidth=1 + held)
+    axes.set(xlabel="pieces seen, millions", ylabel="nats", title=str(folder))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(image) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,123 @@
+"""The training log: a line is begun when a step is launched and written when its numbers arrive."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from mvbert.config import TrainConfig
+from mvbert.errors import InputError
+from mvbert.files import Json
+from mvbert.progress import Progress
+from mvbert.training.feed import Feed
+from mvbert.training.optim import learning_rate
+from mvbert.training.runs import Log
+from mvbert.training.step import Step
+from mvbert.training.task import Task
+
+# Updates skipped in a row (loss or gradient not finite) after which a run stops.
+MAX_SKIPPED = 10
+
+
+class Journal:
+    """The log of a run.
+
+    pieces_per_second    real pieces (rows have no padding), evaluations and checkpoints not counted
+    mfu                  model FLOPs utilisation, see mvbert.model.flops
+    data_wait            share of the time that this process waited for rows
+
+    Args:
+        log: None in processes that do not write.
+        peak: FLOP/s of all devices together.
+        step: steps done before.
+    """
+
+    def __init__(
+        self,
+        log: Log | None,
+        progress: Progress,
+        task: Task,
+        config: TrainConfig,
+        feed: Feed,
+        stepper: Step,
+        peak: float,
+        step: int,
+    ) -> None:
+        self._log, self._progress, self._task, self._config = log, progress, task, config
+        self._feed, self._stepper, self._peak = feed, stepper, peak
+        self._pieces = config.rows * task.rows.T
+        self._step = step  # of the last line
+        self._clock = time.perf_counter()  # since when the next line counts
+        self._line: Callable[[], None] | None = None
+
+    def begin(self, step: int) -> None:
+        """Begins the line of `step`, the last one launched; on a CPU, writes it too."""
+        pending, steps = self._stepper.take(), step - self._step
+        self._step = step
+        self._line = lambda: self._trained(step, steps, *pending.wait())
+        if pending.ready:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes the line that was begun, if there is one; waits for the device to have come to it.
+
+        Raises:
+            InputError: loss or gradient was not finite too often in a row.
+        """
+        line, self._line = self._line, None
+        if line is not None:
+            line()
+
+    def _trained(
+        self, step: int, steps: int, sums: dict[str, float], in_a_row: int, skipped: int
+    ) -> None:
+        seconds = time.perf_counter() - self._clock
+        self._clock += seconds
+        record: dict[str, Json] = {
+            "step": step,
+            "pieces": step * self._pieces,
+            "lr": learning_rate(step - 1, self._config),
+            **self._task.summary(sums),
+            "pieces_per_second": round(steps * self._pieces / seconds),
+            "mfu": round(steps * self._task.flops() / seconds / self._peak, 4),
+            "data_wait": round(self._feed.take_waited() / seconds, 4),
+        }
+        self._write(record)
+        self._progress.trained(record)
+        if sums["skipped"]:
+            self._progress.note(f"update skipped: {self._rows_of(skipped, skipped + 1)}")
+        if in_a_row >= MAX_SKIPPED:
+            raise InputError(
+                f"loss or gradient was not finite in {in_a_row} steps in a row, "
+                f"{self._rows_of(step - in_a_row, step)}; all of these updates were left out, "
+                f"and checkpoints before step {step - in_a_row} are good: try a lower lr"
+            )
+
+    def evaluated(self, step: int, result: dict[str, float | None]) -> None:
+        """Writes the line of a held-out evaluation."""
+        self._write({"step": step, "pieces": step * self._pieces, "heldout": result})
+        self._progress.evaluated(step, result)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's."""
+        before = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - before
+
+    def flush(self) -> None:
+        if self._log is not None:
+            self._log.flush()
+
+    def _write(self, record: dict[str, Json]) -> None:
+        if self._log is not None:
+            self._log.write(record)
+
+    def _rows_of(self, start: int, end: int) -> str:
+        """Names the rows of steps [start, end), so that they can be made again."""
+        first, config = start * self._config.rows, self._config
+        return (
+            f"steps {start} to {end} (seed {config.seed}, epoch {first // self._task.rows.count}, "
+            f"rows {first} to {end * config.rows})"
+        )

@@ -1,0 +1,229 @@
+"""Run folder: settings, log, lock, stop requests.
+
+run.json      settings, versions, device
+log.jsonl     one object per logged step and per evaluation
+checkpoints/  step-XXXXXXXX, see mvbert.training.checkpoint
+model/        the result: the last checkpoint without its training state
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from mvbert.errors import InputError
+from mvbert.files import Json, atomic_write, read_json_object, write_error, write_json
+
+
+def make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(out, error) from error
+
+
+# Settings that earlier versions had, and the value at which each did nothing; None: its value did
+# nothing once the one beside it had that value.
+RETIRED: dict[str, Json] = {
+    "row.late_length": 0,
+    "row.late_share": None,
+    "train.optimizer": "adamw",
+    "train.student_prob_end": -1.0,
+    "train.ramp_start": None,
+    "train.logits_top_k": 0,
+    "train.hidden_map": "linear",
+    "train.mlm_weight_end": -1.0,
+    "train.logits_weight_end": -1.0,
+    "train.hidden_weight_end": -1.0,
+    "train.relations_weight_end": -1.0,
+}
+
+
+def _without_retired(description: dict[str, Any]) -> dict[str, Any]:
+    """The description without settings that no longer exist and did nothing.
+
+    Tables are those of run.json (row, train) and of distill.json (row, stage1).
+    """
+    kept = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
+    for setting, idle in RETIRED.items():
+        table, name = setting.split(".")
+        for values in (kept.get(t) for t in ((table, "stage1") if table == "train" else (table,))):
+            if isinstance(values, dict) and name in values and idle in (None, values[name]):
+                del values[name]
+    return kept
+
+
+def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> None:
+    """Writes what a run is at its first start; afterwards refuses any other in the same folder.
+
+    Args:
+        path: the file, run.json or distill.json.
+        description: settings and checksums of inputs: what must be the same to resume.
+        facts: written beside it, not compared.
+    """
+    if not path.exists():
+        write_json(path, {"description": description, **facts})
+        return
+    found = read_json_object(path).get("description")
+    wanted = _without_retired(json.loads(json.dumps(description)))
+    if isinstance(found, dict):
+        found = _without_retired(found)
+    if found != wanted:
+        names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
+        raise InputError(
+            f"{path.parent} holds a run with other settings ({', '.join(names[:4])}); "
+            "give another --out, or remove that folder"
+        )
+
+
+def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None:
+    """Adds to run.json that the run resumes from `step`, and what differs from its start."""
+    run = read_json_object(path)
+    first: Any = run.get("environment")
+    resumed: Any = run.setdefault("resumed", [])
+    changes = {name: value for name, value in environment.items() if first.get(name) != value}
+    resumed.append({"step": step, **changes})
+    write_json(path, run)
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings in which two nested objects differ."""
+    names: list[str] = []
+    for key in sorted({*a, *b}):
+        if a.get(key) == b.get(key):
+            continue
+        if isinstance(a.get(key), dict) and isinstance(b.get(key), dict):
+            names += _differences(a[key], b[key], f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}: {a.get(key)!r} there, {b.get(key)!r} now")
+    return names
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """One process a run folder."""
+    try:
+        file = open(out / ".lock", "w")  # noqa: SIM115 (the with-block below closes it)
+    except OSError as error:
+        raise write_error(out / ".lock", error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{out} is in use by another mvbert process") from None
+        yield
+
+
+class Stop:
+    """Whether SIGINT or SIGTERM has asked the run to stop."""
+
+    requested = False
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turns SIGINT and SIGTERM into a request that the loop sees after the running step."""
+    stop = Stop()
+    # torchrun passes on a Ctrl-C that the terminal has sent to all of its group already.
+    told_twice = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.requested and number == signal.SIGINT and not told_twice:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        stop.requested = True
+
+    try:
+        old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller deals with signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """All records of a run's log, oldest first."""
+    path = out / "log.jsonl"
+    if not path.exists():
+        raise InputError(f"{path} does not exist: is {out} the folder of a run?")
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of a log with what they say, without those that a kill or a full disk cut off."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                yield line, record
+
+
+class Log:
+    """log.jsonl, and TensorBoard's events beside it where tensorboard is installed.
+
+    On resume, records after the checkpoint's step are dropped first.
+    """
+
+    def __init__(self, path: Path, keep_until: int) -> None:
+        kept = []
+        if keep_until >= 0 and path.exists():
+            kept = [line for line, record in _records(path) if record["step"] <= keep_until]
+        atomic_write(path, "".join(line + "\n" for line in kept))
+        self._path = path
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(path.parent / "tensorboard", keep_until + 1)
+
+    def write(self, record: dict[str, Json]) -> None:
+        with self._told_of():
+            self._file.write(json.dumps(record, allow_nan=True) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                heldout = record.get("heldout")
+                prefix, values = ("heldout", heldout) if heldout else ("train", record)
+                assert isinstance(values, dict)
+                for name, value in values.items():
+                    if name not in ("step", "pieces") and value is not None:
+                        self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+    def flush(self) -> None:
+        """Forces to the disk what is written: a checkpoint's log must be there as it is."""
+        with self._told_of():
+            os.fsync(self._file.fileno())
+            if self._board is not None:
+                self._board.flush()
+
+    @contextlib.contextmanager
+    def _told_of(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # TensorBoard raises what its thread met in an earlier call
+            raise write_error(self._path, error) from error
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):  # all that a checkpoint needs has been flushed
+                self._board.close()
+
+
+def _tensorboard(folder: Path, purge_step: int) -> Any:
+    """A writer of TensorBoard events that hides those from `purge_step` on; None without it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=purge_step)

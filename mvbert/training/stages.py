@@ -1,0 +1,332 @@
+"""The two stages as tasks for the loop in mvbert.training.train.
+
+Stage I: a teacher reads and predicts text cut with both vocabularies. Stage II: a student trains on
+student pieces alone, from the Stage I table, and, beyond the paper, from what the Stage I teacher
+makes of the very same rows.
+
+Source: Zhao, Gupta, Song, Zhou, "Extremely Small BERT Models from Mixed-Vocabulary Training",
+EACL 2021, arXiv 1909.11687.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mvbert.config import (
+    ModelConfig,
+    RowConfig,
+    Stage1Config,
+    Stage2Config,
+    student_shape,
+)
+from mvbert.errors import InputError
+from mvbert.model import huggingface
+from mvbert.model.card import model_card
+from mvbert.model.embeddings import sinusoidal_start, spelled_rows, warm_start
+from mvbert.model.flops import encoder_flops, head_flops
+from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM, masked_sums
+from mvbert.progress import Progress
+from mvbert.text.corpus import Corpus
+from mvbert.text.stage_rows import stage_rows
+from mvbert.text.vocab import Vocab
+from mvbert.training.distillation import Distillation, Teacher
+
+STUDENT_TABLE = "student.safetensors"
+STUDENT_VOCAB = "student_vocab.txt"
+
+
+class Stage1:
+    """Mixed-vocabulary training of the teacher."""
+
+    def __init__(
+        self,
+        config: Stage1Config,
+        row: RowConfig,
+        corpus: Corpus,
+        teacher: Path,
+        student_vocab: Vocab,
+        progress: Progress,
+    ) -> None:
+        shape = huggingface.read_model_config(teacher)
+        self.teacher_vocab = huggingface.load_vocab(teacher, shape)
+        self.student_vocab = student_vocab
+        check_lengths(row, shape)
+        self._config = config
+        shape = _with_dropout(shape, config.dropout)
+        model = MixedMaskedLM(shape, student_vocab.size, config.embedding_size)
+        model.init_weights(config.seed)
+        _, missing = huggingface.load_masked_lm(teacher, model, seed=config.seed)
+        if missing:
+            progress.note(
+                f"not in the teacher's folder, so trained from the start: {', '.join(missing)}"
+            )
+        table = model.embeddings.word.weight.detach()
+        rows, shared = spelled_rows(
+            student_vocab.pieces, self.teacher_vocab.ids, table, self.teacher_vocab.unk
+        )
+        progress.note(
+            f"{shared} of {student_vocab.size} student pieces "
+            f"({shared / student_vocab.size:.1%}) are in the teacher's vocabulary"
+        )
+        if config.warm_start:
+            kept = warm_start(model.student, rows)
+            progress.note(
+                f"warm start: {config.embedding_size} directions keep {kept:.1%} of the variance"
+            )
+        else:
+            # Projected rows then have the spread of BERT's initial rows.
+            generator = torch.Generator().manual_seed(config.seed + 1)
+            with torch.no_grad():
+                model.student.projection.weight.normal_(
+                    0.0, config.embedding_size**-0.5, generator=generator
+                )
+        self.model = model
+        self.module = nn.ModuleDict({"model": model})
+        model.pooler.requires_grad_(False)  # no masked-language-model loss reaches it
+        self.teacher_size = shape.vocab_size
+        masks = (self.teacher_vocab.mask, self.teacher_size + student_vocab.mask)
+        model.embeddings.frequent_ids = masks
+        self._row = row
+        cuts = (corpus.segment(self.teacher_vocab), corpus.segment(student_vocab))
+        self.rows, self.heldout = stage_rows(corpus, *cuts, row, config.seed, config.student_prob)
+        self.student_prob = config.student_prob
+
+    def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self.model.student.rows()
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
+        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
+        teacher, student = self.model.mixed_sums(masked_hidden, batch.labels, rows)
+        of_student = batch.labels >= self.teacher_size
+        sums = {
+            "teacher_sum": teacher.detach().double(),
+            "teacher_count": ((batch.labels >= 0) & ~of_student).sum(),
+            "student_sum": student.detach().double(),
+            "student_count": of_student.sum(),
+        }
+        return (teacher + student) / masked, sums
+
+    def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
+        return self.losses(batch, (batch.labels >= 0).sum())[1]
+
+    def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
+        both = sums["teacher_sum"] + sums["student_sum"]
+        count = sums["teacher_count"] + sums["student_count"]
+        return {
+            "loss": _mean(both, count),
+            "teacher_loss": _mean(sums["teacher_sum"], sums["teacher_count"]),
+            "student_loss": _mean(sums["student_sum"], sums["student_count"]),
+            **_step_means(sums),
+        }
+
+    def flops(self) -> float:
+        shape, V, p = self.model.config, self.student_vocab.size, self._config.student_prob
+        pieces = self._config.rows * self._row.length
+        forward = (
+            pieces * encoder_flops(shape, self.rows.T)
+            + self._row.mask_prob * pieces * head_flops(shape, p * V + (1 - p) * self.teacher_size)
+            + 2.0 * V * self._config.embedding_size * shape.hidden_size
+        )
+        return 3.0 * forward
+
+    def write_model(self, folder: Path) -> None:
+        """The teacher as a Hugging Face folder, the student's table and vocabulary beside it."""
+        huggingface.write_model(
+            folder, self.model, self.teacher_vocab, model_card("stage1", self.model.config)
+        )
+        state = {n: p.detach().cpu().contiguous() for n, p in self.model.student.named_parameters()}
+        huggingface.write_tensors(folder / STUDENT_TABLE, state)
+        self.student_vocab.save(folder / STUDENT_VOCAB)
+
+    def read_model(self, folder: Path) -> None:
+        read_mixed(folder, self.model)
+
+
+def read_mixed(folder: Path, model: MixedMaskedLM) -> None:
+    """Loads a folder that Stage1.write_model wrote into a model of its shape."""
+    huggingface.load_masked_lm(folder, model, complete=True)
+    tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
+    with torch.no_grad():
+        for name, parameter in model.student.named_parameters():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise InputError(
+                    f"{folder / STUDENT_TABLE}: {name} must be {tuple(parameter.shape)}; "
+                    "was it made with another student vocabulary or embedding size?"
+                )
+            parameter.copy_(tensors[name])
+
+
+def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
+    """The Stage I teacher and the student's vocabulary out of the folder of its result."""
+    if not (folder / STUDENT_TABLE).is_file():
+        raise InputError(
+            f"{folder}: no {STUDENT_TABLE} in it; expected the model/ folder of a Stage I run"
+        )
+    tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
+    if "table" not in tensors or tensors["table"].ndim != 2:
+        raise InputError(f"{folder / STUDENT_TABLE}: no student table in it")
+    V, E = tensors["table"].shape
+    shape = huggingface.read_model_config(folder)
+    vocab = Vocab.load(
+        folder / STUDENT_VOCAB, lowercase=huggingface.load_vocab(folder, shape).lowercase
+    )
+    if vocab.size != V:
+        raise InputError(
+            f"{folder}: {STUDENT_VOCAB} has {vocab.size} pieces, the student table {V} rows"
+        )
+    model = MixedMaskedLM(shape, V, E)
+    read_mixed(folder, model)
+    return model, vocab
+
+
+class Stage2:
+    """Training of the student on student pieces, with or without the Stage I teacher."""
+
+    def __init__(
+        self,
+        config: Stage2Config,
+        row: RowConfig,
+        corpus: Corpus,
+        stage1: Path,
+        progress: Progress,
+    ) -> None:
+        teacher, self.vocab = load_stage1(stage1)
+        shape = student_shape(config.shape, self.vocab.size, config.dropout)
+        check_lengths(row, shape)
+        self._config, self._row, self._pieces = config, row, config.rows * row.length
+        self.model = MaskedLM(shape)
+        self.model.init_weights(config.seed)
+        self.model.embeddings.frequent_ids = (self.vocab.mask,)
+        self.model.pooler.requires_grad_(False)
+        if config.start == "stage1":
+            E = teacher.student.table.shape[1]
+            if shape.hidden_size != E:
+                raise InputError(
+                    f"a {config.shape} student cannot start from Stage I embeddings of width {E}: "
+                    f"train Stage I with embedding_size {shape.hidden_size}, "
+                    "or choose start = random"
+                )
+            with torch.no_grad():
+                self.model.embeddings.word.weight.copy_(teacher.student.table)
+                self.model.head.bias.copy_(teacher.student.bias)
+        if config.positions == "sinusoidal":
+            tables = self.model.embeddings
+            sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
+        self.module = nn.ModuleDict({"model": self.model})
+        self._weights = {
+            name: float(getattr(config, f"{name}_weight")) for name in ("mlm", *config.distill)
+        }
+        self.distillation: Distillation | None = None
+        if config.distill:
+            check_lengths(row, teacher.config)
+            self.distillation = Distillation(config, shape, Teacher(teacher))
+            self.module["distillation"] = self.distillation
+        cut = corpus.segment(self.vocab)
+        self.student_prob = 1.0
+        self.rows, self.heldout = stage_rows(corpus, None, cut, row, config.seed, 1.0)
+        if self.distillation is not None:
+            progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
+            costs = self._costs()
+            progress.note(
+                f"MFLOP a piece: student {costs['student_mflop']:.1f} (forward and backward), "
+                f"teacher {costs['teacher_mflop']:.1f} (forward)"
+            )
+
+    def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        distillation = self.distillation
+        taps = distillation.student_taps() if distillation is not None else None
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, taps=taps)
+        masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
+        mlm = self.model.losses(masked_hidden, batch.labels, "sum")
+        sums = {"mlm_sum": mlm.detach().double(), "count": (batch.labels >= 0).sum()}
+        losses = {"mlm": mlm / masked}
+        if distillation is not None:
+            assert taps is not None
+            # The mean over a part of the step's pieces counts for that part's share of them.
+            share = batch.input_ids.numel() / self._pieces
+            more, more_sums = distillation(
+                batch, masked, share, self.model, hidden, masked_hidden, taps
+            )
+            losses |= more
+            sums |= more_sums
+        total = torch.stack([w * losses[name].float() for name, w in self._weights.items()]).sum()
+        return total, sums
+
+    def evaluate(self, batch: DeviceBatch) -> dict[str, Tensor]:
+        return masked_sums(self.model, batch)
+
+    def summary(self, sums: dict[str, float]) -> dict[str, float | None]:
+        count = sums["count"]
+        out = {"loss": _mean(sums["mlm_sum"], count)}
+        if "right" in sums:
+            out["accuracy"] = _mean(sums["right"], count)
+        if "logits_sum" in sums:
+            out["logits_loss"] = _mean(sums["logits_sum"], sums["logits_count"])
+        for name in ("hidden", "relations"):
+            if f"{name}_sum" in sums:
+                out[f"{name}_loss"] = _mean(sums[f"{name}_sum"], sums["updates"])
+        if "steps" in sums:
+            out.update(self._costs())
+        return {**out, **_step_means(sums)}
+
+    def _costs(self) -> dict[str, float | None]:
+        """What a piece costs the student and, if there is one, the teacher."""
+        student, teacher = self._flops_of_a_piece()
+        costs: dict[str, float | None] = {"student_mflop": round(student / 1e6, 3)}
+        if self.distillation is not None:
+            costs["teacher_mflop"] = round(teacher / 1e6, 3)
+            costs["teacher_us_per_piece"] = self.distillation.teacher.microseconds
+        return costs
+
+    def flops(self) -> float:
+        each = sum(self._flops_of_a_piece())
+        if self.distillation is not None:
+            each += 3.0 * self.distillation.map_flops()
+        return self._pieces * each
+
+    def _flops_of_a_piece(self) -> tuple[float, float]:
+        """Of the student, forward and backward, and of its teacher, forward."""
+        T, mask_prob = self.rows.T, self._row.mask_prob
+        head = mask_prob * head_flops(self.model.config, self.vocab.size)
+        student = 3.0 * (encoder_flops(self.model.config, T) + head)
+        teacher = self.distillation.teacher_flops(T, mask_prob) if self.distillation else 0.0
+        return student, teacher
+
+    def write_model(self, folder: Path) -> None:
+        card = model_card("stage2", self.model.config, self._config, self._row.length)
+        huggingface.write_model(folder, self.model, self.vocab, card)
+
+    def read_model(self, folder: Path) -> None:
+        huggingface.load_masked_lm(folder, self.model, complete=True)
+
+
+# ---- shared by both ---------------------------------------------------------------------------
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def _step_means(sums: dict[str, float]) -> dict[str, float | None]:
+    """What the loop itself adds to the sums of a training window."""
+    if "steps" not in sums:
+        return {}
+    return {"grad_norm": _mean(sums["grad_norm"], sums["updates"]), "skipped": sums["skipped"]}
+
+
+def check_lengths(row: RowConfig, shape: ModelConfig) -> None:
+    """Refuses rows that a model of this shape cannot read."""
+    if row.length > shape.max_position_embeddings:
+        raise InputError(
+            f"rows of {row.length} pieces do not fit the model's "
+            f"{shape.max_position_embeddings} positions: choose a smaller row length"
+        )
+    if row.pair_prob > 0 and shape.type_vocab_size < 2:
+        raise InputError("the model has one token type, so rows cannot be pairs: make pair_prob 0")
+
+
+def _with_dropout(shape: ModelConfig, dropout: float) -> ModelConfig:
+    return replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)

@@ -1,0 +1,328 @@
+"""The loop, the same for both stages; they differ in the task handed to it.
+
+Each step is followed by what is due: log, evaluate, save, stop. A run lives in a folder
+(mvbert.training.runs) and resumes from its newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mvbert.config import TrainConfig
+from mvbert.cores import cores
+from mvbert.errors import InputError, Interrupted, OutOfTime
+from mvbert.files import Json, atomic_folder
+from mvbert.model.encoder import compile_layers
+from mvbert.model.flops import peak_flops
+from mvbert.model.masked_lm import DeviceBatch
+from mvbert.progress import Progress
+from mvbert.training import checkpoint
+from mvbert.training.device import (
+    Device,
+    choose_device,
+    choose_graph,
+    give_memory_back,
+    keep_memory,
+)
+from mvbert.training.environment import environment
+from mvbert.training.feed import Feed
+from mvbert.training.journal import Journal
+from mvbert.training.optim import make_optimizer
+from mvbert.training.ranks import Ranks, join_ranks
+from mvbert.training.runs import (
+    Log,
+    describe_resume,
+    describe_run,
+    lock,
+    make_folder,
+    read_log,
+    stop_signals,
+)
+from mvbert.training.step import CudaGraph, Losses, Step, Sums
+from mvbert.training.task import Task
+
+STARTED = time.monotonic()  # of the command, near enough
+
+
+def train(
+    task: Task, config: TrainConfig, out: Path, description: dict[str, Json], progress: Progress
+) -> dict[str, Json]:
+    """Trains a task to its last step, resuming from the newest whole checkpoint in `out`.
+
+    Started by torchrun, each process calls this alike; rank 0 writes, all return the report.
+
+    Args:
+        description: what the run is (inputs and their checksums, settings); a run folder that was
+            made with another description is refused.
+
+    Returns:
+        The report: the result's folder, steps, pieces seen, first and last held-out evaluation.
+
+    Raises:
+        InputError: `out` holds another run, or a file cannot be written.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
+        OutOfTime: `config.max_hours` are over; a checkpoint was saved first.
+    """
+    ranks = join_ranks()
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            make_folder(out)
+            stack.enter_context(lock(out))
+
+        ranks.first(claim)
+        stop = stack.enter_context(stop_signals())
+        stack.callback(give_memory_back)
+        run = _prepare(task, config, out, description, progress, ranks)
+        step, state = run.resume()
+        log = Log(out / "log.jsonl", step if state else -1) if ranks.lead else None
+        losses = ranks.wrap(Losses(task))
+        stack.enter_context(run.device.stream())
+        stack.enter_context(log or nullcontext())
+        stack.enter_context(progress.steps(config.steps, step))
+        feed = stack.enter_context(Feed(task, config, ranks, run.device.device, step))
+        stepper = Step(task, losses, config, run.device, ranks, run.optimizer, state, run.graph)
+        journal = Journal(log, progress, task, config, feed, stepper, run.peak, step)
+
+        if not state:
+            with journal.paused():
+                run.save(step, run.evaluate(step, journal), stepper, journal)
+        while step < config.steps:
+            stepper(feed, step)  # launched; nothing below waits for a GPU unless it is due
+            step += 1
+            journal.finish()  # the line begun earlier, while the device works on this step
+            # Asked once: a signal that comes later is seen after the next step, which is saved.
+            interrupted, out_of_time = ranks.any(stop.requested, _out_of_time(config))
+            after = due(step, config, leaving=interrupted or out_of_time)
+            if after.log:
+                journal.begin(step)
+            if after.evaluate or after.save:
+                journal.finish()
+                with journal.paused():
+                    heldout = run.evaluate(step, journal) if after.evaluate else None
+                    if after.save or run.is_best(heldout):
+                        run.save(step, heldout, stepper, journal, interrupted or out_of_time)
+            progress.advance(step)
+            if step < config.steps and interrupted:
+                raise Interrupted(f"stopped at step {step}; run the same command again to resume")
+            if step < config.steps and out_of_time:
+                raise OutOfTime(
+                    f"time limit of {config.max_hours:g} h reached at step {step}; "
+                    "run the same command again to resume",
+                    step,
+                )
+        ranks.first(run.write_result)
+        if ranks.any(stop.requested)[0]:
+            raise Interrupted(f"{out} is complete; run the same command again for what follows it")
+        return ranks.first(lambda: _report(out, config, run.pieces_per_step))
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+def due(step: int, config: TrainConfig, leaving: bool) -> Due:
+    """What follows step number `step`, counted from 1, the last one or one that is left after."""
+    last = step == config.steps
+    return Due(
+        log=last or step % config.log_every == 0,
+        evaluate=last or step % config.eval_every == 0,
+        save=last or leaving or step % config.save_every == 0,
+    )
+
+
+def _out_of_time(config: TrainConfig) -> bool:
+    return 0 < config.max_hours * 3600 <= time.monotonic() - STARTED
+
+
+# ---- a run: what its steps are made with, and what it writes -------------------------------------
+
+
+def _prepare(
+    task: Task,
+    config: TrainConfig,
+    out: Path,
+    description: dict[str, Json],
+    progress: Progress,
+    ranks: Ranks,
+) -> _Run:
+    """Chooses device, graph and threads, describes the run in its folder, reports the choices."""
+    _check_shares(config, ranks)
+    torch.set_num_threads(config.threads or max(1, cores(0) // ranks.local_count))
+    device = choose_device(config, ranks.local_rank, ranks.local_count)
+    if device.device.type == "cpu":
+        keep_memory()
+    facts = environment(device.device, device.reason, ranks.count)
+    ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
+    module = task.module.to(device.device)
+    peak, source = peak_flops(
+        device.device, device.autocast or torch.float32, torch.get_num_threads()
+    )
+    if config.compile:
+        compile_layers(module)
+    graph, why = choose_graph(config, device.device, ranks.count)
+    compiled = "; layers compiled" if config.compile else ""
+    progress.note(f"device {device.device}, {device.reason}; {why}{compiled}")
+    progress.note(f"peak {peak / 1e12:.3g} TFLOP/s ({source}), processes: {ranks.count}")
+    run = _Run(
+        task=task,
+        config=config,
+        out=out,
+        progress=progress,
+        ranks=ranks,
+        device=device,
+        module=module,
+        optimizer=make_optimizer(module, config, device.device),
+        graph=CudaGraph() if graph else None,
+        peak=peak * ranks.count,
+        facts=facts,
+    )
+    progress.note(
+        f"{config.steps} steps x {config.rows} rows x {task.rows.T} pieces = "
+        f"{config.steps * run.pieces_per_step / 1e6:.2f} M pieces, "
+        f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
+    )
+    return run
+
+
+def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
+    """Each process must have the same number of rows, in whole parts, and something to evaluate."""
+    if config.rows % (ranks.count * (config.micro_rows or 1)):
+        raise InputError(
+            f"rows {config.rows} cannot be divided among {ranks.count} processes "
+            f"in parts of micro_rows {config.micro_rows or 1}"
+        )
+    if config.eval_rows < ranks.count:
+        raise InputError(f"eval_rows must be at least {ranks.count}, one for each process")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the steps of a run are made with, and its folder."""
+
+    task: Task
+    config: TrainConfig
+    out: Path
+    progress: Progress
+    ranks: Ranks
+    device: Device
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    graph: CudaGraph | None
+    peak: float  # FLOP/s of all devices together
+    facts: dict[str, Json]  # the environment
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
+    def pieces_per_step(self) -> int:
+        return self.config.rows * self.task.rows.T
+
+    def resume(self) -> tuple[int, dict[str, Json]]:
+        """Loads the newest whole checkpoint; its step and state, or 0 and {}."""
+        note, first = self.progress.note, self.ranks.first
+        newest = first(lambda: checkpoint.newest_name(self.checkpoints, note))
+        if newest is None:
+            return 0, {}
+        folder = self.checkpoints / newest
+        self.task.read_model(folder)
+        step, state = checkpoint.load(folder, self.module, self.optimizer)
+        note(f"resuming from {newest}")
+        # Before the next one is saved, which would be counted among them.
+        first(lambda: checkpoint.drop_after(self.checkpoints, step))
+        if step < self.config.steps:
+            first(lambda: describe_resume(self.out / "run.json", step, self.facts))
+        return step, state
+
+    @torch.no_grad()
+    def evaluate(self, step: int, journal: Journal) -> float | None:
+        """Held-out means over the same rows every time, written to the log; returns the loss."""
+        task, config, ranks = self.task, self.config, self.ranks
+        task.module.eval()
+        sums = Sums(self.device.device)
+        share = ranks.share(config.eval_rows)
+        micro = config.micro_rows or config.rows // ranks.count
+        for first in range(share.start, share.stop, micro):
+            count = min(micro, share.stop - first)
+            rows = task.heldout.read(first, count, student_prob=task.student_prob, threads=1)
+            with self.device.cast():
+                sums.add(task.evaluate(DeviceBatch.of(rows, self.device.device)))
+        result = task.summary(sums.dict(ranks.sum_(sums.vector)))
+        for name, value in result.items():
+            if value is not None and not math.isfinite(value):
+                raise InputError(
+                    f"the held-out {name} is {value}: the model's weights are corrupt; "
+                    f"remove {self.out} and try a lower lr"
+                )
+        journal.evaluated(step, result)
+        return result["loss"]
+
+    def is_best(self, heldout: float | None) -> bool:
+        keep = self.config.keep_best
+        return self.ranks.first(lambda: checkpoint.is_best(self.checkpoints, heldout, keep))
+
+    def save(
+        self,
+        step: int,
+        heldout: float | None,
+        stepper: Step,
+        journal: Journal,
+        leaving: bool = False,
+    ) -> None:
+        """Writes a checkpoint, unless updates are being skipped and no evaluation has passed.
+
+        The weights may then be what makes the losses infinite, and earlier ones are to be kept.
+        """
+        state = stepper.state()
+        if state["skipped_in_a_row"] and heldout is None and not leaving:
+            return
+        journal.flush()
+        saved: dict[str, Json] = {"step": step, "heldout": heldout, **state}
+        place = (self.checkpoints, saved, self.module, self.optimizer)
+        self.ranks.first(lambda: checkpoint.save(*place, self.task.write_model, self.config))
+
+    def write_result(self) -> None:
+        with atomic_folder(self.out / "model", overwrite=True) as partial:
+            self.task.write_model(partial)
+            checkpoint.write_manifest(partial)
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> dict[str, Json]:
+    evaluations = [line for line in read_log(out) if "heldout" in line]
+    return {
+        "output": str(out / "model"),
+        "steps": config.steps,
+        "pieces": config.steps * pieces_per_step,
+        "heldout_first": evaluations[0]["heldout"],
+        "heldout_last": evaluations[-1]["heldout"],
+    }
+
+
+def finished(
+    out: Path, description: dict[str, Json], config: TrainConfig
+) -> dict[str, Json] | None:
+    """The report of a run that is already complete in `out`, or None."""
+    if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
+        return None
+    describe_run(out / "run.json", description)
+    if checkpoint.check_manifest(out / "model") is not None:
+        return None
+    length = description["row"]["length"]  # type: ignore[index,call-overload]
+    return _report(out, config, config.rows * int(length))  # type: ignore[arg-type]

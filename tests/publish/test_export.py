@@ -1,0 +1,249 @@
+"""An exported graph says what torch says, int8 nearly so; its folder is whole."""
+
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("onnx", reason="needs onnx")
+pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+import onnx
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvbert.config import ModelConfig
+from mvbert.model.masked_lm import MaskedLM
+from mvbert.publish import export, onnx_graph
+
+
+def bert(**changes) -> MaskedLM:
+    """A BERT whose weights and biases are all far from nothing."""
+    shape = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2,
+             "num_attention_heads": 3, "intermediate_size": 40,
+             "max_position_embeddings": 12}  # fmt: skip
+    model = MaskedLM(ModelConfig(**shape | changes))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm.weight" in name else 0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+def inputs(model: MaskedLM, B: int = 3, T: int = 9) -> tuple[torch.Tensor, ...]:
+    """Rows of different lengths, padded with any pieces, of two token types."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(model.config.vocab_size, (B, T), generator=generator)
+    mask = torch.arange(T) < torch.arange(T - B + 1, T + 1)[:, None]
+    types = torch.arange(T).expand(B, T) * model.config.type_vocab_size // (T + 1)
+    return ids, mask, types
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu", "type_vocab_size": 1},
+     {"num_attention_heads": 1, "layer_norm_eps": 0.1}],
+    ids=str,
+)  # fmt: skip
+def test_a_graph_is_the_model(changes):
+    model = bert(**changes)
+    ids, mask, types = inputs(model)
+    hidden = model.encoder(model.embeddings(ids, types), mask)
+    pooled = torch.stack([row[on].mean(0) for row, on in zip(hidden, mask, strict=True)])
+    wanted = {
+        "last_hidden_state": hidden,
+        "sentence_embedding": pooled,
+        "logits": model.logits(model.head(hidden)),
+    }
+    for int8, bound in ((False, 1e-5), (True, 0.1)):
+        session = export.Session(onnx_graph.to_onnx(model, tuple(onnx_graph.OUTPUTS), int8))
+        found = session(ids, mask, types)
+        assert [*found] == [*wanted]
+        for name, truth in wanted.items():
+            a, b = (found[name], truth) if name == "sentence_embedding" else (
+                found[name][mask], truth[mask])  # fmt: skip
+            assert distance(a, b) < bound, (name, int8)
+            assert distance(a, b.roll(1, 0)) > bound, "the bound would let anything pass"
+        # Other rows and lengths; what is padding does not matter.
+        again = session(ids.where(mask, 0), mask, types)
+        if not int8:
+            assert distance(again["logits"][mask], found["logits"][mask]) < 1e-5
+        assert session(ids[:1, :4], mask[:1, :4], types[:1, :4])["logits"].shape == (1, 4, 50)
+
+
+def test_the_word_table_is_in_the_file_once():
+    model = bert(vocab_size=4000)
+    for int8, size in ((False, 4), (True, 1)):
+        alone, tied = (
+            len(onnx_graph.to_onnx(model, [head], int8)) for head in ("hidden", "logits")
+        )
+        matrix, bias, table = 24 * 24 * size, 4 * 4000, 4000 * 24 * size
+        assert table < alone < tied < alone + matrix + bias + 3000 < alone + table
+
+
+def test_quantised_weights():
+    weight = np.array([[0.6, -1.0, 0.25], [0.0, 0.0, 0.0], [3.0, 6.0, -6.0]], np.float32)
+    values, scales = onnx_graph.quantised(weight, 7)
+    assert values.tolist() == [[38, -63, 16], [0, 0, 0], [32, 63, -63]]
+    assert (np.abs(values * scales - weight) <= scales / 1.999).all()
+    assert np.abs(onnx_graph.quantised(weight, 8)[0]).max() == 127
+
+
+def test_integer_products_fit_the_16_bits_of_old_processors():
+    graph = onnx.load_from_string(onnx_graph.to_onnx(bert(), ["hidden", "logits"], True)).graph
+    value = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    assert {*value} == {*value} & {name for node in graph.node for name in node.input}
+    made_by = {node.output[0]: node for node in graph.node}
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 2 * 4 + 2
+    for node in products:
+        source = made_by[node.input[1]].input[0] if node.input[1] in made_by else node.input[1]
+        assert 2 * 255 * int(np.abs(value[source].astype(int)).max()) <= 2**15 - 1
+
+
+def test_the_verb(training_inputs, tmp_path, verb, refused):
+    transformers = pytest.importorskip("transformers")
+    bert, out = training_inputs / "teacher", tmp_path / "out"
+    command = ["export", bert, "-o", out, "--int8", "--head", "logits", "hidden",
+               "--corpus", training_inputs / "corpus"]  # fmt: skip
+    report, shown = verb(*command)
+    assert report["outputs"] == ["last_hidden_state", "logits"]
+    assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {
+        "onnx/model.onnx", "onnx/model_quantized.onnx", "config.json", "vocab.txt",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    for file, facts in report["files"].items():
+        assert facts["bytes"] == (out / file).stat().st_size
+        assert f"{file}: {facts['bytes'] / 1e6:.2f} MB" in shown
+        assert facts["masked"] > 0
+    exact, int8 = report["files"].values()
+    assert exact["same_top1"] == 1
+    assert max(exact["largest"].values()) < 1e-5
+    assert 1e-3 < int8["error"]["last_hidden_state"] < 0.1
+
+    tokens = transformers.AutoTokenizer.from_pretrained(out)(
+        ["The river is old.", "Words"], return_tensors="pt", padding=True
+    )
+    model = transformers.AutoModelForMaskedLM.from_pretrained(bert).eval()
+    with torch.no_grad():
+        wanted = model(**tokens).logits
+    counts = tokens["attention_mask"].bool()
+    found = export.Session(out / "onnx" / "model.onnx")(
+        tokens["input_ids"], counts, tokens["token_type_ids"]
+    )
+    assert distance(found["logits"][counts], wanted[counts]) < 1e-5
+    assert transformers.AutoConfig.from_pretrained(out).hidden_size == 32
+
+    refused(command, "exists and is not empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("SequenceClassification", 3), ("SequenceClassification", 1), ("TokenClassification", 5),
+     ("QuestionAnswering", 2)],
+)  # fmt: skip
+def test_a_fine_tuned_bert_gives_its_labels(name, count, training_inputs, tmp_path, verb):
+    transformers = pytest.importorskip("transformers")
+    folder, out = training_inputs / "teacher", tmp_path / "out"
+    config = transformers.AutoConfig.from_pretrained(folder, num_labels=count)
+    torch.manual_seed(7)
+    model = getattr(transformers, f"BertFor{name}")(config)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    corpus = training_inputs / "corpus"
+    report, _ = verb("export", tmp_path / "tuned", "-o", out, "--int8", "--corpus", corpus)
+
+    tokens = tokenizer(
+        ["The river is old.", "Words", "A word"], ["and wide", "", "is a word"],
+        return_tensors="pt", padding=True,
+    )  # fmt: skip
+    on = tokens["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**tokens)
+    names = ["start_logits", "end_logits"] if name == "QuestionAnswering" else ["logits"]
+    assert report["outputs"] == names
+    for file, facts in report["files"].items():
+        found = export.Session(out / file)(tokens["input_ids"], on, tokens["token_type_ids"])
+        for output in names:
+            a, b = found[output], wanted[output]
+            assert a.shape == b.shape
+            if name != "SequenceClassification":
+                a, b = a[on], b[on]
+            assert distance(a, b) < (0.2 if "quantized" in file else 1e-5)
+        assert ("labels" in facts) == (names == ["logits"] and count > 1)
+        assert facts.get("same_top1", 1) == 1 or "quantized" in file
+
+
+def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, refused):
+    folder = shutil.copytree(training_inputs / "teacher", tmp_path / "tuned")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForQuestionAnswering"]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for more, complaint in (
+        ({}, "but model.safetensors has no qa_outputs.weight"),
+        ({"qa_outputs.weight": torch.zeros(3, 32), "qa_outputs.bias": torch.zeros(3)}, "(3, 32)"),
+        ({"qa_outputs.weight": torch.zeros(2, 31), "qa_outputs.bias": torch.zeros(2)}, "(2, 31)"),
+    ):
+        save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+        refused(["export", folder, "-o", tmp_path / "out"], complaint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(export, "BOUND", 1e-12)
+    command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
+    refused([*command, "--corpus", training_inputs / "corpus"], "away from torch's outputs")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_read_is_not_overwritten(training_inputs, tmp_path, refused):
+    """`--overwrite` replaces the folder that is named: not the model's, nor the run's around it."""
+    model = shutil.copytree(training_inputs / "teacher", tmp_path / "run" / "model")
+    corpus = shutil.copytree(training_inputs / "corpus", tmp_path / "corpus")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for source, out in ((model, model), (tmp_path / "run", tmp_path / "run"), (model, corpus)):
+        command = ["export", source, "-o", out, "--overwrite", "--corpus", corpus]
+        refused(command, f"{out} holds ")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_spoiled_weights_are_refused(training_inputs, tmp_path, refused):
+    folder = shutil.copytree(training_inputs / "teacher", tmp_path / "spoiled")
+    weights = load_file(folder / "model.safetensors")
+    next(v for n, v in weights.items() if n.endswith("layer.1.output.dense.bias"))[3] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    command = ["export", folder, "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"]
+    refused(command, "weights are spoiled")
+    assert not (tmp_path / "out").exists()
+
+
+def test_python_s_documentation_is_the_text_where_there_is_no_corpus(teacher_vocab):
+    config = ModelConfig(teacher_vocab.size, 32, 2, 2, 64, max_position_embeddings=32)
+    batch = export.real_rows(teacher_vocab, config, None)
+    assert batch.input_ids.shape == (export.ROWS, 32)
+    letters = sum(len(teacher_vocab.pieces[i]) < 4 for i in batch.input_ids.flat)
+    assert 0 < (batch.labels >= 0).sum() < letters <= batch.input_ids.size
+    assert (batch.input_ids != teacher_vocab.unk).mean() > 0.95
+
+
+def test_without_the_packages_the_message_says_what_to_install(
+    training_inputs, tmp_path, refused, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
+    refused(command, "onnxruntime; run: pip install 'mvbert[onnx]'")

@@ -1,0 +1,89 @@
+"""`mvbert eval` says of a model what the run that made it and a study say."""
+
+import math
+import shutil
+
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvbert.model.huggingface import load_masked_lm, load_vocab
+from mvbert.study.measures import ask, bits_per_word, choose_words
+from mvbert.text.corpus import Corpus
+from mvbert.training import runs
+from mvbert.training.device import Device
+
+ROWS = ("--row.length", 16, "--eval-rows", 8, "--device", "cpu", "--threads", 1)
+
+
+@pytest.fixture
+def evaluate(verb):
+    """A function that evaluates a model on a corpus; returns the report."""
+    return lambda model, corpus, *more: verb("eval", model, "--corpus", corpus, *ROWS, *more)[0]
+
+
+def test_it_says_what_the_run_said(training_inputs, tmp_path, evaluate, verb):
+    corpus, out = training_inputs / "corpus", tmp_path / "run"
+    verb(
+        "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
+        "-o", out, "--shape", "1x64", "--steps", 3, "--rows", 4, *ROWS,
+    )  # fmt: skip
+    report = evaluate(out, corpus, "--words", 20, "--context", 3)
+    said = [line["heldout"] for line in runs.read_log(out) if "heldout" in line][-1]
+    assert report["loss"] == pytest.approx(said["loss"], rel=1e-6)  # rows of a pass differ
+    assert report["accuracy"] == said["accuracy"]
+    assert report["rows"] == 8
+    assert report["masked"] > 8
+
+    opened = Corpus.open(corpus)
+    model, _ = load_masked_lm(out / "model")
+    vocab = load_vocab(out / "model", model.config)
+    cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
+    words = ask(opened.heldout, cut, places, 3, 16)
+    float32 = Device(torch.device("cpu"), None, "")
+    wanted = bits_per_word(model, vocab.pad, words, float32)["bits_per_word"]
+    report, said = verb(
+        "eval", out / "model", "--corpus", corpus, *ROWS, "--words", 20, "--context", 3,
+        "--dtype", "float32", "--row.length", 12,
+    )  # fmt: skip
+    assert "rows of 12 pieces; in training they had 16" in said
+    report = evaluate(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
+    assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-9)
+    assert report["words_asked"] == words.count
+
+
+def test_a_teacher_is_asked_in_its_own_pieces(training_inputs, evaluate, teacher_vocab):
+    report = evaluate(training_inputs / "teacher", training_inputs / "corpus", "--words", 0)
+    assert report["vocab"] == teacher_vocab.size
+    assert abs(report["loss"] - math.log(teacher_vocab.size)) < 1  # it never trained
+    assert "bits_per_word" not in report
+
+
+@pytest.fixture
+def headless(training_inputs, tmp_path):
+    """A sentence encoder: the teacher without its masked-language-model head."""
+    folder = shutil.copytree(training_inputs / "teacher", tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("cls.")}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_sentence_encoder_has_only_the_probe(
+    headless, training_inputs, tmp_path, evaluate, refused
+):
+    (tmp_path / "sst2").mkdir()
+    lines = [f"{word} old river\t{label}" for word, label in (("great", 1), ("small", 0))] * 8
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / "sst2" / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
+    corpus = training_inputs / "corpus"
+    report = evaluate(headless, corpus, "--sst2", tmp_path / "sst2")
+    assert report["sst2"] == 1.0
+    assert "loss" not in report
+    refused(["eval", headless, "--corpus", corpus], "no masked-language-model head")
+    out = tmp_path / "out"
+    refused(["export", headless, "--head", "logits", "-o", out], "no head for masked language")
