@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from mvbert import _tokenizer
-from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
-from mvbert.vocab import SPECIAL_PIECES, Vocab
-from mvbert.wordpiece import basic_split
+from mvbert import _core
+from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
+from mvbert.text.wordpiece import basic_split
 
 PIECES = (*SPECIAL_PIECES, "a", "##a", "!", "\u4e2d", "[", "word")
 UNK, CLS, SEP, MASK, A, MORE_A, MARK, IDEOGRAPH, BRACKET, WORD = range(1, 11)
@@ -116,7 +116,7 @@ def test_long_runs_of_marks_are_ordered_as_the_definition_has_it():
     for marks in (3, 4, 16, 17, 500):
         text = "a" + ("\u0301\u0323\u0321\u0338\U0001d165" * marks)[:marks] + "b"
         for lowercase in (True, False):
-            assert _tokenizer.split(text, lowercase) == basic_split(text, lowercase)
+            assert _core.split(text, lowercase) == basic_split(text, lowercase)
 
 
 # ---- the corpus ----------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_long_runs_of_marks_are_ordered_as_the_definition_has_it():
     ids=ascii,
 )
 def test_a_corpus_finds_the_words_around_a_long_run(run, step):
-    builder = _tokenizer.CorpusBuilder(
+    builder = _core.CorpusBuilder(
         lowercase=True, heldout_share=0, seed=0, replace=True, threads=2, block_bytes=5000
     )
     text = run * N + b" word " + run * N + b" aa"
