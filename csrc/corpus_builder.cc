@@ -64,6 +64,14 @@ std::uint32_t HeldOutDraw::Draw(std::uint64_t seed, std::uint64_t document) {
                     PhiloxKey(seed))[0];
 }
 
+std::vector<std::uint32_t> HeldOutDraw::Draws(std::uint64_t seed, std::size_t count) {
+  std::vector<std::uint32_t> draws(count);
+  for (std::size_t document = 0; document < count; ++document) {
+    draws[document] = Draw(seed, document);
+  }
+  return draws;
+}
+
 // ---- blocks -------------------------------------------------------------------------------
 
 // A document's text in a block, whole or in part.
@@ -385,6 +393,18 @@ void CorpusBuilder::AddText(std::string_view text) {
   }
 }
 
+void CorpusBuilder::AddDocuments(std::string_view text, const std::uint64_t* ends,
+                                 std::size_t count) {
+  std::uint64_t begin = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (ends[i] < begin || ends[i] > text.size()) {
+      throw std::invalid_argument("the ends of the documents must ascend within the text");
+    }
+    AddDocument(text.substr(begin, ends[i] - begin));
+    begin = ends[i];
+  }
+}
+
 void CorpusBuilder::AddDocument(std::string_view text) {
   CloseDocument();
   totals_.bytes += text.size();
@@ -497,13 +517,7 @@ void CorpusBuilder::Restore(std::string_view words, const std::uint32_t* train,
     if (lexicon_.size() == before) throw std::invalid_argument("a word is there twice");
     words.remove_prefix(size + 1);
   }
-  for (std::size_t i = 0; i < train_size; ++i) {
-    if (train[i] >= lexicon_.size()) {
-      throw std::invalid_argument("word id " + std::to_string(train[i]) + " of the stream lies " +
-                                  "outside the lexicon of " + std::to_string(lexicon_.size()));
-    }
-    lexicon_.Count(train[i], 1);
-  }
+  lexicon_.CountStream(train, train_size);
   totals_ = totals;
 }
 

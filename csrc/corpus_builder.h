@@ -51,6 +51,8 @@ class HeldOutDraw {
   HeldOutDraw(double share, std::uint64_t seed);
   // The draw itself, uniform over 32 bits; the smallest are held out first.
   static std::uint32_t Draw(std::uint64_t seed, std::uint64_t document);
+  // Those of documents [0, count).
+  static std::vector<std::uint32_t> Draws(std::uint64_t seed, std::size_t count);
   bool operator()(std::uint64_t document) const { return Draw(seed_, document) < below_; }
 
  private:
@@ -102,8 +104,9 @@ class CorpusBuilder {
   // Throws NotUtf8 for text of this or an earlier call.
   void AddText(std::string_view text);
 
-  // A whole document, blank lines and all.
-  void AddDocument(std::string_view text);
+  // Whole documents, blank lines and all: document i is text[ends[i - 1], ends[i]). Throws
+  // std::invalid_argument if the ends do not ascend within the text.
+  void AddDocuments(std::string_view text, const std::uint64_t* ends, std::size_t count);
 
   // Ends the open document and waits until all text is ids.
   void Flush();
@@ -140,6 +143,7 @@ class CorpusBuilder {
   struct Result;
   class Worker;
 
+  void AddDocument(std::string_view text);
   void Append(std::string_view text);
   void CloseDocument();
   void OpenDocument();

@@ -75,8 +75,10 @@ class Lexicon {
   // Adds to the count of a word that is in. Precondition: id < size().
   void Count(std::uint32_t id, std::uint64_t times) { counts_[id] += times; }
 
-  // Takes back what Count added. Preconditions: id < size(), times <= count(id).
-  void Uncount(std::uint32_t id, std::uint64_t times) { counts_[id] -= times; }
+  // Counts every word of a stream once more, or once less. Throws std::invalid_argument naming the
+  // first id that is not in, or whose count is 0 already.
+  void CountStream(const std::uint32_t* ids, std::size_t size);
+  void UncountStream(const std::uint32_t* ids, std::size_t size);
 
   // Brings the place of a hash towards the cache, for an Intern that follows soon.
   void Prefetch(std::uint64_t hash) const;
@@ -87,6 +89,9 @@ class Lexicon {
     return std::string_view(bytes_).substr(begin, ends_[id] - begin);
   }
   std::uint64_t count(std::uint32_t id) const { return counts_[id]; }
+
+  // The words from id `first` on, each followed by a line break.
+  std::string Lines(std::uint32_t first) const;
 
   // The ids in their final order: the document mark, then by (count, high to low; bytes, low to
   // high). The result does not depend on the order in which words came in.
@@ -106,6 +111,33 @@ class Lexicon {
   std::vector<Slot> slots_;            // open addressing with linear probing, a power of two long
   int shift_;                          // hash >> shift_ is the first slot
 };
+
+// A lexicon in its final order. Word i is bytes[ends[i - 1], ends[i]), with ends[-1] = 0.
+struct FinalLexicon {
+  explicit FinalLexicon(const Lexicon& lexicon);
+
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::uint64_t> ends;
+  std::vector<std::uint64_t> counts;
+  std::vector<std::uint32_t> final_ids;  // of each id in `lexicon`
+};
+
+// The arrays of a final lexicon, somewhere in memory.
+struct LexiconView {
+  std::string_view bytes;
+  const std::uint64_t* ends;
+  const std::uint64_t* counts;
+  std::size_t words;
+};
+
+struct MergedLexicon {
+  FinalLexicon lexicon;
+  std::vector<std::vector<std::uint32_t>> final_ids;  // of the words of each part, in `lexicon`
+};
+
+// The union of lexicons, its counts their sums. Throws std::invalid_argument if a part's ends do not
+// ascend within its bytes, or if a word other than the first, the document mark, is empty.
+MergedLexicon MergeLexicons(const std::vector<LexiconView>& parts);
 
 }  // namespace mvbert
 

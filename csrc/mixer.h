@@ -102,7 +102,7 @@ struct StreamTotals {
   std::uint64_t marks = 0;      // entries that are 0
   std::uint64_t pieces[2] = {};  // by vocabulary (only [0] if there is one); a mark counts one piece
 
-  // Reads the stream once with `threads` threads (0: all). Throws std::invalid_argument naming the
+  // Reads the stream once with up to `threads` >= 1 threads. Throws std::invalid_argument naming the
   // first entry that is not below table.words().
   static StreamTotals Of(const PieceTable& table, const std::uint32_t* stream, std::size_t size,
                          int threads);
@@ -146,7 +146,7 @@ class Mixer {
 
   // Writes rows [start, start + count), which must not wrap around 2^64. A word's vocabulary is the
   // student's where 32 random bits are below `student_threshold` (of 2^32; nothing to choose with
-  // one vocabulary). Uses up to `threads` threads (0: all), fewer for few rows; the result does not
+  // one vocabulary). Uses up to `threads` >= 1 threads, fewer for few rows; the result does not
   // depend on it. Starts and joins its threads within the call, so it is safe after fork.
   void Read(std::uint64_t start, std::uint64_t count, std::uint64_t student_threshold, int threads,
             Rows out) const;

@@ -1,18 +1,13 @@
 #include "vocab_learner.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
-#include <functional>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 #include <unordered_set>
 #include <utility>
 
+#include "share.h"
 #include "unicode.h"
 
 namespace mvbert {
@@ -20,41 +15,6 @@ namespace {
 
 constexpr std::size_t kCodePoints = 0x110000;
 constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
-
-// Calls body(i) for each i of [0, threads), on a thread of its own where one can be had, and
-// rethrows the first exception.
-void RunThreads(int threads, const std::function<void(int)>& body) {
-  std::exception_ptr error;
-  std::mutex mutex;
-  auto guarded = [&](int thread) {
-    try {
-      body(thread);
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-  };
-  std::vector<std::thread> pool;
-  pool.reserve(threads);
-  int thread = 1;
-  try {
-    for (; thread < threads; ++thread) pool.emplace_back(guarded, thread);
-  } catch (const std::system_error&) {
-    // No more threads to be had: this one does the rest.
-  }
-  guarded(0);
-  for (; thread < threads; ++thread) guarded(thread);
-  for (std::thread& t : pool) t.join();
-  if (error) std::rethrow_exception(error);
-}
-
-// Calls body(begin, end, thread) for `threads` contiguous parts of [0, count).
-void RunRanges(int threads, std::size_t count,
-               const std::function<void(std::size_t, std::size_t, int)>& body) {
-  RunThreads(threads, [&](int thread) {
-    body(count * thread / threads, count * (thread + 1) / threads, thread);
-  });
-}
 
 bool IsLineOrBlank(char32_t code) { return code == ' ' || (code >= '\t' && code <= '\r'); }
 
@@ -370,14 +330,13 @@ class Learner {
     for (std::size_t w = 0; w < words_.size(); ++w) {
       order[slot[Last(w)]++] = static_cast<std::uint32_t>(w);
     }
-    std::vector<std::vector<Suffix>> found(threads_);
-    std::atomic<std::size_t> next{0};
-    RunThreads(threads_, [&](int thread) {
+    std::vector<std::vector<Suffix>> found(symbols);
+    Share(symbols, threads_, [&](auto&& next) {
       SuffixFinder finder(words_, floor_);
-      for (std::size_t s = next++; s < symbols; s = next++) {
+      for (std::size_t s; next(&s);) {
         finder.Visit(order.data() + bucket[s], bucket[s + 1] - bucket[s], 1);
+        found[s] = std::exchange(finder.found, {});
       }
-      found[thread] = std::move(finder.found);
     });
 
     trie_ = Trie();
@@ -409,7 +368,7 @@ class Learner {
     std::sort(sorted_first_.begin(), sorted_first_.end());
 
     reach_.resize(words_.symbols.size());
-    RunRanges(threads_, words_.size(), [&](std::size_t begin, std::size_t end, int) {
+    ForRanges([&](std::size_t begin, std::size_t end, std::size_t) {
       for (std::size_t w = begin; w < end; ++w) {
         for (std::size_t start = words_.begin[w]; start < words_.begin[w + 1]; ++start) {
           std::uint32_t node = start == words_.begin[w] ? 0 : 1;
@@ -422,6 +381,12 @@ class Learner {
         }
       }
     });
+  }
+
+  // Calls body(begin, end, part) for a range of the words a thread.
+  template <typename Body>
+  void ForRanges(const Body& body) const {
+    ShareRanges(words_.size(), static_cast<std::size_t>(threads_), threads_, body);
   }
 
   std::uint32_t Last(std::size_t w) const { return words_.symbols[words_.begin[w + 1] - 1]; }
@@ -447,7 +412,7 @@ class Learner {
   template <typename Visit>
   std::vector<std::uint64_t> CutAndCount(const std::vector<Match>& matches, Visit visit) const {
     std::vector<std::vector<std::uint64_t>> parts(threads_);
-    RunRanges(threads_, words_.size(), [&](std::size_t begin, std::size_t end, int thread) {
+    ForRanges([&](std::size_t begin, std::size_t end, std::size_t part) {
       std::vector<std::uint64_t> counts(trie_.size());
       for (std::size_t w = begin; w < end; ++w) {
         const std::size_t stop = words_.begin[w + 1];
@@ -458,7 +423,7 @@ class Learner {
           p += match.length;
         }
       }
-      parts[thread] = std::move(counts);
+      parts[part] = std::move(counts);
     });
     for (int thread = 1; thread < threads_; ++thread) {
       for (std::size_t i = 0; i < trie_.size(); ++i) parts[0][i] += parts[thread][i];
@@ -599,20 +564,17 @@ LearnedVocab LearnVocab(std::string_view bytes, const std::uint64_t* ends,
     throw std::invalid_argument("coverage must be in (0, 1], got " +
                                 std::to_string(options.coverage));
   }
-  if (options.threads < 0) {
-    throw std::invalid_argument("threads must be 0 or more, got " +
+  if (options.threads < 1) {
+    throw std::invalid_argument("threads must be at least 1, got " +
                                 std::to_string(options.threads));
   }
   if (words >= kNone) throw std::invalid_argument("more than 2^32 - 2 words");
-  const int threads =
-      options.threads ? options.threads
-                      : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   Words taking_part = ReadWords(bytes, ends, counts, words, options.coverage);
   if (taking_part.size() == 0) {
     throw std::invalid_argument(
         "no word is left to learn pieces from: the lexicon is empty, or coverage too low");
   }
-  return Learner(std::move(taking_part), options.size, threads).Run();
+  return Learner(std::move(taking_part), options.size, options.threads).Run();
 }
 
 }  // namespace mvbert

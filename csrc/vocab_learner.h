@@ -43,7 +43,7 @@ inline constexpr int kLearnerRounds = 4;
 struct LearnOptions {
   std::size_t size = 0;   // pieces wanted, special tokens included
   double coverage = 1.0;  // share of character occurrences that single characters must cover, (0, 1]
-  int threads = 0;        // 0: as many as the machine has
+  int threads = 1;        // at least 1
 };
 
 struct LearnedVocab {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.text import row_reference
 from mvbert.text.row_reference import IGNORE_INDEX
@@ -275,7 +276,7 @@ def _check_probability(name: str, value: float, most: float = 1.0) -> None:
 def _checked_threads(threads: int) -> int:
     if not 0 <= threads <= 65536:
         raise InputError(f"threads must be 0 (all) or a positive number, got {threads}")
-    return threads
+    return cores(threads)
 
 
 def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type) -> None:

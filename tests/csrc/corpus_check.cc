@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -84,17 +86,12 @@ void Take(mvbert::CorpusBuilder* builder, Corpus* corpus) {
 void Finish(mvbert::CorpusBuilder* builder, Corpus* corpus) {
   builder->Flush();
   Take(builder, corpus);
-  const mvbert::Lexicon& lexicon = builder->lexicon();
-  const std::vector<std::uint32_t> order = lexicon.Order();
-  std::vector<std::uint32_t> final_ids(order.size());
-  for (std::uint32_t i = 0; i < order.size(); ++i) {
-    final_ids[order[i]] = i;
-    corpus->bytes += lexicon.word(order[i]);
-    corpus->ends.push_back(corpus->bytes.size());
-    corpus->counts.push_back(lexicon.count(order[i]));
-  }
+  const mvbert::FinalLexicon lexicon(builder->lexicon());
+  corpus->bytes.assign(lexicon.bytes.begin(), lexicon.bytes.end());
+  corpus->ends = lexicon.ends;
+  corpus->counts = lexicon.counts;
   for (auto* ids : {&corpus->train, &corpus->heldout}) {
-    for (std::uint32_t& id : *ids) id = final_ids[id];
+    for (std::uint32_t& id : *ids) id = lexicon.final_ids[id];
   }
   corpus->totals = builder->totals();
 }
@@ -150,11 +147,7 @@ Corpus BuildInParts(std::string_view text, int threads, std::size_t part, int* p
     totals = builder.totals();
     totals.documents = point.documents;
     totals.bytes = point.bytes;
-    words.clear();
-    for (std::uint32_t id = 1; id < builder.lexicon().size(); ++id) {
-      words += builder.lexicon().word(id);
-      words += '\n';
-    }
+    words = builder.lexicon().Lines(1);
   }
 }
 
@@ -174,6 +167,59 @@ void CheckErrors(const std::string& text) {
   mvbert::CorpusBuilder builder(Options(3, 500));
   builder.BeginSource(0, mvbert::Destination::kTrain);
   builder.AddText(text);
+}
+
+// Merging, against adding up by hand.
+void CheckLexicons(const Corpus& corpus) {
+  const auto view = [&](std::size_t words) {
+    return mvbert::LexiconView{std::string_view(corpus.bytes).substr(0, corpus.ends[words - 1]),
+                               corpus.ends.data(), corpus.counts.data(), words};
+  };
+  const std::size_t words = corpus.ends.size(), half = words / 2;
+  const mvbert::MergedLexicon merged = mvbert::MergeLexicons({view(half), view(words)});
+  Require(merged.lexicon.ends.size() == words, "a union has another number of words");
+  Require(merged.final_ids.size() == 2 && merged.final_ids[0].size() == half &&
+              merged.final_ids[1].size() == words,
+          "a part has another number of words");
+  for (std::size_t w = 0; w < words; ++w) {
+    const std::uint32_t id = merged.final_ids[1][w];
+    const auto begin = [&](const std::vector<std::uint64_t>& ends, std::size_t i) {
+      return i == 0 ? 0 : ends[i - 1];
+    };
+    const auto& bytes = merged.lexicon.bytes;
+    Require(std::string(bytes.begin() + begin(merged.lexicon.ends, id),
+                        bytes.begin() + merged.lexicon.ends[id]) ==
+                corpus.bytes.substr(begin(corpus.ends, w), corpus.ends[w] - begin(corpus.ends, w)),
+            "another word");
+    Require(merged.lexicon.counts[id] == (w < half ? 2 : 1) * corpus.counts[w], "another count");
+    Require(w >= half || merged.final_ids[0][w] == id, "another id of the same word");
+    Require(id == 0 || id == 1 || merged.lexicon.counts[id - 1] >= merged.lexicon.counts[id],
+            "counts that do not descend");
+  }
+  const auto refused = [](const std::function<void()>& call) {
+    try {
+      call();
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  std::vector<std::uint64_t> ends = corpus.ends;
+  std::swap(ends[1], ends[2]);
+  mvbert::LexiconView bad = view(words);
+  bad.ends = ends.data();
+  Require(refused([&] { mvbert::MergeLexicons({bad}); }), "ends that descend were taken");
+
+  mvbert::Lexicon lexicon;
+  lexicon.Intern("word", mvbert::HashWord("word"));
+  const std::uint32_t stream[] = {1, 0, 1}, outside[] = {2};
+  lexicon.CountStream(stream, 3);
+  lexicon.UncountStream(stream, 1);
+  Require(lexicon.count(0) == 1 && lexicon.count(1) == 1, "wrong counts of a stream");
+  Require(refused([&] { lexicon.CountStream(outside, 1); }), "an id outside was counted");
+  Require(refused([&] { lexicon.UncountStream(outside, 1); }), "an id outside was taken back");
+  Require(refused([&] { lexicon.UncountStream(stream, 3); }), "more was taken back than counted");
+  Require(lexicon.Lines(0) == "\nword\n" && lexicon.Lines(1) == "word\n", "wrong lines");
 }
 
 void CheckLearnerAndSegmentation(const Corpus& corpus) {
@@ -216,6 +262,7 @@ int main() {
             "a corpus depends on pauses");
   }
   CheckErrors(text);
+  CheckLexicons(whole);
   CheckLearnerAndSegmentation(whole);
   std::puts("corpus_check: all corpora agree");
 }

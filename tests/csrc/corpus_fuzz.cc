@@ -43,11 +43,10 @@ Built Build(std::string_view text, const CorpusOptions& options, std::size_t ste
     }
     builder.Flush();
     take();
-    const std::vector<std::uint32_t> order = builder.lexicon().Order();
-    std::vector<std::uint32_t> final_ids(order.size());
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      final_ids[order[i]] = static_cast<std::uint32_t>(i);
-      built.words.emplace_back(builder.lexicon().word(order[i]));
+    const std::vector<std::uint32_t> final_ids = FinalLexicon(builder.lexicon()).final_ids;
+    built.words.resize(final_ids.size());
+    for (std::uint32_t id = 0; id < final_ids.size(); ++id) {
+      built.words[final_ids[id]] = builder.lexicon().word(id);
     }
     for (const auto& piece : all.train) {
       for (const std::uint32_t id : piece) built.train.push_back(final_ids[id]);

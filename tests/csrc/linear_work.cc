@@ -156,12 +156,7 @@ std::vector<Job> Jobs(const Side& uncased, const Side& cased) {
                       RowOptions options;
                       options.truncation = Truncation::kLongestFirst;
                       options.max_length = 16;
-                      TextOptions text_options;
-                      text_options.find_special = true;
-                      text_options.limit = TokenRows::Limit(options);
-                      std::vector<Encoding> parts;
-                      side->plain.EncodeParts({text, text}, text_options, 0, 1, &parts);
-                      TokenRows rows(parts, nullptr, options);
+                      TokenRows rows(side->plain, {text, text}, nullptr, options, 1);
                     }});
   }
   jobs.push_back({"corpus", true, true, [](std::string_view text) { BuildCorpus(text, text.size()); }});

@@ -158,7 +158,7 @@ int Check(const char* name, const World& world, std::uint32_t T, double mask_pro
 
   for (const std::uint64_t first : {std::uint64_t{0}, std::uint64_t{777}, count - 1}) {
     Batch one(1, T, M);
-    mixer.Read(start + first, 1, kHalf, 0, one.rows());
+    mixer.Read(start + first, 1, kHalf, 1, one.rows());
     failures += !one.SameAs(whole, first, T, M);
   }
   for (std::uint64_t row = 0; row < count; ++row) {
