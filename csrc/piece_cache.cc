@@ -80,6 +80,7 @@ void PieceCache::LookUp(const WordBatch& batch, const std::uint8_t* choices,
   constexpr std::size_t kGroup = 64;
   std::uint64_t lows[kGroup], highs[kGroup];
   std::uint32_t places[kGroup];
+  Set* const sets = &sets_[0];  // in a register: a store to *ids might change a member
   const std::size_t count = batch.size();
   auto text_end = text_ends.begin();
   for (std::size_t first = 0; first < count; first += kGroup) {
@@ -89,7 +90,7 @@ void PieceCache::LookUp(const WordBatch& batch, const std::uint8_t* choices,
       const std::uint32_t size = batch.end(first + i) - start;
       ShortWord(batch.bytes() + start, std::min<std::uint32_t>(size, 16), &lows[i], &highs[i]);
       const std::size_t place = SetOf(lows[i], highs[i], size);
-      __builtin_prefetch(&sets_[place]);
+      __builtin_prefetch(&sets[place]);
       places[i] = size <= 16 ? static_cast<std::uint32_t>(place) : kNoPlace;
     }
     ids->Reserve(kStride * n + kStride);
@@ -107,7 +108,7 @@ void PieceCache::LookUp(const WordBatch& batch, const std::uint8_t* choices,
         }
         Pieces pieces;
         if (__builtin_expect(places[i] != kNoPlace, 1)) {
-          const Set& set = sets_[places[i]];
+          const Set& set = sets[places[i]];
           const bool at0 = (set.slots[0].low == lows[i]) & (set.slots[0].high == highs[i]);
           const bool at1 = (set.slots[1].low == lows[i]) & (set.slots[1].high == highs[i]);
           if (__builtin_expect(at0 | at1, 1)) {
