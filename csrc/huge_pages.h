@@ -17,9 +17,9 @@ namespace mvbert {
 
 inline constexpr std::size_t kHugePage = std::size_t{1} << 21;
 
-// Asks for huge pages where memory of at least one lies whole within [data, data + size): with small
-// ones, each read far from the last costs a walk through the page tables as well. To be called before
-// the memory is first written. A hint: where it is refused, nothing else changes.
+// Asks for huge pages where memory of at least one lies whole within [data, data + size): with
+// small ones, each read far from the last costs a walk through the page tables as well. To be
+// called before the memory is first written. A hint: where it is refused, nothing else changes.
 inline void AdviseHugePages(void* data, std::size_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const auto address = reinterpret_cast<std::uintptr_t>(data);

@@ -126,8 +126,8 @@ std::string Lexicon::Lines(std::uint32_t first) const {
 }
 
 std::vector<std::uint32_t> Lexicon::Order() const {
-  // Equal counts are the rule (half of the words of a text come once), so the first bytes travel with
-  // the count and most comparisons touch no other memory.
+  // Equal counts are the rule (half of the words of a text come once), so the first bytes travel
+  // with the count and most comparisons touch no other memory.
   struct Entry {
     std::uint64_t count;
     std::uint64_t prefix;

@@ -19,8 +19,8 @@ namespace mvbert {
 // The empty word, id 0, ends a document in a word stream.
 inline constexpr std::uint32_t kDocumentMark = 0;
 
-// WordPiece turns every word of more than 100 code points into [UNK], so longer ones are kept cut to
-// 101: still over the limit, and the lexicon stays small.
+// WordPiece turns every word of more than 100 code points into [UNK], so longer ones are kept cut
+// to 101: still over the limit, and the lexicon stays small.
 inline constexpr std::size_t kMaxStoredCodePoints = 101;
 
 namespace internal {
@@ -42,10 +42,12 @@ std::string_view CutWord(std::string_view word);
 // A 64-bit hash of a word's bytes; the same on every machine of the same byte order.
 std::uint64_t HashWord(std::string_view word);
 
-// A word of at most 16 bytes as two numbers, padded with zeros. 16 bytes must be readable at `bytes`.
-inline void ShortWord(const char* bytes, std::size_t size, std::uint64_t* low, std::uint64_t* high) {
-  static constexpr unsigned char kKeep[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
-                                              255, 255, 255, 255, 255, 0};
+// A word of at most 16 bytes as two numbers, padded with zeros. 16 bytes must be readable at
+// `bytes`.
+inline void ShortWord(const char* bytes, std::size_t size, std::uint64_t* low,
+                      std::uint64_t* high) {
+  static constexpr unsigned char kKeep[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255,
+                                              255, 255, 255, 255, 255, 255, 255, 0};
   std::uint64_t keep_low, keep_high;
   std::memcpy(&keep_low, kKeep + 16 - size, 8);
   std::memcpy(&keep_high, kKeep + 24 - size, 8);
@@ -69,7 +71,8 @@ class Lexicon {
   Lexicon& operator=(const Lexicon&) = delete;
 
   // The id of a word of at most kMaxStoredCodePoints code points: the old one or the next free one.
-  // `hash` must be HashWord(word). Half of the slots at least are free, so a search ends. Throws std::length_error when 2^32 - 2 words are in.
+  // `hash` must be HashWord(word). Half of the slots at least are free, so a search ends. Throws
+  // std::length_error when 2^32 - 2 words are in.
   std::uint32_t Intern(std::string_view word, std::uint64_t hash);
 
   // Adds to the count of a word that is in. Precondition: id < size().
@@ -135,8 +138,8 @@ struct MergedLexicon {
   std::vector<std::vector<std::uint32_t>> final_ids;  // of the words of each part, in `lexicon`
 };
 
-// The union of lexicons, its counts their sums. Throws std::invalid_argument if a part's ends do not
-// ascend within its bytes, or if a word other than the first, the document mark, is empty.
+// The union of lexicons, its counts their sums. Throws std::invalid_argument if a part's ends do
+// not ascend within its bytes, or if a word other than the first, the document mark, is empty.
 MergedLexicon MergeLexicons(const std::vector<LexiconView>& parts);
 
 }  // namespace mvbert

@@ -17,8 +17,8 @@ namespace {
 constexpr std::int32_t kIgnoreIndex = -100;
 constexpr std::uint32_t kOrderRounds = 6;
 constexpr std::uint64_t kAll = 0xFFFFFFFFu;
-constexpr std::uint64_t kRowsPerChunk = 64;     // whose starts are computed together
-constexpr std::uint64_t kRowsPerThread = 256;   // below that a thread costs more than it brings
+constexpr std::uint64_t kRowsPerChunk = 64;    // whose starts are computed together
+constexpr std::uint64_t kRowsPerThread = 256;  // below that a thread costs more than it brings
 
 [[noreturn]] void Refuse(const std::string& message) { throw std::invalid_argument(message); }
 
@@ -101,8 +101,8 @@ PieceTable::PieceTable(const Segments* teacher, const Segments* student) {
     if (static_cast<std::size_t>(s.size) <= side.special.size()) {
       Refuse("the " + who + " vocabulary has only special pieces");
     }
-    side.ordinary = static_cast<std::uint32_t>(s.size) -
-                    static_cast<std::uint32_t>(side.special.size());
+    side.ordinary =
+        static_cast<std::uint32_t>(s.size) - static_cast<std::uint32_t>(side.special.size());
     base += s.size;
     if (base > std::numeric_limits<std::int32_t>::max()) {
       Refuse("the two vocabularies together have more than 2^31 - 1 pieces");
@@ -144,23 +144,23 @@ StreamTotals StreamTotals::Of(const PieceTable& table, const std::uint32_t* stre
   constexpr std::size_t kEntries = std::size_t{1} << 20;  // a part; less is not worth a thread
   const std::size_t sides = table.sides_.size();
   std::vector<StreamTotals> parts(size / kEntries + 1);
-  ShareRanges(size, parts.size(), threads, [&](std::size_t first, std::size_t last,
-                                               std::size_t part) {
-    StreamTotals sum;
-    for (std::size_t i = first; i < last; ++i) {
-      if (__builtin_expect(stream[i] >= table.words_, 0)) {
-        Refuse("the stream's entry " + std::to_string(i) + " is word " +
-               std::to_string(stream[i]) + ", the segmentation has " +
-               std::to_string(table.words_) + " words: were they made from another corpus?");
-      }
-      sum.marks += stream[i] == 0;
-      const PieceTable::Record* record = table.records_.data() + stream[i] * sides;
-      for (std::size_t side = 0; side < sides; ++side) {
-        sum.pieces[side] += record[side].count == PieceTable::kMark ? 1 : record[side].count;
-      }
-    }
-    parts[part] = sum;
-  });
+  ShareRanges(
+      size, parts.size(), threads, [&](std::size_t first, std::size_t last, std::size_t part) {
+        StreamTotals sum;
+        for (std::size_t i = first; i < last; ++i) {
+          if (__builtin_expect(stream[i] >= table.words_, 0)) {
+            Refuse("the stream's entry " + std::to_string(i) + " is word " +
+                   std::to_string(stream[i]) + ", the segmentation has " +
+                   std::to_string(table.words_) + " words: were they made from another corpus?");
+          }
+          sum.marks += stream[i] == 0;
+          const PieceTable::Record* record = table.records_.data() + stream[i] * sides;
+          for (std::size_t side = 0; side < sides; ++side) {
+            sum.pieces[side] += record[side].count == PieceTable::kMark ? 1 : record[side].count;
+          }
+        }
+        parts[part] = sum;
+      });
   StreamTotals total;
   for (const StreamTotals& part : parts) {
     total.marks += part.marks;
@@ -245,10 +245,10 @@ void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first)
       }
       pending.resize(left);
     }
-    const auto epoch_bits = Philox4x32(
-        {0, static_cast<std::uint32_t>(Purpose::kEpochOffset), static_cast<std::uint32_t>(epoch),
-         static_cast<std::uint32_t>(epoch >> 32)},
-        key);
+    const auto epoch_bits =
+        Philox4x32({0, static_cast<std::uint32_t>(Purpose::kEpochOffset),
+                    static_cast<std::uint32_t>(epoch), static_cast<std::uint32_t>(epoch >> 32)},
+                   key);
     const std::uint32_t offset = BelowN(epoch_bits[0], options_.stride);
     for (std::size_t i = 0; i < here; ++i) first[i] = first[i] * options_.stride + offset;
     first += here;
@@ -288,7 +288,8 @@ class Mixer::Scratch {
     number_ = number;
     draws_made_ = 0;
     // Where there is nothing to toss, the coins stay 0 and the threshold says it all.
-    student_threshold_ = static_cast<std::uint32_t>(std::min<std::uint64_t>(student_threshold, kAll));
+    student_threshold_ =
+        static_cast<std::uint32_t>(std::min<std::uint64_t>(student_threshold, kAll));
     if (kTwo && student_threshold > 0 && student_threshold <= kAll) {
       for (std::uint32_t i = 0; i < T; i += 64) {
         Blocks(i / 4, Purpose::kVocabulary, coins_.data() + i);
@@ -312,8 +313,7 @@ class Mixer::Scratch {
     } else {
       std::memcpy(ids + 1, ids_.data() + 1, sizeof(std::int32_t) * (second - 1));
       ids[second] = SideOf<kTwo>(T - 2).sep;
-      std::memcpy(ids + second + 1, ids_.data() + second,
-                  sizeof(std::int32_t) * (T - 2 - second));
+      std::memcpy(ids + second + 1, ids_.data() + second, sizeof(std::int32_t) * (T - 2 - second));
       std::memset(types, 0, second + 1);
       std::memset(types + second + 1, 1, T - 1 - second);
     }
@@ -383,8 +383,9 @@ class Mixer::Scratch {
   // The part of Fill that words go through, alone so that all it needs stays in registers. Stops at
   // `wrap`, at `end` and at the end of a document.
   template <bool kTwo>
-  __attribute__((noinline)) void FillWords(const std::uint32_t* entry, std::size_t wrap, std::size_t end,
-                                 std::size_t* slot_io, std::size_t* at_io) {
+  __attribute__((noinline)) void FillWords(const std::uint32_t* entry, std::size_t wrap,
+                                           std::size_t end, std::size_t* slot_io,
+                                           std::size_t* at_io) {
     const PieceTable::Record* const records = mixer_.table_.records_.data();
     const std::uint32_t* const coins = coins_.data() + 1;
     const std::uint32_t threshold = student_threshold_;
@@ -433,8 +434,7 @@ class Mixer::Scratch {
   std::uint32_t Boundary(std::uint32_t bits) {
     const auto first_from = [&](std::uint32_t position) {
       return static_cast<std::uint32_t>(
-          std::lower_bound(starts_.begin(), starts_.begin() + slots_, position) -
-          starts_.begin());
+          std::lower_bound(starts_.begin(), starts_.begin() + slots_, position) - starts_.begin());
     };
     // The first word starts at 1, before the middle of any row, so every slot here has one before.
     const std::uint32_t begin = first_from((options_.T + 3) / 4);
@@ -486,8 +486,8 @@ class Mixer::Scratch {
     for (std::uint32_t i = 0; i < step; ++i) order[others[i]] = others[i];
   }
 
-  // Sets `count` bits, 0 to 63, from bit `first` on; without a branch, since lengths of words cannot
-  // be predicted. Touches the 64 bits after those of `first` too.
+  // Sets `count` bits, 0 to 63, from bit `first` on; without a branch, since lengths of words
+  // cannot be predicted. Touches the 64 bits after those of `first` too.
   static void SetBits(std::uint64_t* words, std::uint32_t first, std::uint32_t count) {
     const std::uint64_t bits = (std::uint64_t{1} << count) - 1;
     words[first / 64] |= bits << (first % 64);
@@ -496,7 +496,8 @@ class Mixer::Scratch {
 
   // Replaces the marked pieces and writes their positions and labels, in ascending order.
   template <bool kTwo>
-  __attribute__((noinline)) void Mask(std::int32_t* ids, std::int32_t* positions, std::int32_t* labels) {
+  __attribute__((noinline)) void Mask(std::int32_t* ids, std::int32_t* positions,
+                                      std::int32_t* labels) {
     const std::vector<PieceTable::Side>& sides = mixer_.table_.sides_;
     std::uint32_t j = 0;
     for (std::size_t i = 0; i + 1 < masked_.size(); ++i) {
@@ -514,8 +515,8 @@ class Mixer::Scratch {
         std::int32_t next = tenth < 8 ? side.mask : id;
         if (tenth == 8) {
           const std::uint32_t k = BelowN(static_cast<std::uint32_t>(tenths), side.ordinary);
-          next = side.base + Outside(static_cast<std::int32_t>(k), side.special.data(),
-                                     side.special.size());
+          next = side.base +
+                 Outside(static_cast<std::int32_t>(k), side.special.data(), side.special.size());
         }
         ids[position] = next;
       }
@@ -534,16 +535,16 @@ class Mixer::Scratch {
   std::uint32_t slots_ = 0;
   std::uint32_t breaks_made_ = 0;
   std::uint32_t word_pieces_ = 0;
-  std::vector<std::uint32_t> coins_;     // numbers of purpose kVocabulary; 0 where none is needed
-  std::vector<std::uint32_t> draws_;     // numbers of purpose kRow, as far as made
-  std::vector<std::int32_t> ids_;        // the row, and room for a record behind it
-  std::vector<std::uint32_t> starts_;    // positions of slots, and the end of the last
+  std::vector<std::uint32_t> coins_;       // numbers of purpose kVocabulary; 0 where none is needed
+  std::vector<std::uint32_t> draws_;       // numbers of purpose kRow, as far as made
+  std::vector<std::int32_t> ids_;          // the row, and room for a record behind it
+  std::vector<std::uint32_t> starts_;      // positions of slots, and the end of the last
   std::vector<std::uint32_t> long_slots_;  // words of more than three pieces, and room for one
-  std::vector<std::uint32_t> breaks_;    // slots that are the [SEP] of a document
-  std::vector<std::uint32_t> excluded_;  // slots where no second part may begin
-  std::vector<std::uint32_t> order_;     // 0, 1, 2, ... between rows
-  std::vector<std::uint32_t> others_;    // places of order_ that are to be restored
-  std::vector<std::uint64_t> masked_;    // one bit a position, and a word more for SetBits
+  std::vector<std::uint32_t> breaks_;      // slots that are the [SEP] of a document
+  std::vector<std::uint32_t> excluded_;    // slots where no second part may begin
+  std::vector<std::uint32_t> order_;       // 0, 1, 2, ... between rows
+  std::vector<std::uint32_t> others_;      // places of order_ that are to be restored
+  std::vector<std::uint64_t> masked_;      // one bit a position, and a word more for SetBits
 };
 
 template <bool kTwo>
@@ -582,8 +583,8 @@ void Mixer::ReadRange(std::uint64_t start, std::uint64_t count, std::uint64_t st
 void Mixer::Read(std::uint64_t start, std::uint64_t count, std::uint64_t student_threshold,
                  int threads, Rows out) const {
   const std::uint64_t T = options_.T, M = options_.capacity;
-  const std::uint64_t parts = std::clamp<std::uint64_t>(count / kRowsPerThread, 1,
-                                                        static_cast<std::uint64_t>(std::max(threads, 1)));
+  const std::uint64_t parts = std::clamp<std::uint64_t>(
+      count / kRowsPerThread, 1, static_cast<std::uint64_t>(std::max(threads, 1)));
   ShareRanges(count, parts, threads, [&](std::uint64_t first, std::uint64_t last, std::size_t) {
     const Rows part = {out.input_ids + first * T, out.token_type_ids + first * T,
                        out.masked_positions + first * M, out.labels + first * M};

@@ -13,9 +13,9 @@
 namespace mvbert {
 
 // A few ids, or a place in a pool of ids. Narrow: up to four ids
-// below 2^16 - 1 in 16 bits each, the unused ones all ones; of a place the first 16 bits are all ones.
-// Wide, for large vocabularies: up to three ids below 2^20, their count in the top bits; zero there
-// means a place. Both write ids in one go, whatever their count: no branch to guess wrong.
+// below 2^16 - 1 in 16 bits each, the unused ones all ones; of a place the first 16 bits are all
+// ones. Wide, for large vocabularies: up to three ids below 2^20, their count in the top bits; zero
+// there means a place. Both write ids in one go, whatever their count: no branch to guess wrong.
 using Pieces = std::uint64_t;
 
 struct Narrow {
@@ -24,7 +24,8 @@ struct Narrow {
 
   static Pieces Pack(const std::int32_t* ids, std::size_t count) {
     Pieces packed = ~Pieces{0};
-    for (std::size_t i = count; i-- > 0;) packed = packed << 16 | static_cast<std::uint64_t>(ids[i]);
+    for (std::size_t i = count; i-- > 0;)
+      packed = packed << 16 | static_cast<std::uint64_t>(ids[i]);
     return packed;
   }
   static Pieces Place(std::size_t offset, std::size_t count) {

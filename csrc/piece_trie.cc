@@ -14,7 +14,8 @@ PieceTrie::PieceTrie(std::vector<std::pair<std::string_view, std::int32_t>> keys
     if (key.empty() || id < 0) throw std::invalid_argument("a piece must have bytes and an id");
     if (i > 0 && key == keys[i - 1].first) {
       throw std::invalid_argument("piece '" + std::string(key) + "' has two ids, " +
-                                  std::to_string(keys[i - 1].second) + " and " + std::to_string(id));
+                                  std::to_string(keys[i - 1].second) + " and " +
+                                  std::to_string(id));
     }
   }
   // Breadth first over ranges of the keys: range n holds the keys below node n.

@@ -11,15 +11,15 @@
 
 namespace mvbert {
 
-// A byte trie, its nodes in breadth-first order: the children of a node lie side by side, sorted, so
-// that a step down a narrow path costs one cache line. Immutable: any number of threads may
-// use one.
+// A byte trie, its nodes in breadth-first order: the children of a node lie side by side, sorted,
+// so that a step down a narrow path costs one cache line. Immutable: any number of threads may use
+// one.
 class PieceTrie {
  public:
   PieceTrie() = default;  // of no keys
 
-  // The keys may come in any order. Throws std::invalid_argument if one is empty, comes twice or has a
-  // negative id, and std::length_error past 2^32 - 1 nodes.
+  // The keys may come in any order. Throws std::invalid_argument if one is empty, comes twice or
+  // has a negative id, and std::length_error past 2^32 - 1 nodes.
   explicit PieceTrie(std::vector<std::pair<std::string_view, std::int32_t>> keys);
 
   // The longest key that begins `text`: its length (0: none), its id through *id. O(length).

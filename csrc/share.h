@@ -17,8 +17,8 @@ namespace mvbert {
 
 // Runs work(next) on up to `threads` threads, this one among them, and on no more than there are
 // parts: next(&part) hands out the parts [0, parts) in order, each to one thread, and is false when
-// none is left. Where no more threads can be had, fewer do the work. When all have ended, throws what
-// the lowest part that failed threw: it does not depend on the threads.
+// none is left. Where no more threads can be had, fewer do the work. When all have ended, throws
+// what the lowest part that failed threw: it does not depend on the threads.
 //
 // Throws std::invalid_argument unless threads >= 1: how many are sensible is the caller's to know.
 template <typename Work>
@@ -60,8 +60,8 @@ void Share(std::size_t parts, int threads, Work&& work) {
   if (first != nullptr) std::rethrow_exception(first->error);
 }
 
-// Calls work(begin, end, part) for `parts` ranges that are [0, count) together, nearly equally long, on
-// up to `threads` threads. Errors as above.
+// Calls work(begin, end, part) for `parts` ranges that are [0, count) together, nearly equally
+// long, on up to `threads` threads. Errors as above.
 template <typename Work>
 void ShareRanges(std::size_t count, std::size_t parts, int threads, Work&& work) {
   const std::size_t each = count / parts, longer = count % parts;

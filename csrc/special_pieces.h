@@ -19,13 +19,13 @@ namespace mvbert {
 // number of pieces and the length of the longest as a factor at worst.
 class SpecialPieces {
  public:
-  // Pieces with their ids. `cleaned`: also those that cleaning and NFC would turn into one, which the
-  // definition keeps whole in cased text. Throws std::invalid_argument if a piece is empty, has a
-  // space, or is there twice.
+  // Pieces with their ids. `cleaned`: also those that cleaning and NFC would turn into one, which
+  // the definition keeps whole in cased text. Throws std::invalid_argument if a piece is empty, has
+  // a space, or is there twice.
   SpecialPieces(std::vector<std::pair<std::string, std::int32_t>> pieces, bool cleaned);
 
-  // Calls found(text, -1) for stretches between special pieces, never empty, and found(text, id) for
-  // these, until it gives false or `text`, well-formed UTF-8, ends.
+  // Calls found(text, -1) for stretches between special pieces, never empty, and found(text, id)
+  // for these, until it gives false or `text`, well-formed UTF-8, ends.
   template <typename Found>
   void Split(std::string_view text, Found&& found) const;
 
@@ -55,7 +55,7 @@ void SpecialPieces::Split(std::string_view text, Found&& found) const {
   std::size_t at = 0;
   while (at < text.size()) {
     at = first_bytes_.size() == 1 ? text.find(first_bytes_[0], at)  // at memory speed
-                                    : text.find_first_of(first_bytes_, at);
+                                  : text.find_first_of(first_bytes_, at);
     if (at == std::string_view::npos) break;
     std::int32_t id = -1;
     std::size_t end = EndAt(text, at, &id);

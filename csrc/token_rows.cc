@@ -26,7 +26,8 @@ bool Truncate(Truncation truncation, std::uint64_t room, std::uint64_t* first,
     if (excess > *second) return false;
     *second -= excess;
   } else if (*first <= room / 2) {
-    // The longer is cut down to what the shorter leaves; a piece that does not halve is the first's.
+    // The longer is cut down to what the shorter leaves; a piece that does not halve is the
+    // first's.
     *second = room - *first;
   } else if (*second <= room / 2) {
     *first = room - *second;
@@ -37,8 +38,8 @@ bool Truncate(Truncation truncation, std::uint64_t room, std::uint64_t* first,
   return true;
 }
 
-// How many ids of each text decide all of a row: one more than fits says that a text is too long; how
-// much longer changes nothing.
+// How many ids of each text decide all of a row: one more than fits says that a text is too long;
+// how much longer changes nothing.
 std::uint64_t Limit(const RowOptions& options) {
   if (options.truncation == Truncation::kNone) return TextOptions().limit;
   return std::max(options.max_length, options.max_length + 1);  // (2^64 is 0)
@@ -98,15 +99,14 @@ void TokenRows::Shape(bool pairs) {
   offsets_.push_back(0);
   for (std::size_t i = 0; i < first_.size(); ++i) {
     auto first = static_cast<std::uint64_t>(first_[i].end - first_[i].begin);
-    auto second = pairs ? static_cast<std::uint64_t>(second_[i].end - second_[i].begin)
-                        : std::uint64_t{0};
+    auto second =
+        pairs ? static_cast<std::uint64_t>(second_[i].end - second_[i].begin) : std::uint64_t{0};
     if (truncate && !Truncate(options.truncation, options.max_length - specials, &first, &second)) {
       const bool only_first = options.truncation == Truncation::kOnlyFirst;
-      throw std::invalid_argument(
-          "row " + std::to_string(i) + " cannot be cut to max_length " +
-          std::to_string(options.max_length) + " by truncation='" +
-          (only_first ? "only_first" : "only_second") +
-          "': the other text alone is too long; use 'longest_first'");
+      throw std::invalid_argument("row " + std::to_string(i) + " cannot be cut to max_length " +
+                                  std::to_string(options.max_length) + " by truncation='" +
+                                  (only_first ? "only_first" : "only_second") +
+                                  "': the other text alone is too long; use 'longest_first'");
     }
     first_[i].end = first_[i].begin + first;
     if (pairs) second_[i].end = second_[i].begin + second;
@@ -120,16 +120,16 @@ std::size_t TokenRows::Width(std::optional<std::size_t> width, std::size_t multi
   if (width && longest_ > *width) {
     std::size_t row = 0;
     while (static_cast<std::size_t>(offsets_[row + 1] - offsets_[row]) <= *width) ++row;
-    throw std::invalid_argument("row " + std::to_string(row) + " has " +
-                                std::to_string(offsets_[row + 1] - offsets_[row]) +
-                                " pieces, more than max_length " + std::to_string(*width) +
-                                "; pass truncation=True");
+    throw std::invalid_argument(
+        "row " + std::to_string(row) + " has " + std::to_string(offsets_[row + 1] - offsets_[row]) +
+        " pieces, more than max_length " + std::to_string(*width) + "; pass truncation=True");
   }
   const std::size_t least = width.value_or(longest_), over = least % multiple;
   if (over == 0) return least;
   if (least > std::numeric_limits<std::size_t>::max() - multiple) {
     throw std::invalid_argument("max_length " + std::to_string(least) +
-                                " cannot be rounded up to a multiple of " + std::to_string(multiple));
+                                " cannot be rounded up to a multiple of " +
+                                std::to_string(multiple));
   }
   return least - over + multiple;
 }
@@ -163,7 +163,8 @@ void TokenRows::ForEachRow(int threads, Fill&& fill) const {
 }
 
 void TokenRows::FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const {
-  ForEachRow(threads, [&](std::size_t row) { Row(row, ids + offsets_[row], types + offsets_[row]); });
+  ForEachRow(threads,
+             [&](std::size_t row) { Row(row, ids + offsets_[row], types + offsets_[row]); });
 }
 
 template <typename T>

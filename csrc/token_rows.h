@@ -33,11 +33,11 @@ struct RowOptions {
 class TokenRows {
  public:
   // Row i is texts[i] and, unless `pairs` is null, (*pairs)[i]; well-formed UTF-8, read here alone.
-  // Special pieces in texts are recognised. Up to `threads` >= 1 threads are used; what comes out does
-  // not depend on it. `tokenizer` must outlive the rows.
+  // Special pieces in texts are recognised. Up to `threads` >= 1 threads are used; what comes out
+  // does not depend on it. `tokenizer` must outlive the rows.
   //
-  // Throws std::invalid_argument if there are not as many pairs as texts, if the special pieces of a
-  // row alone are longer than max_length, or if truncating one text of a row is not enough.
+  // Throws std::invalid_argument if there are not as many pairs as texts, if the special pieces of
+  // a row alone are longer than max_length, or if truncating one text of a row is not enough.
   TokenRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& texts,
             const std::vector<std::string_view>* pairs, const RowOptions& options, int threads);
   ~TokenRows();
@@ -47,8 +47,9 @@ class TokenRows {
   std::size_t size() const { return offsets_.size() - 1; }
   std::uint64_t longest() const { return longest_; }
 
-  // The width of padded rows: the longest row, or `width` if that is given, rounded up to a multiple
-  // of `multiple` >= 1. Throws std::invalid_argument naming the first row that is longer than `width`.
+  // The width of padded rows: the longest row, or `width` if that is given, rounded up to a
+  // multiple of `multiple` >= 1. Throws std::invalid_argument naming the first row that is longer
+  // than `width`.
   std::size_t Width(std::optional<std::size_t> width, std::size_t multiple) const;
 
   // Row i is [offsets()[i], offsets()[i + 1]) of flat rows.
@@ -58,7 +59,8 @@ class TokenRows {
   // (0 everywhere without special pieces, as transformers has it).
   void FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const;
 
-  // Writes rows [size, width], width >= longest(), as Width gives it: ids, types, and 1 where not padded.
+  // Writes rows [size, width], width >= longest(), as Width gives it: ids, types, and 1 where not
+  // padded.
   template <typename T>
   void FillPadded(int threads, std::size_t width, T* ids, T* types, T* mask) const;
 

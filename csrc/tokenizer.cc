@@ -29,13 +29,13 @@ class Tokenizer::Worker {
     for (std::size_t i = 0; i < count; ++i) {
       number_ = first_number + i;
       word_ = 0;
-      tokenizer_.SplitAtSpecial(
-          texts[i], options.find_special, [&](std::string_view part, std::int32_t id) {
-            if (id < 0) return Read(part, options.limit, ids, ends, words);
-            Look(ids, ends, words);
-            AddSpecial(id, ids, words);
-            return word_ < options.limit;
-          });
+      tokenizer_.SplitAtSpecial(texts[i], options.find_special,
+                                [&](std::string_view part, std::int32_t id) {
+                                  if (id < 0) return Read(part, options.limit, ids, ends, words);
+                                  Look(ids, ends, words);
+                                  AddSpecial(id, ids, words);
+                                  return word_ < options.limit;
+                                });
       text_ends_.push_back(static_cast<std::uint32_t>(batch_.size()));
       if (batch_.full()) Look(ids, ends, words);
     }
@@ -108,7 +108,8 @@ class Tokenizer::Worker {
       const std::uint64_t group = word_ / 64;
       if (group != group_ || number_ != group_number_) {
         std::uint32_t first[16];
-        for (std::uint32_t i = 0; i < 16; ++i) first[i] = static_cast<std::uint32_t>(16 * group) + i;
+        for (std::uint32_t i = 0; i < 16; ++i)
+          first[i] = static_cast<std::uint32_t>(16 * group) + i;
         blocks(first,
                {static_cast<std::uint32_t>(Purpose::kText), static_cast<std::uint32_t>(number_),
                 static_cast<std::uint32_t>(number_ >> 32)},
@@ -315,8 +316,8 @@ void Tokenizer::Recycle(std::vector<Encoding>* parts) const {
   parts->clear();
 }
 
-void Tokenizer::EncodeWords(std::string_view text, const TextOptions& options,
-                            std::uint64_t number, IdBuffer* ids, WordMap* words) const {
+void Tokenizer::EncodeWords(std::string_view text, const TextOptions& options, std::uint64_t number,
+                            IdBuffer* ids, WordMap* words) const {
   CheckCoin(options.coin);
   std::vector<std::uint64_t> ends;
   Lease worker(*this);

@@ -1,14 +1,14 @@
 // Text -> piece ids, under one vocabulary or mixed under two.
 //
-// Words are looked up in a PieceCache, which holds the vocabularies' own words at first and belongs to one
-// call at a time: results never depend on it. Between calls a Tokenizer keeps a cache for each thread
-// that was at work at once, and up to 64 buffers of 512 KiB.
+// Words are looked up in a PieceCache, which holds the vocabularies' own words at first and belongs
+// to one call at a time: results never depend on it. Between calls a Tokenizer keeps a cache for
+// each thread that was at work at once, and up to 64 buffers of 512 KiB.
 //
-// Every loop over text ends, since WordSplitter::Fill reads on whatever it is given, and takes time linear
-// in the bytes; recognising special pieces takes their number and length as a factor.
+// Every loop over text ends, since WordSplitter::Fill reads on whatever it is given, and takes time
+// linear in the bytes; recognising special pieces takes their number and length as a factor.
 //
-// A Tokenizer is immutable to its callers: any number of threads may use one. There is no lock and no
-// thread that outlives a call, so a forked child can go on using it.
+// A Tokenizer is immutable to its callers: any number of threads may use one. There is no lock and
+// no thread that outlives a call, so a forked child can go on using it.
 
 #ifndef MVBERT_TOKENIZER_H_
 #define MVBERT_TOKENIZER_H_
@@ -32,8 +32,8 @@
 namespace mvbert {
 
 // Which vocabulary cuts which word: word w of text number t is cut by the student's when the w-th
-// number that text t has for Purpose::kText is below `threshold`. The numbers lie as the mixer's do:
-// 64 from 16 Philox blocks, first words first (`drawn` in mvbert/text/row_reference.py).
+// number that text t has for Purpose::kText is below `threshold`. The numbers lie as the mixer's
+// do: 64 from 16 Philox blocks, first words first (`drawn` in mvbert/text/row_reference.py).
 struct Coin {
   std::uint64_t threshold = 0;  // student_prob * 2^32, rounded to nearest: 0 never, 2^32 always
   std::uint64_t seed = 0;
@@ -86,8 +86,8 @@ class Tokenizer {
   void EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
                    std::uint64_t first_number, int threads, std::vector<Encoding>* parts) const;
 
-  // Takes the memory of such parts back, for later calls: malloc may give so much back to the system,
-  // and then the next call meets a page fault every 4 KiB.
+  // Takes the memory of such parts back, for later calls: malloc may give so much back to the
+  // system, and then the next call meets a page fault every 4 KiB.
   void Recycle(std::vector<Encoding>* parts) const;
 
   // The same as Encode for one text on one thread, with its words unless `words` is null.
@@ -126,7 +126,7 @@ class Tokenizer {
   const std::shared_ptr<const WordPiece> student_;
   const SpecialPieces special_;
   std::unique_ptr<const PieceCache> seeds_;
-  mutable std::array<std::atomic<Worker*>, 64> idle_{};  // workers that no call is using
+  mutable std::array<std::atomic<Worker*>, 64> idle_{};           // workers that no call is using
   mutable std::array<std::atomic<std::int32_t*>, 64> buffers_{};  // of kPartIds, unused
 };
 

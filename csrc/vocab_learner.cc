@@ -55,8 +55,9 @@ Words ReadWords(std::string_view bytes, const std::uint64_t* ends, const std::ui
       continue;
     }
     if (word.size() > 2 && word.substr(0, 2) == "##") {
-      ThrowWord(i, "begins with '##', the mark of inner pieces: cut text with the BERT splitter, "
-                   "which isolates '#'");
+      ThrowWord(i,
+                "begins with '##', the mark of inner pieces: cut text with the BERT splitter, "
+                "which isolates '#'");
     }
     const std::size_t error = Utf8ErrorOffset(word);
     if (error != kNoError) ThrowWord(i, "is not UTF-8 at its byte " + std::to_string(error));
@@ -127,13 +128,15 @@ struct Suffix {
   std::uint64_t whole, proper;
 };
 
-// Finds the suffixes of two symbols or more that occur `floor` times or more. A suffix is at most as
-// frequent as the shorter suffixes in it, so words are grouped by their last symbol, then by the one
-// before it, and so on, and rare groups are not followed.
+// Finds the suffixes of two symbols or more that occur `floor` times or more. A suffix is at most
+// as frequent as the shorter suffixes in it, so words are grouped by their last symbol, then by the
+// one before it, and so on, and rare groups are not followed.
 class SuffixFinder {
  public:
   SuffixFinder(const Words& words, std::uint64_t floor)
-      : words_(words), floor_(floor), weight_(words.code_points.size()),
+      : words_(words),
+        floor_(floor),
+        weight_(words.code_points.size()),
         number_(words.code_points.size()) {}
 
   // Visits `group`, words that share their last `depth` symbols.
@@ -317,8 +320,8 @@ class Learner {
     std::uint8_t depth;  // of the node itself
   };
 
-  // Finds every suffix that occurs `floor` times or more, puts them into the trie, and notes for each
-  // symbol of each word the deepest node that the word's rest reaches.
+  // Finds every suffix that occurs `floor` times or more, puts them into the trie, and notes for
+  // each symbol of each word the deepest node that the word's rest reaches.
   void BuildCandidates(std::uint64_t floor) {
     floor_ = floor;
     const std::size_t symbols = words_.code_points.size();
@@ -407,8 +410,9 @@ class Learner {
     return matches;
   }
 
-  // Adds up visit(match, rest, count) over all pieces of all words, where `rest` is the length of the
-  // word from the piece on; visit returns the node to credit with the word's count, kNone for no one.
+  // Adds up visit(match, rest, count) over all pieces of all words, where `rest` is the length of
+  // the word from the piece on; visit returns the node to credit with the word's count, kNone for
+  // no one.
   template <typename Visit>
   std::vector<std::uint64_t> CutAndCount(const std::vector<Match>& matches, Visit visit) const {
     std::vector<std::vector<std::uint64_t>> parts(threads_);
@@ -436,10 +440,10 @@ class Learner {
     std::vector<std::uint64_t> counts = first_;
     for (int round = 1; round < kLearnerRounds; ++round) {
       const auto kept = [&](std::uint32_t node) { return counts[node] >= threshold; };
-      counts = CutAndCount(Matches(kept), [](const Match& match, std::uint32_t reached,
-                                             std::size_t rest) {
-        return match.depth == rest ? reached : kNone;
-      });
+      counts = CutAndCount(Matches(kept),
+                           [](const Match& match, std::uint32_t reached, std::size_t rest) {
+                             return match.depth == rest ? reached : kNone;
+                           });
     }
     return counts;
   }
@@ -485,9 +489,9 @@ class Learner {
     }
     if (low == 0) {
       const std::size_t most = Kept(Learn(1), 1).size() + alphabet_ + kSpecialTokenCount;
-      throw std::invalid_argument("size " + std::to_string(size_) + " is above the " +
-                                  std::to_string(most) +
-                                  " pieces that these words give: ask for fewer, or bring more text");
+      throw std::invalid_argument(
+          "size " + std::to_string(size_) + " is above the " + std::to_string(most) +
+          " pieces that these words give: ask for fewer, or bring more text");
     }
     return low;
   }
@@ -505,9 +509,8 @@ class Learner {
     std::vector<bool> chosen(trie_.size());
     for (std::uint32_t node : pieces) chosen[node] = true;
     const auto kept = [&](std::uint32_t node) { return chosen[node]; };
-    return CutAndCount(Matches(kept), [](const Match& match, std::uint32_t, std::size_t) {
-      return match.node;
-    });
+    return CutAndCount(Matches(kept),
+                       [](const Match& match, std::uint32_t, std::size_t) { return match.node; });
   }
 
   std::string Spell(std::uint32_t node) const {
@@ -547,7 +550,7 @@ class Learner {
   const std::size_t size_;
   const int threads_;
   std::size_t alphabet_ = 0;
-  std::uint64_t floor_ = 0;                  // the trie holds all suffixes of this count
+  std::uint64_t floor_ = 0;  // the trie holds all suffixes of this count
   Trie trie_;
   std::vector<std::uint64_t> first_;         // round 0's count of each node, 0 below floor_
   std::vector<std::uint64_t> sorted_first_;  // the same, ascending, without zeros

@@ -51,7 +51,8 @@ void WordPiece::Cut(std::string_view word, std::vector<std::int32_t>* ids,
   bool known = !TooLong(word, max_chars_);
   while (known && at < word.size()) {
     std::int32_t id = 0;
-    const std::size_t length = (at == 0 ? initial_ : continued_).LongestPrefix(word.substr(at), &id);
+    const std::size_t length =
+        (at == 0 ? initial_ : continued_).LongestPrefix(word.substr(at), &id);
     known = length > 0;
     if (!known) break;
     ids->push_back(id);

@@ -185,15 +185,31 @@ class Filler {
     }
     const std::string_view source(start, static_cast<std::size_t>(at_ - start));
     switch (kind) {
-      case kLetter: Letters(source); break;
-      case kDrop: break;
-      case kMark: break;
-      case kSpace: Close(); break;
-      case kPunct: Alone(source); break;
-      case kCjk: Alone(source); break;
-      case kMapLetters: Letters(Replacement(entry)); break;
-      case kMapPunct: Alone(Replacement(entry)); break;
-      case kMapCjk: Alone(Replacement(entry)); break;
+      case kLetter:
+        Letters(source);
+        break;
+      case kDrop:
+        break;
+      case kMark:
+        break;
+      case kSpace:
+        Close();
+        break;
+      case kPunct:
+        Alone(source);
+        break;
+      case kCjk:
+        Alone(source);
+        break;
+      case kMapLetters:
+        Letters(Replacement(entry));
+        break;
+      case kMapPunct:
+        Alone(Replacement(entry));
+        break;
+      case kMapCjk:
+        Alone(Replacement(entry));
+        break;
       case kHangul: {
         gathered_.clear();
         Decompose(c, &gathered_);
@@ -281,7 +297,7 @@ class Filler {
   const char* end_;
   AsciiRunFunction ascii_run_;
   WordBatch& batch_;
-  const std::size_t target_;  // bytes of complete words
+  const std::size_t target_;        // bytes of complete words
   std::uint32_t source_begin_ = 0;  // of what is copied next
   std::uint32_t source_end_ = 0;
   std::vector<SourceChar> gathered_;

@@ -1,6 +1,6 @@
-// Runs text through corpus builder, lexicon, vocabulary learner and segmentation without Python, for
-// sanitizers: with many workers, small blocks, text in small steps, pauses and restored builders, all
-// must come out as with one worker and one block. Exit status 0 if all is well.
+// Runs text through corpus builder, lexicon, vocabulary learner and segmentation without Python,
+// for sanitizers: with many workers, small blocks, text in small steps, pauses and restored
+// builders, all must come out as with one worker and one block. Exit status 0 if all is well.
 //
 // What a corpus must be is tested against the plain Python definition in test_lexicon.py and
 // ../test_corpus.py, what a vocabulary must be in test_vocab_learner.py.
@@ -30,9 +30,11 @@ void Require(bool good, const std::string& what) {
   std::exit(1);
 }
 
-// Documents of words of all lengths and some alphabets, awkward white space, one very long document.
+// Documents of words of all lengths and some alphabets, awkward white space, one very long
+// document.
 std::string MakeText(std::uint32_t documents) {
-  static const char* const kLetters[] = {"a", "e", "s", "t", "n", "\u00e9", "\u4e2d", "9", "\u0301"};
+  static const char* const kLetters[] = {"a",      "e",      "s", "t",     "n",
+                                         "\u00e9", "\u4e2d", "9", "\u0301"};
   static const char* const kSpaces[] = {" ", "\n", "\t", "\r\n", "  ", ", ", "\u00a0", "\u200b "};
   std::string text = "\ufeff";
   for (std::uint32_t d = 0; d < documents; ++d) {
@@ -227,8 +229,8 @@ void CheckLearnerAndSegmentation(const Corpus& corpus) {
   options.size = 120;
   options.threads = 1;
   const std::size_t words = corpus.ends.size();
-  const mvbert::LearnedVocab one = mvbert::LearnVocab(corpus.bytes, corpus.ends.data(),
-                                                      corpus.counts.data(), words, options);
+  const mvbert::LearnedVocab one =
+      mvbert::LearnVocab(corpus.bytes, corpus.ends.data(), corpus.counts.data(), words, options);
   Require(one.pieces.size() == options.size, "the size must be exact");
   const mvbert::WordPiece wordpiece(one.pieces, 1);
   const mvbert::Segmentation cut =
@@ -236,8 +238,8 @@ void CheckLearnerAndSegmentation(const Corpus& corpus) {
   Require(cut.ends.size() == words && cut.ends.back() == cut.ids.size(), "every word has an end");
   for (const int threads : {2, 5, 16}) {
     options.threads = threads;
-    const mvbert::LearnedVocab many = mvbert::LearnVocab(corpus.bytes, corpus.ends.data(),
-                                                         corpus.counts.data(), words, options);
+    const mvbert::LearnedVocab many =
+        mvbert::LearnVocab(corpus.bytes, corpus.ends.data(), corpus.counts.data(), words, options);
     Require(many.pieces == one.pieces && many.uses == one.uses, "learning depends on threads");
     const mvbert::Segmentation again =
         mvbert::SegmentLexicon(corpus.bytes, corpus.ends.data(), words, wordpiece, threads);

@@ -1,5 +1,5 @@
-// libFuzzer: the word stream and the lexicon do not depend on blocks, calls and threads, and hold the
-// words that the splitter finds.
+// libFuzzer: the word stream and the lexicon do not depend on blocks, calls and threads, and hold
+// the words that the splitter finds.
 
 #include <algorithm>
 #include <cstddef>
@@ -96,8 +96,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     if (id == kDocumentMark) continue;
     Require(w < words.ends.size(), "too many words");
     const std::uint32_t begin = w == 0 ? 0 : words.ends[w - 1];
-    Require(whole.words[id] == CutWord(std::string_view(words.bytes)
-                                           .substr(begin, words.ends[w] - begin)),
+    Require(whole.words[id] ==
+                CutWord(std::string_view(words.bytes).substr(begin, words.ends[w] - begin)),
             "another word");
     ++w;
   }

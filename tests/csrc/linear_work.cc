@@ -1,9 +1,9 @@
-// Counts the work of encoding and of building a corpus on long runs of every kind of character, and of
-// one kind among another: four times the text must be about four times the work.
+// Counts the work of encoding and of building a corpus on long runs of every kind of character, and
+// of one kind among another: four times the text must be about four times the work.
 //
-// Work is counted, not timed: the core is compiled so that it calls a function here at every step of
-// its control flow (-fsanitize-coverage=trace-pc), and calls of memcpy and its like are counted by
-// their size (the linker's --wrap). Exit status 0 if all is well; prints the worst ratio.
+// Work is counted, not timed: the core is compiled so that it calls a function here at every step
+// of its control flow (-fsanitize-coverage=trace-pc), and calls of memcpy and its like are counted
+// by their size (the linker's --wrap). Exit status 0 if all is well; prints the worst ratio.
 
 #include <atomic>
 #include <cstdint>
@@ -159,7 +159,8 @@ std::vector<Job> Jobs(const Side& uncased, const Side& cased) {
                       TokenRows rows(side->plain, {text, text}, nullptr, options, 1);
                     }});
   }
-  jobs.push_back({"corpus", true, true, [](std::string_view text) { BuildCorpus(text, text.size()); }});
+  jobs.push_back(
+      {"corpus", true, true, [](std::string_view text) { BuildCorpus(text, text.size()); }});
   jobs.push_back({"corpus, 100 bytes a call", true, false,
                   [](std::string_view text) { BuildCorpus(text, 100); }});
   jobs.push_back({"mending", true, false, [](std::string_view text) { ReplaceIllFormed(text); }});
@@ -174,8 +175,8 @@ std::uint64_t Work(const Job& job, const std::string& text) {
 
 constexpr std::size_t kSize = 20000;  // bytes; more than a WordBatch holds
 
-// Is the work on four times the text about four times as much? (A step a byte is free: a long word of
-// plain ASCII takes a step for 64 bytes and is then mostly the copying of buffers that grow.)
+// Is the work on four times the text about four times as much? (A step a byte is free: a long word
+// of plain ASCII takes a step for 64 bytes and is then mostly the copying of buffers that grow.)
 bool IsLinear(std::uint64_t work, std::uint64_t more) {
   return static_cast<double>(more) <= 4.4 * static_cast<double>(work) + 4.0 * kSize;
 }
@@ -198,8 +199,9 @@ int main() {
       // (Where every byte is read, 64 at a time at best, there is work.)
       if (IsLinear(work, more) && more > 4 * kSize / 64) continue;
       ++failures;
-      std::printf("%s of %s: %llu steps, and %llu for four times the text\n", job.name, name.c_str(),
-                  static_cast<unsigned long long>(work), static_cast<unsigned long long>(more));
+      std::printf("%s of %s: %llu steps, and %llu for four times the text\n", job.name,
+                  name.c_str(), static_cast<unsigned long long>(work),
+                  static_cast<unsigned long long>(more));
     }
   };
   for (const Kind& a : kKinds) {

@@ -1,7 +1,9 @@
 // Runs the mixer without Python, for sanitizers and instruction counts.
 //
-//   mixer_check            compares rows made by many threads, in pieces and at other places with the
-//                          same rows made in one go, on several worlds; exit status 0 if all is well
+//   mixer_check            compares rows made by many threads, in pieces and at other places with
+//   the
+//                          same rows made in one go, on several worlds; exit status 0 if all is
+//                          well
 //   mixer_check ROWS       only makes so many rows of a world like English text (for callgrind)
 //
 // What a row must be is tested against the plain Python definition in test_mixer.py.
@@ -53,7 +55,8 @@ struct Cut {
       std::uint32_t count = 1;
       while (count < longest && random->Unit() < more * word / (word + 500.0)) ++count;
       for (std::uint32_t i = 0; i < count; ++i) {
-        ids.push_back(5 + static_cast<std::int32_t>(random->Below(static_cast<std::uint32_t>(size - 5))));
+        ids.push_back(
+            5 + static_cast<std::int32_t>(random->Below(static_cast<std::uint32_t>(size - 5))));
       }
       ends.push_back(static_cast<std::uint32_t>(ids.size()));
     }
@@ -74,7 +77,9 @@ struct Batch {
   std::vector<std::uint8_t> token_type_ids;
 
   Batch(std::uint64_t count, std::uint32_t T, std::uint32_t M)
-      : input_ids(count * T), masked_positions(count * M), labels(count * M),
+      : input_ids(count * T),
+        masked_positions(count * M),
+        labels(count * M),
         token_type_ids(count * T) {}
 
   mvbert::Mixer::Rows rows() {

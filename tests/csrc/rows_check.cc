@@ -1,5 +1,6 @@
-// Widths and single rows of TokenRows, and special pieces, by literal expectation. Exit status 0 if all
-// is well. (That rows are the same flat, padded, cut and one by one is the property of rows_fuzz.cc.)
+// Widths and single rows of TokenRows, and special pieces, by literal expectation. Exit status 0 if
+// all is well. (That rows are the same flat, padded, cut and one by one is the property of
+// rows_fuzz.cc.)
 
 #include <cstdint>
 #include <cstdio>
@@ -75,9 +76,10 @@ void CheckRows() {
   EncodeRow(tokenizer, texts[0], &pairs[0], options, &ids);
   options.special = false;
   EncodeRow(tokenizer, texts[0], &pairs[0], options, &ids);
-  Require(std::vector<std::int32_t>(ids.data(), ids.end()) ==
-              std::vector<std::int32_t>{kCls, kA, kB, kMask, kSep, kCls, kA, kSep, kB, kSep, kA, kB},
-          "wrong single rows");
+  Require(
+      std::vector<std::int32_t>(ids.data(), ids.end()) ==
+          std::vector<std::int32_t>{kCls, kA, kB, kMask, kSep, kCls, kA, kSep, kB, kSep, kA, kB},
+      "wrong single rows");
 }
 
 using Found = std::vector<std::pair<std::string, std::int32_t>>;

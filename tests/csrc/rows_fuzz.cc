@@ -1,4 +1,5 @@
-// libFuzzer: batches of texts and pairs become the same rows flat, padded, cut short and one by one.
+// libFuzzer: batches of texts and pairs become the same rows flat, padded, cut short and one by
+// one.
 
 #include <algorithm>
 #include <cstddef>
