@@ -3,8 +3,8 @@
     python tests/fuzz_tokenizer.py --vocab bert-base-uncased/vocab.txt --count 1000000 --seed 1
     python tests/fuzz_tokenizer.py --vocab bert-base-cased/vocab.txt --cased --count 1000000
 
-Strings are short and mean: characters that normal forms, cleaning and special pieces turn on. One in
-a thousand is longer, and one in a thousand has a run of one character that fills buffers.
+Strings are short and mean: characters that normal forms, cleaning and special pieces turn on. One
+in a thousand is longer, and one in a thousand has a run of one character that fills buffers.
 All strings' ids are compared in batches; of some also those of encode and of offsets, rows of
 pairs, and (--plain) the definition in plain Python. A seed names its strings, whatever the number
 of processes. Prints counts, and strings that differ; exits with 1 if one did. Needs Python 3.11,
