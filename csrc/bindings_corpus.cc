@@ -9,11 +9,13 @@
 namespace mvbert::python {
 namespace {
 
-std::unique_ptr<CorpusBuilder> MakeCorpusBuilder(bool lowercase, double heldout_share,
-                                                 std::uint64_t seed, bool replace, int threads,
+std::unique_ptr<CorpusBuilder> MakeCorpusBuilder(bool lowercase, bool strip_accents,
+                                                 double heldout_share, std::uint64_t seed,
+                                                 bool replace, int threads,
                                                  std::size_t block_bytes) {
   CorpusOptions options;
   options.split.lowercase = lowercase;
+  options.split.strip_accents = strip_accents;
   options.heldout_share = heldout_share;
   options.seed = seed;
   options.replace = replace;
@@ -171,8 +173,8 @@ void BindCorpus(py::module_& m) {
   });
   py::class_<CorpusBuilder>(m, "CorpusBuilder")
       .def(py::init(&MakeCorpusBuilder), py::kw_only(), py::arg("lowercase"),
-           py::arg("heldout_share"), py::arg("seed"), py::arg("replace"), py::arg("threads"),
-           py::arg("block_bytes") = 1 << 20)
+           py::arg("strip_accents") = true, py::arg("heldout_share"), py::arg("seed"),
+           py::arg("replace"), py::arg("threads"), py::arg("block_bytes") = 1 << 20)
       .def("begin_source", &BeginSource, py::arg("source"), py::arg("part"), py::arg("offset") = 0)
       .def("add_text", &AddText, py::arg("text"))
       .def("add_documents", &AddDocuments, py::arg("text"), py::arg("ends"))

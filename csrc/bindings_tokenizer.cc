@@ -28,9 +28,10 @@ std::vector<std::string> InstructionSets() {
 }
 
 py::list Split(const py::object& text, bool lowercase,
-               const std::optional<std::string>& instruction_set) {
-  const WordSplitter splitter(
-      {lowercase}, instruction_set ? AsciiRunNamed(*instruction_set) : FastestAsciiRun());
+               const std::optional<std::string>& instruction_set, bool strip_accents) {
+  const WordSplitter splitter({lowercase, strip_accents}, instruction_set
+                                                              ? AsciiRunNamed(*instruction_set)
+                                                              : FastestAsciiRun());
   const TextView view(text);
   Words words;
   {
@@ -81,12 +82,13 @@ TextOptions MakeTextOptions(bool find_special, std::uint64_t threshold = 0,
 }
 
 std::unique_ptr<Tokenizer> MakeTokenizer(
-    bool lowercase, std::shared_ptr<WordPiece> teacher, std::shared_ptr<WordPiece> student,
-    std::vector<std::pair<std::string, std::int32_t>> special) {
-  SplitOptions options;
-  options.lowercase = lowercase;
-  return std::make_unique<Tokenizer>(options, std::move(teacher), std::move(student),
-                                     std::move(special));
+    bool lowercase, bool strip_accents, std::shared_ptr<WordPiece> teacher,
+    std::shared_ptr<WordPiece> student,
+    const std::vector<std::tuple<std::string, std::int32_t, bool>>& special) {
+  std::vector<SpecialPiece> pieces;
+  for (const auto& [piece, id, normalized] : special) pieces.push_back({piece, id, normalized});
+  return std::make_unique<Tokenizer>(SplitOptions{lowercase, strip_accents}, std::move(teacher),
+                                     std::move(student), pieces);
 }
 
 // The ids of texts, flat, and offsets: text i has ids[offsets[i] : offsets[i + 1]].
@@ -253,16 +255,16 @@ py::tuple EncodeSpans(const Tokenizer& tokenizer, const py::object& text, bool f
 
 void BindTokenizer(py::module_& m) {
   m.def("split", &Split, py::arg("text"), py::arg("lowercase") = true,
-        py::arg("instruction_set") = py::none(),
+        py::arg("instruction_set") = py::none(), py::arg("strip_accents") = true,
         "The normalised words of a str or of UTF-8 bytes.");
   m.def("instruction_sets", &InstructionSets,
         "The ways to read ASCII that this machine has; the last is used unless another is named.");
   m.def("utf8_error", &Utf8Error, py::arg("data"),
         "Offset of the first byte that is not well-formed UTF-8, or None.");
   py::class_<Tokenizer>(m, "Tokenizer")
-      .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"), py::arg("teacher"),
-           py::arg("student") = nullptr,
-           py::arg("special") = std::vector<std::pair<std::string, std::int32_t>>())
+      .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"),
+           py::arg("strip_accents") = true, py::arg("teacher"), py::arg("student") = nullptr,
+           py::arg("special") = std::vector<std::tuple<std::string, std::int32_t, bool>>())
       .def("encode_list", &EncodeList, py::arg("text"), py::arg("pair"), py::arg("cls_sep"))
       .def("encode_rows", &EncodeRows, py::arg("texts"), py::arg("pairs"), py::kw_only(),
            py::arg("cls_sep"), py::arg("pad"), py::arg("truncation"), py::arg("max_length"),

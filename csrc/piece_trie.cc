@@ -57,32 +57,17 @@ PieceTrie::PieceTrie(std::vector<std::pair<std::string_view, std::int32_t>> keys
 }
 
 std::size_t PieceTrie::LongestPrefix(std::string_view text, std::int32_t* id) const {
-  if (text.empty()) return 0;
-  std::uint32_t at = roots_[static_cast<unsigned char>(text[0])];
-  if (at == 0) return 0;
-  std::size_t best = 0;
-  for (std::size_t i = 1;; ++i) {
-    const Node& node = nodes_[at];
-    if (node.value >= 0) {
-      best = i;
-      *id = node.value;
+  std::size_t longest = 0;
+  std::uint32_t node = kRoot;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    node = Step(node, text[i]);
+    if (node == 0) break;
+    if (nodes_[node].value >= 0) {
+      longest = i + 1;
+      *id = nodes_[node].value;
     }
-    if (i == text.size()) return best;
-    const auto byte = static_cast<unsigned char>(text[i]);
-    std::uint32_t child = node.first_child;
-    std::uint32_t end = child + node.children;
-    while (end - child > 8) {
-      const std::uint32_t middle = child + (end - child) / 2;
-      if (nodes_[middle].byte <= byte) {
-        child = middle;
-      } else {
-        end = middle;
-      }
-    }
-    while (child < end && nodes_[child].byte < byte) ++child;
-    if (child == end || nodes_[child].byte != byte) return best;
-    at = child;
   }
+  return longest;
 }
 
 }  // namespace mvbert

@@ -25,6 +25,14 @@ class PieceTrie {
   // The longest key that begins `text`: its length (0: none), its id through *id. O(length).
   std::size_t LongestPrefix(std::string_view text, std::int32_t* id) const;
 
+  // The same byte by byte. Where one byte leads from kRoot or from a node that another byte led to;
+  // 0 if no key goes on so.
+  static constexpr std::uint32_t kRoot = 0;
+  std::uint32_t Step(std::uint32_t node, char byte) const;
+
+  // The id of the key that led to a node, or -1. Precondition: node != kRoot.
+  std::int32_t id(std::uint32_t node) const { return nodes_[node].value; }
+
  private:
   struct Node {
     std::uint32_t first_child = 0;
@@ -33,8 +41,25 @@ class PieceTrie {
     std::uint8_t byte = 0;  // that leads here
   };
   std::vector<Node> nodes_;
-  std::uint32_t roots_[256] = {};  // the node of each first byte, or 0 (the root: leads nowhere)
+  std::uint32_t roots_[256] = {};  // the node of each first byte, or 0
 };
+
+inline std::uint32_t PieceTrie::Step(std::uint32_t node, char byte) const {
+  const auto wanted = static_cast<unsigned char>(byte);
+  if (node == kRoot) return roots_[wanted];
+  std::uint32_t child = nodes_[node].first_child;
+  std::uint32_t end = child + nodes_[node].children;
+  while (end - child > 8) {
+    const std::uint32_t middle = child + (end - child) / 2;
+    if (nodes_[middle].byte <= wanted) {
+      child = middle;
+    } else {
+      end = middle;
+    }
+  }
+  while (child < end && nodes_[child].byte < wanted) ++child;
+  return child == end || nodes_[child].byte != wanted ? 0 : child;
+}
 
 }  // namespace mvbert
 

@@ -184,18 +184,18 @@ class Tokenizer::Lease {
 
 Tokenizer::Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teacher,
                      std::shared_ptr<const WordPiece> student,
-                     std::vector<std::pair<std::string, std::int32_t>> special)
+                     const std::vector<SpecialPiece>& special)
     : splitter_(options),
       teacher_(std::move(teacher)),
       student_(std::move(student)),
-      special_(special, !options.lowercase) {
+      special_(special, splitter_) {
   if (teacher_ == nullptr) throw std::invalid_argument("a tokenizer needs a vocabulary");
   if (student_ != nullptr &&
       teacher_->size() + student_->size() >
           static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
     throw std::invalid_argument("the two vocabularies have more than 2^31 - 1 pieces together");
   }
-  for (const auto& [piece, id] : special) {
+  for (const auto& [piece, id, normalized] : special) {
     if (id < 0 || static_cast<std::size_t>(id) >= teacher_->size()) {
       throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id) +
                                   ", outside the vocabulary");

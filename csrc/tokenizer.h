@@ -67,10 +67,9 @@ struct Span {
 class Tokenizer {
  public:
   // Ids are the teacher's, or teacher.size() + the student's. `student` may be null. `special` are
-  // the strings that Encode recognises in text when asked to, with their ids.
+  // the strings that Encode recognises in text when asked to.
   Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teacher,
-            std::shared_ptr<const WordPiece> student,
-            std::vector<std::pair<std::string, std::int32_t>> special);
+            std::shared_ptr<const WordPiece> student, const std::vector<SpecialPiece>& special);
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;

@@ -101,6 +101,9 @@ class _Mixin:
     """Stands before the class of a module of transformers, whose attributes it therefore has."""
 
     _mvbert_original: type[nn.Module]
+    _mvbert_signature: inspect.Signature
+    # The major version of transformers.
+    _mvbert_version: int
 
     if TYPE_CHECKING:
 
@@ -117,7 +120,7 @@ class FusedEmbeddings(_Mixin):
     """Mixed into the class of an embedding module: word + position + type, LayerNorm, dropout."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments(self._mvbert_original, self, args, kwargs, EMBEDDING_ARGUMENTS)
+        arguments = _arguments(self, args, kwargs, EMBEDDING_ARGUMENTS)
         if arguments is None or not _serves_embeddings(self):
             return super().forward(*args, **kwargs)
         indices = _indices(self, **arguments)
@@ -188,18 +191,18 @@ def _indices(
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         return None
     B, T = input_ids.shape
-    buffers = {"position_ids", "token_type_ids"} & dict(module.named_buffers(recurse=False)).keys()
     if position_ids is None:
-        if "position_ids" not in buffers:
+        if not hasattr(module, "position_ids"):
             return None
         position_ids = EMBEDDINGS[_key(module._mvbert_original)](module, input_ids)
     types = getattr(module, "token_type_embeddings", None)
     # A table of one row leaves nothing to look up.
     if token_type_ids is None and types is not None and types.num_embeddings > 1:
-        if "token_type_ids" not in buffers or position_ids.ndim != 2:
+        if not hasattr(module, "token_type_ids") or position_ids.ndim != 2:
             return None
         token_type_ids = module.token_type_ids
-        if _types_follow_positions():
+        if module._mvbert_version >= 5:
+            # transformers 4 reads the buffer at 0 .. T-1.
             token_type_ids = token_type_ids.expand(position_ids.shape[0], -1)
             token_type_ids = token_type_ids.gather(1, position_ids)
         else:
@@ -216,19 +219,11 @@ def _indices(
     return input_ids, position_ids, token_type_ids
 
 
-@cache
-def _types_follow_positions() -> bool:
-    """transformers 5 reads the buffer of token types at the positions, 4 at 0 .. T-1."""
-    import transformers
-
-    return int(transformers.__version__.split(".")[0]) >= 5
-
-
 class FusedMaskedLM(_Mixin):
     """Mixed into the class of a masked-language model: in training, the loss without the logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments(self._mvbert_original, self, args, kwargs, MASKED_LM_ARGUMENTS)
+        arguments = _arguments(self, args, kwargs, MASKED_LM_ARGUMENTS)
         encoder, path, head = MASKED_LM[_key(self._mvbert_original)]
         if arguments is None or not _serves_loss(self, encoder, path, arguments):
             return super().forward(*args, **kwargs)
@@ -297,10 +292,18 @@ def _works_by_row(module: Any, family: str) -> bool:
 
 
 def _arguments(
-    original: type[nn.Module], module: Any, args: tuple, kwargs: dict, served: frozenset[str]
+    module: Any, args: tuple, kwargs: dict, served: frozenset[str]
 ) -> dict[str, Any] | None:
-    """The arguments that a call of `original.forward` sets, by name; None: not all are `served`."""
-    signature = _signature(original)  # type: ignore[arg-type]
+    """The arguments that a call of the original forward sets, by name; None: not all are `served`.
+
+    Nor is any in forward-mode differentiation or a transform of torch.func.
+    """
+    signature = module._mvbert_signature
+    if not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return None
     try:
         bound = dict(signature.bind(module, *args, **kwargs).arguments)
     except TypeError:
@@ -313,11 +316,6 @@ def _arguments(
             bound.pop(name, None)
     bound = {name: value for name, value in bound.items() if value is not None}
     return bound if bound.keys() <= served else None
-
-
-@cache
-def _signature(original: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(original.forward)
 
 
 def _along(module: Any, path: str) -> Any:
@@ -382,7 +380,15 @@ def _fused_class(cls: type, mixin: type) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return mixin.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
-    members = {"_mvbert_original": cls, "__module__": cls.__module__, "forward": forward}
+    import transformers
+
+    members = {
+        "_mvbert_original": cls,
+        "_mvbert_signature": inspect.signature(forward),
+        "_mvbert_version": int(transformers.__version__.split(".")[0]),
+        "__module__": cls.__module__,
+        "forward": forward,
+    }
     return type(cls.__name__, (mixin, cls), members)
 
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from mvbert import functional
 from mvbert.config import ModelConfig
+from mvbert.text.wordpiece import longest_matches
 
 
 class Embeddings(nn.Module):
@@ -138,25 +139,8 @@ def spelled_rows(
             shared += 1
             rows[i] = teacher_table[teacher_ids[piece]]
             continue
-        ids = _spell(piece, teacher_ids) or [unk]
+        prefix = "##" if piece.startswith("##") else ""
+        spelling = longest_matches(piece.removeprefix(prefix), teacher_ids, prefix)
+        ids = [teacher_ids[part] for part in spelling] or [unk]
         rows[i] = teacher_table[torch.tensor(ids)].mean(0)
     return rows, shared
-
-
-def _spell(piece: str, teacher_ids: dict[str, int]) -> list[int]:
-    """Greedy longest match of a piece; [] where some character is in no piece."""
-    prefix = "##" if piece.startswith("##") else ""
-    letters = piece[len(prefix) :]
-    ids: list[int] = []
-    start = 0
-    while start < len(letters):
-        for end in range(len(letters), start, -1):
-            found = teacher_ids.get(prefix + letters[start:end])
-            if found is not None:
-                ids.append(found)
-                start = end
-                prefix = "##"
-                break
-        else:
-            return []
-    return ids

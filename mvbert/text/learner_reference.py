@@ -16,8 +16,11 @@ Ours are the exact size, the alphabet by coverage, and that no piece goes unused
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
+from itertools import accumulate
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+from mvbert.text.vocab import SPECIAL_PIECES
+from mvbert.text.wordpiece import longest_matches
+
 MAX_WORD_CHARACTERS = 100  # longer words are [UNK] whatever the vocabulary
 ROUNDS = 4
 
@@ -42,7 +45,7 @@ def learn_vocab_reference(
     words, alphabet = learnable_words(counts, coverage)
     if not words:
         raise ValueError("no word is left to learn pieces from")
-    need = size - len(SPECIAL_TOKENS) - len(alphabet)
+    need = size - len(SPECIAL_PIECES) - len(alphabet)
     if need < 0:
         raise ValueError(f"size {size} is below the alphabet of {len(alphabet)} pieces")
     threshold = sum(words.values())
@@ -56,7 +59,7 @@ def learn_vocab_reference(
             break
         unused.update(useless)
     pieces = sorted(alphabet | set(chosen), key=lambda piece: (-uses[piece], piece))
-    return [*SPECIAL_TOKENS, *pieces]
+    return [*SPECIAL_PIECES, *pieces]
 
 
 def learnable_words(counts: Mapping[str, int], coverage: float) -> tuple[dict[str, int], set[str]]:
@@ -64,7 +67,7 @@ def learnable_words(counts: Mapping[str, int], coverage: float) -> tuple[dict[st
     words = {
         word: count
         for word, count in counts.items()
-        if 0 < len(word) <= MAX_WORD_CHARACTERS and count > 0 and word not in SPECIAL_TOKENS
+        if 0 < len(word) <= MAX_WORD_CHARACTERS and count > 0 and word not in SPECIAL_PIECES
     }
     occurrences: Counter[str] = Counter()
     for word, count in words.items():
@@ -130,22 +133,17 @@ def piece_uses(words: Mapping[str, int], pieces: Collection[str]) -> Counter[str
     """How often each piece is used when the words are cut greedily."""
     uses: Counter[str] = Counter()
     for word, count in words.items():
-        starts = cuts(word, pieces)
-        for start, end in zip(starts, [*starts[1:], len(word)], strict=True):
-            uses[spell(word, start, end)] += count
+        for piece in longest_matches(word, pieces):
+            uses[piece] += count
     return uses
 
 
 def cuts(word: str, pieces: Collection[str]) -> list[int]:
-    """Where pieces start when the longest possible piece is taken again and again."""
-    starts, start = [], 0
-    while start < len(word):
-        starts.append(start)
-        end = len(word)
-        while spell(word, start, end) not in pieces:
-            end -= 1
-        start = end
-    return starts
+    """Where the pieces of a greedily cut word start."""
+    first, *others = longest_matches(word, pieces)
+    return [0, *accumulate((len(piece) - len("##") for piece in others), initial=len(first))][
+        : 1 + len(others)
+    ]
 
 
 def spell(word: str, start: int, end: int) -> str:

@@ -8,7 +8,8 @@ import io
 from collections.abc import Mapping
 
 from mvbert.errors import InputError, MissingExtra
-from mvbert.text.learner_reference import SPECIAL_TOKENS, learnable_words, piece_uses
+from mvbert.text.learner_reference import learnable_words, piece_uses
+from mvbert.text.vocab import SPECIAL_PIECES
 
 BOUNDARY = "\u2581"  # sentencepiece's mark at the start of a word
 
@@ -26,13 +27,13 @@ def learn_with_sentencepiece(
         raise InputError(
             "no word is left to learn pieces from: the lexicon is empty, or coverage too low"
         )
-    need = size - len(SPECIAL_TOKENS) - len(alphabet)
+    need = size - len(SPECIAL_PIECES) - len(alphabet)
     if need < 0:
         characters = len({piece.removeprefix("##") for piece in alphabet})
         raise InputError(
             f"size {size} is below the alphabet of {characters} characters ({len(alphabet)} "
             f"pieces: alone or first, and inside words): ask for at least "
-            f"{len(SPECIAL_TOKENS) + len(alphabet)}, or lower coverage"
+            f"{len(SPECIAL_PIECES) + len(alphabet)}, or lower coverage"
         )
     spare = need // 8 + 16  # for pieces that greedy matching never uses
     candidates = [
@@ -42,7 +43,7 @@ def learn_with_sentencepiece(
         chosen = candidates[:need]
         if len(chosen) < need:
             raise InputError(
-                f"size {size} is above the {len(chosen) + len(alphabet) + len(SPECIAL_TOKENS)} "
+                f"size {size} is above the {len(chosen) + len(alphabet) + len(SPECIAL_PIECES)} "
                 f"pieces that {model_type} finds for these words: ask for fewer, or bring more text"
             )
         uses = piece_uses(words, alphabet | set(chosen))
@@ -51,7 +52,7 @@ def learn_with_sentencepiece(
             break
         candidates = [piece for piece in candidates if piece not in unused]
     pieces = sorted(alphabet | set(chosen), key=lambda piece: (-uses[piece], piece))
-    return [*SPECIAL_TOKENS, *pieces]
+    return [*SPECIAL_PIECES, *pieces]
 
 
 def train(words: Mapping[str, int], wanted: int, model_type: str) -> list[str]:

@@ -8,7 +8,7 @@ csrc/words.cc and csrc/wordpiece.cc are the fast forms; the tests hold them equa
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cache, lru_cache
 
 from mvbert.text import unicode_tables
@@ -19,7 +19,7 @@ CJK_RANGES = (
 )  # fmt: skip
 
 
-def basic_split(text: str, lowercase: bool = True) -> list[str]:
+def basic_split(text: str, lowercase: bool = True, strip_accents: bool | None = None) -> list[str]:
     """Splits text into normalised words.
 
     >>> basic_split("Héllo, WORLD")
@@ -27,7 +27,8 @@ def basic_split(text: str, lowercase: bool = True) -> list[str]:
 
     Args:
         text: any string; lone surrogates are deleted like other control characters.
-        lowercase: lower-case and strip accents, as for an uncased vocabulary.
+        lowercase: lower-case, as for an uncased vocabulary.
+        strip_accents: of lower-cased text; None: if it is lower-cased.
 
     Returns:
         The words: no empty string, no whitespace inside.
@@ -37,11 +38,13 @@ def basic_split(text: str, lowercase: bool = True) -> list[str]:
         text = "".join(_lower(char) for char in text)
     text = _clean(text)
     text = "".join(f" {char} " if _is_cjk(char) else char for char in text)
-    text = _nfd(text) if lowercase else _nfc(text)
-    if lowercase:
+    if lowercase and strip_accents is not False:
+        text = _nfd(text)
         # BertTokenizer composes first and then decomposes, which changes nothing: see the checks in
         # csrc/make_unicode_tables.py.
         text = "".join(char for char in text if not _in("NONSPACING", char))
+    else:
+        text = _nfc(text)
     words: list[str] = []
     inside = False
     for char in text:
@@ -77,19 +80,29 @@ def wordpiece(
     """
     if len(word) > max_chars:
         return [unk_token]
-    pieces = []
+    if not word:
+        return []
+    return longest_matches(word, vocab) or [unk_token]
+
+
+def longest_matches(word: str, pieces: Container[str], prefix: str = "") -> list[str]:
+    """The longest pieces that match from left to right; [] where none matches somewhere.
+
+    Args:
+        prefix: of the first piece; "##" if the word continues another. That of all others is "##".
+    """
+    matches = []
     start = 0
     while start < len(word):
-        prefix = "##" if start else ""
         for end in range(len(word), start, -1):
             piece = prefix + word[start:end]
-            if piece in vocab:
+            if piece in pieces:
                 break
         else:
-            return [unk_token]
-        pieces.append(piece)
-        start = end
-    return pieces
+            return []
+        matches.append(piece)
+        start, prefix = end, "##"
+    return matches
 
 
 def _clean(text: str) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from mvbert import __version__
-from mvbert.device import Device
 from mvbert.files import Json
+from mvbert.training.device import Device
 
 
 def environment(device: Device, processes: int = 1) -> dict[str, Json]:

@@ -115,14 +115,15 @@ struct Job {
 };
 
 struct Side {
-  explicit Side(bool lowercase)
-      : splitter({lowercase}),
+  explicit Side(SplitOptions options)
+      : splitter(options),
         pieces(std::make_shared<WordPiece>(
             std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##a", "!",
                                      "[", "\u4E2D", "word"},
             1)),
-        plain({lowercase}, pieces, nullptr, {{"[MASK]", 4}, {"[SEP]", 3}}),
-        mixed({lowercase}, pieces, pieces, {}) {}
+        plain(options, pieces, nullptr,
+              {{"[MASK]", 4, false}, {"[SEP]", 3, false}, {"aab", 10, true}, {"\u00E9a", 9, true}}),
+        mixed(options, pieces, pieces, {}) {}
   WordSplitter splitter;
   std::shared_ptr<const WordPiece> pieces;
   Tokenizer plain, mixed;
@@ -139,9 +140,9 @@ void BuildCorpus(std::string_view text, std::size_t step) {
   builder.Take();
 }
 
-std::vector<Job> Jobs(const Side& uncased, const Side& cased) {
+std::vector<Job> Jobs(const Side& uncased, const Side& cased, const Side& accented) {
   std::vector<Job> jobs;
-  for (const Side* side : {&uncased, &cased}) {
+  for (const Side* side : {&uncased, &cased, &accented}) {
     jobs.push_back({"encode", false, side == &cased, [side](std::string_view text) {
                       TextOptions options;
                       options.find_special = true;
@@ -194,8 +195,8 @@ constexpr std::uint64_t kMostAByte = 2000;
 }  // namespace
 
 int main() {
-  const Side uncased(true), cased(false);
-  const std::vector<Job> jobs = Jobs(uncased, cased);
+  const Side uncased({true, true}), cased({false, true}), accented({true, false});
+  const std::vector<Job> jobs = Jobs(uncased, cased, accented);
   const auto check = [&](const std::string& name, bool alone,
                          const std::function<std::string(std::size_t)>& text_of) {
     const std::string once = text_of(kSize), four_times = text_of(4 * kSize);

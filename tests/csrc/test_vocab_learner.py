@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mvbert import _core
-from mvbert.text.learner_reference import SPECIAL_TOKENS, cuts, learn_vocab_reference
+from mvbert.text.learner_reference import cuts, learn_vocab_reference
+from mvbert.text.vocab import SPECIAL_PIECES
 
 # Every word has its last letter in common with many others, so suffixes matter.
 WORDS = {
@@ -85,7 +86,7 @@ def test_known_vocabulary():
     assert alphabet == 8
     assert threshold == 5
     assert pieces == [
-        *SPECIAL_TOKENS, "low", "##er", "##w", "##l", "##o", "s", "##e", "n", "##r", "l"
+        *SPECIAL_PIECES, "low", "##er", "##w", "##l", "##o", "s", "##e", "n", "##r", "l"
     ]  # fmt: skip
     assert uses == [0] * 5 + [10, 5, 5, 3, 3, 3, 2, 2, 0, 0]
 
@@ -110,8 +111,8 @@ def test_every_word_can_be_cut_and_every_piece_is_used():
     for word, count in lexicon.items():
         counted += count * len(cuts(word, known))  # raises where the word cannot be cut
     assert sum(uses) == counted
-    assert all(uses[len(SPECIAL_TOKENS) :])
-    assert uses[len(SPECIAL_TOKENS) :] == sorted(uses[len(SPECIAL_TOKENS) :], reverse=True)
+    assert all(uses[len(SPECIAL_PIECES) :])
+    assert uses[len(SPECIAL_PIECES) :] == sorted(uses[len(SPECIAL_PIECES) :], reverse=True)
     singles = [piece for piece in pieces[5:] if len(piece.removeprefix("##")) == 1]
     assert len(singles) == alphabet
 
@@ -130,7 +131,7 @@ def test_coverage_leaves_rare_characters_out():
 def test_words_that_cannot_be_cut_take_no_part():
     # 100 characters is WordPiece's limit; the document mark is the empty word.
     counts = {"": 9, "a" * 101: 10, "b" * 100: 1, "[MASK]": 50, "unseen": 0}
-    assert learn(counts, 7)[0] == [*SPECIAL_TOKENS, "##b", "b"]
+    assert learn(counts, 7)[0] == [*SPECIAL_PIECES, "##b", "b"]
 
 
 @pytest.mark.parametrize(

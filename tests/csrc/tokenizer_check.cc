@@ -19,6 +19,8 @@ std::string RandomText(std::mt19937_64* random) {
   static const char* const kUsual[] = {"a",
                                        "B",
                                        "hello ",
+                                       "HELLO\xCC\x88",
+                                       "The",
                                        " ",
                                        "\n",
                                        "!",

@@ -9,8 +9,8 @@ import pytest
 from mvbert.errors import InputError, MissingExtra
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.learner import learn_vocab, print_vocab_report, run_vocab, vocab_report
-from mvbert.text.learner_reference import SPECIAL_TOKENS, learn_vocab_reference
-from mvbert.text.vocab import Vocab
+from mvbert.text.learner_reference import learn_vocab_reference
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.text.wordpiece import wordpiece
 
 TEXT = """The walker walks where walkers walked, and the talker talks while walking.
@@ -54,7 +54,7 @@ def test_sentencepiece_gives_exact_sizes_that_cut_everything(corpus, learner):
     for size in (54, 56, 57):
         pieces = learn_vocab(corpus.words, corpus.counts, size, learner=learner, coverage=1.0)
         assert len(pieces) == len(set(pieces)) == size
-        assert pieces[:5] == list(SPECIAL_TOKENS)
+        assert pieces[:5] == list(SPECIAL_PIECES)
         vocab = {piece: id for id, piece in enumerate(pieces)}
         used = set()
         for word in words:
@@ -122,7 +122,7 @@ def test_refuses_words(learner, words, counts, size, message):
         ({"coverage": float("nan")}, r"coverage must be in \(0, 1\], got nan"),
         ({"size": 5}, "size must be above the 5 special tokens, got 5"),
         ({"size": -1}, "size must be above the 5 special tokens, got -1"),
-        ({"threads": -1}, "threads must be 0 or more, got -1"),
+        ({"threads": -1}, "threads must be 0 .*, got -1"),
         ({"counts": [1, 2]}, r"one number a word: 1 words, got \(2,\)"),
         ({"counts": [0.5]}, "counts must be integers, got float64"),
         ({"counts": [-3]}, "counts must be 0 or more, got -3"),
@@ -136,8 +136,8 @@ def test_refuses_arguments(changed, message):
 
 # ---- vocab_report -----------------------------------------------------------------------------
 
-STUDENT = [*SPECIAL_TOKENS, "walk", "##s", "w", "##a", "##l", "##k", "talk"]
-TEACHER = [*SPECIAL_TOKENS, "walk", "##s", "walks", "talk"]
+STUDENT = [*SPECIAL_PIECES, "walk", "##s", "w", "##a", "##l", "##k", "talk"]
+TEACHER = [*SPECIAL_PIECES, "walk", "##s", "walks", "talk"]
 LEXICON = {"": 100, "walk": 6, "walks": 3, "walka": 1, "sing": 2, "w" * 101: 1, "unseen": 0}
 
 
@@ -172,7 +172,7 @@ def test_report_without_a_teacher_or_words():
     report = vocab_report(STUDENT, [b""], [3])
     assert report["teacher"] is None
     assert report["words"] == report["pieces_per_word"] == report["unknown"] == 0
-    assert report["never_used"] == len(STUDENT) - len(SPECIAL_TOKENS)
+    assert report["never_used"] == len(STUDENT) - len(SPECIAL_PIECES)
 
 
 def test_report_equals_the_plain_definition(corpus):
