@@ -29,7 +29,7 @@ from mvbert.training.task import Task
 from mvbert.training.train import heldout_means
 
 PLAN_FILE = "plan.json"  # in the folder of a job
-FLOOR = 0.1  # fewer steps than this share of them show nothing
+FLOOR = 0.05  # fewer steps than this share of them show nothing
 SLACK = 0.9  # of the time left: checkpoints, reports and a machine that slows down need the rest
 TIMED_STEPS = 3  # at least, and as many as fit into TIMED_SECONDS
 TIMED_SECONDS = 1.0
