@@ -368,9 +368,10 @@ def test_a_part_that_was_changed_counts(family, moved):
             module.dropout.p = 0.5
             module.dropout.eval()
         elif moved == "norm":
-            module.LayerNorm = torch.nn.LayerNorm(module.LayerNorm.normalized_shape, bias=False)
+            shape = module.LayerNorm.normalized_shape
+            module.LayerNorm = torch.nn.LayerNorm(shape, bias=False, dtype=torch.float64)
         else:
-            module.LayerNorm.double()
+            module.LayerNorm.float()
     if moved == "precision":
         with pytest.raises(RuntimeError) as expected:
             plain(ids)
