@@ -38,6 +38,7 @@ from mvbert.training.run_stage import (
 )
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import Stage1, Stage2, load_stage1
+from mvbert.training.train import RunReport
 
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
@@ -137,13 +138,13 @@ def _report(
     config: DistillConfig,
     teacher: Path,
     vocab_report: dict[str, Json],
-    stage1: dict[str, Json],
-    students: dict[str, dict[str, Json]],
+    stage1: RunReport,
+    students: dict[str, RunReport],
 ) -> dict[str, Json]:
     """What was learned in each step, sizes, the arms side by side, filled-in masks."""
     stage1_model = Path(config.out) / "stage1" / "model"
-    best = min(students, key=lambda name: students[name]["heldout_last"]["loss"])  # type: ignore[index,call-overload]
-    best_folder = Path(str(students[best]["output"]))
+    best = min(students, key=lambda name: students[name].loss)
+    best_folder = Path(students[best].output)
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
     student_vocab = Vocab.load(best_folder)
     teacher_reader = reader(load_stage1(stage1_model)[0])
@@ -157,8 +158,8 @@ def _report(
         "vocab": vocab_report,
         "stage1_student_loss": _before_after(stage1, "student_loss"),
         "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),
-        "arms": {name: run["heldout_last"] for name, run in students.items()},  # type: ignore[dict-item]
-        "pieces": {name: run["pieces"] for name, run in students.items()},
+        "arms": {name: {**run.heldout_last} for name, run in students.items()},
+        "pieces": {name: run.pieces for name, run in students.items()},
         "filled": [
             {
                 "sentence": sentence,
@@ -170,12 +171,12 @@ def _report(
     }
     for key, name in (("random_init", "random"), ("paper", "paper"), ("distilled", "distilled")):
         if name in students:
-            report[f"{key}_heldout_loss"] = students[name]["heldout_last"]["loss"]  # type: ignore[index,call-overload]
+            report[f"{key}_heldout_loss"] = students[name].loss
     return report
 
 
-def _before_after(run: dict[str, Json], name: str) -> list[Json]:
-    return [run["heldout_first"][name], run["heldout_last"][name]]  # type: ignore[index,call-overload]
+def _before_after(run: RunReport, name: str) -> list[Json]:
+    return [run.heldout_first[name], run.heldout_last[name]]
 
 
 def _parameters(folder: Path) -> int:

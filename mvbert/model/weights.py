@@ -190,14 +190,16 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or hostile file may raise anything.
     except Exception as error:
-        asked = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(error))
+        asked = re.search(r"(?i)unsupported (?:global:? (?:global )?|class )([\w.]+)", str(error))
         if asked:
             raise InputError(
                 f"{path} asks for {asked[1]}, which is no tensor and could run code: not read; "
                 "save the weights as safetensors, or from a model you trust"
             ) from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: not a whole PyTorch file: {reason[:200]}") from None
+        # torch's own text for what it cannot read begins with advice to read it unsafely.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+        reason = (reason.splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path}: not a whole PyTorch file: {reason}") from None
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
     ):

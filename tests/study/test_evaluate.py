@@ -11,11 +11,10 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvbert.model.huggingface import load_masked_lm
+from mvbert.model.huggingface import load_masked_lm, read_shape
 from mvbert.study import evaluate
 from mvbert.study.measures import ask, bits_per_word, choose_words
 from mvbert.text.corpus import Corpus
-from mvbert.text.vocab import Vocab
 from mvbert.training import runs
 from mvbert.training.device import Device
 
@@ -43,7 +42,7 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
 
     opened = Corpus.open(corpus)
     model, _ = load_masked_lm(out / "model")
-    vocab = Vocab.load(out / "model")
+    _, vocab = read_shape(out / "model")
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
     words = ask(opened.heldout, cut, places, 3, 16)
     cpu = Device(torch.device("cpu"), None, "")
