@@ -579,9 +579,13 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
 
 
 def shrunk(case: Any) -> Any:
-    """The case with whole numbers of 512 at most: a vocabulary has to hold an alphabet."""
+    """The case with 4 rows of 32 pieces, other whole numbers of 512 at most.
+
+    A vocabulary has to hold an alphabet.
+    """
     numbers = {n: v for n, v in vars(case).items() if isinstance(v, int) and v is not True}
-    return replace(case, **{name: min(value, 512) for name, value in numbers.items()})
+    limits = {"B": 4, "T": 32}
+    return replace(case, **{n: min(value, limits.get(n, 512)) for n, value in numbers.items()})
 
 
 def told(error: Exception) -> str:

@@ -118,7 +118,7 @@ def poisoned_memory():
 ROUNDING = 8.0
 
 
-def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
+def _share_of_bound(found, truth, longest_sum: int, dtype=None, norm=None) -> float:
     """The largest error of `found` over what rounding explains: above 1, it is something else.
 
     Args:
@@ -126,6 +126,7 @@ def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
         truth: the same shape, float64.
         longest_sum: terms of the longest sum behind an element.
         dtype: what was computed in, where `found` has another one by now.
+        norm: what errors are relative to, where `truth` is a small difference of larger numbers.
     """
     dtype = dtype or found.dtype
     assert found.shape == truth.shape
@@ -136,7 +137,8 @@ def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
     sums = torch.promote_types(dtype, torch.float32)
     unit = max(torch.finfo(dtype).eps, torch.finfo(sums).eps * longest_sum**0.5)
     error = (found.double() - truth).abs().max().item()
-    return error / (ROUNDING * unit * max(truth.abs().max().item(), 1e-300))
+    norm = norm or truth.abs().max().item() or 1.0
+    return error / (ROUNDING * unit * norm)
 
 
 @pytest.fixture(scope="session")
@@ -149,8 +151,8 @@ def share_of_bound():
 def assert_rounded(record_property):
     """assert_rounded(found, truth, longest_sum): no error that rounding does not explain."""
 
-    def check(found, truth, longest_sum: int, dtype=None) -> None:
-        share = _share_of_bound(found.detach(), truth.detach(), longest_sum, dtype)
+    def check(found, truth, longest_sum: int, dtype=None, norm=None) -> None:
+        share = _share_of_bound(found.detach(), truth.detach(), longest_sum, dtype, norm)
         record_property("share_of_bound", share)
         assert share <= 1, f"{share * ROUNDING:.3g} units of rounding, more than {ROUNDING}"
 

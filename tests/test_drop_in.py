@@ -1,6 +1,7 @@
 """fuse and unfuse on tiny random models: same outputs, same gradients, same keys, round trip."""
 
 import copy
+import dataclasses
 import inspect
 import pickle
 
@@ -24,30 +25,42 @@ SMALL = {
 }
 
 
-def make(family: str):
+FAMILIES = {
+    "bert": "Bert",
+    "camembert": "Camembert",
+    "distilbert": "DistilBert",
+    "electra": "Electra",
+    "roberta": "Roberta",
+    "xlm_roberta": "XLMRoberta",
+}
+CAUSAL = {
+    "bert": "BertLMHeadModel",
+    "camembert": "CamembertForCausalLM",
+    "electra": "ElectraForCausalLM",
+    "roberta": "RobertaForCausalLM",
+    "xlm_roberta": "XLMRobertaForCausalLM",
+}
+
+
+def make(family: str, model: str = "", **options):
+    """A tiny model of a family, its masked-language model unless another class is named."""
     torch.manual_seed(0)
-    if family == "bert":
-        model = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL))
+    name = FAMILIES[family]
+    sizes = SMALL
+    if family == "distilbert":
+        sizes = {
+            "vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48,
+            "max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0,
+        }  # fmt: skip
     elif family == "electra":
-        config = transformers.ElectraConfig(**SMALL, embedding_size=16)
-        model = transformers.ElectraForMaskedLM(config)
-    elif family == "camembert":
-        model = transformers.CamembertForMaskedLM(transformers.CamembertConfig(**SMALL))
-    elif family == "xlm_roberta":
-        model = transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**SMALL))
-    elif family == "roberta":
-        model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL))
-    else:
-        config = transformers.DistilBertConfig(
-            vocab_size=97, dim=32, n_layers=2, n_heads=2, hidden_dim=48,
-            max_position_embeddings=40, dropout=0.0, attention_dropout=0.0,
-        )  # fmt: skip
-        model = transformers.DistilBertForMaskedLM(config)
+        sizes = SMALL | {"embedding_size": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes | options)
+    model = getattr(transformers, model or f"{name}ForMaskedLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()  # zeros would hide a forgotten bias
-    return model.train()
+    return model.double().train()  # in float64 no processor rounds what a test would see
 
 
 def batch():
@@ -59,7 +72,7 @@ def batch():
     return ids, labels
 
 
-@pytest.fixture(params=["bert", "camembert", "distilbert", "electra", "roberta", "xlm_roberta"])
+@pytest.fixture(params=list(FAMILIES))
 def family(request):
     return request.param
 
@@ -69,19 +82,94 @@ def test_same_loss_and_gradients(family):
     replaced = fuse(fused)
     assert len(replaced) == 2
     ids, labels = batch()
-    expected = plain(input_ids=ids, labels=labels)
-    found = fused(input_ids=ids, labels=labels)
-    torch.testing.assert_close(found.loss, expected.loss)
-    assert found.logits is None
+    assert_same_loss_and_gradients(plain, fused, input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("decoder", [True, False], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("count", [None, 5, torch.tensor(7)], ids=["mean", "count", "count tensor"])
+@pytest.mark.parametrize("family", list(CAUSAL))
+def test_same_loss_and_gradients_of_the_next_piece(family, count, decoder):
+    plain, fused = (make(family, CAUSAL[family], is_decoder=decoder) for _ in range(2))
+    assert len(fuse(fused)) == 2
+    ids, labels = batch()
+    assert_same_loss_and_gradients(
+        plain, fused, input_ids=ids, labels=labels, num_items_in_batch=count
+    )
+
+
+def test_another_loss_function_of_a_causal_model_is_called():
+    plain, fused = (make("bert", "BertLMHeadModel", is_decoder=True) for _ in range(2))
+    fuse(fused)
+    ids, labels = batch()
+    for model in (plain, fused):
+        model.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    assert torch.equal(fused(ids, labels=labels).loss, plain(ids, labels=labels).loss)
+
+
+def test_same_loss_and_gradients_with_the_next_sentence():
+    plain, fused = (make("bert", "BertForPreTraining") for _ in range(2))
+    assert fuse(fused) == ["", "bert.embeddings"]
+    ids, labels = batch()
+    arguments = {
+        "input_ids": ids,
+        "token_type_ids": torch.randint(0, 2, ids.shape),
+        "labels": labels,
+        "next_sentence_label": torch.tensor([0, 1, 1]),
+    }
+    assert_same_loss_and_gradients(plain, fused, **arguments)
+    expected, result = plain(**arguments), fused(**arguments)
+    torch.testing.assert_close(result.seq_relationship_logits, expected.seq_relationship_logits)
+    # Half of the labels is no loss at all, as before.
+    del arguments["next_sentence_label"]
+    expected, result = plain(**arguments), fused(**arguments)
+    assert result.loss is expected.loss is None
+    torch.testing.assert_close(result.prediction_logits, expected.prediction_logits)
+
+
+def assert_same_loss_and_gradients(plain, fused, **arguments):
+    expected, result = plain(**arguments), fused(**arguments)
+    assert not any(name.endswith("logits") and "seq" not in name for name in result)
+    torch.testing.assert_close(result.loss, expected.loss)
     expected.loss.backward()
-    found.loss.backward()
+    result.loss.backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
         if a.grad is None:
             assert b.grad is None or (b.grad == 0).all(), name
             continue
         torch.testing.assert_close(
-            b.grad, a.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+            b.grad, a.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_logits_that_were_not_made_name_the_option_that_keeps_them():
+    model = make("bert")
+    fuse(model)
+    ids, labels = batch()
+    output = model(ids, labels=labels, output_hidden_states=True)
+    sentence = "computes its loss without them; call fuse\\(model, keep_logits=True\\)"
+    with pytest.raises(AttributeError, match=sentence):
+        output.logits.argmax(-1)
+    with pytest.raises(KeyError, match=sentence):
+        output["logits"]
+    for place in (1, -1, slice(1, None)):
+        with pytest.raises(IndexError, match=sentence):
+            output[place]
+    assert getattr(output, "logits", None) is None
+    assert output[0] is output["loss"] is output.loss
+    assert len(output.hidden_states) == 3
+    assert "logits" not in [field.name for field in dataclasses.fields(output)]
+    # As accelerate, DistributedDataParallel and pickle take it apart and put it together.
+    leaves, structure = torch.utils._pytree.tree_flatten(output)
+    rebuilt = (
+        torch.utils._pytree.tree_unflatten(leaves, structure),
+        type(output)(dict(output)),
+        copy.copy(output),
+        pickle.loads(pickle.dumps(output)),
+    )
+    for twin in rebuilt:
+        assert isinstance(twin, transformers.modeling_outputs.MaskedLMOutput)
+        assert list(twin) == ["loss", "hidden_states"]
+        assert torch.equal(twin.loss, output.loss)
 
 
 def test_same_logits_without_labels(family):
@@ -178,13 +266,178 @@ def test_same_keys_parameters_and_round_trip(family):
     assert torch.equal(before.logits, after.logits)
 
 
-def test_positions_go_on_behind_what_was_read_before():
-    plain, fused = (make("bert").bert.embeddings.eval() for _ in range(2))
+def embeddings_pair(family: str):
+    """The same embedding module twice, plain and fused."""
+    plain, fused = (
+        getattr(m, m.base_model_prefix).embeddings for m in (make(family), make(family))
+    )
     fuse(fused)
+    return plain, fused
+
+
+def assert_equal_outputs_and_gradients(plain, fused, *args, **kwargs):
+    expected, result = plain(*args, **kwargs), fused(*args, **kwargs)
+    assert torch.equal(result, expected)
+    weights = torch.randn_like(expected)
+    for module, output in ((plain, expected), (fused, result)):
+        module.zero_grad()
+        (output * weights).sum().backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            assert a.grad.layout == b.grad.layout, name
+            assert torch.equal(a.grad.to_dense(), b.grad.to_dense()), name
+
+
+def counted_from(module, length: int) -> dict[str, int]:
+    """What transformers 4 or 5 calls the number of pieces already in the cache."""
+    names = inspect.signature(module.forward).parameters
+    return {name: length for name in ("cache_length", "past_key_values_length") if name in names}
+
+
+@pytest.mark.parametrize("family", ["bert", "camembert", "electra", "roberta", "xlm_roberta"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda module, ids: {"input_ids": ids, **counted_from(module, 7)},
+        lambda module, ids: {"input_ids": ids, "token_type_ids": torch.zeros_like(ids[:1])},
+        lambda module, ids: {
+            "input_ids": ids,
+            "position_ids": torch.arange(12),
+            "token_type_ids": torch.zeros_like(ids),
+        },
+        lambda module, ids: {
+            "inputs_embeds": torch.randn(3, 12, module.word_embeddings.embedding_dim)
+        },
+        lambda module, ids: {
+            "input_ids": ids,
+            "inputs_embeds": module.word_embeddings(ids).detach() + 1,
+        },
+    ],
+    ids=["cache length", "types 1xT", "positions T", "inputs_embeds", "ids and inputs_embeds"],
+)
+def test_a_call_that_the_fused_forward_does_not_serve_is_the_originals(family, call):
+    plain, fused = embeddings_pair(family)
     ids, _ = batch()
-    expected = plain(input_ids=ids, past_key_values_length=7)
-    torch.testing.assert_close(fused(input_ids=ids, past_key_values_length=7), expected)
-    assert not torch.allclose(fused(input_ids=ids), expected)
+    assert_equal_outputs_and_gradients(plain, fused, **call(plain, ids))
+
+
+def test_an_unknown_argument_raises_as_without_fuse(family):
+    ids, labels = batch()
+    for plain, fused, arguments in (
+        (*embeddings_pair(family), {"input_ids": ids, "unheard_of": 1}),
+        (make(family), make(family), {"input_ids": ids, "labels": labels, "unheard_of": 1}),
+    ):
+        fuse(fused)
+        errors = []
+        for module in (plain, fused):
+            try:
+                module(**arguments)
+            except TypeError as error:
+                errors.append(str(error))
+        # transformers 5 passes what it does not know on to the encoder.
+        assert len(errors) in (0, 2)
+        assert len(set(errors)) < 2
+
+
+@pytest.mark.parametrize(
+    ("table", "attribute", "value"),
+    [
+        ("word_embeddings", "max_norm", 0.05),
+        ("position_embeddings", "max_norm", 0.05),
+        ("word_embeddings", "scale_grad_by_freq", True),
+        ("position_embeddings", "scale_grad_by_freq", True),
+        ("word_embeddings", "sparse", True),
+    ],
+)
+def test_an_embedding_with_an_option_is_called(family, table, attribute, value):
+    plain, fused = embeddings_pair(family)
+    for module in (plain, fused):
+        setattr(getattr(module, table), attribute, value)
+    ids, _ = batch()
+    ids[:, 3] = ids[:, 4]
+    assert_equal_outputs_and_gradients(plain, fused, ids)
+
+
+@pytest.mark.parametrize("moved", ["dropout", "norm", "precision"])
+def test_a_part_that_was_changed_counts(family, moved):
+    plain, fused = embeddings_pair(family)
+    ids, _ = batch()
+    for module in (plain, fused):
+        if moved == "dropout":
+            module.dropout.p = 0.5
+            module.dropout.eval()
+        elif moved == "norm":
+            module.LayerNorm = torch.nn.LayerNorm(module.LayerNorm.normalized_shape, bias=False)
+        else:
+            module.LayerNorm.double()
+    if moved == "precision":
+        with pytest.raises(RuntimeError) as expected:
+            plain(ids)
+        with pytest.raises(RuntimeError) as raised:
+            fused(ids)
+        assert str(raised.value) == str(expected.value)
+    else:
+        torch.testing.assert_close(fused(ids), plain(ids))
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "replaced"])
+@pytest.mark.parametrize("given", [False, True], ids=["counted", "position_ids"])
+@pytest.mark.parametrize("family", ["bert", "electra", "distilbert"])
+def test_changed_buffers_count(family, given, replace):
+    """Positions and types that a user or a checkpoint has set, before and after fuse alike."""
+    plain, fused = embeddings_pair(family)
+    ids, _ = batch()
+    arguments = {"position_ids": torch.randint(0, 40, (3, 12))} if given else {}
+    if given and "position_ids" not in inspect.signature(plain.forward).parameters:
+        pytest.skip("transformers 4's DistilBERT takes no position_ids")
+    unchanged = plain(ids, **arguments)
+    for module in (plain, fused):
+        changed = {"position_ids": torch.arange(39, -1, -1)[None]}
+        if hasattr(module, "token_type_ids"):
+            changed["token_type_ids"] = (torch.arange(40) % 3 == 0).long()[None]
+        for name, value in changed.items():
+            if replace:
+                setattr(module, name, value)
+            else:
+                setattr(module, name, getattr(module, name).clone())
+                getattr(module, name).copy_(value)
+    expected = plain(ids, **arguments)
+    if not given or hasattr(plain, "token_type_ids"):
+        assert not torch.allclose(expected, unchanged)
+    torch.testing.assert_close(fused(ids, **arguments), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_transforms_of_functions_work(family):
+    """vmap, and forward-mode derivatives, which the fused operators have not."""
+    plain, fused = (module.eval() for module in embeddings_pair(family))
+    ids, _ = batch()
+    ids[ids == 0] = 1
+    results = []
+    for module in (plain, fused):
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+        def output(values, rows, module=module):
+            return torch.func.functional_call(module, values, (rows,))
+
+        mapped = torch.func.vmap(lambda row, f=output, p=parameters: f(p, row[None]))(ids)
+        tangent = torch.func.jvp(lambda v, f=output: f(v, ids), (parameters,), (parameters,))[1]
+        results.append((mapped, tangent))
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def test_cached_decoding_goes_on_at_the_right_position():
+    model = make("bert", "BertLMHeadModel", is_decoder=True).eval()
+    ids = torch.randint(5, 97, (2, 12))
+    expected = model(ids).logits
+    fuse(model)
+    head = model(ids[:, :8], use_cache=True)
+    cache = {k: v for k, v in head.items() if k in ("cache", "past_key_values")}
+    mask = torch.ones_like(ids)
+    result = model(ids[:, 8:], attention_mask=mask, use_cache=True, **cache).logits
+    torch.testing.assert_close(result, expected[:, 8:])
 
 
 def test_other_arguments_reach_the_encoder():
@@ -202,18 +455,71 @@ def test_other_arguments_reach_the_encoder():
     torch.testing.assert_close(found.loss, expected.loss)
     for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(a, b)
-    as_tuple = fused(ids, labels=labels, return_dict=False)
-    assert isinstance(as_tuple, tuple)
-    torch.testing.assert_close(as_tuple[0], plain(ids, labels=labels).loss)
 
 
-def test_embeddings_given_by_the_caller():
-    plain, fused = make("bert").eval(), make("bert").eval()
+def test_a_tuple_holds_the_logits(family):
+    """Its places are numbers: without the logits, hidden states would stand where they stood."""
+    plain, fused = make(family), make(family)
     fuse(fused)
-    inputs = torch.randn(2, 7, 32)
-    torch.testing.assert_close(
-        fused(inputs_embeds=inputs).logits, plain(inputs_embeds=inputs).logits
+    ids, labels = batch()
+    expected = plain(ids, labels=labels, output_hidden_states=True, return_dict=False)
+    result = fused(ids, labels=labels, output_hidden_states=True, return_dict=False)
+    torch.testing.assert_close(result, expected)
+    fused.config.return_dict = False
+    torch.testing.assert_close(fused(ids, labels=labels), plain(ids, labels=labels).to_tuple())
+
+
+def test_a_hook_inside_the_head_sees_every_row(family):
+    model = make(family)
+    fuse(model)
+    ids, labels = batch()
+    shapes = []
+    decoder = model.get_output_embeddings()
+    head = next(
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm) and not name.startswith(model.base_model_prefix)
     )
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    assert model(input_ids=ids, labels=labels).logits is not None
+    assert shapes == [(3, 12, decoder.in_features)]
+
+
+def test_a_hook_on_all_modules_is_called(family):
+    model = make(family)
+    fuse(model)
+    ids, labels = batch()
+    called = set()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: called.add(module)
+    )
+    try:
+        model(input_ids=ids, labels=labels)
+    finally:
+        handle.remove()
+    assert {model.get_input_embeddings(), model.get_output_embeddings()} <= called
+
+
+def test_an_option_of_the_loss_counts():
+    plain, fused = make("distilbert"), make("distilbert")
+    fuse(fused)
+    ids, labels = batch()
+    before = plain(ids, labels=labels).loss
+    for model in (plain, fused):
+        model.mlm_loss_fct = torch.nn.CrossEntropyLoss(label_smoothing=0.3)
+    expected = plain(ids, labels=labels).loss
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(fused(ids, labels=labels).loss, expected)
+
+
+def test_embeddings_from_the_caller_have_the_fused_loss(family):
+    plain, fused = make(family), make(family)
+    fuse(fused)
+    ids, labels = batch()
+    inputs = plain.get_input_embeddings()(ids).detach()
+    result = fused(inputs_embeds=inputs, labels=labels)
+    assert "logits" not in result
+    torch.testing.assert_close(result.loss, plain(inputs_embeds=inputs, labels=labels).loss)
 
 
 def test_keep_logits():
@@ -245,6 +551,6 @@ def test_copies_stay_fused():
 
 def test_unknown_model_is_refused():
     with pytest.raises(
-        InputError, match="fuse knows no layer of Linear: it replaces BertEmbeddings"
+        InputError, match="fuse does not support Linear; supported: BertEmbeddings, BertForMaskedLM"
     ):
         fuse(torch.nn.Linear(2, 2))
