@@ -209,7 +209,7 @@ def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, re
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     for more, complaint in (
-        ({}, "but model.safetensors has no qa_outputs.weight"),
+        ({}, "but its weights have no qa_outputs.weight"),
         ({"qa_outputs.weight": torch.zeros(3, 32), "qa_outputs.bias": torch.zeros(3)}, "(3, 32)"),
         ({"qa_outputs.weight": torch.zeros(2, 31), "qa_outputs.bias": torch.zeros(2)}, "(2, 31)"),
     ):
