@@ -38,7 +38,8 @@ class CMakeBuild(build_ext):
         except ImportError:
             sys.exit("mvbert needs pybind11 to build its C++ part; run: pip install pybind11")
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / ext.name
+        # Objects stay, whatever temporary folder pip names: a rebuild compiles what has changed.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja', 'BIN_DIR')}",

@@ -1,7 +1,8 @@
 """Text files to a corpus (word ids, counted lexicon, hashes, on the disk), in MB of UTF-8 a second.
 
-The text is 210 MB, ../shared/data/wiki-train-00 and -01.txt.xz, unpacked before any clock, where
-that folder is there, elsewhere the documentation strings of Python's standard library. Ours is held
+The text is 210 MB, wiki-train-00 and -01.txt.xz of the data folder (docs/experiments/get_data.py
+brings them), unpacked before any clock, elsewhere the documentation strings of Python's standard
+library. Ours is held
 to the plain definition first: every word of the first 200 kB, counted.
 
 Nobody else does the same work. What stands beside it: "sha256" reads and hashes the file and
@@ -79,9 +80,9 @@ def beginning(megabytes: float) -> Text:
 @cache
 def teacher_vocab() -> Path:
     """The teacher's vocab.txt."""
-    shared = harness.DATA / "vocab.txt"
-    if shared.exists():
-        return shared
+    downloaded = harness.DATA / "vocab.txt"
+    if downloaded.exists():
+        return downloaded
     from mvbert.text.docstrings import default_teacher
 
     return default_teacher() / "vocab.txt"

@@ -2,11 +2,11 @@
 
 What is measured is the decoder of a BERT's masked-language-model head on the rows that have a
 label: loss, and the gradients of hidden, weight and bias. Every provider gets exactly those rows,
-so none is charged for rows without a label, and ours is told so (`dense`); `mvbert, rows may lack
-labels` is what training runs, where some may. Peers run at the settings their authors recommend;
-the names say which. Liger's is its Triton form; the one that needs nvidia-cutlass-dsl is not here.
-cut-cross-entropy leaves out gradients that are small under a trained model's sharp softmax: random
-logits have few of them, so it gains nothing from that here.
+so none is charged for rows without a label, and ours knows it (`mostly_labelled`); `mvbert, rows
+may lack labels` is what training runs, where some may. Peers run at the settings their authors
+recommend; the names say which. Liger's is its Triton form; the one that needs nvidia-cutlass-dsl is
+not here. cut-cross-entropy leaves out gradients that are small under a trained model's sharp
+softmax: random logits have few of them, so it gains nothing from that here.
 """
 
 from dataclasses import dataclass
@@ -98,16 +98,16 @@ BENCH = harness.Bench("loss", cases=cases, inputs=inputs, work=work, check=check
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def ours(case, device, dense: bool):
+def ours(case, device, mostly_labelled: bool):
     from mvbert.functional import linear_cross_entropy
 
     return lambda x: x.gradients(
-        linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, dense=dense)
+        linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, mostly_labelled=mostly_labelled)
     )
 
 
-BENCH.add("mvbert", ours, dense=True)
-BENCH.add("mvbert, rows may lack labels", ours, dense=False, devices=["cuda"])
+BENCH.add("mvbert", ours, mostly_labelled=True)
+BENCH.add("mvbert, rows may lack labels", ours, mostly_labelled=False, devices=["cuda"])
 
 
 # ---- PyTorch -------------------------------------------------------------------------------------

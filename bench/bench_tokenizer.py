@@ -7,10 +7,11 @@ record, and ours must have all of them. Mixed cutting has no outside definition,
 does it: there our ids with student_prob 0 must be the teacher's.
 
 Texts: `documents` are paragraphs joined to about 2,400 bytes, `short` the same cut to 119 bytes.
-The text is the first 12 MB of ../shared/data/openstax.txt.xz where that folder is there, elsewhere
-the documentation strings of Python's standard library; the record names it. Libraries under about
-3 MB/s get a part of it. "Warm" is what a library does with a text that it saw before, "cold"
-empties what it remembers before each call. TF Text runs where bench/.venv-tf has it.
+The text is the first 12 MB of openstax.txt.xz in the data folder, or else of wiki-train-00.txt.xz
+(docs/experiments/get_data.py brings it), elsewhere the documentation strings of Python's standard
+library; the record names it. Libraries under about 3 MB/s get a part of it. "Warm" is what a
+library does with a text that it saw before, "cold" empties what it remembers before each call. TF
+Text runs where bench/.venv-tf has it.
 """
 
 import json
@@ -82,10 +83,10 @@ class Material:
 @cache
 def text() -> tuple[str, str]:
     """(name, text): a paragraph a line."""
-    shared = harness.DATA / "openstax.txt.xz"
-    if shared.exists():
-        with lzma.open(shared, "rt", encoding="utf-8") as source:
-            return "openstax", source.read(12_000_000)
+    for name, file in (("openstax", "openstax.txt.xz"), ("Wikipedia", "wiki-train-00.txt.xz")):
+        if (harness.DATA / file).exists():
+            with lzma.open(harness.DATA / file, "rt", encoding="utf-8") as source:
+                return name, source.read(12_000_000)
     from mvbert.text.docstrings import docstring_corpus
 
     made = harness.folder("tokenizer") / "stdlib.txt"

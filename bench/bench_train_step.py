@@ -259,7 +259,7 @@ class MixedMlm(Mlm):
         rows = model.student.rows()
         hidden = model.encode(batch.input_ids, batch.token_type_ids, rows)
         loss = sum(
-            model.mixed_sums(model.masked_hidden(hidden, batch.masked_index), batch.labels, rows)
+            model.mixed_losses(model.masked_hidden(hidden, batch.masked_index), batch.labels, rows)
         )
         return loss / masked, {"loss_sum": loss.detach(), "count": masked}
 

@@ -16,9 +16,8 @@ from bench_corpus import beginning, corpus, teacher_vocab
 
 from mvbert.text import learner_reference
 from mvbert.text.learner import learn_vocab, vocab_report
-from mvbert.text.learner_reference import SPECIAL_TOKENS
 from mvbert.text.readers import documents
-from mvbert.text.vocab import Vocab
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _(case: Case, device: str):
         trainer = trainers.WordPieceTrainer(
             vocab_size=case.size,
             limit_alphabet=len(characters),
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=list(SPECIAL_PIECES),
             show_progress=False,
         )
         tokenizer.train_from_iterator(documents(path, "text", "strict"), trainer)

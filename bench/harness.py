@@ -47,9 +47,11 @@ from typing import Any
 
 import numpy as np
 
+from mvbert.files import data_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-DATA = ROOT.parent / "shared" / "data"
+DATA = data_folder()
 
 # Distributions whose pip command is more than their name.
 PIP = {
@@ -577,9 +579,13 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
 
 
 def shrunk(case: Any) -> Any:
-    """The case with whole numbers of 512 at most: a vocabulary has to hold an alphabet."""
+    """The case with 4 rows of 32 pieces, other whole numbers of 512 at most.
+
+    A vocabulary has to hold an alphabet.
+    """
     numbers = {n: v for n, v in vars(case).items() if isinstance(v, int) and v is not True}
-    return replace(case, **{name: min(value, 512) for name, value in numbers.items()})
+    limits = {"B": 4, "T": 32}
+    return replace(case, **{n: min(value, limits.get(n, 512)) for n, value in numbers.items()})
 
 
 def told(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Results -> the README's figures on speed and size, docs/benchmarks.md, and the plots of both.
+"""Results -> the README's headlines, docs/benchmarks.md, and its plots.
 
     python bench/tables.py            # writes them
     python bench/tables.py --check    # exit code 1 if they are not what the results say
@@ -151,11 +151,6 @@ def median(record: dict | None) -> float | None:
     return record.get("device_ms", record["ms"])["p50"] if record else None
 
 
-def rates(cases: Cases, provider: str) -> list[str]:
-    """What a provider does in a second, case by case."""
-    return [figure(found.get(provider, {}).get("items_s")) for found in cases.values()]
-
-
 def times(record: dict | None, ours: dict | None) -> str:
     """How many times as long as ours."""
     theirs, own = median(record), median(ours)
@@ -186,52 +181,6 @@ def faster_peers(cases: Cases) -> str:
         for provider, where in found.items()
     ]
     return f"Faster than mvbert: {'; '.join(told) or 'none of these peers'}."
-
-
-# ---- the README ----------------------------------------------------------------------------------
-
-
-def tokenizer_tables(results: Results) -> str:
-    records = results.of("tokenizer")
-    compared = [r for r in reversed(records) if r.get("equal") is not None]  # the first case counts
-    equal = {r["provider"]: f"{100 * r['equal']:.4g} %" for r in compared}
-    tables = []
-    for task, share in (("plain", ["texts with equal ids"]), ("mixed", [])):
-        cases = by_case(r for r in records if r["fields"]["task"] == task)
-        rows = [
-            [p, *rates(cases, p), *(equal.get(p, "") for _ in share)] for p in providers_of(cases)
-        ]
-        heads = [name.split(" ", 1)[1] for name in cases]
-        tables.append(table([f"{task}, MB/s", *heads, *share], rows))
-    return (
-        f"**Tokenizers**, MB of text a second, on {records[0]['text']}; ids compared with those of "
-        "transformers' slow tokenizer before any clock. Warm: a library has seen the text; cold: "
-        "it forgets all before each call (empty: it remembers nothing). Mixed: each word cut by "
-        "one of two vocabularies, by a coin; `HF words + dict` splits with Hugging Face's "
-        "normaliser and splitter and looks words up in a dict, `HF twice, spliced` encodes with "
-        f"both vocabularies and chooses. {faster_peers(results.cases('tokenizer'))} "
-        f"{results.machine('tokenizer')}\n\n" + "\n".join(tables)
-    )
-
-
-def loss_table(results: Results) -> str:
-    """Cross-entropy on this CPU: ours, and how long the others take."""
-    cases = results.cases("loss")
-    peers = [p for p in providers_of(cases) if p != "mvbert"]
-    rows = []
-    for case, found in cases.items():
-        ours = found.get("mvbert")
-        megabytes = [figure(found.get(p, {}).get("peak_mb")) for p in ("mvbert", "HF head, eager")]
-        ratios = [times(found.get(p), ours) for p in peers]
-        rows.append([case, figure(median(ours)), *ratios, *megabytes])
-    unequal = {r["provider"] for r in results.of("loss") if r.get("note") == "no bias"}
-    names = [f"{p} (no bias)" if p in unequal else p for p in peers]
-    head = ["CPU", "mvbert, ms", *names, "MB, mvbert", "MB, HF head"]
-    return (
-        "**Linear cross-entropy on a CPU**, float32, forward and backward, on labelled rows only: "
-        "our time, the others' as a multiple of it, and the memory one call needs beyond its "
-        f"inputs. {faster_peers(cases)} {results.machine('loss')}\n\n{table(head, rows)}"
-    )
 
 
 def fastest(found: dict[str, dict], peer: str) -> dict | None:
@@ -272,133 +221,22 @@ def gpu_loss_table(results: Results) -> str:
     )
 
 
-def one_row(results: Results) -> list[dict]:
-    """Of inference, the records of batches of one."""
-    return [r for r in results.of("inference") if r["fields"]["B"] == 1]
-
-
-def inference_table(results: Results) -> str:
-    providers = ["torch eager", "ONNX Runtime", "ONNX Runtime int8"]
-    rows = []
-    for case, found in by_case(one_row(results)).items():
-        sizes = [figure(found.get(p, {}).get("megabytes")) for p in providers[1:]]
-        latency = [figure(median(found.get(p))) for p in providers]
-        rows.append([case, *sizes, *latency])
-    head = ["one row, one thread", "MB, float32", "MB, int8", *(f"{p}, ms" for p in providers)]
-    return (
-        "**Size against latency**: a row of 128 pieces through the student and through BERTs of "
-        f"other shapes, one CPU thread. {results.machine('inference')}\n\n{table(head, rows)}"
-        "\n![size against latency](docs/bench-inference.svg)\n"
-    )
-
-
-# What stands beside our rows and steps.
-WHAT = {
-    "rows": {
-        "mvbert": "word ids to rows, whole words masked",
-        "numpy": "masks rows that are cut already, piece by piece: the least numpy can do",
-        "HF words": "transformers' collator: masks whole words in rows that are cut already",
-        "HF pieces": "transformers' collator: masks pieces in rows that are cut already",
-        "HF text": "transformers' fast tokenizer, rows cut, its collator: masks pieces",
-    },
-    "train_step": {
-        "mvbert": "masked language modelling in mvbert's loop",
-        "mvbert compiled": "the same with `--compile`",
-        "mvbert mixed": "Stage I: two vocabularies, one projected",
-        "HF": "the step of transformers' Trainer, at its defaults: float32",
-        "HF bf16": "with bf16, as ours",
-        "HF bf16, torch.compile": "and torch.compile",
-        "HF bf16, fuse()d": "not compiled, but after `mvbert.fuse(model)`",
-        "HF bf16, memory kept": "bf16, malloc keeping what is freed, as in our loop",
-        "HF bf16, torch.compile, memory kept": "and torch.compile",
-    },
-}
-
-
-def rows_table(results: Results) -> str:
-    """Teacher rows, which peers make too; the others, which none does, in a sentence."""
-    cases = results.cases("rows")
-    raced = next(case for case, found in cases.items() if len(found) > 1)
-    fast_first = sorted(cases[raced].values(), key=median)
-    rows = [[r["provider"], figure(r["items_s"]), WHAT["rows"][r["provider"]]] for r in fast_first]
-    alone = [f"{c}: {figure(f['mvbert']['items_s'])}" for c, f in cases.items() if c != raced]
-    return (
-        f"**Training rows** on a CPU: rows of {fast_first[0]['T']} pieces, masked. Rows that no "
-        f"peer makes, in M pieces a second: {'; '.join(alone)}. {results.machine('rows')}"
-        f"\n\n{table([raced, 'M pieces a second', 'what it does'], rows)}"
-    )
-
-
-def step_table(results: Results) -> str:
-    """Pieces a second of every provider, both stages side by side."""
-    cases = results.cases("train_step")
-    rows = [[p, *rates(cases, p), what] for p, what in WHAT["train_step"].items()]
-    return (
-        f"**Training steps** on a CPU, pieces a second. {faster_peers(cases)} "
-        f"{results.machine('train_step')}\n\n{table(['', *cases, 'what it is'], rows)}"
-    )
-
-
-def other_parts(results: Results) -> str:
-    """What has no table in the README, in a sentence each."""
-    told = [
-        f"- {TITLES[bench]}, {len(cases)} cases. {faster_peers(cases)}"
-        for bench in ("corpus", "vocab", "embedding", "kl", "relations")
-        if (cases := results.cases(bench))
-    ]
-    return (
-        "**The other parts** on a CPU, tables in [docs/benchmarks.md](docs/benchmarks.md):\n\n"
-        + "\n".join(told)
-    )
-
-
-def readme_section(results: Results) -> str:
-    parts = [
-        "### Speed and size",
-        "Medians of interleaved rounds, made by `python bench/run.py` (peers come with "
-        "`pip install 'mvbert[bench]'`; what is absent is skipped and said so); every figure, peer "
-        "and spread is in [docs/benchmarks.md](docs/benchmarks.md), every raw record in "
-        "`bench/results/`. An empty cell was not measured.",
-        tokenizer_tables(results),
-        rows_table(results),
-        loss_table(results),
-        step_table(results),
-        other_parts(results),
-        gpu_loss_table(results),
-        inference_table(results),
-    ]
-    return "\n" + joined(parts) + "\n"
-
-
-# ---- the README's first screen -------------------------------------------------------------------
+# ---- the README's headlines -------------------------------------------------------------------
 
 
 # What; bench, case and provider of ours; peers by the name that they get, here or in another case.
-INT8, STEP = "ONNX Runtime int8", "Stage II: 6x256, V = 4928, 32 x 128"
+STEP = "Stage II: 6x256, V = 4928, 32 x 128"
 HEADLINES = [
-    ("6 x 256 student, int8: its file, one row of 128 pieces on one thread",
-     "inference", "student 6x256, 1 x 128", INT8,
-     {"BERT-base": ("BERT-base, 1 x 128", INT8), "MiniLM 6x384": ("MiniLM 6x384, 1 x 128", INT8)}),
     ("text to ids, one thread", "tokenizer", "plain documents, 1 thread, warm", "mvbert",
      {"nanotoken": "nanotoken", "TF Text": "TF Text FastBertTokenizer",
       "Hugging Face tokenizers": "HF encode_batch_fast"}),
-    ("text to ids of two vocabularies, one thread",
-     "tokenizer", "mixed documents, 1 thread, warm", "mvbert mixed",
-     {"Hugging Face's splitter and a dict": "HF words + dict"}),
-    ("text files to word ids on the disk, hashed", "corpus", "text to corpus, 2 threads", "mvbert",
-     {"`datasets.map`, which also cuts the words": "datasets map"}),
-    ("4,928 pieces learned from 32 MB of text, one thread",
-     "vocab", "4928 pieces from 32 MB, 1 thread", "mvbert topdown",
-     {"sentencepiece bpe": "sentencepiece bpe"}),
     ("masked training rows, one thread", "rows", "teacher rows, 1 thread", "mvbert",
-     {"masking them in numpy": "numpy", "in transformers' collator": "HF words"}),
+     {"numpy": "numpy", "transformers' collator": "HF words"}),
     ("training the student, 32 rows of 128 a step", "train_step", STEP, "mvbert",
-     {"Hugging Face, bf16, our malloc setting": "HF bf16, memory kept",
-      "Hugging Face, bf16, torch.compile": "HF bf16, torch.compile",
-      "Hugging Face's default": "HF"}),
-    ("Hugging Face's own step after `fuse(model)`, bf16", "train_step", STEP, "HF bf16, fuse()d",
-     {"before": "HF bf16", "after torch.compile instead": "HF bf16, torch.compile"}),
-    ("cross-entropy over 30,522 pieces, width 384, 4,096 rows",
+     {"Hugging Face, bf16, torch.compile": "HF bf16, torch.compile", "its default": "HF"}),
+    ("Hugging Face's step after `fuse(model)`, bf16", "train_step", STEP, "HF bf16, fuse()d",
+     {"before": "HF bf16", "torch.compile": "HF bf16, torch.compile"}),
+    ("cross-entropy, 30,522 pieces, width 384, 4,096 rows",
      "loss", "N=4096 V=30522 H=384", "mvbert",
      {"torch.compile": "torch.compile max-autotune", "Hugging Face": "HF head, eager"}),
 ]  # fmt: skip
@@ -429,9 +267,9 @@ def glance(results: Results) -> str:
     machine = results.machine("tokenizer").split(";")[0]
     gpu = "" if any(r["device"] == "cuda" for r in results.records) else ", no GPU so far"
     return (
-        f"\n{table(['', 'mvbert', 'others, and how many times as long they take'], rows)}\n"
-        f"{machine}{gpu}; everything measured, also where others "
-        "are faster: [speed and size](#speed-and-size).\n\n"
+        f"\n{table(['', 'mvbert', 'baseline (x slower than mvbert)'], rows)}\n"
+        f"{machine}{gpu}. Every figure, including where others are faster: "
+        "[docs/benchmarks.md](docs/benchmarks.md).\n\n"
     )
 
 
@@ -441,8 +279,8 @@ def glance(results: Results) -> str:
 def page(results: Results) -> str:
     parts = [
         "# Benchmarks",
-        "Written by `python bench/tables.py` from `bench/results/`; the ways of measuring are told "
-        "in `bench/harness.py` and at the top of each `bench/bench_*.py`. Times are milliseconds a "
+        "Written by `python bench/tables.py` from `bench/results/`; `bench/harness.py` and the top "
+        "of each `bench/bench_*.py` describe the method. Times are milliseconds a "
         "call: the median, and the 20th and 80th percentile of the rounds, which were interleaved "
         "over all providers. Peak: memory that one call needs beyond its inputs. The floor is the "
         "time of the least work at the rates that a large copy and a large matrix product of "
@@ -461,6 +299,8 @@ def page(results: Results) -> str:
             ceiling = ceilings(results.of(bench, device))
             said = [results.machine(bench, device), ceiling, faster_peers(cases)]
             parts.append(" ".join(filter(None, said)))
+            if (bench, device) == ("loss", "cuda"):
+                parts.append(gpu_loss_table(results))
             parts += [case_table(case, found) for case, found in cases.items()]
             parts.append(not_timed(by_case(results.all_of(bench, device))))
     return joined(parts)
@@ -548,6 +388,11 @@ def draw_loss(axes, results: Results) -> None:
     axes.legend(fontsize=6)
 
 
+def one_row(results: Results) -> list[dict]:
+    """Of inference, the records of batches of one."""
+    return [r for r in results.of("inference") if r["fields"]["B"] == 1]
+
+
 def draw_inference(axes, results: Results) -> None:
     records = one_row(results)
     for provider in dict.fromkeys(r["provider"] for r in records):
@@ -595,12 +440,11 @@ def main() -> None:
     args = parser.parse_args()
     results = Results()
     readme = README.read_text(encoding="utf-8")
-    for name, section in (("glance", glance(results)), ("bench", readme_section(results))):
-        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
-        marked = re.search(f"{begin}.*?{end}", readme, re.S)
-        if not marked:
-            sys.exit(f"README.md has no lines {begin.strip()} and {end.strip()}")
-        readme = readme.replace(marked[0], begin + section + end)
+    begin, end = "<!-- glance -->\n", "<!-- /glance -->\n"
+    marked = re.search(f"{begin}.*?{end}", readme, re.S)
+    if not marked:
+        sys.exit(f"README.md has no lines {begin.strip()} and {end.strip()}")
+    readme = readme.replace(marked[0], begin + glance(results) + end)
     pages = {README: readme, PAGE: page(results)}
     if args.check:
         stale = [p for p, text in pages.items() if p.read_text(encoding="utf-8") != text]

@@ -304,21 +304,21 @@ inline std::uint32_t* Flatten(std::uint64_t bits, std::uint32_t offset, std::uin
 
 const std::vector<AsciiRunChoice>& AsciiRunChoices() {
   static const std::vector<AsciiRunChoice> choices = [] {
-    std::vector<AsciiRunChoice> found = {{"plain", plain::Run<true>, plain::Run<false>}};
+    std::vector<AsciiRunChoice> found = {{"plain", plain::Run<true, false>, plain::Run<false, true>, plain::Run<true, true>}};
 #ifdef MVBERT_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
         __builtin_cpu_supports("bmi2")) {
-      found.push_back({"avx2", avx2::Run<true>, avx2::Run<false>});
+      found.push_back({"avx2", avx2::Run<true, false>, avx2::Run<false, true>, avx2::Run<true, true>});
       if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512dq")) {
-        found.push_back({"avx512", avx512::Run<true>, avx512::Run<false>});
+        found.push_back({"avx512", avx512::Run<true, false>, avx512::Run<false, true>, avx512::Run<true, true>});
       }
     }
 #endif
 #ifdef MVBERT_NEON
-    found.push_back({"neon", neon::Run<true>, neon::Run<false>});
+    found.push_back({"neon", neon::Run<true, false>, neon::Run<false, true>, neon::Run<true, true>});
 #endif
     return found;
   }();

@@ -23,16 +23,17 @@ struct AsciiRun {
 
 // Reads until a byte that is not plain (>= 0x80, or a control character other than \t \n \r), the end
 // of the text, or the limit. Words are runs of letters and digits, and single punctuation marks; a
-// run that touches the stop stays open. When `lowercase` is off, the character before a byte that
-// stops the call is left unread too, since that byte may combine with it.
+// run that touches the stop stays open. Where accents stay, the character before a byte that stops
+// the call is left unread too, since that byte may combine with it.
 //
 // Writes up to limit + 128 bytes, and up to 16 places past the last start and end.
 using AsciiRunFunction = void (*)(AsciiRun* run);
 
 struct AsciiRunChoice {
   const char* name;  // "plain", "avx2", "avx512", "neon"
-  AsciiRunFunction lowercase;
-  AsciiRunFunction cased;
+  AsciiRunFunction uncased;   // lower-cases
+  AsciiRunFunction cased;     // leaves the last character
+  AsciiRunFunction accented;  // does both
 };
 
 // The fastest of the below for this machine. Thread-safe.

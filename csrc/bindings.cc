@@ -110,9 +110,9 @@ std::vector<std::string> InstructionSets() {
 }
 
 py::list Split(const py::object& text, bool lowercase,
-               const std::optional<std::string>& instruction_set) {
+               const std::optional<std::string>& instruction_set, bool strip_accents) {
   const mvbert::WordSplitter splitter(
-      {lowercase},
+      {lowercase, strip_accents},
       instruction_set ? AsciiRunNamed(*instruction_set) : mvbert::FastestAsciiRun());
   const TextView view(text);
   mvbert::Words words;
@@ -178,13 +178,16 @@ mvbert::TextOptions MakeTextOptions(bool find_special, std::uint64_t threshold =
 }
 
 std::unique_ptr<mvbert::Tokenizer> MakeTokenizer(
-    bool lowercase, std::shared_ptr<mvbert::WordPiece> teacher,
+    bool lowercase, bool strip_accents, std::shared_ptr<mvbert::WordPiece> teacher,
     std::shared_ptr<mvbert::WordPiece> student,
-    std::vector<std::pair<std::string, std::int32_t>> special) {
+    const std::vector<std::tuple<std::string, std::int32_t, bool>>& special) {
   mvbert::SplitOptions options;
   options.lowercase = lowercase;
+  options.strip_accents = strip_accents;
+  std::vector<mvbert::SpecialPiece> pieces;
+  for (const auto& [piece, id, normalized] : special) pieces.push_back({piece, id, normalized});
   return std::make_unique<mvbert::Tokenizer>(options, std::move(teacher), std::move(student),
-                                             std::move(special));
+                                             std::move(pieces));
 }
 
 // The UTF-8 of several texts, valid while this object lives. Made and destroyed with the GIL held.
@@ -435,11 +438,13 @@ std::string_view BytesOf(const py::buffer_info& info) {
 
 using Ends = py::array_t<std::uint64_t, py::array::c_style>;
 
-std::unique_ptr<mvbert::CorpusBuilder> MakeCorpusBuilder(bool lowercase, double heldout_share,
+std::unique_ptr<mvbert::CorpusBuilder> MakeCorpusBuilder(bool lowercase, bool strip_accents,
+                                                         double heldout_share,
                                                          std::uint64_t seed, bool replace,
                                                          int threads, std::size_t block_bytes) {
   mvbert::CorpusOptions options;
   options.split.lowercase = lowercase;
+  options.split.strip_accents = strip_accents;
   options.heldout_share = heldout_share;
   options.seed = seed;
   options.replace = replace;
@@ -805,7 +810,7 @@ PYBIND11_MODULE(_core, m) {
   // words and wordpiece
   m.attr("unicode_version") = std::string(mvbert::UnicodeVersion());
   m.def("split", &Split, py::arg("text"), py::arg("lowercase") = true,
-        py::arg("instruction_set") = py::none(),
+        py::arg("instruction_set") = py::none(), py::arg("strip_accents") = true,
         "The normalised words of a str or of UTF-8 bytes.");
   m.def("instruction_sets", &InstructionSets,
         "The ways to read ASCII that this machine has; the last is used unless another is named.");
@@ -819,9 +824,10 @@ PYBIND11_MODULE(_core, m) {
 
   // tokenizer
   py::class_<mvbert::Tokenizer>(m, "Tokenizer")
-      .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"), py::arg("teacher"),
+      .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"),
+           py::arg("strip_accents") = true, py::arg("teacher"),
            py::arg("student") = nullptr,
-           py::arg("special") = std::vector<std::pair<std::string, std::int32_t>>())
+           py::arg("special") = std::vector<std::tuple<std::string, std::int32_t, bool>>())
       .def("encode_list", &EncodeList, py::arg("text"), py::arg("pair"), py::arg("cls_sep"))
       .def("encode_rows", &EncodeRows, py::arg("texts"), py::arg("pairs"), py::kw_only(),
            py::arg("cls_sep"), py::arg("pad"), py::arg("truncation"), py::arg("max_length"),
@@ -849,7 +855,7 @@ PYBIND11_MODULE(_core, m) {
   });
   py::class_<mvbert::CorpusBuilder>(m, "CorpusBuilder")
       .def(py::init(&MakeCorpusBuilder), py::kw_only(), py::arg("lowercase"),
-           py::arg("heldout_share"), py::arg("seed"), py::arg("replace"), py::arg("threads"),
+           py::arg("strip_accents") = true, py::arg("heldout_share"), py::arg("seed"), py::arg("replace"), py::arg("threads"),
            py::arg("block_bytes") = 1 << 20)
       .def("begin_source", &BeginSource, py::arg("source"), py::arg("part"), py::arg("offset") = 0)
       .def("add_text", &AddText, py::arg("text"))

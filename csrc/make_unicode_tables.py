@@ -6,9 +6,10 @@ The data come from Python's own `unicodedata`, so the version is pinned by the i
 this script: it refuses any but Unicode 14.0.0 (CPython 3.11). Both outputs are committed; the
 library itself never asks `unicodedata`, so every Python version gives the same words.
 
-The C++ file holds, for each mode (uncased, cased), one entry a code point that says what the
-word splitter does with it; the Python file holds the raw properties, from which the plain
-definition in mvbert/text/wordpiece.py is written. Tests compare the two on every code point.
+The C++ file holds, for each mode (uncased, cased, lower-cased with accents), one entry a code point
+that says what the word splitter does with it; the Python file holds the raw properties, from which
+the plain definition in mvbert/text/wordpiece.py is written. Tests compare the two on every code
+point.
 """
 
 import sys
@@ -161,6 +162,20 @@ def cased_entry(c: int, pool: Pool, seconds: set[int]) -> int:
     return PUNCT if is_punct(c) else LETTER
 
 
+def accented_entry(c: int, pool: Pool, seconds: set[int]) -> int:
+    """Lower-case each character, clean, NFC, split: as cased, of what lower-casing makes of it."""
+    lowered = "" if is_surrogate(c) else nfc(chr(c).lower())
+    if lowered in ("", nfc(chr(c))):
+        return cased_entry(c, pool, seconds)
+    # Composition is left to the run time where it can touch what comes of one character; what a
+    # character is lower-cased to begins with a letter that combines with nothing before it.
+    assert not unicodedata.combining(lowered[0]), hex(c)
+    assert ord(lowered[0]) not in seconds, hex(c)
+    others = (is_cjk, is_punct, is_space, is_dropped)
+    assert not any(is_other(ord(x)) for x in lowered for is_other in others), hex(c)
+    return pool.entry(MAP_LETTER, lowered)
+
+
 def two_stage(values: list[int]) -> tuple[list[int], list[int]]:
     blocks: dict[tuple[int, ...], int] = {}
     index = []
@@ -200,6 +215,7 @@ def write_cpp() -> None:
     seconds = seconds_of_pairs()
     uncased = [uncased_entry(c, pool) for c in range(LAST)]
     cased = [cased_entry(c, pool, seconds) for c in range(LAST)]
+    accented = [accented_entry(c, pool, seconds) for c in range(LAST)]
     combining = [0 if is_surrogate(c) else unicodedata.combining(chr(c)) for c in range(LAST)]
     mark = [0 if is_surrogate(c) else int(is_mark(c)) for c in range(LAST)]
     # The gathered path decomposes without lower-casing: what is gathered uncased has no upper case.
@@ -221,7 +237,11 @@ def write_cpp() -> None:
         f"// Made by csrc/make_unicode_tables.py from Unicode {VERSION}. Do not edit.\n",
         f'constexpr char kUnicodeVersionText[] = "{VERSION}";\n',
     ]
-    for name, values in (("kUncased", uncased), ("kCased", cased)):
+    for name, values in (
+        ("kUncased", uncased),
+        ("kCased", cased),
+        ("kAccented", accented),
+    ):
         index, blocks = two_stage(values)
         out.append(c_array("std::uint16_t", f"{name}Index", index))
         out.append(c_array("std::uint32_t", f"{name}Blocks", blocks))

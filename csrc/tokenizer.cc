@@ -475,11 +475,13 @@ class Tokenizer::Worker {
   }
 
   std::int32_t StudentSpecial(std::int32_t id) const {
-    for (const auto& [piece, special_id] : tokenizer_.special_) {
-      if (special_id != id) continue;
-      std::vector<std::int32_t> cut;
-      tokenizer_.student_->Cut(piece, &cut);
-      return cut[0] + static_cast<std::int32_t>(tokenizer_.teacher_->size());
+    for (const auto* pieces : {&tokenizer_.special_, &tokenizer_.normalized_}) {
+      for (const SpecialPiece& special : *pieces) {
+        if (special.id != id) continue;
+        std::vector<std::int32_t> cut;
+        tokenizer_.student_->Cut(special.piece, &cut);
+        return cut[0] + static_cast<std::int32_t>(tokenizer_.teacher_->size());
+      }
     }
     return id;
   }
@@ -537,18 +539,17 @@ class Tokenizer::Lease {
 
 Tokenizer::Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teacher,
                      std::shared_ptr<const WordPiece> student,
-                     std::vector<std::pair<std::string, std::int32_t>> special)
+                     std::vector<SpecialPiece> special)
     : splitter_(options),
       teacher_(std::move(teacher)),
-      student_(std::move(student)),
-      special_(std::move(special)) {
+      student_(std::move(student)) {
   if (teacher_ == nullptr) throw std::invalid_argument("a tokenizer needs a vocabulary");
   if (student_ != nullptr &&
       teacher_->size() + student_->size() >
           static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
     throw std::invalid_argument("the two vocabularies have more than 2^31 - 1 pieces together");
   }
-  for (const auto& [piece, id] : special_) {
+  for (const auto& [piece, id, normalized] : special) {
     if (piece.empty() || piece.find_first_of(" \t\r\n") != std::string::npos) {
       throw std::invalid_argument("a special piece must have letters and no space, got '" + piece +
                                   "'");
@@ -557,7 +558,19 @@ Tokenizer::Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teac
       throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id) +
                                   ", outside the vocabulary");
     }
-    if (special_bytes_.find(piece[0]) == std::string::npos) special_bytes_ += piece[0];
+    if (!normalized) {
+      special_.push_back({piece, id, false});
+      if (special_bytes_.find(piece[0]) == std::string::npos) special_bytes_ += piece[0];
+      continue;
+    }
+    Words words;
+    splitter_.Split(piece, &words);
+    if (words.bytes.empty()) continue;  // it is made of what is deleted: no text has it
+    const auto first = static_cast<unsigned char>(words.bytes[0]);
+    normalized_bytes_[first] = true;
+    if (first >= 'a' && first <= 'z') normalized_bytes_[first - 32] = true;
+    for (std::size_t byte = 0xC2; byte < 0xF5; ++byte) normalized_bytes_[byte] = true;
+    normalized_.push_back({words.bytes, id, true});
   }
   seeds_ = std::make_unique<const Cache>(*teacher_, student_.get());
 }
@@ -574,7 +587,7 @@ void Tokenizer::ForgetWords() const {
 // The end of a special piece at text[at], written out (0: there is none), its id through *id.
 std::size_t Tokenizer::SpecialAt(std::string_view text, std::size_t at, std::int32_t* id) const {
   std::size_t length = 0;
-  for (const auto& [piece, special_id] : special_) {
+  for (const auto& [piece, special_id, normalized] : special_) {
     if (piece.size() > length && text.compare(at, piece.size(), piece) == 0) {
       length = piece.size();
       *id = special_id;
@@ -595,18 +608,18 @@ std::size_t Tokenizer::CleanedSpecialAt(std::string_view text, std::size_t begin
       --before;
     } while ((text[before] & 0xC0) == 0x80);
     const char* p = text.data() + before;
-    const CharKind kind = KindOf(EntryOf<false>(DecodeUtf8(&p)));
+    const CharKind kind = KindOf(EntryOf<Casing::kCased>(DecodeUtf8(&p)));
     if (separates(kind)) break;
     if (kind != kDrop) return 0;
   }
   const char* const end = text.data() + text.size();
   std::vector<SourceChar> composed;
-  for (const auto& [piece, special_id] : special_) {
+  for (const auto& [piece, special_id, normalized] : special_) {
     const char* p = text.data() + at;
     std::size_t same = 0;
     while (p < end && same < piece.size()) {
       const char32_t code = DecodeUtf8(&p);
-      if (KindOf(EntryOf<false>(code)) == kDrop) continue;
+      if (KindOf(EntryOf<Casing::kCased>(code)) == kDrop) continue;
       composed.clear();
       Decompose({code, 0, 1}, &composed);
       Compose(&composed);
@@ -619,7 +632,7 @@ std::size_t Tokenizer::CleanedSpecialAt(std::string_view text, std::size_t begin
     while (true) {
       std::int32_t next = 0;
       if (p == end || SpecialAt(text, static_cast<std::size_t>(p - text.data()), &next) != 0) break;
-      const CharKind kind = KindOf(EntryOf<false>(DecodeUtf8(&p)));
+      const CharKind kind = KindOf(EntryOf<Casing::kCased>(DecodeUtf8(&p)));
       if (separates(kind)) break;
       if (kind != kDrop) return 0;
     }
@@ -629,9 +642,76 @@ std::size_t Tokenizer::CleanedSpecialAt(std::string_view text, std::size_t begin
   return 0;
 }
 
+// The end of a normalised piece of text that begins at text[at] (0: there is none), the longest.
+std::size_t Tokenizer::NormalizedAt(std::string_view text, std::size_t at,
+                                    std::int32_t* id) const {
+  const SplitOptions& options = splitter_.options();
+  const auto entry_of = [&options](char32_t code) {
+    if (!options.lowercase) return EntryOf<Casing::kCased>(code);
+    return options.strip_accents ? EntryOf<Casing::kUncased>(code)
+                                 : EntryOf<Casing::kAccented>(code);
+  };
+  const char* const end = text.data() + text.size();
+  std::size_t longest = 0, found = 0;
+  std::vector<SourceChar> letters;
+  for (const auto& [piece, special_id, normalized] : normalized_) {
+    if (piece.size() <= longest) continue;
+    std::string_view rest = piece;
+    const char* p = text.data() + at;
+    while (p < end && !rest.empty()) {
+      const char* const start = p;
+      const char32_t code = DecodeUtf8(&p);
+      const CharEntry entry = entry_of(code);
+      const CharKind kind = KindOf(entry);
+      if (kind == kDrop || kind == kMark) {
+        if (rest.size() == piece.size()) break;  // it belongs to what stands before
+        continue;
+      }
+      std::string_view made(start, static_cast<std::size_t>(p - start));
+      std::string decomposed;
+      if (kind == kMapLetters || kind == kMapPunct || kind == kMapCjk) {
+        made = Replacement(entry);
+      } else if (kind == kHangul) {
+        letters.clear();
+        Decompose({code, 0, 1}, &letters);
+        for (const SourceChar& letter : letters) {
+          char utf8[4];
+          decomposed.append(utf8, static_cast<std::size_t>(EncodeUtf8(letter.code, utf8) - utf8));
+        }
+        made = decomposed;
+      }
+      if (rest.compare(0, made.size(), made) != 0) break;
+      rest.remove_prefix(made.size());
+    }
+    if (!rest.empty()) continue;
+    longest = piece.size();
+    found = static_cast<std::size_t>(p - text.data());
+    *id = special_id;
+  }
+  return found;
+}
+
+template <typename Found>
+bool Tokenizer::SplitAtNormalized(std::string_view text, Found&& found) const {
+  std::size_t begin = 0;
+  for (std::size_t at = 0; !normalized_.empty() && at < text.size();) {
+    std::int32_t id = -1;
+    const bool candidate = normalized_bytes_[static_cast<unsigned char>(text[at])];
+    const std::size_t end = candidate ? NormalizedAt(text, at, &id) : 0;
+    if (end == 0) {
+      ++at;
+      continue;
+    }
+    if (at > begin && !found(text.substr(begin, at - begin), -1)) return false;
+    if (!found(text.substr(at, end - at), id)) return false;
+    begin = at = end;
+  }
+  return begin == text.size() || found(text.substr(begin), -1);
+}
+
 template <typename Found>
 void Tokenizer::SplitAtSpecial(std::string_view text, bool find_special, Found&& found) const {
-  if (!find_special || special_.empty()) {
+  if (!find_special) {
     if (!text.empty()) found(text, -1);
     return;
   }
@@ -654,11 +734,11 @@ void Tokenizer::SplitAtSpecial(std::string_view text, bool find_special, Found&&
       ++at;
       continue;
     }
-    if (at > begin && !found(text.substr(begin, at - begin), -1)) return;
+    if (at > begin && !SplitAtNormalized(text.substr(begin, at - begin), found)) return;
     if (!found(text.substr(at, end - at), id)) return;
     begin = at = end;
   }
-  if (begin < text.size()) found(text.substr(begin), -1);
+  if (begin < text.size()) SplitAtNormalized(text.substr(begin), found);
 }
 
 void Tokenizer::CheckCoin(const Coin& coin) const {

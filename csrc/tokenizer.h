@@ -121,13 +121,19 @@ struct Span {
   std::uint32_t end;
 };
 
+// A string that Encode recognises in text when asked to. Normalised: in whatever the splitter makes
+// it of, such as another case; else only as it is written. The latter are found first.
+struct SpecialPiece {
+  std::string piece;
+  std::int32_t id;
+  bool normalized;
+};
+
 class Tokenizer {
  public:
-  // Ids are the teacher's, or teacher.size() + the student's. `student` may be null. `special` are
-  // the strings that Encode recognises in text when asked to, with their ids.
+  // Ids are the teacher's, or teacher.size() + the student's. `student` may be null.
   Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teacher,
-            std::shared_ptr<const WordPiece> student,
-            std::vector<std::pair<std::string, std::int32_t>> special);
+            std::shared_ptr<const WordPiece> student, std::vector<SpecialPiece> special);
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
@@ -180,6 +186,12 @@ class Tokenizer {
   template <typename Found>
   void SplitAtSpecial(std::string_view text, bool find_special, Found&& found) const;
 
+  // The same for the normalised ones, in a stretch without others. O(size x longest x pieces), one
+  // look at each byte where none of them can begin.
+  template <typename Found>
+  bool SplitAtNormalized(std::string_view text, Found&& found) const;
+  std::size_t NormalizedAt(std::string_view text, std::size_t at, std::int32_t* id) const;
+
   std::size_t SpecialAt(std::string_view text, std::size_t at, std::int32_t* id) const;
   std::size_t CleanedSpecialAt(std::string_view text, std::size_t begin, std::size_t at,
                                std::int32_t* id) const;
@@ -187,8 +199,10 @@ class Tokenizer {
   const WordSplitter splitter_;
   const std::shared_ptr<const WordPiece> teacher_;
   const std::shared_ptr<const WordPiece> student_;
-  const std::vector<std::pair<std::string, std::int32_t>> special_;
-  std::string special_bytes_;  // what special pieces begin with
+  std::vector<SpecialPiece> special_;     // looked for as they are written
+  std::vector<SpecialPiece> normalized_;  // `piece` is normalised
+  std::string special_bytes_;             // what special_ begin with
+  std::array<bool, 256> normalized_bytes_{};  // what text may begin with that becomes normalized_
   std::unique_ptr<const Cache> seeds_;
   mutable std::array<std::atomic<Worker*>, 64> idle_{};  // workers that no call is using
   mutable std::array<std::atomic<std::int32_t*>, 64> buffers_{};  // of kPartIds, unused

@@ -68,6 +68,13 @@ inline char* EncodeUtf8(char32_t c, char* out) {
   return out;
 }
 
+// How text is normalised.
+enum class Casing {
+  kUncased,   // lower-cased, without accents
+  kCased,     // as it is, composed
+  kAccented,  // lower-cased, composed
+};
+
 // What the splitter does with a code point.
 enum CharKind : std::uint32_t {
   kLetter = 0,       // copied; part of a word
@@ -90,12 +97,18 @@ extern const std::uint16_t kUncasedIndex[];
 extern const std::uint32_t kUncasedBlocks[];
 extern const std::uint16_t kCasedIndex[];
 extern const std::uint32_t kCasedBlocks[];
+extern const std::uint16_t kAccentedIndex[];
+extern const std::uint32_t kAccentedBlocks[];
 extern const std::uint8_t kPool[];
 
-template <bool kLowercase>
+template <Casing kCasing>
 inline CharEntry EntryOf(char32_t c) {
-  if (kLowercase) return kUncasedBlocks[kUncasedIndex[c >> 7] << 7 | (c & 127)];
-  return kCasedBlocks[kCasedIndex[c >> 7] << 7 | (c & 127)];
+  switch (kCasing) {
+    case Casing::kUncased: return kUncasedBlocks[kUncasedIndex[c >> 7] << 7 | (c & 127)];
+    case Casing::kCased: return kCasedBlocks[kCasedIndex[c >> 7] << 7 | (c & 127)];
+    case Casing::kAccented: break;
+  }
+  return kAccentedBlocks[kAccentedIndex[c >> 7] << 7 | (c & 127)];
 }
 
 inline CharKind KindOf(CharEntry entry) { return static_cast<CharKind>(entry & 15); }

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
 
 #include "unicode.h"
 
@@ -47,7 +48,7 @@ void WordBatch::Reserve(std::size_t more) {
 }
 
 // One call of WordSplitter::Fill: the cursor in the text and the code-point-wise path.
-template <bool kLowercase, bool kTrack>
+template <Casing kCasing, bool kTrack>
 class Filler {
  public:
   Filler(std::string_view text, std::size_t from, AsciiRunFunction ascii_run, WordBatch* batch,
@@ -152,7 +153,7 @@ class Filler {
     const std::string_view s(utf8, static_cast<std::size_t>(EncodeUtf8(c.code, utf8) - utf8));
     source_begin_ = c.begin;
     source_end_ = c.end;
-    if (KindOf(EntryOf<kLowercase>(c.code)) == kPunct) {
+    if (KindOf(EntryOf<kCasing>(c.code)) == kPunct) {
       Alone(s);
     } else {
       Letters(s);
@@ -176,11 +177,12 @@ class Filler {
     const SourceChar c = Next();
     source_begin_ = c.begin;
     source_end_ = c.end;
-    const CharEntry entry = EntryOf<kLowercase>(c.code);
+    const CharEntry entry = EntryOf<kCasing>(c.code);
     const CharKind kind = KindOf(entry);
-    if (!kLowercase && (kind == kLetter || kind == kPunct) && GatherFollows()) {
+    if (kCasing != Casing::kUncased &&
+        (kind == kLetter || kind == kPunct || kind == kMapLetters) && GatherFollows()) {
       Back(start);
-      GatherCased();
+      GatherComposed();
       return;
     }
     const std::string_view source(start, static_cast<std::size_t>(at_ - start));
@@ -202,39 +204,47 @@ class Filler {
       }
       case kGather:
         Back(start);
-        if (kLowercase) {
+        if (kCasing == Casing::kUncased) {
           GatherUncased();
         } else {
-          GatherCased();
+          GatherComposed();
         }
         break;
     }
   }
 
-  // Cased: does a code point that composition may touch come next, deleted ones aside?
+  // With accents: does a code point that composition may touch come next, deleted ones aside?
   bool GatherFollows() const {
     const char* p = at_;
     while (p < end_) {
       if (static_cast<unsigned char>(*p) - 0x20u < 0x5F) return false;  // printable ASCII
-      const CharKind kind = KindOf(EntryOf<false>(DecodeUtf8(&p)));
+      const CharKind kind = KindOf(EntryOf<kCasing>(DecodeUtf8(&p)));
       if (kind != kDrop) return kind == kGather;
     }
     return false;
   }
 
-  // Cased: composes the code point at the cursor and all that follow and may combine (NFC).
-  void GatherCased() {
+  // With accents: composes the code point at the cursor and all that follow and may combine (NFC).
+  void GatherComposed() {
     gathered_.clear();
     while (at_ < end_) {
       const char* start = at_;
       const SourceChar c = Next();
-      const CharKind kind = KindOf(EntryOf<false>(c.code));
+      const CharEntry entry = EntryOf<kCasing>(c.code);
+      const CharKind kind = KindOf(entry);
       if (kind == kDrop) continue;
       if (kind != kGather && !gathered_.empty()) {
         Back(start);
         break;
       }
-      Decompose(c, &gathered_);
+      if (kind != kMapLetters) {
+        Decompose(c, &gathered_);
+        continue;
+      }
+      const std::string_view lowered = Replacement(entry);
+      for (const char* p = lowered.data(); p < lowered.data() + lowered.size();) {
+        Decompose({DecodeUtf8(&p), c.begin, c.end}, &gathered_);
+      }
     }
     CanonicalOrder(&gathered_);
     Compose(&gathered_);
@@ -247,7 +257,7 @@ class Filler {
     while (at_ < end_) {
       const char* start = at_;
       const SourceChar c = Next();
-      const CharKind kind = KindOf(EntryOf<true>(c.code));
+      const CharKind kind = KindOf(EntryOf<Casing::kUncased>(c.code));
       if (kind == kDrop) continue;
       const std::size_t before = gathered_.size();
       if (kind == kGather || kind == kMark) Decompose(c, &gathered_);
@@ -266,7 +276,7 @@ class Filler {
     // (Room is made in steps: a run of a million marks may leave nothing.)
     std::size_t room = 0;
     for (const SourceChar& c : gathered_) {
-      if (kLowercase && IsNonspacingMark(c.code)) continue;
+      if (kCasing == Casing::kUncased && IsNonspacingMark(c.code)) continue;
       if (room == 0) {
         batch_.Reserve(kStep);
         room = kStep / 4;
@@ -291,13 +301,17 @@ std::size_t WordSplitter::Fill(std::string_view utf8, std::size_t from, WordBatc
                                std::size_t most) const {
   batch->Reserve(256);
   const bool track = batch->track_;
-  if (options_.lowercase) {
-    const AsciiRunFunction ascii = ascii_.lowercase;
-    return track ? Filler<true, true>(utf8, from, ascii, batch, most).Run()
-                 : Filler<true, false>(utf8, from, ascii, batch, most).Run();
+  const auto fill = [&](auto casing, AsciiRunFunction ascii) {
+    return track ? Filler<casing(), true>(utf8, from, ascii, batch, most).Run()
+                 : Filler<casing(), false>(utf8, from, ascii, batch, most).Run();
+  };
+  if (!options_.lowercase) {
+    return fill(std::integral_constant<Casing, Casing::kCased>(), ascii_.cased);
   }
-  return track ? Filler<false, true>(utf8, from, ascii_.cased, batch, most).Run()
-               : Filler<false, false>(utf8, from, ascii_.cased, batch, most).Run();
+  if (!options_.strip_accents) {
+    return fill(std::integral_constant<Casing, Casing::kAccented>(), ascii_.accented);
+  }
+  return fill(std::integral_constant<Casing, Casing::kUncased>(), ascii_.uncased);
 }
 
 void WordSplitter::Split(std::string_view utf8, Words* out) const {

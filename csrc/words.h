@@ -4,7 +4,7 @@
 // with the Unicode tables pinned to 14.0.0 and with no special tokens: control, private, unassigned
 // characters and U+FFFD are deleted; whitespace separates; ideographs and punctuation marks are words
 // of their own; uncased text is lower-cased character by character and loses its accents (NFD
-// without Mn), cased text is composed (NFC). mvbert/text/wordpiece.py is the same in plain Python.
+// without Mn), other text keeps them and is composed (NFC). mvbert/text/wordpiece.py is the same in plain Python.
 //
 // A WordSplitter is immutable: any number of threads may use one, each with its own WordBatch.
 
@@ -19,11 +19,13 @@
 #include <vector>
 
 #include "ascii_run.h"
+#include "unicode.h"
 
 namespace mvbert {
 
 struct SplitOptions {
-  bool lowercase = true;  // also strips accents, as BERT's uncased models need
+  bool lowercase = true;
+  bool strip_accents = true;  // of lower-cased text; cased text keeps its accents
 };
 
 // Flat words: word i is bytes[ends[i - 1], ends[i]), with ends[-1] = 0.
@@ -82,7 +84,7 @@ class WordBatch {
 
  private:
   friend class WordSplitter;
-  template <bool kLowercase, bool kTrack>
+  template <Casing kCasing, bool kTrack>
   friend class Filler;
 
   std::size_t closed_bytes() const { return open_ ? starts_[word_count_] : byte_count_; }

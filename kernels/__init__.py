@@ -1,1 +1,1 @@
-"""Device code and its plain definitions, imported as mvbert.kernels."""
+"""Device code and its definitions, one file an op, imported as mvbert.kernels."""

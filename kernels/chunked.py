@@ -1,4 +1,6 @@
-"""Linear losses over chunks of rows: the path for CPU tensors, in plain PyTorch.
+"""The fused parts in plain PyTorch: the path for CPU tensors.
+
+The losses go over chunks of rows:
 
     z = hidden @ weight.T + bias,   loss = f(z),   dz = df/dz
 
@@ -17,19 +19,21 @@ What makes it fast on a CPU, each measured on two Zen 5 cores:
     one chunk it is written once, in its final dtype.
 
 The dtype of `hidden` is the dtype of the products. The softmax and the sums over chunks are float32
-(float64 for float64 input), whatever that dtype is. Nothing here is differentiable; `ops.py` ties
-these functions into autograd.
+(float64 for float64 input), whatever that dtype is. The losses are not differentiable: each op's
+own file ties them into autograd. The embedding gathers rows by an operator with a backward of its
+own, at the end of this file, and leaves the rest to torch.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mvbert.kernels.definitions import split_heads
+from mvbert.kernels.common import Need, accumulator_dtype, gradients_like, pitch, split_heads
+from mvbert.kernels.mixed_embedding import EmbeddingInputs
 
 # Logits of one chunk in bytes. Large enough for the products to run at full speed (hundreds of
 # rows) and for the sum over chunks into dweight to stay a small part, small beside any model.
@@ -42,23 +46,6 @@ COLUMNS = 2048
 RELATIONS = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Tables from here on are not taken from the heap, where freed memory waits for the next of a size.
 LARGE_BYTES = 8 << 20
-
-
-@dataclass(frozen=True)
-class Need:
-    """Which gradients are wanted."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
-
-
-def pitch(V: int) -> int:
-    """Elements from one row of logits to the next: whole cache lines, whatever V and the dtype."""
-    return -(-V // 64) * 64
 
 
 def chunk_rows(V: int, itemsize: int) -> int:
@@ -79,10 +66,6 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
     return torch.from_numpy(numpy.zeros(size, numpy.uint8)).view(like.dtype).view(shape)
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class LinearChunks:
     """A linear layer and its two backward products, a chunk of rows at a time.
 
@@ -100,11 +83,10 @@ class LinearChunks:
         scale: float = 1.0,  # what all gradients are multiplied by
         chunk: int | None = None,  # rows of a chunk; None: chosen here
     ):
+        self.inputs = hidden, weight, bias
         self.hidden, self.need, self.rows, self.scale = hidden, need, rows, scale
         N = rows.numel()
         self.all_rows = hidden.shape[0] == N
-        self.weight_dtype = weight.dtype
-        self.bias_dtype = None if bias is None else bias.dtype
         self.weight = weight.to(hidden.dtype)
         acc = accumulator_dtype(hidden.dtype)
         self.bias = None if bias is None else bias.to(acc)
@@ -205,12 +187,11 @@ class LinearChunks:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dhidden, dweight, dbias) in the dtypes of the inputs; empty where not wanted."""
         self.buffer = self.blocks = None  # not needed while a gradient is converted
-        nothing = self.hidden.new_empty
-        return (
-            nothing(0) if self.dhidden is None else self.dhidden,
-            nothing(0) if self.dweight is None else self.dweight.to(self.weight_dtype),
-            nothing(0) if self.dbias is None else self.dbias.mul_(self.scale).to(self.bias_dtype),
-        )
+        dbias = None if self.dbias is None else self.dbias.mul_(self.scale)
+        return gradients_like(*self.inputs, self.dhidden, self.dweight, dbias)
+
+
+# ---- losses ------------------------------------------------------------------------------------
 
 
 def upstream(dloss: Tensor | None) -> tuple[float, Tensor | None]:
@@ -230,7 +211,7 @@ def cross_entropy(
     dloss: Tensor | None,  # [] or [N], upstream gradient of the losses; None: losses only
     dlse: Tensor | None,  # [N], upstream gradient of the rows' log-sum-exps
     need: Need,
-    dense: bool = False,  # of no use here: ignored rows are left out anyway
+    mostly_labelled: bool = False,  # of no use here: ignored rows are left out anyway
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed."""
     rows = (labels != ignore_index).nonzero()[:, 0]
@@ -354,3 +335,81 @@ def relation_kl(
     by_head *= x.shape[-1] ** -0.5
     split_heads(gradient, heads).copy_(by_head.view(3, B, heads, T, x.shape[-1]))
     return total, gradient
+
+
+# ---- embedding ---------------------------------------------------------------------------------
+
+
+def mixed_embedding(inputs: EmbeddingInputs, eps: float, padding_id: int) -> Tensor:
+    """LayerNorm(table[id] + position[t] + type[s]) -> [B, T, H]; padding_id -1: none."""
+    ids, teacher, student, position_table, type_table, token_type_ids, position_ids, *norm = inputs
+    B, T = ids.shape
+    total = gather_rows(ids, teacher, student, padding_id)
+    # In place: the gathered rows are nobody else's, and a fresh [B, T, H] costs its page faults.
+    if position_table is not None:
+        if position_ids is None:
+            total += position_table[:T]
+        else:
+            total += F.embedding(position_ids.long(), position_table)
+    if type_table is not None:
+        if token_type_ids is None:
+            total += type_table[0]
+        else:
+            # As a product: its gradient sums thousands of pieces into two rows at full speed.
+            numbers = torch.arange(type_table.shape[0], device=total.device)
+            one_hot = (token_type_ids[..., None] == numbers).to(total.dtype)
+            total.baddbmm_(one_hot, type_table.to(total.dtype).expand(B, -1, -1))
+    return F.layer_norm(total, total.shape[-1:], *norm, eps)
+
+
+@torch.library.custom_op("mvbert::gather_rows", mutates_args=())
+def gather_rows(
+    input_ids: Tensor,  # [.., T]
+    teacher_table: Tensor | None,  # [V_t, H]
+    student_rows: Tensor | None,  # [V_s, H]
+    padding_id: int,  # -1: none
+) -> Tensor:
+    """table[id] of table = [teacher; student], in plain PyTorch, without making that table."""
+    if teacher_table is None or student_rows is None:
+        table = student_rows if teacher_table is None else teacher_table
+        # F.embedding would give a view, to which nothing could be added in place.
+        out = table.new_empty(*input_ids.shape, table.shape[1])
+        torch.index_select(table, 0, input_ids.flatten(), out=out.view(-1, table.shape[1]))
+        return out
+    V = teacher_table.shape[0]
+    return torch.where(
+        (input_ids >= V)[..., None],
+        F.embedding((input_ids - V).clamp_(min=0), student_rows),
+        F.embedding(input_ids.where(input_ids < V, 0), teacher_table),
+    )
+
+
+@gather_rows.register_fake
+def _(input_ids, teacher_table, student_rows, padding_id):
+    tables = [table for table in (teacher_table, student_rows) if table is not None]
+    dtype = torch.promote_types(tables[0].dtype, tables[-1].dtype)
+    return tables[0].new_empty(*input_ids.shape, tables[0].shape[1], dtype=dtype)
+
+
+def _save_gather_rows(ctx, inputs, output):
+    input_ids, *tables, ctx.padding_id = inputs
+    ctx.sizes = [0 if table is None else table.shape[0] for table in tables]
+    ctx.save_for_backward(input_ids)
+
+
+def _gather_rows_backward(ctx, dout):
+    """One sum of both tables' rows, as the ids number them; a table without need has none."""
+    (ids,) = ctx.saved_tensors
+    need = ctx.needs_input_grad[1:3]
+    sizes = [V if n else 0 for V, n in zip(ctx.sizes, need, strict=True)]
+    last = sum(sizes)  # one row more, for the pieces that give no gradient
+    row = ids.long() - (0 if need[0] else ctx.sizes[0])
+    row = torch.where((row < 0) | (row >= last) | (ids == ctx.padding_id), last, row)
+    dout = dout.flatten(0, -2)
+    total = zeros(dout, last + 1, dout.shape[1])
+    total.scatter_add_(0, row.reshape(-1, 1).expand_as(dout), dout)
+    tables = (g if n else None for g, n in zip(total[:last].split(sizes), need, strict=True))
+    return None, *tables, None
+
+
+gather_rows.register_autograd(_gather_rows_backward, setup_context=_save_gather_rows)

@@ -2,7 +2,7 @@
 
 Every choice is a small function of the shape and the dtype, made without looking at data and
 without an autotuner in the user's first step. Rules that rest on arithmetic say so. What
-`python -m mvbert.kernels.tune` measured on a device, kept in tuned.json, goes before the rules.
+`python bench/tune.py` measured on a device, kept in tuned.json, goes before the rules.
 """
 
 import json
@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from mvbert.kernels.common import accumulator_dtype, tl, triton
 
 # Logits are held for at most this many rows at once. Below 1,053 rows, adding a chunk to a float32
 # dweight (8 bytes an element, 2 FLOP a row) would be bound by memory: 4 x 263 FLOP / byte.
@@ -24,25 +24,20 @@ FLASH_WIDTH = 256
 
 # Whose products may run over all rows in the vendor's library. float16 has no room for dz / N: its
 # results are scaled instead, by kernels of our own.
-DENSE_DTYPE = torch.bfloat16
+LIBRARY_DTYPE = torch.bfloat16
 
-# What `capability` says of meta tensors: kernels/aot.py compiles for several.
+# What `capability` says of meta tensors: bench/aot.py compiles for several.
 META_CAPABILITY = 9
 
-# What the tuner found, see tune.py.
+# What the tuner found, see bench/tune.py.
 TUNED = Path(__file__).with_name("tuned.json")
 # {kernel: blocks} that go before everything: the tuner tries its candidates through this.
 FORCED: dict[str, dict[str, int]] = {}
 
 
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def accumulator(x: Tensor) -> tl.dtype:
     """Triton's name of the dtype sums are kept in."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+    return tl.float64 if accumulator_dtype(x.dtype) == torch.float64 else tl.float32
 
 
 def precision(x: Tensor) -> str:
@@ -52,16 +47,7 @@ def precision(x: Tensor) -> str:
     return "ieee"
 
 
-def pitch(V: int) -> int:
-    """Elements from one row of logits to the next: whole 128-byte lines, whatever V is.
-
-    A packed row of 30,522 bfloat16 begins on 4 bytes only; neither 16-byte loads nor bulk copies
-    can read that.
-    """
-    return -(-V // 64) * 64
-
-
-def narrow(x: Tensor) -> bool:
+def flash(x: Tensor) -> bool:
     """Whether rows [N, H] take the form without logits: H <= FLASH_WIDTH in 16 bit.
 
     Without tensor cores a tile of that form spills kilobytes: wider types take it only where a
@@ -75,7 +61,7 @@ def narrow(x: Tensor) -> bool:
 
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        # meta: kernels/aot.py, as if on an H100. cpu: the interpreter, where few programs are best.
+        # meta: bench/aot.py, as if on an H100. cpu: the interpreter, where few programs are best.
         return 132 if device.type == "meta" else 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -173,7 +159,7 @@ def flash_warps(x: Tensor) -> int:
 
 
 def flash_fwd_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
-    """Tile of the narrow forward kernel, and into how many parts V is split to fill the device."""
+    """Tile of the flash forward kernel, and into how many parts V is split to fill the device."""
     if N < 64 or V < 64 or x.element_size() > 2:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
     rule = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
@@ -184,7 +170,7 @@ def flash_fwd_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
 
 
 def flash_dweight_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
-    """Tile of the narrow dweight kernel, and into how many parts the rows are split."""
+    """Tile of the flash dweight kernel, and into how many parts the rows are split."""
     if N < 64 or V < 64 or x.element_size() > 2:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
     rule = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
@@ -218,7 +204,7 @@ def row_blocks(kernel: str, x: Tensor, N: int, H: int) -> dict[str, int]:
 
 def library(kernel: str, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a product over all rows ("dx" or "dweight") goes to the vendor's library."""
-    return bool(chosen(kernel + "_dense", x, shape, {"library": 1})["library"])
+    return bool(chosen(kernel + "_library", x, shape, {"library": 1})["library"])
 
 
 def bwd_programs(device: torch.device) -> int:

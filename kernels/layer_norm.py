@@ -10,12 +10,24 @@ and bias in registers, so that the final reduction is over hundreds of rows and 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from mvbert.kernels import launch
-from mvbert.kernels.mixed_embedding import dropout_factor
+from mvbert.kernels import launch, ops
+from mvbert.kernels.common import accumulator_dtype, tl, triton
+from mvbert.kernels.dropout import dropout_factor
+
+
+def residual_layer_norm_reference(
+    x: Tensor,  # [.., H], after dropout
+    residual: Tensor,  # [.., H]
+    ln_weight: Tensor,  # [H]
+    ln_bias: Tensor,  # [H]
+    eps: float,
+) -> Tensor:
+    """LayerNorm(residual + x). -> [.., H]; the CPU path too, where torch's own pass is fast."""
+    return F.layer_norm(residual + x, x.shape[-1:], ln_weight, ln_bias, eps)
+
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -142,8 +154,7 @@ def residual_layer_norm_fwd(
     y = torch.empty_like(residual)
     rounded = torch.empty_like(x) if both else x.new_empty(0)
     total = torch.empty_like(residual)
-    acc = torch.float64 if total.dtype == torch.float64 else torch.float32
-    mean = total.new_empty(N, dtype=acc)
+    mean = total.new_empty(N, dtype=accumulator_dtype(total.dtype))
     rstd = torch.empty_like(mean)
     if N:
         tile = launch.row_blocks("layer_norm_fwd", total, N, H)
@@ -162,13 +173,13 @@ def residual_layer_norm_bwd(
     rstd: Tensor,  # [N]
     dropout_p: float,
     seed: Tensor | None,
-    dtype: torch.dtype | None = None,  # of x; None: that of the residual
+    dtype: torch.dtype,  # of x
     drounded: Tensor | None = None,  # [N, H]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (x, residual, ln_weight, ln_bias); that of x is empty where it is the second."""
     N, H = total.shape
     dresidual = torch.empty_like(total)
-    has_dx = dropout_p > 0 or dtype not in (None, total.dtype)
+    has_dx = dropout_p > 0 or dtype != total.dtype
     dx = torch.empty_like(total, dtype=dtype) if has_dx else total.new_empty(0)
     tile = dict(launch.row_blocks("layer_norm_bwd", total, N, H))
     most = tile.pop("programs", launch.bwd_programs(total.device))
@@ -183,3 +194,78 @@ def residual_layer_norm_bwd(
         )  # fmt: skip
     weight_sum, bias_sum = sums[:, 0].sum(0), sums[:, 1].sum(0)
     return dx, dresidual, weight_sum.to(ln_weight.dtype), bias_sum.to(ln_weight.dtype)
+
+
+# ---- operator ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::residual_layer_norm", mutates_args=())
+def residual_layer_norm(
+    x: Tensor,  # [N, H]
+    residual: Tensor,  # [N, H], whose dtype the result has
+    ln_weight: Tensor,  # [H]
+    ln_bias: Tensor,  # [H]
+    seed: Tensor | None,  # [1]
+    eps: float,
+    dropout_p: float,
+    both: bool,  # the result in the dtype of x, too
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(x):
+        return residual_layer_norm_fwd(x, residual, ln_weight, ln_bias, eps, dropout_p, seed, both)
+
+
+@residual_layer_norm.register_fake
+def _(x, residual, ln_weight, ln_bias, seed, eps, dropout_p, both):
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    rounded = torch.empty_like(y, dtype=x.dtype) if both else x.new_empty(0)
+    return y, rounded, torch.empty_like(y), ops.rows_like(y), ops.rows_like(y)
+
+
+@torch.library.custom_op("mvbert::residual_layer_norm_backward", mutates_args=())
+def residual_layer_norm_backward(
+    dy: Tensor,  # [N, H]
+    drounded: Tensor | None,  # [N, H]
+    total: Tensor,  # [N, H]
+    ln_weight: Tensor,  # [H]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    seed: Tensor | None,  # [1]
+    dropout_p: float,
+    dtype: torch.dtype,  # of x
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(dy):
+        return residual_layer_norm_bwd(
+            dy, total, ln_weight, mean, rstd, dropout_p, seed, dtype, drounded
+        )
+
+
+@residual_layer_norm_backward.register_fake
+def _(dy, drounded, total, ln_weight, mean, rstd, seed, dropout_p, dtype):
+    vectors = torch.empty_like(ln_weight), torch.empty_like(ln_weight)
+    has_dx = dropout_p > 0 or dtype != total.dtype
+    dx = torch.empty_like(total, dtype=dtype) if has_dx else total.new_empty(0)
+    return dx, torch.empty_like(total), *vectors
+
+
+def _save(ctx, inputs, output):
+    x, _, ln_weight, _, seed, _, ctx.dropout_p, _ = inputs
+    ctx.dtype = x.dtype
+    _, _, total, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, ln_weight, mean, rstd, seed)
+
+
+def _backward(ctx, dy, drounded, *others):
+    if dy is None:
+        dy, drounded = drounded, None
+    if dy is None:
+        return (None,) * 8
+    dx, dresidual, *vectors = residual_layer_norm_backward(
+        dy, drounded, *ctx.saved_tensors, ctx.dropout_p, ctx.dtype
+    )
+    # Without dropout two inputs of one dtype have one gradient, which is made once.
+    made = ctx.dropout_p > 0 or ctx.dtype != dresidual.dtype
+    return dx if made else dresidual, dresidual, *vectors, None, None, None, None
+
+
+residual_layer_norm.register_autograd(_backward, setup_context=_save)

@@ -12,12 +12,10 @@ Letters in the products: M, N, K are rows, columns and depth of a tile's matrix 
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from mvbert.kernels import launch
-from mvbert.kernels.chunked import Need, accumulator_dtype
+from mvbert.kernels.common import Need, accumulator_dtype, gradients_like, pitch, tl, triton
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -397,19 +395,25 @@ class LinearRows:
     """One linear layer over the listed rows: buffers, and the three products chunk by chunk."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows, count, dense: bool = False
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        rows: Tensor,  # [N], int32
+        count: Tensor,  # [1], int32
+        over_all_rows: bool = False,
     ):
-        """`dense`: backward's products run over all N rows, through the vendor's library if that is
-        the faster one. dlogits must then be scaled, and zero in the rows beyond `count`."""
-        self.rows, self.count, self.dense = rows, count, dense
-        self.x = gather_rows(hidden, rows, count, fill=dense)
+        """`over_all_rows`: backward's products run over all N rows, through the vendor's library if
+        that is the faster one. dlogits must then be scaled, and zero in the rows beyond `count`."""
+        self.rows, self.count, self.over_all_rows = rows, count, over_all_rows
+        self.x = gather_rows(hidden, rows, count, fill=over_all_rows)
         weight = weight.to(hidden.dtype)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         self.N, self.H = hidden.shape
         self.V = weight.shape[0]
         self.chunk = min(launch.CHUNK_ROWS, self.N)
-        self.pitch = launch.pitch(self.V)
+        self.pitch = pitch(self.V)
         self.acc_dtype = accumulator_dtype(hidden.dtype)
         self.shape = (self.N, self.V, self.H)
         self.common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
@@ -441,10 +445,10 @@ class LinearRows:
         *,
         lse: Tensor,
         store: bool,
-        top=None,
-        labels=None,
-        target=None,
-        temperature=1.0,
+        top: Tensor | None = None,
+        labels: Tensor | None = None,
+        target: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """Fills the buffer with rows [start, start + chunk) and `lse`, `target` at those rows.
 
@@ -478,7 +482,7 @@ class LinearRows:
     def dx(self, start: int, dlogits: Tensor, scale: Tensor, out: Tensor) -> None:
         """out[rows] = scale * dlogits @ weight, for the rows of this chunk."""
         c = self.rows_from(start)
-        if self.dense and launch.library("dx", self.x, self.shape):
+        if self.over_all_rows and launch.library("dx", self.x, self.shape):
             # Whole 16-byte columns for the library; the last few are added while spreading rows.
             whole = self.V // 8 * 8
             dx = torch.mm(dlogits[:c, :whole], self.weight[:whole])
@@ -516,14 +520,14 @@ class LinearRows:
         """[V, H] to sum dweight in: accumulator dtype, or the final one for a single chunk."""
         if self.chunk < self.N:
             dtype = self.acc_dtype
-        if self.dense and launch.library("dweight", self.x, self.shape):
+        if self.over_all_rows and launch.library("dweight", self.x, self.shape):
             self.whole_dweight = self.x.new_empty(self.pitch, self.H, dtype=dtype)
             return self.whole_dweight[: self.V]
         return self.x.new_empty(self.V, self.H, dtype=dtype)
 
 
 class Gradients:
-    """What a loss adds up over the chunks of its rows, and what it then hands out."""
+    """The gradients of a loss, added up over the chunks of its rows."""
 
     def __init__(self, linear: LinearRows, hidden, weight, bias, need: Need, scale: Tensor | None):
         """`scale` [1] multiplies all of them."""
@@ -544,24 +548,29 @@ class Gradients:
             self.linear.dweight(start, dlogits, self.scale, self.dweight)
 
     def all(self) -> tuple[Tensor, Tensor, Tensor]:
-        return handed_out(*self.inputs, self.dhidden, self.dweight, self.dbias)
-
-
-def handed_out(hidden, weight, bias, dhidden, dweight, dbias) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in the dtypes of the inputs; empty where there is none."""
-    nothing = hidden.new_empty
-    return (
-        dhidden,
-        nothing(0) if dweight is None else dweight.to(weight.dtype),
-        nothing(0) if dbias is None else dbias.to(bias.dtype),
-    )
+        return gradients_like(*self.inputs, self.dhidden, self.dweight, self.dbias)
 
 
 def no_rows(hidden, weight, bias, need: Need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dhidden, dweight, dbias) for N = 0."""
-    return hidden.new_zeros(0, dtype=accumulator_dtype(hidden.dtype)), *handed_out(
+    return hidden.new_zeros(0, dtype=accumulator_dtype(hidden.dtype)), *gradients_like(
         hidden, weight, bias,
         hidden.new_zeros(hidden.shape if need.hidden else 0),
         torch.zeros_like(weight) if need.weight else None,
         torch.zeros_like(bias) if need.bias else None,
     )  # fmt: skip
+
+
+# ---- operator ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::scale", mutates_args=())
+def scale_exactly(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor, computed in float32, in the dtype of x, in one pass (CUDA)."""
+    with torch.cuda.device_of(x):
+        return scale(x, factor)
+
+
+@scale_exactly.register_fake
+def _(x, factor):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

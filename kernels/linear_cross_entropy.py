@@ -6,14 +6,14 @@
 
 with a = dloss and g = dlse of the row, s the label smoothing. Two strategies behind one function:
 
-    wide rows (H > launch.FLASH_WIDTH)   logits of up to launch.CHUNK_ROWS rows are written once, in
-        the input's dtype and with a pitch that keeps every row aligned; turned into dz in place;
+    materialised (H > launch.FLASH_WIDTH)   logits of up to launch.CHUNK_ROWS rows are written once,
+        in the input's dtype and with a pitch that keeps every row aligned; turned into dz in place;
         multiplied twice. 6 N V H FLOP.
-    narrow rows                          no logits at all. Per block of rows, flash-attention style:
-        the same tile of weight serves z and sum_v exp(z_v) weight[v], which is all that dx needs;
-        a second kernel makes z again for dweight. 8 N V H FLOP, no traffic of size N x V.
+    flash   no logits at all. Per block of rows, flash-attention style: the same tile of weight
+        serves z and sum_v exp(z_v) weight[v], which is all that dx needs; a second kernel makes z
+        again for dweight. 8 N V H FLOP, no traffic of size N x V.
 
-The label's own column is left out of the narrow form's running sum: dx = x's expected weight row
+The label's own column is left out of the flash form's running sum: dx = x's expected weight row
 minus the label's row is then a sum of small terms and never a difference of two nearly equal ones.
 
 Where the upstream gradient is one number for all rows (sum, mean), it scales the results rather
@@ -21,23 +21,74 @@ than dz: dz keeps its range in float16.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from mvbert.kernels import launch
-from mvbert.kernels.chunked import Need, accumulator_dtype
-from mvbert.kernels.linear import (
-    Gradients,
-    LinearRows,
-    exp,
-    gather_rows,
-    handed_out,
-    list_rows,
-    no_rows,
-)  # fmt: skip
+from mvbert.kernels import chunked, launch, ops
+from mvbert.kernels.common import (
+    IGNORE_INDEX,
+    Need,
+    accumulator_dtype,
+    gradients_like,
+    split_labels,
+    tl,
+    triton,
+    upcast,
+)
+from mvbert.kernels.common import linear as plain_linear
+from mvbert.kernels.linear import Gradients, LinearRows, exp, gather_rows, list_rows, no_rows
 
-# ---- kernels, wide rows ------------------------------------------------------------------------
+
+def linear_cross_entropy_reference(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [N]
+    bias: Tensor | None = None,  # [V]
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Per-row softmax cross-entropy of `hidden @ weight.T + bias` and its log-sum-exp.
+
+    loss = lse - (1 - s) z[label] - s mean(z); both are 0 on ignored rows. -> [N], [N]
+    """
+    ops.check_range("labels", labels, weight.shape[0], ignore_index)
+    logits = upcast(plain_linear(hidden, weight, bias))
+    kept = labels != ignore_index
+    target = logits.gather(1, labels.long().where(kept, 0)[:, None])[:, 0]
+    lse = torch.logsumexp(logits, 1)
+    loss = lse - (1 - label_smoothing) * target - label_smoothing * logits.mean(1)
+    zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
+    return torch.where(kept, loss, zero), torch.where(kept, lse, zero)
+
+
+def mixed_linear_cross_entropy_reference(
+    hidden: Tensor,  # [N, H]
+    teacher_weight: Tensor,  # [V_t, H]
+    student_weight: Tensor,  # [V_s, H]
+    labels: Tensor,  # [N], joint ids
+    teacher_bias: Tensor | None = None,  # [V_t]
+    student_bias: Tensor | None = None,  # [V_s]
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Each row against the vocabulary of its label: losses of the teacher's rows, of the student's.
+
+    Both are 0 on the rows of the other one. -> [N], [N]
+    """
+    of_teacher, of_student = split_labels(labels, teacher_weight.shape[0], ignore_index)
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    return (
+        linear_cross_entropy_reference(hidden, teacher_weight, of_teacher, teacher_bias, **options)[
+            0
+        ],
+        linear_cross_entropy_reference(hidden, student_weight, of_student, student_bias, **options)[
+            0
+        ],
+    )
+
+
+# ---- kernels, materialised ---------------------------------------------------------------------
 
 
 @triton.jit
@@ -47,14 +98,14 @@ def cross_entropy_dlogits_kernel(
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
     lse_ptr,  # [N]
-    dloss_ptr,  # [N] when ROWS, [1] when SCALED
+    dloss_ptr,  # [N] when GRAD_PER_ROW, [1] when SCALED
     dlse_ptr,  # [N] when HAS_DLSE
     dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
     start,
     c,
     V,
     stride_z,
-    ROWS: tl.constexpr,
+    GRAD_PER_ROW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SCALED: tl.constexpr,
@@ -91,7 +142,7 @@ def cross_entropy_dlogits_kernel(
         hard = tl.where(label[:, None] == v[None, :], top, 0.0)
         if SMOOTHING > 0:
             hard += tl.where(inside[:, None], even, 0.0)
-        if ROWS:
+        if GRAD_PER_ROW:
             a = tl.load(dloss_ptr + rows, mask=inside, other=0.0)
             dz = (p - hard) * a[:, None]
             if HAS_DLSE:
@@ -144,7 +195,7 @@ def cross_entropy_loss_kernel(
     tl.store(loss_ptr + row, tl.where(valid, loss, float("nan")))
 
 
-# ---- kernels, narrow rows ----------------------------------------------------------------------
+# ---- kernels, flash ----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -235,7 +286,7 @@ def flash_combine_kernel(
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
-    dloss_ptr,  # [1], or [N] when ROWS
+    dloss_ptr,  # [1], or [N] when GRAD_PER_ROW
     dlse_ptr,  # [N] when HAS_DLSE
     loss_ptr,  # [N], written at rows
     lse_ptr,  # [N], written at rows
@@ -249,7 +300,7 @@ def flash_combine_kernel(
     splits,
     HAS_BIAS: tl.constexpr,
     GRAD: tl.constexpr,
-    ROWS: tl.constexpr,
+    GRAD_PER_ROW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     ACC: tl.constexpr,
@@ -303,7 +354,7 @@ def flash_combine_kernel(
         dx = expect - rest * w
         if SMOOTHING > 0:
             dx += SMOOTHING * (w - mean_weight)
-        if ROWS:
+        if GRAD_PER_ROW:
             dx *= tl.load(dloss_ptr + row)
             if HAS_DLSE:
                 dx += (expect + (1.0 - rest) * w) * tl.load(dlse_ptr + row)
@@ -322,7 +373,7 @@ def flash_dweight_kernel(
     label_ptr,  # [N], int32, listed
     lse_ptr,  # [N], listed
     rest_ptr,  # [N], listed: 1 - p[label], of which p[label] - 1 keeps no digit where p is near 1
-    dloss_ptr,  # [1], or [N] when ROWS
+    dloss_ptr,  # [1], or [N] when GRAD_PER_ROW
     dlse_ptr,  # [N] when HAS_DLSE
     dweight_ptr,  # [splits, V, H], written
     dbias_ptr,  # [splits, V], written
@@ -330,7 +381,7 @@ def flash_dweight_kernel(
     H,
     ROWS_SPLIT,
     HAS_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
+    GRAD_PER_ROW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -376,14 +427,14 @@ def flash_dweight_kernel(
             )
         else:
             dz = tl.where(hit, -rest[None, :], p)
-        if ROWS:
+        if GRAD_PER_ROW:
             rows = tl.load(rows_ptr + m, mask=inside, other=0)
             dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[None, :]
             if HAS_DLSE:
                 dz += p * tl.load(dlse_ptr + rows, mask=inside, other=0.0)[None, :]
         dbias += tl.sum(dz, 1)
         dweight = tl.dot(dz.to(x.dtype), x, dweight, input_precision=PRECISION, out_dtype=ACC)
-    if not ROWS:
+    if not GRAD_PER_ROW:
         scale = tl.load(dloss_ptr).to(ACC)
         dweight *= scale
         dbias *= scale
@@ -410,11 +461,11 @@ def cross_entropy(
     dloss: Tensor | None,  # [] or [N]
     dlse: Tensor | None,  # [N]
     need: Need,
-    dense: bool = False,
+    mostly_labelled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed.
 
-    `dense` (wide rows): few rows are ignored, so products may run over all of them.
+    `mostly_labelled`: few rows are ignored, so materialised products may run over all of them.
     """
     if hidden.shape[0] == 0:
         loss, *gradients = no_rows(hidden, weight, bias, need)
@@ -426,16 +477,16 @@ def cross_entropy(
     dloss = dloss if dloss is None else dloss.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
     given = (hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need)
-    if launch.narrow(hidden):
+    if launch.flash(hidden):
         return loss, lse, *flash(*given, loss, lse)
-    return loss, lse, *materialised(*given, loss, lse, dense)
+    return loss, lse, *materialised(*given, loss, lse, mostly_labelled)
 
 
 def means(weight: Tensor, bias: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """(mean row of weight [H], mean bias [1]) for the smoothed loss; not computed without it."""
     if not label_smoothing:
         return weight, weight
-    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    acc = accumulator_dtype(weight.dtype)
     mean_bias = torch.zeros(1, dtype=acc, device=weight.device)
     if bias is not None:
         mean_bias += bias.mean(dtype=acc)
@@ -453,14 +504,15 @@ def losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean) 
 
 
 def materialised(
-    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse, dense
-):
+    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse,
+    mostly_labelled,
+):  # fmt: skip
     """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
-    dense = dense and hidden.dtype == launch.DENSE_DTYPE
-    linear = LinearRows(hidden, weight, bias, rows, count, dense)
+    over_all_rows = mostly_labelled and hidden.dtype == launch.LIBRARY_DTYPE
+    linear = LinearRows(hidden, weight, bias, rows, count, over_all_rows)
     target = torch.empty_like(loss)
     by_row = dloss is not None and dloss.ndim == 1
-    scale = torch.ones_like(lse[:1]) if by_row or (dense and dloss is not None) else dloss
+    scale = torch.ones_like(lse[:1]) if by_row or (over_all_rows and dloss is not None) else dloss
     gradients = Gradients(linear, hidden, weight, bias, need, scale)
     for start in linear.starts():
         z = linear.logits(start, lse=lse, store=bool(need), labels=labels, target=target)
@@ -483,8 +535,8 @@ def cross_entropy_dlogits(
     cross_entropy_dlogits_kernel[grid](
         z, labels, linear.rows, linear.count, lse,
         dloss, lse if dlse is None else dlse, partial, start, c, linear.V, linear.pitch,
-        SMOOTHING=label_smoothing, ROWS=by_row, HAS_DLSE=dlse is not None, HAS_BIAS=has_bias,
-        SCALED=linear.dense and not by_row, FILL=linear.dense,
+        SMOOTHING=label_smoothing, GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None,
+        HAS_BIAS=has_bias, SCALED=linear.over_all_rows and not by_row, FILL=linear.over_all_rows,
         ACC=linear.common["ACC"], **tile,
     )  # fmt: skip
     return partial
@@ -520,11 +572,11 @@ def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dls
         maxima, sums, expect, x, w, bias, *mean, labels, rows, count,
         lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, *listed,
         dhidden, N, V, H, splits, HAS_BIAS=has_bias,
-        GRAD=need.hidden, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
+        GRAD=need.hidden, GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
         ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
     )  # fmt: skip
     if not (need.weight or need.bias):
-        return handed_out(*inputs, dhidden, None, None)
+        return gradients_like(*inputs, dhidden, None, None)
 
     blocks, splits = launch.flash_dweight_blocks(N, V, x)
     dweight = lse.new_empty(splits, V, H)
@@ -533,10 +585,131 @@ def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dls
     flash_dweight_kernel[(triton.cdiv(V, blocks["BLOCK_V"]), splits)](
         x, w, bias, rows, count, *listed, dloss, lse if dlse is None else dlse,
         dweight, dbias, V, H, rows_split,
-        HAS_BIAS=has_bias, ROWS=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
-        EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
+        HAS_BIAS=has_bias, GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None,
+        SMOOTHING=label_smoothing, EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip
-    return handed_out(
+    return gradients_like(
         *inputs, dhidden, dweight.sum(0) if need.weight else None,
         dbias.sum(0) if need.bias else None,
     )  # fmt: skip
+
+
+# ---- operator ----------------------------------------------------------------------------------
+
+
+IMPLEMENTATIONS = {"triton": cross_entropy, "chunked": chunked.cross_entropy}
+
+
+@torch.library.custom_op("mvbert::linear_cross_entropy_sum", mutates_args=())
+def linear_cross_entropy_sum(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N]
+    scale: Tensor,  # [], float32: what the sum of the losses is multiplied by
+    ignore_index: int,
+    label_smoothing: float,
+    need: list[bool],
+    backend: str,
+    mostly_labelled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ops.check_range("labels", labels, weight.shape[0], ignore_index)
+    loss, _, *gradients = ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, ignore_index, label_smoothing,
+        scale if any(need) else None, None, Need(*need), mostly_labelled,
+    )  # fmt: skip
+    return ops.total(loss, scale), *gradients
+
+
+@linear_cross_entropy_sum.register_fake
+def _(hidden, weight, bias, labels, scale, ignore, smoothing, need, backend, mostly_labelled):
+    return ops.sum_like(hidden), *ops.empty_gradients(hidden, weight, bias, need)
+
+
+linear_cross_entropy_sum.register_autograd(ops.sum_backward, setup_context=ops.save_gradients)
+
+
+@torch.library.custom_op("mvbert::linear_cross_entropy_rows", mutates_args=())
+def linear_cross_entropy_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, and the gradients for an upstream gradient of 1, made on the way if needed)."""
+    ops.check_range("labels", labels, weight.shape[0], ignore_index)
+    one = torch.ones((), dtype=accumulator_dtype(hidden.dtype)) if any(need) else None
+    return ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, ignore_index, label_smoothing,
+        one, None, Need(*need),
+    )  # fmt: skip
+
+
+@linear_cross_entropy_rows.register_fake
+def _(hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend):
+    return (
+        ops.rows_like(hidden),
+        ops.rows_like(hidden),
+        *ops.empty_gradients(hidden, weight, bias, need),
+    )
+
+
+@torch.library.custom_op("mvbert::linear_cross_entropy_rows_backward", mutates_args=())
+def linear_cross_entropy_rows_backward(
+    dloss: Tensor,  # [N]
+    dlse: Tensor | None,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    unit: list[Tensor],  # the gradients for dloss = 1, empty where there are none
+    ignore_index: int,
+    label_smoothing: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if dlse is None and any(u.numel() for u in unit):
+        # Rows that are summed or averaged later all have one upstream gradient. On a CPU that can
+        # be looked at: the unit gradients then only need scaling.
+        upstream = dloss[labels != ignore_index]
+        if upstream.numel() == 0 or bool((upstream == upstream[0]).all()):
+            factor = upstream[0] if upstream.numel() else dloss.new_zeros(())
+            return tuple(u * factor.to(u.dtype) for u in unit)
+    _, _, *gradients = ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, ignore_index, label_smoothing,
+        dloss, dlse, Need(*need),
+    )  # fmt: skip
+    return tuple(gradients)
+
+
+@linear_cross_entropy_rows_backward.register_fake
+def _(dloss, dlse, hidden, weight, bias, labels, unit, ignore_index, smoothing, need, backend):
+    return ops.empty_gradients(hidden, weight, bias, need)
+
+
+def _save_rows(ctx, inputs, output):
+    hidden, weight, bias, labels, ctx.ignore_index, ctx.label_smoothing, _, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels, *output[2:])
+
+
+def _rows_backward(ctx, dloss, dlse, *dgradients):
+    ops.refuse_second_order(dgradients)
+    if dloss is None and dlse is None:
+        return (None,) * 8
+    hidden, weight, bias, labels, *unit = ctx.saved_tensors
+    if dloss is None:
+        dloss = torch.zeros_like(dlse)
+    need = [bool(n) for n in ctx.needs_input_grad[:3]]
+    gradients = linear_cross_entropy_rows_backward(
+        dloss, dlse, hidden, weight, bias, labels, unit, ctx.ignore_index, ctx.label_smoothing,
+        need, ctx.backend,
+    )  # fmt: skip
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 5
+
+
+linear_cross_entropy_rows.register_autograd(_rows_backward, setup_context=_save_rows)

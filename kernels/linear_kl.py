@@ -12,12 +12,34 @@ rounded at the size of the logits, which a loss that may be far smaller would in
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from mvbert.kernels.chunked import Need
+from mvbert.kernels import chunked, ops
+from mvbert.kernels.common import Need, tl, triton, upcast
+from mvbert.kernels.common import linear as plain_linear
 from mvbert.kernels.linear import Gradients, LinearRows, exp, list_rows, no_rows
+
+
+def linear_kl_reference(
+    student_hidden: Tensor,  # [N, H_s]
+    student_weight: Tensor,  # [V, H_s]
+    student_bias: Tensor | None,  # [V]
+    teacher_hidden: Tensor,  # [N, H_t]
+    teacher_weight: Tensor,  # [V, H_t]
+    teacher_bias: Tensor | None,  # [V]
+    mask: Tensor,  # [N], bool
+    temperature: float,
+) -> Tensor:
+    """tau^2 KL(softmax(teacher / tau) || softmax(student / tau)), 0 where masked out. -> [N]"""
+    with torch.no_grad():
+        teacher = upcast(plain_linear(teacher_hidden, teacher_weight, teacher_bias)) / temperature
+        log_q = F.log_softmax(teacher, 1)
+    student = upcast(plain_linear(student_hidden, student_weight, student_bias)) / temperature
+    log_p = F.log_softmax(student, 1)
+    loss = temperature**2 * (log_q.exp() * (log_q - log_p)).sum(1)
+    return loss * mask.to(loss.dtype)
+
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -32,7 +54,7 @@ def kl_dlogits_kernel(
     log_sum_ptr,  # [N]
     teacher_top_ptr,  # [N]
     teacher_log_sum_ptr,  # [N]
-    dloss_ptr,  # [N] when ROWS
+    dloss_ptr,  # [N] when GRAD_PER_ROW
     gap_ptr,  # [c, column blocks], written: sum of q (log q - log p)
     dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
     start,
@@ -40,7 +62,7 @@ def kl_dlogits_kernel(
     V,
     stride_z,
     GRAD: tl.constexpr,
-    ROWS: tl.constexpr,
+    GRAD_PER_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -74,7 +96,7 @@ def kl_dlogits_kernel(
         tl.store(gap_ptr + m.to(tl.int64) * tl.num_programs(1) + block_v, gap, mask=inside)
         if GRAD:
             dz = p - q
-            if ROWS:
+            if GRAD_PER_ROW:
                 dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[:, None]
             tl.store(logits_ptr + at, dz.to(logits_ptr.dtype.element_ty), mask=both)
             if HAS_BIAS:
@@ -152,7 +174,8 @@ def kl(
         kl_dlogits_kernel[grid](
             z, y, rows, count, top, log_sum, teacher_top, teacher_log_sum,
             dloss if by_row else loss, gap, partial, start, c, student.V, student.pitch,
-            GRAD=bool(need), ROWS=by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"], **tile,
+            GRAD=bool(need), GRAD_PER_ROW=by_row, HAS_BIAS=need.bias, ACC=student.common["ACC"],
+            **tile,
         )  # fmt: skip
         kl_loss_kernel[(c,)](
             gap, rows, count, loss, start, c, grid[1], temperature,
@@ -160,3 +183,108 @@ def kl(
         )  # fmt: skip
         gradients.add(start, z, partial)
     return loss, *gradients.all()
+
+
+# ---- operator ----------------------------------------------------------------------------------
+
+
+IMPLEMENTATIONS = {"triton": kl, "chunked": chunked.kl}
+
+
+@torch.library.custom_op("mvbert::linear_kl_sum", mutates_args=())
+def linear_kl_sum(
+    hidden: Tensor,  # [N, H_s]
+    weight: Tensor,  # [V, H_s]
+    bias: Tensor | None,  # [V]
+    teacher_hidden: Tensor,  # [N, H_t]
+    teacher_weight: Tensor,  # [V, H_t]
+    teacher_bias: Tensor | None,  # [V]
+    mask: Tensor,  # [N], bool
+    scale: Tensor,  # [], float32: what the sum of the losses is multiplied by
+    temperature: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    loss, *gradients = ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, *teacher, mask, temperature,
+        scale if any(need) else None, Need(*need),
+    )  # fmt: skip
+    return ops.total(loss, scale), *gradients
+
+
+@linear_kl_sum.register_fake
+def _(hidden, weight, bias, t_hidden, t_weight, t_bias, mask, scale, temperature, need, backend):
+    return ops.sum_like(hidden), *ops.empty_gradients(hidden, weight, bias, need)
+
+
+linear_kl_sum.register_autograd(ops.sum_backward, setup_context=ops.save_gradients)
+
+
+@torch.library.custom_op("mvbert::linear_kl_rows", mutates_args=())
+def linear_kl_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    mask: Tensor,
+    temperature: float,
+    backend: str,
+) -> Tensor:
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    return ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, *teacher, mask, temperature, None, Need()
+    )[0]
+
+
+@linear_kl_rows.register_fake
+def _(hidden, *others):
+    return ops.rows_like(hidden)
+
+
+@torch.library.custom_op("mvbert::linear_kl_rows_backward", mutates_args=())
+def linear_kl_rows_backward(
+    dloss: Tensor,  # [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    mask: Tensor,
+    temperature: float,
+    need: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    teacher = teacher_hidden, teacher_weight, teacher_bias
+    _, *gradients = ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, *teacher, mask, temperature, dloss,
+        Need(*need),
+    )  # fmt: skip
+    return tuple(gradients)
+
+
+@linear_kl_rows_backward.register_fake
+def _(dloss, hidden, weight, bias, t_hidden, t_weight, t_bias, mask, temperature, need, backend):
+    return ops.empty_gradients(hidden, weight, bias, need)
+
+
+def _save_rows(ctx, inputs, output):
+    *tensors, ctx.temperature, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _rows_backward(ctx, dloss):
+    if dloss is None:
+        return (None,) * 9
+    need = [bool(n) for n in ctx.needs_input_grad[:3]]
+    gradients = linear_kl_rows_backward(
+        dloss, *ctx.saved_tensors, ctx.temperature, need, ctx.backend
+    )
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 6
+
+
+linear_kl_rows.register_autograd(_rows_backward, setup_context=_save_rows)

@@ -13,35 +13,61 @@ Backward runs one program per position and share of the batch, so that the posit
 types' rows, weight and bias sum in registers; so do the rows of `frequent` ids ([MASK] is an eighth
 of all pieces: thousands of additions to one row). All other rows are added to the tables with
 float32 atomics, or, deterministic, written out as ds [N, H] and summed by sorted id.
-
-Philox with 7 rounds gives 4 words a call, each word two 16-bit draws: the chance of dropping is a
-multiple of 2^-16.
 """
 
+from typing import NamedTuple
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from mvbert.kernels import launch
+from mvbert.kernels.common import accumulator_dtype, tl, triton
+from mvbert.kernels.dropout import dropout_factor
+
+
+class EmbeddingInputs(NamedTuple):
+    """The tensors a mixed embedding reads, in the order of the operator's arguments."""
+
+    input_ids: Tensor  # [B, T], joint ids
+    teacher_table: Tensor | None  # [V_t, H]
+    student_rows: Tensor | None  # [V_s, H]
+    position_table: Tensor | None  # [P, H]
+    type_table: Tensor | None  # [S, H]
+    token_type_ids: Tensor | None  # [B, T]; None: type 0
+    position_ids: Tensor | None  # [B, T] or [1, T]; None: 0 .. T-1
+    ln_weight: Tensor  # [H]
+    ln_bias: Tensor  # [H]
+
+    @property
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """Teacher, student, position, type."""
+        return self[1:5]
+
+    @property
+    def words(self) -> list[Tensor]:
+        """The word tables there are, one or two."""
+        return [table for table in self.tables[:2] if table is not None]
+
+
+def mixed_embedding_reference(
+    inputs: EmbeddingInputs, eps: float, padding_id: int | None = None
+) -> Tensor:
+    """LayerNorm(table[id] + position[t] + type[s]) with table = [teacher; student]. -> [B, T, H]"""
+    ids, _, _, position_table, type_table, token_type_ids, position_ids, *norm = inputs
+    rows = F.embedding(ids.long(), torch.cat(inputs.words), padding_idx=padding_id)
+    if position_table is not None:
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[1], device=ids.device)[None]
+        rows = rows + position_table[position_ids.long()]
+    if type_table is not None:
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(ids)
+        rows = rows + type_table[token_type_ids.long()]
+    return F.layer_norm(rows, rows.shape[-1:], *norm, eps)
+
 
 # ---- kernels -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def dropout_factor(seed, n, P: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[ROWS, BLOCK_H]: 0 where dropped, 1 / (1 - p) where kept, of rows n."""
-    group = tl.arange(0, BLOCK_H // 8)
-    offset = n[:, None] * (BLOCK_H // 8) + group[None, :]
-    a, b, c, d = tl.randint4x(seed, offset, n_rounds=7)
-    lane = tl.arange(0, 8)[None, None, :]
-    low = tl.where(lane < 2, a[:, :, None], b[:, :, None])
-    high = tl.where(lane < 6, c[:, :, None], d[:, :, None])
-    word = tl.where(lane < 4, low, high)
-    draw = tl.where(lane % 2 == 0, word, word >> 16) & 0xFFFF
-    THRESHOLD: tl.constexpr = int(P * 65536 + 0.5)
-    KEEP: tl.constexpr = 65536 / (65536 - int(P * 65536 + 0.5))
-    return tl.where(draw.reshape(ROWS, BLOCK_H) >= THRESHOLD, KEEP, 0.0)
 
 
 @triton.jit
@@ -281,99 +307,66 @@ def mixed_embedding_bwd_kernel(
 # ---- launchers ---------------------------------------------------------------------------------
 
 
-def _common(ids, teacher_table, student_rows, position_table, type_table, types, position_ids):
-    """(pointers, sizes, flags) shared by both kernels."""
-    dummy = teacher_table if teacher_table is not None else student_rows
-    tables = [
-        dummy if table is None else table
-        for table in (teacher_table, student_rows, position_table, type_table)
-    ]
-    size = [
-        0 if table is None else table.shape[0]
-        for table in (teacher_table, student_rows, position_table, type_table)
-    ]
+def _common(inputs: EmbeddingInputs):
+    """(pointers to ids, to tables, sizes, flags) shared by both kernels."""
+    ids = inputs.input_ids.contiguous()
+    types, positions = inputs.token_type_ids, inputs.position_ids
+    dummy = inputs.words[0]
+    sizes = [0 if table is None else table.shape[0] for table in inputs.tables]
     flags = {
-        "HAS_POSITION": position_table is not None,
-        "HAS_POSITION_IDS": position_table is not None and position_ids is not None,
-        "TYPES": min(size[3], 3),
+        "HAS_POSITION": inputs.position_table is not None,
+        "HAS_POSITION_IDS": inputs.position_table is not None and positions is not None,
+        "TYPES": min(sizes[3], 3),
         "HAS_TYPE_IDS": types is not None,
         "ACC": launch.accumulator(dummy),
     }
-    index = (
-        ids,
-        ids if types is None else types.contiguous(),
-        ids if position_ids is None else position_ids.contiguous(),
-    )
-    position_rows = ids.numel() if position_ids is None else position_ids.numel()
-    return index, tables, (*size, position_rows), flags
+    index = [(ids if i is None else i).contiguous() for i in (ids, types, positions)]
+    tables = [(dummy if table is None else table).contiguous() for table in inputs.tables]
+    position_rows = ids.numel() if positions is None else positions.numel()
+    return index, tables, (*sizes, position_rows), flags
 
 
 def mixed_embedding_fwd(
-    input_ids: Tensor,  # [B, T]
-    teacher_table: Tensor | None,  # [V_t, H]
-    student_rows: Tensor | None,  # [V_s, H]
-    position_table: Tensor | None,  # [P, H]
-    type_table: Tensor | None,  # [S, H]
-    token_type_ids: Tensor | None,  # [B, T]
-    position_ids: Tensor | None,  # [B, T] or [1, T]
-    ln_weight: Tensor,  # [H]
-    ln_bias: Tensor,  # [H]
+    inputs: EmbeddingInputs,
     eps: float,
     dropout_p: float,
     seed: Tensor | None,  # [1], int64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(hidden [B, T, H], mean [B * T], rstd [B * T])."""
-    (B, T), H = input_ids.shape, ln_weight.shape[0]
+    (B, T), H = inputs.input_ids.shape, inputs.ln_weight.shape[0]
     N = B * T
-    index, tables, size, flags = _common(
-        input_ids.contiguous(), teacher_table, student_rows, position_table, type_table,
-        token_type_ids, position_ids,
-    )  # fmt: skip
-    tables = [table.contiguous() for table in tables]
+    index, tables, sizes, flags = _common(inputs)
     out = tables[0].new_empty(B, T, H)
-    acc = torch.float64 if out.dtype == torch.float64 else torch.float32
-    mean = out.new_empty(N, dtype=acc)
+    mean = out.new_empty(N, dtype=accumulator_dtype(out.dtype))
     rstd = torch.empty_like(mean)
     if N:
         tile = launch.row_blocks("embedding_fwd", out, N, H)
         mixed_embedding_fwd_kernel[(triton.cdiv(N, tile["ROWS"]),)](
-            *index, *tables, ln_weight.contiguous(), ln_bias.contiguous(),
-            input_ids if seed is None else seed,
-            out, mean, rstd, N, T, H, *size, eps, P_DROP=dropout_p, **flags, **tile,
+            *index, *tables, inputs.ln_weight.contiguous(), inputs.ln_bias.contiguous(),
+            index[0] if seed is None else seed,
+            out, mean, rstd, N, T, H, *sizes, eps, P_DROP=dropout_p, **flags, **tile,
         )  # fmt: skip
     return out, mean, rstd
 
 
 def mixed_embedding_bwd(
     dhidden: Tensor,  # [B, T, H]
-    input_ids: Tensor,
-    teacher_table: Tensor | None,
-    student_rows: Tensor | None,
-    position_table: Tensor | None,
-    type_table: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor | None,
-    ln_weight: Tensor,
+    inputs: EmbeddingInputs,
     mean: Tensor,  # [B * T]
     rstd: Tensor,  # [B * T]
     dropout_p: float,
-    seed: Tensor | None,
+    seed: Tensor | None,  # [1], int64
     padding_id: int,  # -1: none
     frequent_ids: list[int],
     deterministic: bool,
     need: list[bool],  # teacher_table, student_rows, position_table, type_table
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the four tables, in the order of the arguments, of ln_weight and of ln_bias."""
-    (B, T), H = input_ids.shape, ln_weight.shape[0]
-    input_ids = input_ids.contiguous()
-    index, tables, size, flags = _common(
-        input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
-        position_ids,
-    )  # fmt: skip
-    tables = [table.contiguous() for table in tables]
+    (B, T), H = inputs.input_ids.shape, inputs.ln_weight.shape[0]
+    index, tables, sizes, flags = _common(inputs)
     grads = [
         mean.new_zeros(rows, H) if wanted else None
-        for rows, wanted in zip(size[:4], need, strict=True)
+        for rows, wanted in zip(sizes[:4], need, strict=True)
     ]
     dteacher, dstudent, dposition, dtype = grads
     # Sums whose place depends on data need atomics; a fixed order needs them written out instead.
@@ -388,13 +381,12 @@ def mixed_embedding_bwd(
     programs = tile.pop("programs", launch.bwd_programs(mean.device))
     shares = max(1, min(triton.cdiv(B, tile["ROWS"]), programs // max(T, 1)))
     sums = mean.new_zeros(shares, T, 6, H)
-    dummy = sums
     if B * T:
         mixed_embedding_bwd_kernel[(T, shares)](
-            dhidden.contiguous(), *index, *tables, ln_weight.contiguous(),
-            input_ids if seed is None else seed, mean, rstd,
-            *(dummy if grad is None else grad for grad in grads), ds, sums,
-            B, T, H, *size, padding_id, *frequent,
+            dhidden.contiguous(), *index, *tables, inputs.ln_weight.contiguous(),
+            index[0] if seed is None else seed, mean, rstd,
+            *(sums if grad is None else grad for grad in grads), ds, sums,
+            B, T, H, *sizes, padding_id, *frequent,
             P_DROP=dropout_p, ADD_TEACHER=need[0] and not store, ADD_STUDENT=need[1] and not store,
             ADD_POSITION=by_position and not store, ADD_TYPE=by_type and not store,
             STORE=store, FREQUENT=frequent != [-1, -1], **flags, **tile,
@@ -405,21 +397,21 @@ def mixed_embedding_bwd(
     if dtype is not None and flags["TYPES"] < 3:
         dtype.copy_(total[2 : 2 + flags["TYPES"]])
     if store:
-        _sum_sorted(ds, index, size, by_position, by_type, grads, padding_id)
+        _sum_sorted(ds, index, sizes, by_position, by_type, grads, padding_id)
     else:
         for which, v in enumerate(frequent):
-            for grad, base, rows in ((dteacher, 0, size[0]), (dstudent, size[0], size[1])):
+            for grad, base, rows in ((dteacher, 0, sizes[0]), (dstudent, sizes[0], sizes[1])):
                 if grad is not None and base <= v < base + rows:
                     grad[v - base] += total[4 + which]
-    tables = (teacher_table, student_rows, position_table, type_table)
+    vector = inputs.ln_weight.dtype
     return (
-        *(None if g is None else g.to(t.dtype) for g, t in zip(grads, tables, strict=True)),
-        total[0].to(ln_weight.dtype, copy=True),
-        total[1].to(ln_weight.dtype, copy=True),
+        *(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs.tables, strict=True)),
+        total[0].to(vector, copy=True),
+        total[1].to(vector, copy=True),
     )
 
 
-def _sum_sorted(ds, index, size, by_position, by_type, grads, padding_id) -> None:
+def _sum_sorted(ds, index, sizes, by_position, by_type, grads, padding_id) -> None:
     """Adds rows of ds to the tables in a fixed order: torch sorts the ids."""
     dteacher, dstudent, dposition, dtype = grads
     ids, types, positions = (i.reshape(-1).long() for i in index)
@@ -433,11 +425,103 @@ def _sum_sorted(ds, index, size, by_position, by_type, grads, padding_id) -> Non
 
     wanted = ids != padding_id
     if dteacher is not None:
-        add(dteacher, ids, wanted & (ids < size[0]))
+        add(dteacher, ids, wanted & (ids < sizes[0]))
     if dstudent is not None:
-        add(dstudent, ids - size[0], wanted & (ids >= size[0]))
+        add(dstudent, ids - sizes[0], wanted & (ids >= sizes[0]))
     if by_position:
         positions = positions.repeat(ds.shape[0] // positions.numel())
         add(dposition, positions, positions >= 0)
     if by_type:
         add(dtype, types, types >= 0)
+
+
+# ---- operator ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("mvbert::mixed_embedding", mutates_args=())
+def mixed_embedding(
+    input_ids: Tensor,
+    teacher_table: Tensor | None,
+    student_rows: Tensor | None,
+    position_table: Tensor | None,
+    type_table: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    seed: Tensor | None,  # [1]
+    eps: float,
+    dropout_p: float,
+    padding_id: int,  # -1: none
+    frequent_ids: list[int],
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = EmbeddingInputs(
+        input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+        position_ids, ln_weight, ln_bias,
+    )  # fmt: skip
+    with torch.cuda.device_of(input_ids):
+        return mixed_embedding_fwd(inputs, eps, dropout_p, seed)
+
+
+@mixed_embedding.register_fake
+def _(*arguments):
+    inputs = EmbeddingInputs(*arguments[:9])
+    table = inputs.words[0]
+    rows = table.new_empty(inputs.input_ids.numel(), dtype=accumulator_dtype(table.dtype))
+    hidden = table.new_empty(*inputs.input_ids.shape, table.shape[1])
+    return hidden, rows, torch.empty_like(rows)
+
+
+@torch.library.custom_op("mvbert::mixed_embedding_backward", mutates_args=())
+def mixed_embedding_backward(
+    dhidden: Tensor,  # [B, T, H]
+    inputs: list[Tensor | None],  # EmbeddingInputs
+    seed: Tensor | None,  # [1]
+    mean: Tensor,  # [B * T]
+    rstd: Tensor,  # [B * T]
+    dropout_p: float,
+    padding_id: int,  # -1: none
+    frequent_ids: list[int],
+    deterministic: bool,
+    need: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(dhidden):
+        gradients = mixed_embedding_bwd(
+            dhidden, EmbeddingInputs(*inputs), mean, rstd, dropout_p, seed, padding_id,
+            frequent_ids, deterministic, need,
+        )  # fmt: skip
+    return tuple(dhidden.new_empty(0) if g is None else g for g in gradients)
+
+
+@mixed_embedding_backward.register_fake
+def _(dhidden, inputs, seed, mean, rstd, dropout_p, padding_id, frequent_ids, deterministic, need):
+    inputs = EmbeddingInputs(*inputs)
+    dtables = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n else dhidden.new_empty(0)
+        for t, n in zip(inputs.tables, need, strict=True)
+    ]
+    return *dtables, torch.empty_like(inputs.ln_weight), torch.empty_like(inputs.ln_weight)
+
+
+def _save(ctx, inputs, output):
+    *tensors, _, ctx.dropout_p, ctx.padding_id, ctx.frequent_ids, ctx.deterministic = inputs
+    _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, mean, rstd)
+
+
+def _backward(ctx, dhidden, dmean, drstd):
+    if dhidden is None:
+        return (None,) * 15
+    *inputs, seed, mean, rstd = ctx.saved_tensors
+    need = [bool(n) for n in ctx.needs_input_grad[1:5]]
+    gradients = mixed_embedding_backward(
+        dhidden, inputs, seed, mean, rstd, ctx.dropout_p, ctx.padding_id, ctx.frequent_ids,
+        ctx.deterministic, need,
+    )  # fmt: skip
+    dtables = (g if n else None for g, n in zip(gradients[:4], need, strict=True))
+    return None, *dtables, None, None, *gradients[4:], *(None,) * 6
+
+
+mixed_embedding.register_autograd(_backward, setup_context=_save)

@@ -12,12 +12,25 @@ be rounded at the size of the scores, which a loss that may be far smaller would
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from mvbert.kernels import launch
-from mvbert.kernels.chunked import accumulator_dtype
+from mvbert.kernels import chunked, launch, ops
+from mvbert.kernels.common import accumulator_dtype, split_heads, tl, triton, upcast
+
+
+def relation_kl_reference(
+    student: Tensor,  # [B, T, 3 H_s]
+    teacher: Tensor,  # [B, T, 3 H_t]
+    heads: int,
+) -> Tensor:
+    """KL between softmax(x x^T / sqrt(d)) of `heads` parts of queries, of keys, of values. -> []"""
+    log_p, log_q = (
+        F.log_softmax(upcast(x @ x.transpose(-1, -2)) * x.shape[-1] ** -0.5, -1)
+        for x in (split_heads(student, heads), split_heads(teacher.detach(), heads))
+    )
+    return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+
 
 # ---- kernels -----------------------------------------------------------------------------------
 
@@ -165,3 +178,40 @@ def relation_kl(
         GRAD=need, D_S=widths[0], D_T=widths[1], BLOCK_S=padded[0], BLOCK_T=padded[1], **shared,
     )  # fmt: skip
     return loss.sum(), gradient
+
+
+# ---- operator ----------------------------------------------------------------------------------
+
+
+IMPLEMENTATIONS = {"triton": relation_kl, "chunked": chunked.relation_kl}
+
+
+@torch.library.custom_op("mvbert::relation_kl_sum", mutates_args=())
+def relation_kl_sum(
+    student: Tensor,  # [B, T, 3 H_s]
+    teacher: Tensor,  # [B, T, 3 H_t]
+    heads: int,
+    need: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return ops.run(IMPLEMENTATIONS[backend], student, teacher, heads, need)
+
+
+@relation_kl_sum.register_fake
+def _(student, teacher, heads, need, backend):
+    gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    return ops.sum_like(student), gradient if need else student.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, dtotal, *dgradients):
+    ops.refuse_second_order(dgradients)
+    gradient = None if dtotal is None else ops.scaled(*ctx.saved_tensors, dtotal)
+    return gradient, None, None, None, None
+
+
+relation_kl_sum.register_autograd(_backward, setup_context=_save)

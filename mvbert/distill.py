@@ -2,12 +2,14 @@
 
     corpus -> vocabulary -> Stage I -> Stage II, once per arm
 
+With a time budget (`minutes`), all runs get fewer steps on a machine that is too slow for them.
 Every step is a folder of the run; one that is whole and was made from the same inputs is not made
 again, so the same command resumes where the last one stopped.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,22 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mvbert.config import DistillConfig, to_dict
+from mvbert.config import DistillConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
 from mvbert.files import Json, write_json
 from mvbert.model import huggingface
 from mvbert.model.fill import fill_masks
 from mvbert.progress import Progress
+from mvbert.text.corpus import Corpus
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.vocab import Vocab
+from mvbert.training.budget import Cost, measure_cost, share_of_steps
+from mvbert.training.device import Choice
 from mvbert.training.distillation import reader
+from mvbert.training.machine import decide_for_job, pass_products, set_up
 from mvbert.training.ranks import join_ranks
 from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
 from mvbert.training.runs import describe_run, make_folder
-from mvbert.training.stages import load_stage1
+from mvbert.training.stages import Stage1, Stage2, load_stage1
 
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
@@ -41,11 +47,11 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         InputError: wrong input, or `config.out` holds a run with other settings.
         Interrupted: asked to stop; a checkpoint was saved first.
     """
-    started = time.perf_counter()
+    started = time.monotonic()
     progress = Progress("distill")
     out = Path(config.out)
     arms = config.arms or ("student",)  # without arms: stage2 as it stands
-    teacher = huggingface.find_teacher(config.teacher)
+    teacher = huggingface.find_model(config.teacher, "teacher")
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
     ranks = join_ranks()
 
@@ -55,35 +61,71 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
         described["stage1"] = config.stage1.described()
         describe_run(out / "distill.json", described)
-        lowercase = Vocab.load(teacher).lowercase
-        corpus_dir = make_corpus(config.corpus, out, lowercase, progress)
-        return make_vocab(config.vocab, out, corpus_dir, teacher, progress)
+        cased = config.stage1.cased
+        vocab = Vocab.load(teacher, lowercase=False if cased else None)
+        corpus_dir = make_corpus(config.corpus, out, vocab, progress)
+        return make_vocab(config.vocab, out, corpus_dir, teacher, progress, cased)
 
     vocab_report = ranks.first(prepare)
     corpus = checked_corpus(out / "corpus")
+    length, shape = config.row.length, huggingface.read_model_config(teacher)
+    first = config.stage1.counted(length)
+    second = {name: config.arm(name).counted(length) for name in arms}
+    runs = [first, *second.values()]
+    products = [product for run in runs for product in pass_products(run, config.row, shape)]
+    dtype = decide_for_job(out, runs, products)
+
+    def measure() -> dict[str, tuple[TrainConfig, Cost]]:
+        return _measure(config, first, second, corpus, teacher, dtype)
+
+    def left() -> float:
+        return 60 * config.minutes - (time.monotonic() - started)
+
+    share = share_of_steps(out, config.minutes, left, length, measure, progress.note)
     stage1 = run_stage1(
-        config.stage1, config.row, corpus, teacher, out / VOCAB_FILE, out / "stage1"
-    )
+        first.shortened(share), config.row, corpus, teacher, out / VOCAB_FILE, out / "stage1",
+        deadline=first.deadline(started), dtype=dtype,
+    )  # fmt: skip
     stage1_model = out / "stage1" / "model"
     students = {
         name: run_stage2(
-            config.arm(name),
-            config.row,
-            corpus,
-            stage1_model,
-            out / "arms" / name,
-            title=f"stage 2 {name}",
+            arm.shortened(share), config.row, corpus, stage1_model, out / "arms" / name,
+            f"stage 2 {name}", deadline=arm.deadline(started), dtype=dtype,
         )
-        for name in arms
-    }
+        for name, arm in second.items()
+    }  # fmt: skip
 
     def conclude() -> dict[str, Json]:
         report = _report(config, teacher, vocab_report, stage1, students)
-        report["seconds"] = round(time.perf_counter() - started, 1)
+        report["seconds"] = round(time.monotonic() - started, 1)
         write_json(out / "report.json", report)
         return report
 
     return ranks.first(conclude)
+
+
+def _measure(
+    config: DistillConfig,
+    first: Stage1Config,
+    second: dict[str, Stage2Config],
+    corpus: Corpus,
+    teacher: Path,
+    dtype: Choice | None,
+) -> dict[str, tuple[TrainConfig, Cost]]:
+    """What Stage I and each student cost here; students are timed beside an untrained Stage I."""
+    out, row, quiet = Path(config.out), config.row, Progress("", quiet=True)
+    shape = huggingface.read_model_config(teacher)
+    vocab = Vocab.load(out / VOCAB_FILE, lowercase=corpus.lowercase)
+    stage1 = functools.cache(lambda: Stage1(first, row, corpus, teacher, vocab, quiet))
+    device = set_up(first, out / "stage1", pass_products(first, row, shape), dtype)
+    costs: dict[str, tuple[TrainConfig, Cost]] = {
+        "stage1": (first, measure_cost(stage1, first, device))
+    }
+    for name, arm in second.items():
+        device = set_up(arm, out / "arms" / name, pass_products(arm, row, shape), dtype)
+        make = functools.partial(Stage2, arm, row, corpus, (stage1().model, vocab), device, quiet)
+        costs[name] = (arm, measure_cost(make, arm, device))
+    return costs
 
 
 def _report(

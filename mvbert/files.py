@@ -21,7 +21,57 @@ from mvbert.errors import InputError
 # A JSON value as json.loads gives it; spelled out because recursive aliases need Python 3.12.
 Json = dict | list | str | int | float | bool | None
 
+_LFS_POINTER = b"version https://git-lfs"
+
 PARTIAL = ".partial-"  # in the name of everything that is not finished
+NAME_BYTES = 255  # that a file system takes for one name
+
+
+def partial_prefix(path: Path, ending: str = "") -> str:
+    """The hidden name of what becomes `path`, with room for `ending` and a random suffix.
+
+    A name near the limit of the file system is cut, and a checksum keeps it apart from others.
+    """
+    name = os.fsencode(path.name)
+    room = NAME_BYTES - len(f".{PARTIAL}{ending}") - 8
+    if len(name) > room:
+        name = name[: room - 9] + b"~" + hashlib.sha256(name).hexdigest()[:8].encode()
+    return f".{os.fsdecode(name)}{PARTIAL}{ending}"
+
+
+DATA = "data:"  # a path that starts so is in the data folder
+
+
+def data_folder() -> Path:
+    """Where docs/experiments/get_data.py puts public data: MVBERT_DATA, or a folder of the clone.
+
+    Without MVBERT_DATA: shared/data beside the clone where that exists, else data in the clone
+    (in the current folder, if mvbert does not run from a clone).
+    """
+    if folder := os.environ.get("MVBERT_DATA"):
+        return Path(folder)
+    clone = Path(__file__).resolve().parents[1]
+    if not (clone / "pyproject.toml").is_file():
+        return Path("data")
+    beside = clone.parent / "shared" / "data"
+    return beside if beside.is_dir() else clone / "data"
+
+
+def data_path(path: str | Path) -> Path:
+    """The file that a path means: `data:NAME` is NAME in `data_folder()`.
+
+    Raises:
+        InputError: that folder has no such file.
+    """
+    if not str(path).startswith(DATA):
+        return Path(path)
+    file = data_folder() / str(path).removeprefix(DATA)
+    if not file.exists():
+        raise InputError(
+            f"{path}: {file} does not exist; download it with docs/experiments/get_data.py, or set "
+            "MVBERT_DATA to the folder that holds it"
+        )
+    return file
 
 
 def write_error(path: Path, error: OSError) -> InputError:
@@ -31,6 +81,26 @@ def write_error(path: Path, error: OSError) -> InputError:
         f"cannot write {path}: {reason}; what was there before is unchanged"
         + ("; free some space and run the command again" if error.errno == errno.ENOSPC else "")
     )
+
+
+def check_readable(path: str | Path) -> None:
+    """Raises InputError unless a file can be opened and is no Git LFS pointer."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    refuse_pointer(path, start)
+
+
+def refuse_pointer(path: str | Path, start: bytes) -> None:
+    """Raises InputError if a file that begins with `start` is a Git LFS pointer."""
+    if start.startswith(_LFS_POINTER):
+        raise InputError(
+            f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
+        )
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -52,7 +122,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     partial = None
     try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent)
+        handle, partial = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             # mkstemp makes private files; a finished file has the mode that open() would give.
             os.fchmod(file.fileno(), 0o666 & ~_umask())
@@ -87,24 +157,42 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         InputError: `path` exists and `overwrite` is off, or the folder cannot be written.
     """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise InputError(f"{path} is not a folder; give another path")
-    if path.exists() and not overwrite and any(path.iterdir()):
-        raise InputError(f"{path} exists and is not empty; give another path or allow overwriting")
+    check_new_folder(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}{PARTIAL}", dir=path.parent))
+        partial = Path(tempfile.mkdtemp(prefix=partial_prefix(path), dir=path.parent))
         partial.chmod(0o777 & ~_umask())
     except OSError as error:
         raise write_error(path, error) from error
     try:
         yield partial
         sync_folder(partial)
-        move_folder(partial, path)
+        if overwrite:
+            move_folder(partial, path)
+        else:
+            os.rename(partial, path)  # fails if another process has filled it meanwhile
+            sync_folder(path.parent)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(
+                f"{path} was written by another command meanwhile; give another path"
+            ) from None
         raise write_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new_folder(path: Path, overwrite: bool) -> None:
+    """Refuses a path where no folder can be made: a file, a link, a full folder, a long name."""
+    try:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise InputError(f"{path} is not a folder; give another path")
+        if path.exists() and not overwrite and any(path.iterdir()):
+            raise InputError(
+                f"{path} exists and is not empty; give another path or allow overwriting"
+            )
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def move_folder(source: Path, target: Path) -> None:
@@ -112,7 +200,7 @@ def move_folder(source: Path, target: Path) -> None:
     if target.exists():
         if not _exchange(source, target):
             # No exchange on this system: for an instant the old folder is only to be found aside.
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent))
+            aside = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
             os.rename(target, aside / target.name)
             try:
                 os.rename(source, target)
@@ -140,9 +228,18 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def json_text(value: Json, *, indent: int | None = None, allow_nan: bool = True) -> str:
+    """A value as JSON that can be written as UTF-8.
+
+    File names that are not UTF-8 reach Python as lone surrogates; JSON spells those as escapes.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def write_json(path: str | Path, value: Json) -> None:
     """Writes a value as indented JSON, atomically; NaN and infinity are refused."""
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(path, json_text(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Json:
@@ -153,7 +250,9 @@ def read_json(path: str | Path) -> Json:
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
+        refuse_pointer(path, data)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

@@ -24,9 +24,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvbert.kernels import definitions as plain
-from mvbert.kernels import ops
-from mvbert.kernels.definitions import IGNORE_INDEX, reduce_rows, split_labels
+from mvbert.kernels import chunked, layer_norm, ops
+from mvbert.kernels import mixed_embedding as embedding
+from mvbert.kernels.common import IGNORE_INDEX, accumulator_dtype, reduce_rows, split_labels
+from mvbert.kernels.dropout import dropout_factors
+from mvbert.kernels.linear_cross_entropy import (
+    linear_cross_entropy_reference,
+    linear_cross_entropy_rows,
+    linear_cross_entropy_sum,
+    mixed_linear_cross_entropy_reference,
+)
+from mvbert.kernels.linear_kl import linear_kl_reference, linear_kl_rows, linear_kl_sum
+from mvbert.kernels.mixed_embedding import EmbeddingInputs
+from mvbert.kernels.relation_kl import relation_kl_reference, relation_kl_sum
 
 __all__ = [
     "IGNORE_INDEX",
@@ -40,7 +50,6 @@ __all__ = [
     "project_table",
     "relation_kl",
     "residual_layer_norm",
-    "residual_layer_norm_twice",
 ]
 
 # Asked once: torch.compile of torch 2.11 cannot trace the question.
@@ -150,97 +159,27 @@ def mixed_embedding(
     Returns:
         [B, T, H].
     """
-    if input_ids.ndim != 2:
-        raise ValueError(f"mixed_embedding needs input_ids [B, T], got {_shape(input_ids)}")
-    _check_integers("mixed_embedding", "input_ids", input_ids)
-    tables = [table for table in (teacher_table, student_rows) if table is not None]
-    if not tables:
-        raise ValueError(
-            "mixed_embedding needs a teacher_table [V_t, H], student_rows [V_s, H] or both"
-        )
-    H = tables[0].shape[-1]
-    for name, table, rows in (
-        ("teacher_table", teacher_table, "V_t"),
-        ("student_rows", student_rows, "V_s"),
-        ("position_table", position_table, "P"),
-        ("type_table", type_table, "S"),
-    ):
-        if table is None:
-            continue
-        if table.ndim != 2 or table.shape[1] != H:
-            raise ValueError(
-                f"mixed_embedding needs {name} [{rows}, H] with H = {H}, got {_shape(table)}"
-            )
-        _check_device("mixed_embedding", name, table, input_ids)
-    for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
-        if vector.shape != (H,):
-            raise ValueError(f"mixed_embedding needs {name} [H] with H = {H}, got {_shape(vector)}")
-    if token_type_ids is not None and token_type_ids.shape != input_ids.shape:
-        raise ValueError(
-            f"mixed_embedding needs token_type_ids [B, T] like input_ids {_shape(input_ids)}, "
-            f"got {_shape(token_type_ids)}"
-        )
-    B, T = input_ids.shape
-    if position_ids is not None and tuple(position_ids.shape) not in ((B, T), (1, T)):
-        raise ValueError(
-            f"mixed_embedding needs position_ids [B, T] or [1, T] with T = {T}, "
-            f"got {_shape(position_ids)}"
-        )
-    if position_table is not None and position_ids is None and position_table.shape[0] < T:
-        raise ValueError(
-            f"mixed_embedding has {position_table.shape[0]} positions, too few for rows of T = {T}"
-        )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
-    V = sum(table.shape[0] for table in tables)
-    if padding_id is not None and not 0 <= padding_id < V:
-        raise ValueError(f"padding_id must lie in [0, {V}), got {padding_id}")
-    if len(frequent_ids) > 2:
-        raise ValueError(f"frequent_ids holds at most two ids, got {len(frequent_ids)}")
+    inputs = EmbeddingInputs(
+        input_ids, teacher_table, student_rows, position_table, type_table, token_type_ids,
+        position_ids, ln_weight, ln_bias,
+    )  # fmt: skip
+    _check_embedding(inputs, padding_id, frequent_ids)
+    _check_dropout("dropout_p", dropout_p)
     backend = _backend(backend, input_ids)
-    if not torch.compiler.is_compiling():
-        ops.check_range("input_ids", input_ids, V)
-        if position_table is not None and position_ids is not None:
-            ops.check_range("position_ids", position_ids, position_table.shape[0])
-        if type_table is not None and token_type_ids is not None:
-            ops.check_range("token_type_ids", token_type_ids, type_table.shape[0])
     if backend == "reference":
-        hidden = plain.mixed_embedding_reference(
-            input_ids, teacher_table, student_rows, position_table, type_table,
-            token_type_ids, position_ids, ln_weight, ln_bias, eps, padding_id,
-        )  # fmt: skip
+        hidden = embedding.mixed_embedding_reference(inputs, eps, padding_id)
         return dropout(hidden, dropout_p, training)
-    if backend == "triton":
-        dropout_p = dropout_p if training else 0.0
-        seed = None
-        if dropout_p > 0:
-            seed = torch.randint(0, 2**31 - 1, (1,), device=input_ids.device)
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        return ops.mixed_embedding(
-            input_ids, teacher_table, student_rows, position_table, type_table,
-            token_type_ids, position_ids, ln_weight, ln_bias, seed, float(eps), float(dropout_p),
-            -1 if padding_id is None else padding_id, list(frequent_ids), deterministic,
-        )[0]  # fmt: skip
-    total = ops.gather_rows(
-        input_ids, teacher_table, student_rows, -1 if padding_id is None else padding_id
-    )
-    # In place: the gathered rows are nobody else's, and a fresh [B, T, H] costs its page faults.
-    if position_table is not None:
-        if position_ids is None:
-            total += position_table[:T]
-        else:
-            total += F.embedding(position_ids.long(), position_table)
-    if type_table is not None:
-        if token_type_ids is None:
-            total += type_table[0]
-        else:
-            # As a product: its gradient sums thousands of pieces into two rows at full speed.
-            numbers = torch.arange(type_table.shape[0], device=total.device)
-            one_hot = (token_type_ids[..., None] == numbers).to(total.dtype)
-            total.baddbmm_(one_hot, type_table.to(total.dtype).expand(B, -1, -1))
-    hidden = F.layer_norm(total, (H,), ln_weight, ln_bias, eps)
-    return dropout(hidden, dropout_p, training)
+    padding = -1 if padding_id is None else padding_id
+    if backend == "chunked":
+        return dropout(chunked.mixed_embedding(inputs, eps, padding), dropout_p, training)
+    dropout_p = dropout_p if training else 0.0
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    hidden, *_ = embedding.mixed_embedding(
+        *inputs, _seed(dropout_p, input_ids), float(eps), float(dropout_p), padding,
+        list(frequent_ids), deterministic,
+    )  # fmt: skip
+    return hidden
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -255,13 +194,42 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     Returns:
         [..], dtype of x.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout needs p in [0, 1), got {p}")
+    _check_dropout("p", p)
     if p == 0 or not training:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    return x * ops.dropout_factors(x.detach(), p)
+    return x * dropout_factors(x.detach(), p)
+
+
+@overload
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    *,
+    also_in_x_dtype: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def residual_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    eps: float = ...,
+    dropout_p: float = ...,
+    training: bool = ...,
+    *,
+    also_in_x_dtype: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def residual_layer_norm(
@@ -273,8 +241,9 @@ def residual_layer_norm(
     dropout_p: float = 0.0,
     training: bool = False,
     *,
+    also_in_x_dtype: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm(residual + dropout(x)).
 
     Args:
@@ -283,76 +252,38 @@ def residual_layer_norm(
         eps: LayerNorm's epsilon.
         dropout_p: probability of zeroing a value of x; only when `training`.
         training: whether dropout is active.
+        also_in_x_dtype: also return the result in the dtype of x. For mixed precision: the next
+            residual is the first, the next matrix product reads the second. Written by one kernel
+            they cost less than a cast, and so do their gradients.
         backend: see the module's first lines.
 
     Returns:
-        [.., H], dtype of `residual` from the kernel, elsewhere what torch promotes to.
+        [.., H], dtype of `residual` from the kernel, elsewhere what torch promotes to; or two of
+        them, one tensor twice where `residual` and x are alike in dtype.
     """
-    return _residual_layer_norm(
-        x, residual, ln_weight, ln_bias, eps, dropout_p, training, backend, both=False
-    )[0]
-
-
-def residual_layer_norm_twice(
-    x: Tensor,
-    residual: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    eps: float = 1e-12,
-    dropout_p: float = 0.0,
-    training: bool = False,
-    *,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """`residual_layer_norm`, and the same again in the dtype of x.
-
-    For mixed precision: the next residual is the first, the next matrix product reads the second.
-    Written by one kernel they cost less than a cast, and so do their gradients.
-
-    Returns:
-        Two [.., H]; one tensor twice where `residual` and x are alike in dtype.
-    """
-    return _residual_layer_norm(
-        x, residual, ln_weight, ln_bias, eps, dropout_p, training, backend, both=True
-    )
-
-
-def _residual_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-    dropout_p: float,
-    training: bool,
-    backend: str,
-    both: bool,
-) -> tuple[Tensor, Tensor]:
     H = x.shape[-1]
     if residual.shape != x.shape:
         raise ValueError(
             "residual_layer_norm needs x and residual [.., H] alike, "
             f"got {_shape(x)} and {_shape(residual)}"
         )
-    for name, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
-        if vector.shape != (H,):
-            raise ValueError(
-                f"residual_layer_norm needs {name} [H] with H = {H}, got {_shape(vector)}"
-            )
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    _check_norm("residual_layer_norm", ln_weight, ln_bias, H)
+    _check_dropout("dropout_p", dropout_p)
     dropout_p = dropout_p if training else 0.0
-    if _backend(backend, x) != "triton":
-        y = F.layer_norm(residual + dropout(x, dropout_p), (H,), ln_weight, ln_bias, eps)
-        return y, y.to(x.dtype) if both else y
-    seed = torch.randint(0, 2**31 - 1, (1,), device=x.device) if dropout_p > 0 else None
-    both = both and x.dtype != residual.dtype
-    y, rounded, *_ = ops.residual_layer_norm(
-        x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, seed, float(eps),
-        float(dropout_p), both,
-    )  # fmt: skip
-    y = y.reshape(x.shape)
-    return y, rounded.reshape(x.shape) if both else y
+    if _backend(backend, x) == "triton":
+        both = also_in_x_dtype and x.dtype != residual.dtype
+        y, rounded, *_ = layer_norm.residual_layer_norm(
+            x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, _seed(dropout_p, x),
+            float(eps), float(dropout_p), both,
+        )  # fmt: skip
+        y = y.reshape(x.shape)
+        rounded = rounded.reshape(x.shape) if both else y
+    else:
+        y = layer_norm.residual_layer_norm_reference(
+            dropout(x, dropout_p), residual, ln_weight, ln_bias, eps
+        )
+        rounded = y.to(x.dtype)
+    return (y, rounded) if also_in_x_dtype else y
 
 
 # ---- losses ------------------------------------------------------------------------------------
@@ -369,7 +300,7 @@ def linear_cross_entropy(
     reduction: str = ...,
     label_smoothing: float = ...,
     return_lse: Literal[False] = ...,
-    dense: bool = ...,
+    mostly_labelled: bool = ...,
     backend: str = ...,
 ) -> Tensor: ...
 
@@ -385,7 +316,7 @@ def linear_cross_entropy(
     reduction: str = ...,
     label_smoothing: float = ...,
     return_lse: Literal[True],
-    dense: bool = ...,
+    mostly_labelled: bool = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -400,7 +331,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     return_lse: bool = False,
-    dense: bool = False,
+    mostly_labelled: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax cross-entropy of `hidden @ weight.T + bias` without ever holding the logits.
@@ -417,8 +348,8 @@ def linear_cross_entropy(
             each row; on a CPU only if that differs between rows. `return_lse` always does.
         label_smoothing: share of the target spread evenly over V, in [0, 1).
         return_lse: also return log-sum-exp of each row's logits, differentiable, 0 on ignored rows.
-        dense: few rows are ignored. A matter of speed only: on a GPU, bfloat16 products of wide
-            rows then run over all rows in the vendor's library.
+        mostly_labelled: few rows are ignored. A matter of speed only: on a GPU, bfloat16 products
+            of wide rows then run over all rows in the vendor's library.
         backend: see the module's first lines.
 
     Returns:
@@ -427,50 +358,22 @@ def linear_cross_entropy(
     _check_loss("linear_cross_entropy", hidden, weight, bias, labels, reduction, label_smoothing)
     backend = _backend(backend, hidden)
     kept = labels != ignore_index
-    if backend != "reference" and reduction != "none" and not return_lse:
+    if backend == "reference":
+        loss, lse = linear_cross_entropy_reference(
+            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+    elif reduction == "none" or return_lse:
+        loss, lse = _cross_entropy_rows(
+            hidden, weight, bias, labels, ignore_index, label_smoothing, return_lse, backend
+        )
+    else:
         scale = _scale(kept, reduction, hidden)
         return _cross_entropy_sum(
-            hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend, dense
-        )
-    loss, lse = _cross_entropy_rows(
-        hidden, weight, bias, labels, ignore_index, label_smoothing, return_lse, backend
-    )
+            hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend,
+            mostly_labelled,
+        )  # fmt: skip
     loss = reduce_rows(loss, kept, reduction)
     return (loss, lse) if return_lse else loss
-
-
-@overload
-def mixed_linear_cross_entropy(
-    hidden: Tensor,
-    teacher_weight: Tensor,
-    student_weight: Tensor,
-    labels: Tensor,
-    teacher_bias: Tensor | None = ...,
-    student_bias: Tensor | None = ...,
-    *,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    return_lse: Literal[False] = ...,
-    backend: str = ...,
-) -> Tensor: ...
-
-
-@overload
-def mixed_linear_cross_entropy(
-    hidden: Tensor,
-    teacher_weight: Tensor,
-    student_weight: Tensor,
-    labels: Tensor,
-    teacher_bias: Tensor | None = ...,
-    student_bias: Tensor | None = ...,
-    *,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    return_lse: Literal[True],
-    backend: str = ...,
-) -> tuple[Tensor, Tensor]: ...
 
 
 def mixed_linear_cross_entropy(
@@ -484,9 +387,8 @@ def mixed_linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each row over the vocabulary of its own label: two softmaxes.
 
     Args:
@@ -496,28 +398,41 @@ def mixed_linear_cross_entropy(
         labels: [N], joint ids or `ignore_index`.
         teacher_bias: [V_t] or None.
         student_bias: [V_s] or None.
-        ignore_index, reduction, label_smoothing, return_lse, backend: as `linear_cross_entropy`;
-            "mean" is over all rows that have a label, of either vocabulary.
+        ignore_index, reduction, label_smoothing, backend: as `linear_cross_entropy`; "mean" is over
+            all rows that have a label, of either vocabulary.
 
     Returns:
-        As `linear_cross_entropy`.
+        (loss of the teacher's pieces, loss of the student's), whose sum is the loss; float32
+        (float64 for float64 input), [] or [N], 0 on the rows of the other vocabulary.
     """
     name = "mixed_linear_cross_entropy"
     _check_loss(name, hidden, teacher_weight, teacher_bias, labels, reduction, label_smoothing)
     _check_loss(name, hidden, student_weight, student_bias, labels, reduction, label_smoothing)
     backend = _backend(backend, hidden)
+    kept = labels != ignore_index
+    if backend == "reference":
+        losses = mixed_linear_cross_entropy_reference(
+            hidden, teacher_weight, student_weight, labels, teacher_bias, student_bias,
+            ignore_index=ignore_index, label_smoothing=label_smoothing,
+        )  # fmt: skip
+        return reduce_rows(losses[0], kept, reduction), reduce_rows(losses[1], kept, reduction)
     of_teacher, of_student = split_labels(labels, teacher_weight.shape[0], ignore_index)
-    if backend != "reference" and reduction != "none" and not return_lse:
-        scale = _scale(labels != ignore_index, reduction, hidden)
-        summed = (scale, ignore_index, label_smoothing, backend)
+    scale = _scale(kept, reduction, hidden)
+
+    def loss(weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        if reduction == "none":
+            return _cross_entropy_rows(
+                hidden, weight, bias, labels, ignore_index, label_smoothing, False, backend
+            )[0]
+        # Not mostly labelled: about half of the rows belong to either vocabulary.
         return _cross_entropy_sum(
-            hidden, teacher_weight, teacher_bias, of_teacher, *summed
-        ) + _cross_entropy_sum(hidden, student_weight, student_bias, of_student, *summed)
-    rows = (ignore_index, label_smoothing, return_lse, backend)
-    teacher = _cross_entropy_rows(hidden, teacher_weight, teacher_bias, of_teacher, *rows)
-    student = _cross_entropy_rows(hidden, student_weight, student_bias, of_student, *rows)
-    loss = reduce_rows(teacher[0] + student[0], labels != ignore_index, reduction)
-    return (loss, teacher[1] + student[1]) if return_lse else loss
+            hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend, False
+        )
+
+    return (
+        loss(teacher_weight, teacher_bias, of_teacher),
+        loss(student_weight, student_bias, of_student),
+    )
 
 
 def linear_kl(
@@ -579,18 +494,18 @@ def linear_kl(
         )
     backend = _backend(backend, student_hidden)
     if backend == "reference":
-        loss = plain.linear_kl_reference(
+        loss = linear_kl_reference(
             student_hidden, student_weight, student_bias,
-            teacher_hidden, teacher_weight, teacher_bias, temperature=temperature, mask=mask,
+            teacher_hidden, teacher_weight, teacher_bias, mask, temperature,
         )  # fmt: skip
         return reduce_rows(loss, mask, reduction)
     teacher = (_autocast(teacher_hidden).detach(), teacher_weight.detach(), _detached(teacher_bias))
     student = (_autocast(student_hidden), student_weight, student_bias)
     scale = None if reduction == "none" else _scale(mask, reduction, student_hidden)
     if scale is None or student[0].dtype == torch.float16:
-        loss = ops.linear_kl_rows(*student, *teacher, mask, float(temperature), backend)
+        loss = linear_kl_rows(*student, *teacher, mask, float(temperature), backend)
         return loss if scale is None else loss.sum() * scale
-    return ops.linear_kl_sum(
+    return linear_kl_sum(
         *student, *teacher, mask, scale, float(temperature), _need(*student), backend
     )[0]
 
@@ -628,9 +543,9 @@ def relation_kl(student: Tensor, teacher: Tensor, heads: int, *, backend: str = 
     _check_device("relation_kl", "teacher", teacher, student)
     backend = _backend(backend, student)
     if backend == "reference":
-        return plain.relation_kl_reference(student, teacher, heads)
+        return relation_kl_reference(student, teacher, heads)
     need = torch.is_grad_enabled() and student.requires_grad
-    total = ops.relation_kl_sum(student, teacher.detach(), heads, need, backend)[0]
+    total = relation_kl_sum(student, teacher.detach(), heads, need, backend)[0]
     B, T = student.shape[:2]
     return total / max(3 * B * T * heads, 1)
 
@@ -646,18 +561,12 @@ def _cross_entropy_rows(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [N], lse [N]), 0 on ignored rows."""
-    if backend == "reference":
-        if not hidden.is_cuda and not torch.compiler.is_compiling():
-            ops.check_range("labels", labels, weight.shape[0], ignore_index)
-        return plain.linear_cross_entropy_reference(
-            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=smoothing
-        )
     hidden = _autocast(hidden)
     # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
     # looking at the upstream gradient, a GPU: those compute the logits again.
     ahead = backend == "chunked" and not lse_wanted and hidden.dtype != torch.float16
     need = _need(hidden, weight, bias) if ahead else [False, False, False]
-    loss, lse, *_ = ops.linear_cross_entropy_rows(
+    loss, lse, *_ = linear_cross_entropy_rows(
         hidden, weight, bias, labels, ignore_index, float(smoothing), need, backend
     )
     return loss, lse
@@ -672,20 +581,21 @@ def _cross_entropy_sum(
     ignore_index: int,
     smoothing: float,
     backend: str,
-    dense: bool = False,
+    mostly_labelled: bool,
 ) -> Tensor:
     hidden = _autocast(hidden)
     if hidden.dtype == torch.float16:
         # A scaled loss keeps gradients in float16's range only if they are made after the scaling.
         # So too in linear_kl.
-        loss, *_ = ops.linear_cross_entropy_rows(
+        loss, *_ = linear_cross_entropy_rows(
             hidden, weight, bias, labels, ignore_index, float(smoothing), [False] * 3, backend
         )
         return loss.sum() * scale
     need = _need(hidden, weight, bias)
-    total: Tensor = ops.linear_cross_entropy_sum(
-        hidden, weight, bias, labels, scale, ignore_index, float(smoothing), need, backend, dense
-    )[0]
+    total: Tensor = linear_cross_entropy_sum(
+        hidden, weight, bias, labels, scale, ignore_index, float(smoothing), need, backend,
+        mostly_labelled,
+    )[0]  # fmt: skip
     return total
 
 
@@ -701,6 +611,8 @@ def _backend(backend: str, tensor: Tensor) -> str:
             warnings.warn("triton is not installed: the chunked path is used", stacklevel=3)
             return "chunked"
         return "triton" if tensor.is_cuda else "chunked"
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError("backend 'triton' needs Triton, which is not installed")
     return backend
 
 
@@ -720,10 +632,15 @@ def _need(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
 
 def _scale(kept: Tensor, reduction: str, hidden: Tensor) -> Tensor:
     """What the sum over rows is multiplied by, on the device. -> []"""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = accumulator_dtype(hidden.dtype)
     if reduction == "sum":
         return torch.ones((), dtype=dtype, device=hidden.device)
     return kept.sum().clamp(min=1).to(dtype).reciprocal()
+
+
+def _seed(dropout_p: float, like: Tensor) -> Tensor | None:
+    """[1], drawn on the device from torch's generator: what a kernel draws its mask from."""
+    return torch.randint(0, 2**31 - 1, (1,), device=like.device) if dropout_p > 0 else None
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
@@ -732,6 +649,63 @@ def _detached(x: Tensor | None) -> Tensor | None:
 
 def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
+
+
+def _check_embedding(
+    inputs: EmbeddingInputs, padding_id: int | None, frequent_ids: tuple[int, ...]
+) -> None:
+    name, ids = "mixed_embedding", inputs.input_ids
+    if ids.ndim != 2:
+        raise ValueError(f"{name} needs input_ids [B, T], got {_shape(ids)}")
+    _check_integers(name, "input_ids", ids)
+    if not inputs.words:
+        raise ValueError(f"{name} needs a teacher_table [V_t, H], student_rows [V_s, H] or both")
+    H = inputs.words[0].shape[-1]
+    fields = ("teacher_table", "student_rows", "position_table", "type_table")
+    for field, rows, table in zip(fields, ("V_t", "V_s", "P", "S"), inputs.tables, strict=True):
+        if table is None:
+            continue
+        if table.ndim != 2 or table.shape[1] != H:
+            raise ValueError(f"{name} needs {field} [{rows}, H] with H = {H}, got {_shape(table)}")
+        _check_device(name, field, table, ids)
+    _check_norm(name, inputs.ln_weight, inputs.ln_bias, H)
+    types, positions, position_table = (
+        inputs.token_type_ids, inputs.position_ids, inputs.position_table
+    )  # fmt: skip
+    if types is not None and types.shape != ids.shape:
+        raise ValueError(
+            f"{name} needs token_type_ids [B, T] like input_ids {_shape(ids)}, got {_shape(types)}"
+        )
+    B, T = ids.shape
+    if positions is not None and tuple(positions.shape) not in ((B, T), (1, T)):
+        raise ValueError(
+            f"{name} needs position_ids [B, T] or [1, T] with T = {T}, got {_shape(positions)}"
+        )
+    if position_table is not None and positions is None and position_table.shape[0] < T:
+        raise ValueError(
+            f"{name} has {position_table.shape[0]} positions, too few for rows of T = {T}"
+        )
+    V = sum(table.shape[0] for table in inputs.words)
+    if padding_id is not None and not 0 <= padding_id < V:
+        raise ValueError(f"padding_id must lie in [0, {V}), got {padding_id}")
+    if len(frequent_ids) > 2:
+        raise ValueError(f"frequent_ids holds at most two ids, got {len(frequent_ids)}")
+    ops.check_range("input_ids", ids, V)
+    if position_table is not None and positions is not None:
+        ops.check_range("position_ids", positions, position_table.shape[0])
+    if inputs.type_table is not None and types is not None:
+        ops.check_range("token_type_ids", types, inputs.type_table.shape[0])
+
+
+def _check_norm(name: str, ln_weight: Tensor, ln_bias: Tensor, H: int) -> None:
+    for what, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
+        if vector.shape != (H,):
+            raise ValueError(f"{name} needs {what} [H] with H = {H}, got {_shape(vector)}")
+
+
+def _check_dropout(name: str, p: float) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {p}")
 
 
 def _check_loss(

@@ -27,9 +27,10 @@ def leads() -> bool:
 class Progress:
     """Writes to stderr, of rank 0 alone; the bar appears only where stderr is a terminal."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, quiet: bool = False) -> None:
         self.title = title
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not leads())
+        quiet = quiet or not leads()
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         self._bar: RichProgress | None = None
         self._task: Any = None
         self._text = ""
@@ -74,6 +75,19 @@ class Progress:
         """A held-out evaluation was made."""
         parts = "  ".join(f"{name} {_number(value)}" for name, value in heldout.items())
         self.note(f"step {step}: held-out {parts}  ({time.perf_counter() - self._started:.0f} s)")
+
+
+def duration(seconds: float) -> str:
+    """Two units of time, rounded: 42 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    at = next(i for i, (size, _) in enumerate(units) if whole >= size)
+    (large, name), (small, small_name) = units[at], units[at + 1]
+    whole = round(whole / small) * small
+    rest = whole % large // small
+    return f"{whole // large} {name}" + (f" {rest} {small_name}" if rest else "")
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # transformers asks for it. So the root leaves the import path once mvbert itself has been found
 # (where nothing is installed, it is found there). Child processes inherit PYTHONPATH as it came.
 import mvbert  # noqa: E402, F401
+from mvbert.files import data_folder  # noqa: E402
 
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
@@ -117,7 +118,7 @@ def poisoned_memory():
 ROUNDING = 8.0
 
 
-def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
+def _share_of_bound(found, truth, longest_sum: int, dtype=None, norm=None) -> float:
     """The largest error of `found` over what rounding explains: above 1, it is something else.
 
     Args:
@@ -125,6 +126,7 @@ def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
         truth: the same shape, float64.
         longest_sum: terms of the longest sum behind an element.
         dtype: what was computed in, where `found` has another one by now.
+        norm: what errors are relative to, where `truth` is a small difference of larger numbers.
     """
     dtype = dtype or found.dtype
     assert found.shape == truth.shape
@@ -135,7 +137,8 @@ def _share_of_bound(found, truth, longest_sum: int, dtype=None) -> float:
     sums = torch.promote_types(dtype, torch.float32)
     unit = max(torch.finfo(dtype).eps, torch.finfo(sums).eps * longest_sum**0.5)
     error = (found.double() - truth).abs().max().item()
-    return error / (ROUNDING * unit * max(truth.abs().max().item(), 1e-300))
+    norm = norm or truth.abs().max().item() or 1.0
+    return error / (ROUNDING * unit * norm)
 
 
 @pytest.fixture(scope="session")
@@ -148,8 +151,8 @@ def share_of_bound():
 def assert_rounded(record_property):
     """assert_rounded(found, truth, longest_sum): no error that rounding does not explain."""
 
-    def check(found, truth, longest_sum: int, dtype=None) -> None:
-        share = _share_of_bound(found.detach(), truth.detach(), longest_sum, dtype)
+    def check(found, truth, longest_sum: int, dtype=None, norm=None) -> None:
+        share = _share_of_bound(found.detach(), truth.detach(), longest_sum, dtype, norm)
         record_property("share_of_bound", share)
         assert share <= 1, f"{share * ROUNDING:.3g} units of rounding, more than {ROUNDING}"
 
@@ -181,10 +184,10 @@ def git_files() -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real corpora and vocabularies beside the repository; skips without it."""
-    folder = ROOT.parent / "shared" / "data"
+    """The folder of real corpora and vocabularies; skips without it."""
+    folder = data_folder()
     if not folder.is_dir():
-        pytest.skip("needs the folder ../shared/data beside the repository")
+        pytest.skip("needs the public data; run: python docs/experiments/get_data.py")
     return folder
 
 
@@ -195,7 +198,7 @@ def shared_file(shared_data):
     def find(name: str) -> Path:
         path = shared_data / name
         if not path.exists():
-            pytest.skip(f"needs ../shared/data/{name}")
+            pytest.skip(f"needs {name} in the data folder (docs/experiments/get_data.py)")
         return path
 
     return find

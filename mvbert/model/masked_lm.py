@@ -50,7 +50,10 @@ class DeviceBatch:
 
 
 class Head(nn.Module):
-    """The transform before the softmax: dense, activation, LayerNorm; and the softmax's bias."""
+    """The transform before the softmax: dense, activation, LayerNorm; and the softmax's bias.
+
+    Where it is not tied to the word table, also the softmax's matrix, `decoder` [V, H].
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,6 +61,8 @@ class Head(nn.Module):
         self.dense = nn.Linear(H, H)
         self.norm = nn.LayerNorm(H, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        if not config.tie_word_embeddings:
+            self.decoder = nn.Parameter(torch.zeros(config.vocab_size, H))
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ class Head(nn.Module):
 
 
 class MaskedLM(nn.Module):
-    """A BERT with a masked-language-model head tied to its word table."""
+    """A BERT with a masked-language-model head, tied to its word table or not."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,20 +94,26 @@ class MaskedLM(nn.Module):
         """Gathers the masked rows of hidden [B, T, H] and transforms them: [N, H]."""
         return self.head(hidden.flatten(0, 1).index_select(0, masked_index))
 
+    @property
+    def decoder(self) -> Tensor:
+        """The softmax's matrix [V, H]: the word table, or the head's own where it is not tied."""
+        tied = self.config.tie_word_embeddings
+        return self.embeddings.word.weight if tied else self.head.decoder
+
     def losses(self, masked_hidden: Tensor, labels: Tensor, reduction: str = "none") -> Tensor:
         """Cross-entropy of every masked row, [N] float32; 0 where the label is ignored.
 
         Training wants `reduction` "sum": gradients are then made from the logits that forward had.
         """
-        # Dense: a row of text that fills its T pieces has as many labels as room for them.
+        # A row of text that fills its T pieces has as many labels as room for them.
         return functional.linear_cross_entropy(
-            masked_hidden, self.embeddings.word.weight, labels, self.head.bias,
-            reduction=reduction, dense=True,
+            masked_hidden, self.decoder, labels, self.head.bias,
+            reduction=reduction, mostly_labelled=True,
         )  # fmt: skip
 
     def logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the vocabulary, [N, V] (for reading words off, not for training)."""
-        return nn.functional.linear(masked_hidden, self.embeddings.word.weight, self.head.bias)
+        return nn.functional.linear(masked_hidden, self.decoder, self.head.bias)
 
 
 class LabelHead(nn.Module):
@@ -147,33 +158,14 @@ class MixedMaskedLM(MaskedLM):
         rows = self.student.rows() if student_rows is None else student_rows
         return self.encoder(self.embeddings(input_ids, token_type_ids, rows))
 
-    def mixed_losses(self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor) -> Tensor:
-        """Cross-entropy of every masked row over its own vocabulary, [N] float32."""
-        return functional.mixed_linear_cross_entropy(
-            masked_hidden,
-            self.embeddings.word.weight,
-            student_rows,
-            labels,
-            self.head.bias,
-            self.student.bias,
-            reduction="none",
-        )
-
-    def mixed_sums(
-        self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor
+    def mixed_losses(
+        self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor, reduction: str = "sum"
     ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy of the teacher's and of the student's pieces, [] float32 each."""
-        V = self.config.vocab_size
-        of_teacher = labels.where(labels < V, functional.IGNORE_INDEX)
-        of_student = (labels - V).where(labels >= V, functional.IGNORE_INDEX)
-        # Not dense: about half of the rows belong to either vocabulary.
-        teacher = functional.linear_cross_entropy(
-            masked_hidden, self.embeddings.word.weight, of_teacher, self.head.bias, reduction="sum"
-        )
-        student = functional.linear_cross_entropy(
-            masked_hidden, student_rows, of_student, self.student.bias, reduction="sum"
-        )
-        return teacher, student
+        """Cross-entropy of the teacher's and of the student's pieces, each over its vocabulary."""
+        return functional.mixed_linear_cross_entropy(
+            masked_hidden, self.decoder, student_rows, labels,
+            self.head.bias, self.student.bias, reduction=reduction,
+        )  # fmt: skip
 
     def student_logits(self, masked_hidden: Tensor) -> Tensor:
         """Scores over the student's vocabulary, [N, V_s]."""

@@ -34,7 +34,8 @@ from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch, LabelHead, MaskedLM
 from mvbert.progress import Progress
 from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, needed, to_onnx
-from mvbert.text.batches import Batch
+from mvbert.publish.pooling import Pooling, read_pooling
+from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.docstrings import module_prose, module_sources
 from mvbert.text.stage_rows import heldout_rows
@@ -102,11 +103,21 @@ def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
             atomic_write(Path(scratch, "text.txt"), "\n\n".join(text))
             made = Path(scratch, "corpus")
             texts = [Path(scratch, "text.txt")]
-            build_corpus(texts, made, lowercase=vocab.lowercase, heldout_share=0.9)
+            build_corpus(
+                texts,
+                made,
+                lowercase=vocab.lowercase,
+                strip_accents=vocab.strip_accents,
+                heldout_share=0.9,
+            )
             opened = Corpus.open(made)
         else:
             opened = Corpus.open(corpus, verify="sha256")
-        return heldout_rows(opened, opened.segment(vocab), row).read(0, ROWS)
+        cut = opened.segment(vocab)
+        if "[MASK]" not in vocab.ids:  # of a classifier: nothing is masked
+            rows = Rows(opened.heldout, student=cut, T=row.length, mask_prob=0, pair_prob=pairs)
+            return rows.read(0, ROWS)
+        return heldout_rows(opened, cut, row).read(0, ROWS)
 
 
 class Comparison:
@@ -118,12 +129,20 @@ class Comparison:
         model: in float32, on the CPU.
         head: whether the model can predict pieces; if not, only outputs are compared.
         labels: scores labels, of rows in which nothing is masked.
+        pooling: makes sentence embeddings.
     """
 
     def __init__(
-        self, model: MaskedLM, vocab: Vocab, batch: Batch, head: bool, labels: LabelHead | None
+        self,
+        model: MaskedLM,
+        vocab: Vocab,
+        batch: Batch,
+        head: bool,
+        labels: LabelHead | None,
+        pooling: Pooling,
     ) -> None:
         self._model, self._head, self._labels = model.eval(), head, labels
+        self._pooling = pooling
         carried = DeviceBatch.of(batch, torch.device("cpu"))
         B, T = batch.input_ids.shape
         shortest = T // 2
@@ -201,8 +220,7 @@ class Comparison:
         """What the graph computes from torch's hidden states."""
         outputs = {OUTPUTS["hidden"]: hidden}
         if OUTPUTS["pooled"] in names:
-            counted = hidden * mask[..., None]
-            outputs[OUTPUTS["pooled"]] = counted.sum(1) / mask.sum(1, keepdim=True)
+            outputs[OUTPUTS["pooled"]] = self._pooling(hidden, mask)
         if self._labels is not None:
             outputs |= self._labels(self._model, hidden)
         elif OUTPUTS["logits"] in names:
@@ -236,14 +254,16 @@ def run_export(
     *,
     heads: Sequence[str] = (),
     int8: bool = False,
+    cased: bool = False,
     corpus: Path | None = None,
     overwrite: bool = False,
 ) -> dict[str, Json]:
     """Writes the folder of the module's first lines, checked before it appears.
 
     Args:
-        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_teacher takes.
+        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_model takes.
         heads: of OUTPUTS; none: the scores of labels where the model has them, else hidden states.
+        cased: its vocabulary is cased, whatever the folder says or leaves out.
         corpus: whose held-out text is used for the check.
 
     Raises:
@@ -257,25 +277,34 @@ def run_export(
     for read in (folder, corpus):  # `out` is replaced as a whole
         if read is not None and read.resolve().is_relative_to(out.resolve()):
             raise InputError(f"{out} holds {read}, which is read; give another path")
-    model, missing = huggingface.load_masked_lm(folder)
-    vocab = huggingface.load_vocab(folder, model.config)
-    head = not any(part.startswith("head.") for part in missing)
-    labels = huggingface.load_label_head(folder, model.config)
+    shape, vocab = huggingface.read_shape(folder, cased=cased)
+    weights = huggingface.read_weights(folder)
+    model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
+    head = not any(part.startswith("cls.") for part in missing)
+    explicit = bool(heads) and "logits" not in heads
+    labels = None if explicit else huggingface.load_label_head(folder, weights, shape)
+    pooling = read_pooling(folder, shape.hidden_size) if "pooled" in heads else Pooling()
     if not heads:
         heads = ["hidden"] if labels is None else ["logits"]
         progress.note(f"outputs: {heads[0]}, as --head says nothing")
     heads = [known for known in OUTPUTS if known in heads]
+    if "pooled" in heads:
+        progress.note(f"sentence_embedding: {pooling}")
+    for note in (vocab.doubt, weights.unread()):
+        if note:
+            progress.note(note)
     if "logits" in heads and not head and labels is None:
         raise InputError(
             f"{folder} has no head for masked language modelling, of labels or of questions, "
             "so there are no logits"
         )
-    compare = Comparison(model, vocab, real_rows(vocab, model.config, corpus), head, labels)
+    rows = real_rows(vocab, model.config, corpus)
+    compare = Comparison(model, vocab, rows, head, labels, pooling)
     files: dict[str, Json] = {}
     with atomic_folder(out, overwrite=overwrite) as partial:
         (partial / "onnx").mkdir()
         for file in [FLOAT, INT8] if int8 else [FLOAT]:
-            data = to_onnx(model, heads, file == INT8, labels)
+            data = to_onnx(model, heads, file == INT8, labels, pooling)
             atomic_write(partial / file, data)
             session = Session(data)
             found = compare(session)
@@ -295,7 +324,8 @@ def run_export(
                 for key, value in _rounded(found).items()
             }
         # Read and written, not copied: a config.json that is a link leads nowhere elsewhere.
-        write_json(partial / "config.json", read_json_object(folder / "config.json"))
+        config = read_json_object(folder / "config.json")
+        write_json(partial / "config.json", config | {"vocab_size": vocab.size})
         save_tokenizer_files(vocab, partial, model.config.max_position_embeddings)
         sync_folder(partial / "onnx")
     return {

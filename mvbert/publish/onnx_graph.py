@@ -18,6 +18,7 @@ import numpy as np
 from mvbert import __version__
 from mvbert.errors import InputError, MissingExtra
 from mvbert.model.masked_lm import LabelHead, MaskedLM
+from mvbert.publish.pooling import Pooling
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS = {"hidden": "last_hidden_state", "pooled": "sentence_embedding", "logits": "logits"}
@@ -110,6 +111,8 @@ class _Graph:
     def activation(self, x: str, name: str) -> str:
         if name == "relu":
             return self("Relu", x)
+        if name == "silu":
+            return self("Mul", x, self("Sigmoid", x))
         half, one = self.constant(0.5), self.constant(1.0)
         if name == "gelu":
             inner = self("Erf", self("Div", x, self.constant(math.sqrt(2))))
@@ -150,20 +153,52 @@ def quantised(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
+def _pooled(graph: _Graph, pooling: Pooling, hidden: str, counts: str) -> str:
+    """The vector of a text out of hidden states [B, T, H] and what counts of them [B, T]."""
+    one, two = (graph.constant((n,), np.int64) for n in (1, 2))
+    each = graph("Unsqueeze", counts, two)
+    if pooling.mode == "cls":
+        x = graph("Gather", hidden, graph.constant(0, np.int64), axis=1)
+    elif pooling.mode == "max":
+        absent = graph("Mul", graph("Sub", graph.constant(1.0), each), graph.constant(-1e9))
+        x = graph(
+            "ReduceMax", graph("Add", graph("Mul", hidden, each), absent), axes=[1], keepdims=0
+        )
+    else:
+        total = graph("ReduceSum", graph("Mul", hidden, each), one, keepdims=0)
+        count = graph("Max", graph("ReduceSum", counts, one), graph.constant(1.0))
+        if pooling.mode == "mean_sqrt_len_tokens":
+            count = graph("Sqrt", count)
+        x = graph("Div", total, count)
+    for step in pooling.steps:
+        if step.weight is None:
+            length = graph("ReduceL2", x, axes=[-1], keepdims=1)
+            x = graph("Div", x, graph("Max", length, graph.constant(1e-12)))
+            continue
+        weight = step.weight.numpy()
+        bias = np.zeros(len(weight)) if step.bias is None else step.bias.numpy()
+        x = graph.linear(x, weight, bias)
+        if step.activation == "Tanh":
+            x = graph("Tanh", x)
+    return x
+
+
 def to_onnx(
     model: MaskedLM,
     heads: Sequence[str] = ("hidden",),
     int8: bool = False,
     labels: LabelHead | None = None,
+    pooling: Pooling | None = None,
 ) -> bytes:
     """A model as an ONNX file.
 
     Args:
-        heads: outputs, of OUTPUTS: hidden states [B, T, H]; their mean over the pieces that
-            attention_mask lets count [B, H]; scores: of labels, where the model has them, else over
-            the vocabulary of all pieces [B, T, V].
+        heads: outputs, of OUTPUTS: hidden states [B, T, H]; what `pooling` makes of those that
+            attention_mask lets count [B, width]; scores: of labels, where the model has them, else
+            over the vocabulary of all pieces [B, T, V].
         int8: weights and tables as int8, but for the few columns of `labels`.
         labels: scores labels.
+        pooling: None for the mean.
 
     Raises:
         InputError: the file would be larger than ONNX allows.
@@ -184,7 +219,8 @@ def to_onnx(
     def norm(x: str, name: str) -> str:
         return graph.norm(x, value[f"{name}.weight"], value[f"{name}.bias"], eps)
 
-    bits = MATRIX_BITS if "logits" in heads and labels is None else TABLE_BITS
+    scored = "logits" in heads and labels is None and config.tie_word_embeddings
+    bits = MATRIX_BITS if scored else TABLE_BITS
     word = graph.table(value["embeddings.word.weight"], bits)
     position = graph.table(value["embeddings.position.weight"], TABLE_BITS)
     token_type = graph.constant(value["embeddings.token_type.weight"])
@@ -230,10 +266,9 @@ def to_onnx(
     if "hidden" in heads:
         outputs[OUTPUTS["hidden"]] = hidden, ["batch", "length", H]
     if "pooled" in heads:
-        counted = graph("Mul", hidden, graph("Unsqueeze", counts, whole(2)))
-        total = graph("ReduceSum", counted, whole(1), keepdims=0)
-        count = graph("Max", graph("ReduceSum", counts, whole(1)), graph.constant(1.0))
-        outputs[OUTPUTS["pooled"]] = graph("Div", total, count), ["batch", H]
+        pooling = pooling or Pooling()
+        pooled = _pooled(graph, pooling, hidden, counts)
+        outputs[OUTPUTS["pooled"]] = pooled, ["batch", pooling.width(H)]
     if "logits" in heads and labels is not None:
         x, shape = hidden, ["batch", "length"]
         if labels.of_text:
@@ -249,9 +284,12 @@ def to_onnx(
                 outputs[name] = graph("Gather", scores, one, axis=-1), [*shape]
     elif "logits" in heads:
         x = graph.activation(linear(hidden, "head.dense"), config.hidden_act)
-        matrix = [graph("Transpose", word[0], perm=[1, 0])]  # once, when the file is opened
+        decoder = word
+        if not config.tie_word_embeddings:
+            decoder = graph.table(value["head.decoder"], MATRIX_BITS)
+        matrix = [graph("Transpose", decoder[0], perm=[1, 0])]  # once, when the file is opened
         if int8:
-            matrix.append(graph("Reshape", word[1], whole(-1)))
+            matrix.append(graph("Reshape", decoder[1], whole(-1)))
         scores = graph.product(norm(x, "head.norm"), tuple(matrix), value["head.bias"])
         outputs[OUTPUTS["logits"]] = scores, ["batch", "length", config.vocab_size]
     return graph.model(outputs)

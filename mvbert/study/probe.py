@@ -10,7 +10,6 @@ SST-2: Socher et al. 2013; as GLUE's TSV files (Wang et al. 2018, arXiv 1804.074
 
 from __future__ import annotations
 
-import io
 import tarfile
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mvbert.errors import InputError
+from mvbert.files import data_path
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.study.measures import BATCH, padded
 from mvbert.text.philox import permuted
@@ -33,15 +33,18 @@ Sentences = tuple[list[str], list[int]]
 def read_sst2(path: Path) -> tuple[Sentences, Sentences]:
     """Training and dev sentences with their labels, out of a folder or a .tar archive of it.
 
+    `data:NAME` is NAME in the data folder (mvbert.files.data_path).
+
     Raises:
         InputError: there is no such file, or a line is not a sentence, a tab and 0 or 1.
     """
-    found = {}
+    path, found = data_path(path), {}
     for name in ("train.tsv", "dev.tsv"):
         where, text = _read(path, name)
         sentences, labels = [], []
-        lines = text.splitlines()
-        if not lines or lines[0].split("\t") != ["sentence", "label"]:
+        # Other line breaks of Unicode stand inside sentences.
+        lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+        if lines[0].split("\t") != ["sentence", "label"]:
             raise InputError(f"{where}:1: expected the columns sentence and label")
         for number, line in enumerate(lines[1:], 2):
             sentence, tab, label = line.rpartition("\t")
@@ -57,12 +60,12 @@ def _read(path: Path, name: str) -> tuple[str, str]:
     """A file of the folder or archive, and what to call it in a message."""
     try:
         if path.is_dir():
-            return str(path / name), (path / name).read_text(encoding="utf-8")
+            return str(path / name), (path / name).read_bytes().decode("utf-8-sig")
         with tarfile.open(path) as archive:
             for member in archive:
                 file = archive.extractfile(member) if Path(member.name).name == name else None
                 if file is not None:
-                    return f"{path}:{member.name}", io.TextIOWrapper(file, "utf-8").read()
+                    return f"{path}:{member.name}", file.read().decode("utf-8-sig")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0].rstrip(":")  # tarfile adds a line for each packing
         raise InputError(f"{path}: cannot be read as SST-2's folder or archive: {reason}") from None

@@ -45,9 +45,10 @@ from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.stage_rows import student_rows
 from mvbert.text.vocab import Vocab
 from mvbert.training.device import Device, choose_device
+from mvbert.training.machine import decide_for_job, pass_products
 from mvbert.training.ranks import join_ranks
 from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
-from mvbert.training.runs import describe_run, lock, make_folder, read_log
+from mvbert.training.runs import describe_run, dtype_of_run, lock, make_folder, read_log
 
 _TABLES = ("vocab", "row", "stage1", "stage2")  # what an arm may change
 
@@ -200,12 +201,21 @@ class _Work:
 
     def __init__(self, config: StudyConfig, out: Path, progress: Progress) -> None:
         self._config, self._out, self._progress = config, out, progress
-        self._teacher = huggingface.find_teacher(config.teacher)
-        lowercase = Vocab.load(self._teacher).lowercase
-        self._corpus = checked_corpus(make_corpus(config.corpus, out, lowercase, progress))
+        self._started = time.monotonic()
+        self._teacher = huggingface.find_model(config.teacher, "teacher")
+        vocab = Vocab.load(self._teacher, lowercase=False if config.stage1.cased else None)
+        self._corpus = checked_corpus(make_corpus(config.corpus, out, vocab, progress))
         self._sst2: tuple[Sentences, Sentences] | None = None
         if config.measure.sst2:
             self._sst2 = read_sst2(Path(config.measure.sst2))
+        shape = huggingface.read_model_config(self._teacher)
+        runs = [
+            (stage, setting.row)
+            for setting in map(config.setting, config.arms)
+            for stage in (setting.stage1, setting.stage2)
+        ]
+        products = [p for stage, row in runs for p in pass_products(stage, row, shape)]
+        self._dtype = decide_for_job(out, [stage for stage, _ in runs], products)
 
     def arm(self, name: str, seed: int) -> None:
         """Trains and measures one student, unless that is done."""
@@ -216,8 +226,9 @@ class _Work:
         stage2 = replace(setting.stage2, save_every=setting.stage2.eval_every, keep_last=10**6)
         stage1_dir = self._stage1(setting)
         run_stage2(
-            stage2, setting.row, self._corpus, stage1_dir / "model", folder, f"{name} {seed}"
-        )
+            stage2, setting.row, self._corpus, stage1_dir / "model", folder, f"{name} {seed}",
+            deadline=stage2.deadline(self._started), dtype=self._dtype,
+        )  # fmt: skip
         if (folder / "points.json").is_file():
             return
         records = self._measure(name, seed, setting, folder, points)
@@ -230,19 +241,25 @@ class _Work:
         """Stage I as this setting wants it; arms that want the same one share it."""
         size = setting.vocab.size
         vocab_dir = self._out / "vocabs" / _key(size, to_dict(setting.vocab))
-        make_vocab(setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress)
+        make_vocab(
+            setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress,
+            setting.stage1.cased,
+        )  # fmt: skip
         made_from = (to_dict(setting.vocab), to_dict(setting.row), setting.stage1.described())
         folder = self._out / "stage1" / _key(size, *made_from)
         run_stage1(
-            setting.stage1, setting.row, self._corpus, self._teacher, vocab_dir / VOCAB_FILE, folder
-        )
+            setting.stage1, setting.row, self._corpus, self._teacher, vocab_dir / VOCAB_FILE,
+            folder, deadline=setting.stage1.deadline(self._started), dtype=self._dtype,
+        )  # fmt: skip
         return folder
 
     def _measure(
         self, name: str, seed: int, setting: JobConfig, folder: Path, points: list[int]
     ) -> list[Json]:
         """The records of one run, a line for each held-out point."""
-        where = choose_device(setting.stage2)
+        began = dtype_of_run(folder)
+        assert began is not None  # the run is complete
+        where = Device.of(choose_device(setting.stage2.device), *began)
         logged = read_log(folder)
         heldout = {r["step"]: r["heldout"] for r in logged if "heldout" in r}
         trained = [r for r in logged if "heldout" not in r]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.text import row_reference
 from mvbert.text.row_reference import IGNORE_INDEX
@@ -109,7 +110,7 @@ class Rows:
             words lie between row starts, so that an epoch reads each word about once; it is also
             the default of `read`.
         seed: 0 to 2^64 - 1.
-        threads: of `read` and of the one look at the whole stream here; 0 for all.
+        threads: of `read` and of the one look at the whole stream here; 0 for all available cores.
 
     Attributes:
         count: R, rows in an epoch.
@@ -141,7 +142,7 @@ class Rows:
         _check_probability("student_prob", student_prob)
         if not 0 <= seed < 2**64:
             raise InputError(f"seed must lie in [0, 2^64), got {seed}")
-        self._threads = _checked_threads(threads)
+        self._threads = cores(threads)
         stream = np.asarray(stream)  # a memory map stays one, without its class
         if stream.ndim != 1 or stream.dtype != np.uint32:
             raise InputError(
@@ -150,7 +151,8 @@ class Rows:
             )
         stream = np.ascontiguousarray(stream)
         try:
-            table = _core.PieceTable(_segments(teacher), _segments(student))
+            masked = mask_prob > 0
+            table = _core.PieceTable(_segments(teacher, masked), _segments(student, masked))
             marks, first, second = table.measure(stream, self._threads)
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -220,7 +222,8 @@ class Rows:
             count: B; 0 is legal.
             student_prob: chance that a word is cut by the student vocabulary; 0 and 1 give the pure
                 tokenisations. None for that of the constructor.
-            threads: 0 for all; None for that of the constructor. Does not change the rows.
+            threads: 0 for all available cores; None for that of the constructor. The rows do not
+                depend on it.
             out: where to write (`Batch.over` makes it of any memory); None for new arrays.
                 Returned.
         """
@@ -232,7 +235,7 @@ class Rows:
         if student_prob is None:
             student_prob = self._settings["student_prob"]
         _check_probability("student_prob", student_prob)
-        threads = self._threads if threads is None else _checked_threads(threads)
+        threads = self._threads if threads is None else cores(threads)
         if out is None:
             out = Batch.empty(count, self.T, self.capacity)
         else:
@@ -272,12 +275,6 @@ def _check_probability(name: str, value: float, most: float = 1.0) -> None:
         raise InputError(f"{name} must lie in [0, {most:g}], got {value}")
 
 
-def _checked_threads(threads: int) -> int:
-    if not 0 <= threads <= 65536:
-        raise InputError(f"threads must be 0 (all) or a positive number, got {threads}")
-    return threads
-
-
 def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type) -> None:
     if not isinstance(array, np.ndarray):
         raise InputError(f"out.{name} must be a numpy array, got {type(array).__name__}")
@@ -289,17 +286,18 @@ def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type
         )
 
 
-def _segments(segmentation: Segmentation | None) -> tuple[Any, ...] | None:
-    """A `Segmentation` as the tuple that `_core.PieceTable` takes."""
+def _segments(segmentation: Segmentation | None, masked: bool) -> tuple[Any, ...] | None:
+    """A `Segmentation` as the tuple that `_core.PieceTable` takes; without [MASK] if need be."""
     if segmentation is None:
         return None
     vocab = segmentation.vocab
+    mask = vocab.mask if masked or "[MASK]" in vocab.ids else vocab.unk
     return (
         np.ascontiguousarray(segmentation.ends, np.uint32),
         np.ascontiguousarray(segmentation.ids, np.int32),
         vocab.size,
         vocab.cls,
         vocab.sep,
-        vocab.mask,
-        [vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad],
+        mask,
+        [vocab.cls, vocab.sep, mask, vocab.unk, vocab.pad, *vocab.unread_ids],
     )

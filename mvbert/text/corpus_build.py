@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +23,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mvbert import _core
+from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import (
-    PARTIAL,
+    check_new_folder,
     move_folder,
+    partial_prefix,
     read_json_object,
     sha256_file,
     sync_folder,
@@ -38,10 +42,9 @@ from mvbert.text.corpus_folder import (
     STREAMS,
     VERSION,
     Corpus,
-    cores,
     open_stream,
 )
-from mvbert.text.readers import TextFile, text_files
+from mvbert.text.readers import TextFile, find_texts
 
 STREAM_IDS = 1 << 18  # renumbered at a time
 CHECKPOINT_BYTES = 1 << 30  # of text between two notes of how far a build is
@@ -58,6 +61,7 @@ def build_corpus(
     out: str | Path,
     *,
     lowercase: bool = True,
+    strip_accents: bool | None = None,
     heldout_share: float = 0.01,
     heldout_texts: Iterable[str | Path] = (),
     field: str = "text",
@@ -73,14 +77,15 @@ def build_corpus(
     Args:
         texts: files and folders (mvbert.text.readers says which).
         out: the folder. One that already holds the corpus of the same texts and settings is kept.
-        lowercase: lower-case and strip accents, as for BERT's uncased vocabularies.
+        lowercase: lower-case, as for BERT's uncased vocabularies.
+        strip_accents: whether lower-cased text loses its accents; None: as those of BERT's.
         heldout_share: of the documents, in [0, 1). A document is held out by a draw for (seed,
             its number) alone. If none is drawn, the one nearest to it is; of a single document,
             the last share of its words.
         heldout_texts: held-out files and folders; then none of `texts` is held out.
         field: the field of .jsonl objects, the column of .parquet files.
         errors: "strict" refuses text that is not UTF-8, "replace" goes on without those bytes.
-        threads: that split text; 0 is one for each core. The corpus does not depend on it.
+        threads: that split text; 0 is one for each available core. Does not change the corpus.
         seed: of the held-out draw.
         overwrite: replace what is at `out`.
         resume: go on where the same build was killed or interrupted. The corpus is the same.
@@ -90,35 +95,35 @@ def build_corpus(
         The manifest.
 
     Raises:
-        InputError: text or folder that cannot be used; nothing is left behind then.
+        InputError: text or folder that cannot be used; nothing is left behind then but a
+            checkpoint, if there is one, from which the same command continues.
     """
     if errors not in ("strict", "replace"):
         raise InputError(f'errors must be "strict" or "replace", got {errors!r}')
     if not 0 <= heldout_share < 1:
         raise InputError(f"heldout_share must lie in [0, 1), got {heldout_share}")
-    if threads < 0:
-        raise InputError(f"threads must be 0 (one for each core) or more, got {threads}")
+    threads = cores(threads)
     if not 0 <= seed < 2**64:
         raise InputError(f"seed must lie in [0, 2^64), got {seed}")
-    train_files, heldout_files = text_files(texts), text_files(heldout_texts)
+    train_found, heldout_found = find_texts(texts), find_texts(heldout_texts)
+    train_files, heldout_files = train_found.files, heldout_found.files
     if not train_files:
         raise InputError("no text given: name at least one file or folder")
-    both = {path.resolve() for path in train_files} & {path.resolve() for path in heldout_files}
-    if both:
-        raise InputError(f"{_some(sorted(both))}: given as text and as held-out text; choose one")
+    _check_apart(train_files, heldout_files)
+    left_out = Counter(train_found.left_out) + Counter(heldout_found.left_out)
     settings: dict[str, Any] = {
-        "lowercase": lowercase,
+        **_casing(lowercase, strip_accents),
         "field": field,
         "errors": errors,
         "heldout": {"share": 0.0 if heldout_files else float(heldout_share), "seed": seed},
     }
     out = Path(out)
-    if not overwrite and (out / MANIFEST).is_file():
+    if not overwrite and _is_corpus(out):
         return _same_corpus(out, train_files, heldout_files, settings)
     with _partial_folder(out, overwrite, resume) as folder:
-        build = _Build(folder, train_files, heldout_files, settings, cores(threads), progress)
+        build = _Build(folder, train_files, heldout_files, settings, threads, progress)
         build.read_texts()
-        return build.finish()
+        return build.finish(left_out)
 
 
 def merge_corpora(
@@ -151,7 +156,7 @@ def merge_corpora(
     parts = [Corpus.open(folder, verify="sha256") for folder in corpora]
     first = parts[0]
     for part in parts[1:]:
-        for name in ("lowercase", "unicode"):
+        for name in ("lowercase", "strip_accents", "unicode"):
             if part.manifest.get(name) != first.manifest.get(name):
                 raise InputError(
                     f"{part.folder} has {name} {part.manifest.get(name)} but {first.folder} has "
@@ -190,12 +195,13 @@ def merge_corpora(
         files |= _write_lexicon(folder, data, ends, counts)
         manifests = [part.manifest for part in parts]
         manifest: dict[str, Any] = {
-            **_header(first.lowercase),
+            **_header(first.lowercase, first.strip_accents),
             "documents": sum(m["documents"] for m in manifests),
             "words": sum(m["words"] for m in manifests),
             "distinct": len(counts) - 1,
             "bytes": sum(m["bytes"] for m in manifests),
             "not_utf8": sum(m["not_utf8"] for m in manifests),
+            "left_out": dict(sum((Counter(m.get("left_out")) for m in manifests), Counter())),
             "heldout": {
                 "documents": sum(m["heldout"]["documents"] for m in manifests),
                 "words": sum(m["heldout"]["words"] for m in manifests),
@@ -215,14 +221,11 @@ def merge_corpora(
 def _partial_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
     """A hidden folder to fill that becomes `out` when the block ends.
 
-    It stays where it is, to go on from, when the process is killed or interrupted after a
-    checkpoint; it goes away on any other error.
+    With a checkpoint in it, it stays where it is when the process is killed, interrupted or meets
+    an error: the same command continues from there.
     """
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} is not a folder; give another path")
-    if out.exists() and not overwrite and any(out.iterdir()):
-        raise InputError(f"{out} is not empty; give another folder or allow overwriting")
-    folder = out.parent / f".{out.name}{PARTIAL}corpus"
+    check_new_folder(out, overwrite)
+    folder = out.parent / partial_prefix(out, "corpus")
     ours = not folder.exists()  # to remove: nobody else's, and no checkpoint in it
     try:
         try:
@@ -250,10 +253,14 @@ def _partial_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
                 ours = False
             except OSError as error:
                 raise write_error(out, error) from error
-    except Exception:
-        raise
-    except BaseException:  # KeyboardInterrupt, and what a handler of SIGTERM raises
-        ours = ours and not (folder / CHECKPOINT).is_file()
+    except BaseException as error:
+        if ours and (folder / CHECKPOINT).is_file():
+            ours = False
+            if isinstance(error, InputError):
+                raise InputError(
+                    f"{error}; what was read before is kept, and the same command continues "
+                    "there if those texts are unchanged"
+                ) from error
         raise
     finally:
         if ours:
@@ -327,11 +334,19 @@ def _closing(writer: _Writer) -> Iterator[_Writer]:
     writer.close()
 
 
-def _header(lowercase: bool) -> dict[str, Any]:
+def _casing(lowercase: bool, strip_accents: bool | None) -> dict[str, bool]:
+    """How text is normalised; of accents only what is unusual."""
+    unusual = lowercase and strip_accents is False
+    if strip_accents and not lowercase:
+        raise InputError("strip_accents needs lowercase: accents stay in cased text")
+    return {"lowercase": lowercase, **({"strip_accents": False} if unusual else {})}
+
+
+def _header(lowercase: bool, strip_accents: bool | None) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "lowercase": lowercase,
+        **_casing(lowercase, strip_accents),
         "unicode": _core.unicode_version,
     }
 
@@ -368,12 +383,12 @@ def _same_corpus(
     """The manifest of the corpus at `out`, if it was made from these texts with these settings."""
     manifest = Corpus.open(out).manifest
     theirs = {
-        "lowercase": manifest["lowercase"],
+        **_casing(manifest["lowercase"], manifest.get("strip_accents")),
         "field": manifest.get("field"),
         "errors": manifest.get("errors"),
         "heldout": {key: manifest["heldout"].get(key) for key in ("share", "seed")},
     }
-    other = [name for name, value in settings.items() if theirs[name] != value]
+    other = [name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)]
     if not other:
         sources = [
             (source["name"], source["bytes"], source["heldout"]) for source in manifest["sources"]
@@ -394,6 +409,28 @@ def _same_corpus(
             "give another folder or allow overwriting"
         )
     return manifest
+
+
+def _is_corpus(folder: Path) -> bool:
+    try:
+        return (folder / MANIFEST).is_file()
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _check_apart(train: list[Path], heldout: list[Path]) -> None:
+    """Refuses a text that is held out and not: the same file, or a copy of it."""
+    by_size: dict[int, list[Path]] = {}
+    for path in train if heldout else ():
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for held in heldout:
+        for path in by_size.get(held.stat().st_size, ()):
+            if path.samefile(held):
+                raise InputError(f"{held}: given as text and as held-out text; choose one")
+            if filecmp.cmp(path, held, shallow=False):
+                raise InputError(
+                    f"{held} is held out, but {path} has the same bytes; leave one of them out"
+                )
 
 
 def _some(paths: Sequence[Path]) -> str:
@@ -423,6 +460,7 @@ class _Build:
         self.progress = progress or (lambda done, total: None)
         self.builder = _core.CorpusBuilder(
             lowercase=settings["lowercase"],
+            strip_accents=settings.get("strip_accents", True),
             heldout_share=settings["heldout"]["share"],
             seed=settings["heldout"]["seed"],
             replace=settings["errors"] == "replace",
@@ -432,7 +470,7 @@ class _Build:
         self.sources: list[dict[str, Any]] = []  # read to the end
         self.skip = 0  # of the next source: bytes of plain text, or records, that are in already
         self.known_words = 1  # ids below are in NEW_WORDS
-        self.state = {
+        self.state: dict[str, Any] = {
             "version": VERSION,
             "unicode": _core.unicode_version,
             "settings": settings,
@@ -488,6 +526,8 @@ class _Build:
                         "bytes": file.bytes_read,
                         "sha256": file.sha256,
                         "heldout": heldout,
+                        **({"nulls": file.nulls} if file.nulls else {}),
+                        **({"not_utf8": file.replaced} if file.replaced else {}),
                     }
                 )
             self.builder.flush()
@@ -518,9 +558,9 @@ class _Build:
             parts = self.builder.take()
         except _core.NotUtf8 as error:
             source, offset = error.args
+            file = TextFile(self.paths[source])
             raise InputError(
-                f"{self.paths[source]}: not UTF-8 at byte {offset} of its text; convert it, or go "
-                'on without what is not: errors="replace" (--errors replace)'
+                f"{file.path}: not UTF-8 at byte {offset} of its text; {file.advice(offset)}"
             ) from None
         for stream, pieces in zip(streams, parts, strict=True):
             for ids in pieces:
@@ -556,7 +596,10 @@ class _Build:
         if not (self.folder / CHECKPOINT).is_file():
             return False
         state: dict[str, Any] = read_json_object(self.folder / CHECKPOINT)
-        if any(state.get(name) != value for name, value in self.state.items()):
+        # What was not read yet may have been mended since.
+        read = len(state["sources"]) + (state["skip"] > 0)
+        ours, theirs = ({**s, "texts": s["texts"][:read]} for s in (self.state, state))
+        if any(theirs.get(name) != value for name, value in ours.items()):
             return False
         for name, size in state["files"].items():
             path = self.folder / name
@@ -572,7 +615,7 @@ class _Build:
 
     # ---- finishing -----------------------------------------------------------------------
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, left_out: Counter[str]) -> dict[str, Any]:
         """The corpus files from the provisional ones; the manifest comes last."""
         totals = self.builder.totals()
         if totals["train_words"] + totals["heldout_words"] == 0:
@@ -609,12 +652,13 @@ class _Build:
         documents = int(counts[0])
         heldout_documents = totals["heldout_documents"] + (by in ("document", "tail"))
         manifest: dict[str, Any] = {
-            **_header(self.settings["lowercase"]),
+            **_header(self.settings["lowercase"], self.settings.get("strip_accents")),
             "documents": documents,
             "words": files["train.u32"]["bytes"] // 4 - documents,
             "distinct": len(counts) - 1,
             "bytes": totals["bytes"],
-            "not_utf8": totals["replaced"],
+            "not_utf8": totals["replaced"] + self._sum("not_utf8"),
+            "left_out": dict(left_out + Counter(nulls=self._sum("nulls"))),
             "heldout": {
                 "documents": heldout_documents,
                 "words": files["heldout.u32"]["bytes"] // 4 - heldout_documents,
@@ -628,6 +672,9 @@ class _Build:
         }
         write_json(self.folder / MANIFEST, manifest)
         return manifest
+
+    def _sum(self, name: str) -> int:
+        return sum(source.get(name, 0) for source in self.sources)
 
     def _move(self, train: np.ndarray, heldout: int, documents: int) -> tuple[int, int, str]:
         """What of the provisional train stream is to be held out too: [begin, end), why.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,7 @@ from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import read_json_object, sha256_file
 from mvbert.text.lexicon import Segmentation, WordList
-
-if TYPE_CHECKING:
-    from mvbert.text.vocab import Vocab
+from mvbert.text.vocab import Vocab, case_name
 
 FORMAT = "mvbert-corpus"
 VERSION = 1
@@ -46,6 +44,11 @@ class Corpus:
     @property
     def lowercase(self) -> bool:
         return self.manifest["lowercase"]
+
+    @property
+    def strip_accents(self) -> bool:
+        """Whether text lost its accents."""
+        return self.manifest.get("strip_accents", self.lowercase)
 
     def __repr__(self) -> str:
         return (
@@ -86,19 +89,26 @@ class Corpus:
             _check_file(folder / name, manifest["files"][name], verify)
         return cls(folder, manifest)
 
+    def check_casing(self, vocab: Vocab, what: str = "the vocabulary") -> None:
+        """Raises InputError unless a vocabulary is for text normalised as this corpus's was."""
+        if (vocab.lowercase, vocab.strip_accents) == (self.lowercase, self.strip_accents):
+            return
+        option = "without --cased" if vocab.lowercase else "with --cased"
+        if vocab.lowercase and not vocab.strip_accents:
+            option = "with --keep-accents"
+        other = ", or read the vocabulary with --cased" * (vocab.assumed and not self.lowercase)
+        raise InputError(
+            f"{what} {vocab.source} is {vocab.casing} but the corpus {self.folder} is "
+            f"{case_name(self.lowercase, self.strip_accents)}; build the corpus {option}{other}"
+        )
+
     def segment(self, vocab: Vocab, threads: int = 0) -> Segmentation:
         """Cuts every word of the lexicon with a vocabulary; takes milliseconds to seconds.
 
         Raises:
             InputError: a cased vocabulary for an uncased corpus, or the other way round.
         """
-        if vocab.lowercase != self.lowercase:
-            cased = {True: "uncased", False: "cased"}
-            raise InputError(
-                f"the vocabulary is {cased[vocab.lowercase]} but the corpus {self.folder} is "
-                f"{cased[self.lowercase]}; build the corpus with lowercase={vocab.lowercase} "
-                f"({'without' if vocab.lowercase else 'with'} --cased)"
-            )
+        self.check_casing(vocab)
         wordpiece = _core.WordPiece(list(vocab.pieces), vocab.unk)
         ends, ids = _core.segment_lexicon(
             self.words.data, self.words.ends, wordpiece, cores(threads)

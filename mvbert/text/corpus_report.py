@@ -15,7 +15,7 @@ from mvbert.text.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, m
 from mvbert.text.corpus_folder import Corpus
 
 if TYPE_CHECKING:
-    from mvbert.text.vocab import Vocab
+    from mvbert.text.vocab import Vocab, case_name
 
 
 def run_corpus(
@@ -77,7 +77,9 @@ def run_corpus_info(folder: str | Path) -> dict[str, Any]:
     return report
 
 
-def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab]:
+def load_vocabs(
+    paths: Iterable[str | Path], lowercase: bool, strip_accents: bool
+) -> dict[str, Vocab]:
     """Vocabularies by their paths, to report on.
 
     Raises:
@@ -88,12 +90,12 @@ def load_vocabs(paths: Iterable[str | Path], lowercase: bool) -> dict[str, Vocab
     vocabs = {}
     for path in map(Path, paths):
         # A bare vocab.txt does not say of which case it is.
-        vocab = Vocab.load(path, lowercase=None if path.is_dir() else lowercase)
-        if vocab.lowercase != lowercase:
-            cased = {True: "uncased", False: "cased"}
+        casing = () if path.is_dir() else (lowercase, strip_accents)
+        vocab = Vocab.load(path, *casing)
+        if (vocab.lowercase, vocab.strip_accents) != (lowercase, strip_accents):
             raise InputError(
-                f"the vocabulary {path} is {cased[vocab.lowercase]} but the corpus is "
-                f"{cased[lowercase]}"
+                f"the vocabulary {path} is {vocab.casing} but the corpus is "
+                f"{case_name(lowercase, strip_accents)}"
             )
         vocabs[str(path)] = vocab
     return vocabs
@@ -111,6 +113,8 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]
         "output": str(corpus.folder),
         **{k: manifest[k] for k in ("bytes", "documents", "words", "distinct", "lowercase")},
         "not_utf8": manifest["not_utf8"],
+        "left_out": manifest.get("left_out", {}),
+        "copies": len(manifest["sources"]) - len({s["sha256"] for s in manifest["sources"]}),
         "heldout": manifest["heldout"],
         "vocabularies": {},
     }
@@ -173,8 +177,23 @@ def print_corpus_report(report: dict[str, Any]) -> None:
         "none": "nothing",
     }
     console.print(f"held out: {by[heldout['by']]}", markup=False)
+    reasons = {
+        "repeated": "files or folders given twice, or by a link",
+        "empty": "empty files",
+        "unsupported": "files of other kinds",
+        "not_regular": "pipes, sockets and devices",
+        "nulls": "records whose text is null",
+    }
+    left_out = [f"{reasons[why]} ({count:,})" for why, count in report["left_out"].items() if count]
     if report["not_utf8"]:
-        console.print(f"left out: {report['not_utf8']:,} runs of bytes that are not UTF-8")
+        left_out.append(f"runs of bytes that are not UTF-8 ({report['not_utf8']:,})")
+    if left_out:
+        console.print(f"left out: {', '.join(left_out)}", markup=False)
+    if report["copies"]:
+        console.print(
+            f"files with the same bytes as another one: {report['copies']:,}; their documents are "
+            "in the corpus as often, and may be held out and not"
+        )
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def learn_vocab(
         coverage: share of character occurrences that single characters must cover, in (0, 1]; words
             with other characters become [UNK]. Below 1 it keeps rare foreign letters from filling a
             small vocabulary.
-        threads: 0 for one for each core.
+        threads: 0 is one for each available core.
 
     Returns:
         [PAD] [UNK] [CLS] [SEP] [MASK], then pieces by descending use, ties in byte order. All words
@@ -74,13 +74,12 @@ def learn_vocab(
         raise InputError(f"coverage must be in (0, 1], got {coverage}")
     if size <= len(SPECIAL_PIECES):
         raise InputError(f"size must be above the {len(SPECIAL_PIECES)} special tokens, got {size}")
-    if threads < 0:
-        raise InputError(f"threads must be 0 or more, got {threads}")
+    threads = cores(threads)
     data, ends = flat_words(words)
     numbers = check_counts(counts, len(ends))
     if learner == "topdown":
         try:
-            pieces, _, _, _ = _core.learn_vocab(data, ends, numbers, size, coverage, cores(threads))
+            pieces, _, _, _ = _core.learn_vocab(data, ends, numbers, size, coverage, threads)
         except ValueError as error:
             raise InputError(str(error)) from None
         return pieces
@@ -192,6 +191,7 @@ def run_vocab(
     *,
     learner: str = "topdown",
     teacher: str | Path | None = None,
+    cased: bool = False,
     coverage: float = COVERAGE,
     threads: int = 0,
     overwrite: bool = False,
@@ -202,7 +202,9 @@ def run_vocab(
         corpus_dir: a folder that build_corpus made.
         out_path: the vocab.txt to write, whole or not at all; its folder is made if need be.
         size, learner, coverage, threads: as learn_vocab takes them.
-        teacher: a folder or file with the teacher's vocabulary, for the report.
+        teacher: a folder or file with the teacher's vocabulary, for the report; pieces added to it
+            become pieces of the student's, after the special ones.
+        cased: the teacher's vocabulary is cased whatever its folder says or leaves out.
         overwrite: replace another vocabulary that is already there.
 
     Returns:
@@ -214,21 +216,18 @@ def run_vocab(
     """
     out_path = Path(out_path)
     corpus = Corpus.open(corpus_dir)
-    teacher_vocab = Vocab.load(teacher) if teacher is not None else None
-    if teacher_vocab is not None and teacher_vocab.lowercase != corpus.lowercase:
-        cased = {True: "uncased", False: "cased"}
-        raise InputError(
-            f"the teacher {teacher} is {cased[teacher_vocab.lowercase]} but the corpus "
-            f"{corpus_dir} is {cased[corpus.lowercase]}; build the corpus as the teacher reads text"
-        )
+    teacher_vocab = None
+    if teacher is not None:
+        teacher_vocab = Vocab.load(teacher, lowercase=False if cased else None)
+        corpus.check_casing(teacher_vocab, "the teacher's vocabulary")
     if out_path.is_dir():
         raise InputError(f"{out_path} is a folder; give the path of the vocab.txt to write")
     started = time.perf_counter()
-    pieces = learn_vocab(
-        corpus.words, corpus.counts, size, learner=learner, coverage=coverage, threads=threads
-    )
+    options: dict[str, Any] = {"learner": learner, "coverage": coverage, "threads": threads}
+    added = [a.piece for a in teacher_vocab.added] if teacher_vocab is not None else []
+    pieces = _learn_beside(added, corpus, size, options)
     seconds = time.perf_counter() - started
-    vocab = Vocab(tuple(pieces), corpus.lowercase)
+    vocab = Vocab(tuple(pieces), corpus.lowercase, corpus.strip_accents)
     _save(vocab, out_path, overwrite)
     report = {
         "output": str(out_path),
@@ -240,6 +239,22 @@ def run_vocab(
     }
     print_vocab_report(report)
     return report
+
+
+def _learn_beside(
+    added: list[str], corpus: Corpus, size: int, options: dict[str, Any]
+) -> list[str]:
+    """`size` pieces: the special ones, those of `added`, and others that are learned."""
+    least = max(size - len(added), 0)
+    # Some of `added` may be among the learned ones: then as many more are learned.
+    for wanted in range(least, size + 1):
+        pieces = learn_vocab(corpus.words, corpus.counts, wanted, **options)
+        learned = [piece for piece in pieces if piece not in added]
+        if len(learned) == least:
+            return [*learned[: len(SPECIAL_PIECES)], *added, *learned[len(SPECIAL_PIECES) :]]
+    raise InputError(
+        f"no {size} pieces with the teacher's {len(added)} added ones among them; give another size"
+    )
 
 
 def _save(vocab: Vocab, path: Path, overwrite: bool) -> None:

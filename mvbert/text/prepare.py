@@ -10,13 +10,17 @@ from mvbert.progress import Progress
 from mvbert.text import docstrings
 from mvbert.text.corpus import run_corpus
 from mvbert.text.learner import run_vocab
+from mvbert.text.vocab import Vocab
 
 VOCAB_FILE = Path("student") / "vocab.txt"  # in the folder of the run
 DOCSTRINGS = "docstrings"  # the embedded text, see mvbert.text.docstrings
 
 
-def make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Progress) -> Path:
-    """Reads the text, or finds that a corpus of just this text is there; returns its folder."""
+def make_corpus(config: CorpusConfig, out: Path, vocab: Vocab, progress: Progress) -> Path:
+    """Reads the text, or finds that a corpus of just this text is there; returns its folder.
+
+    Text is normalised as the teacher's vocabulary asks.
+    """
     folder = out / "corpus"
     if folder.exists():
         progress.note(f"{folder} is complete")
@@ -34,7 +38,8 @@ def make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Prog
     run_corpus(
         texts,
         folder,
-        lowercase=lowercase,
+        lowercase=vocab.lowercase,
+        strip_accents=vocab.strip_accents,
         heldout_share=config.heldout_share,
         heldout_texts=[Path(text) for text in config.heldout_text],
         field=config.field,
@@ -44,7 +49,12 @@ def make_corpus(config: CorpusConfig, out: Path, lowercase: bool, progress: Prog
 
 
 def make_vocab(
-    config: VocabConfig, out: Path, corpus_dir: Path, teacher: Path, progress: Progress
+    config: VocabConfig,
+    out: Path,
+    corpus_dir: Path,
+    teacher: Path,
+    progress: Progress,
+    cased: bool = False,
 ) -> dict[str, Json]:
     """Learns the vocabulary `out`/VOCAB_FILE, unless that is done; returns its report."""
     vocab_file = out / VOCAB_FILE
@@ -59,6 +69,7 @@ def make_vocab(
         learner=config.learner,
         coverage=config.coverage,
         teacher=teacher,
+        cased=cased,
         overwrite=True,
     )
     write_json(report_file, report)

@@ -10,23 +10,28 @@
 depend on the size of a file, but for the longest line of a .jsonl and the row groups of a .parquet.
 """
 
+import codecs
 import hashlib
 import io
 import json
 import lzma
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mvbert import _core
 from mvbert.errors import InputError, MissingExtra
-from mvbert.files import sha256_file
+from mvbert.files import data_path, sha256_file
 
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".xz", ".zst")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SUPPORTED = "*.txt, *.jsonl (each also .gz, .xz, .zst) and *.parquet"
 
 CHUNK_BYTES = 1 << 20  # of plain text handed on at a time
@@ -34,35 +39,152 @@ PACKED_BYTES = 1 << 14  # of packed text unpacked at a time
 RECORDS_BYTES = 1 << 18  # of records handed on at a time
 
 
-def text_files(paths: Iterable[str | Path]) -> list[Path]:
-    """The text files behind a list of files and folders.
+@dataclass(frozen=True)
+class FoundTexts:
+    """Which files are read, and what was left out on the way to them.
 
-    A folder stands for every supported file in it and below, in sorted order; hidden ones are left
-    out. The order of the list is kept.
+    Attributes:
+        files: each once, in the order of the paths given, sorted within a folder.
+        left_out: how many, by why: "repeated" (a file or folder met before, by another path or
+            through a link), "empty" (files of no bytes), "unsupported" (files of another kind),
+            "not_regular" (pipes, sockets, devices). Hidden ones are not counted.
+    """
+
+    files: list[Path]
+    left_out: dict[str, int]
+
+
+def find_texts(paths: Iterable[str | Path]) -> FoundTexts:
+    """The text files behind a list of files and folders; each can be read when this returns.
+
+    A folder stands for every supported file in it and below, links followed, hidden ones left out.
+    `data:NAME`: see mvbert.files.data_path.
 
     Raises:
-        InputError: a path is missing, an empty file, of an unsupported kind, or a folder without
-            text.
+        InputError: a path that is missing, no regular file, an empty file or of an unsupported
+            kind; a folder that holds no text; a file or folder that cannot be read, or a link that
+            leads nowhere, in a folder too.
     """
-    if isinstance(paths, str | Path):
-        paths = [paths]
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = [p for p in _walk(path) if file_kind(p) is not None]
-            if not inside:
-                raise InputError(f"the folder {path} holds no text; supported are {SUPPORTED}")
-            files += inside
-        elif not path.exists():
-            raise InputError(f"{path} does not exist")
-        elif file_kind(path) is None:
+    search = _Search()
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        search.add(data_path(path))
+    return FoundTexts(search.files, search.left_out)
+
+
+class _Search:
+    """Files found so far, and what is known of the way there."""
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.left_out = dict.fromkeys(("repeated", "empty", "unsupported", "not_regular"), 0)
+        self._seen: set[tuple[int, int]] = set()  # device and inode of files and folders
+
+    def add(self, path: Path) -> None:
+        """A path that the user named."""
+        status = _status(path)
+        if stat.S_ISDIR(status.st_mode):
+            before = len(self.files), dict(self.left_out)
+            self._folder(path, status)
+            self._check_folder(path, *before)
+            return
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is {_kind_of(status)}, expected a file or a folder")
+        if file_kind(path) is None:
             raise InputError(f"{path}: unsupported kind of file; supported are {SUPPORTED}")
-        else:
-            files.append(path)
-    for file in files:
-        if file.is_file() and file.stat().st_size == 0:
-            raise InputError(f"{file} is empty")
-    return files
+        if status.st_size == 0:
+            raise InputError(f"{path} is empty")
+        self._file(path, status)
+
+    def _check_folder(self, path: Path, files: int, before: dict[str, int]) -> None:
+        """Refuses a folder in which no text was found."""
+        if len(self.files) > files or self.left_out["repeated"] > before["repeated"]:
+            return
+        empty = self.left_out["empty"] - before["empty"]
+        raise InputError(
+            f"the folder {path} holds no text; "
+            + (f"files of no bytes: {empty}; " if empty else "")
+            + f"supported are {SUPPORTED}"
+        )
+
+    def _folder(self, folder: Path, status: os.stat_result) -> None:
+        if self._is_repeated(status):
+            return
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError as error:
+            raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = folder / name
+            supported = file_kind(name) is not None
+            if not supported and path.is_symlink() and not os.path.exists(path):
+                self.left_out["unsupported"] += 1
+                continue
+            status = _status(path)
+            if stat.S_ISDIR(status.st_mode):
+                self._folder(path, status)
+            elif not stat.S_ISREG(status.st_mode):
+                self.left_out["not_regular"] += 1
+            elif not supported:
+                self.left_out["unsupported"] += 1
+            elif status.st_size == 0:
+                self.left_out["empty"] += 1
+            else:
+                self._file(path, status)
+
+    def _file(self, path: Path, status: os.stat_result) -> None:
+        if not self._is_repeated(status):
+            with _open(path) as file:  # found out now, not hours later
+                if status.st_size < 1 << 10 and file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise InputError(
+                        f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs "
+                        "pull"
+                    )
+            self.files.append(path)
+
+    def _is_repeated(self, status: os.stat_result) -> bool:
+        identity = (status.st_dev, status.st_ino)
+        repeated = identity in self._seen
+        self._seen.add(identity)
+        self.left_out["repeated"] += repeated
+        return repeated
+
+
+def _status(path: Path) -> os.stat_result:
+    """What a path leads to.
+
+    Raises:
+        InputError: nothing, or it cannot be found out.
+    """
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(
+                f"{path} is a link to {os.readlink(path)}, which does not exist"
+            ) from None
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _kind_of(status: os.stat_result) -> str:
+    """What is neither a file nor a folder."""
+    kinds = (
+        (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    return next((name for test, name in kinds if test(status.st_mode)), "no regular file")
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb", buffering=0)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def file_kind(path: str | Path) -> tuple[str, str] | None:
@@ -80,14 +202,18 @@ def file_kind(path: str | Path) -> tuple[str, str] | None:
 class TextFile:
     """One file being read: its documents, and what was read of it so far.
 
-    Exactly one of `chunks` and `records` may be called, once. `bytes_read` counts bytes on the
-    disk, packed where the file is.
+    Exactly one of `chunks` and `records` may be called, once.
+
+    Attributes:
+        bytes_read: bytes on the disk, packed where the file is.
+        nulls: records left out because they have no text, null.
+        replaced: runs of bytes in .jsonl that are not UTF-8 and were left out.
     """
 
     def __init__(self, path: str | Path, field: str = "text", errors: str = "strict"):
         """Args:
         field: the field of .jsonl objects, the column of .parquet files.
-        errors: "strict" raises InputError for what is not UTF-8 in .jsonl, "replace" goes on.
+        errors: "strict" raises InputError for what is not UTF-8 in .jsonl, "replace" leaves it out.
         """
         kind = file_kind(path)
         if kind is None:
@@ -97,6 +223,8 @@ class TextFile:
         self.field = field
         self.errors = errors
         self.bytes_read = 0
+        self.nulls = 0
+        self.replaced = 0
         self._digest = hashlib.sha256()
         self._sha256: str | None = None
 
@@ -112,8 +240,8 @@ class TextFile:
 
     def chunks(self) -> Iterator[bytes]:
         """The text of a .txt file, unpacked, in pieces that end anywhere."""
-        with self._open() as raw:
-            yield from self._unpack(raw)
+        with _open(self.path) as raw:
+            yield from self._checked(self._unpack(raw))
 
     def records(self) -> Iterator[tuple[bytes | memoryview, np.ndarray]]:
         """The documents of a .jsonl or .parquet file, some at a time.
@@ -124,12 +252,6 @@ class TextFile:
         return self._parquet() if self.kind == ".parquet" else _batches(self._jsonl())
 
     # ---- bytes ---------------------------------------------------------------------------
-
-    def _open(self) -> BinaryIO:
-        try:
-            return open(self.path, "rb", buffering=0)
-        except OSError as error:
-            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from error
 
     def _read(self, raw: BinaryIO, size: int) -> bytes:
         try:
@@ -174,24 +296,60 @@ class TextFile:
                 "the packed text; was the download complete?"
             )
 
+    def _checked(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """Text as it comes, unless its first bytes or its zeros show that it is something else."""
+        done = 0
+        for piece in _with_head(pieces):
+            check_is_text(self.path, piece, done, packed=bool(self.packing))
+            done += len(piece)
+            yield piece
+
+    def advice(self, offset: int) -> str:
+        """What to do about text that is not UTF-8 at byte `offset` of a file, read anew."""
+        if not self.is_plain:
+            return REPLACE
+        file = TextFile(self.path, self.field, self.errors)
+        kept, begin = b"", 0
+        with _open(self.path) as raw:
+            if not self.packing:
+                begin = max(offset - SAMPLE_BYTES, 0)
+                raw.seek(begin)
+            for piece in file._unpack(raw):
+                kept += piece
+                if begin + len(kept) > offset + SAMPLE_BYTES:
+                    break
+                if len(kept) > 4 * SAMPLE_BYTES:
+                    begin += len(kept) - 2 * SAMPLE_BYTES
+                    kept = kept[-2 * SAMPLE_BYTES :]
+        return _advice(kept[max(offset - SAMPLE_BYTES - begin, 0) :][: 2 * SAMPLE_BYTES])
+
     # ---- records -------------------------------------------------------------------------
 
     def _jsonl(self) -> Iterator[bytes]:
-        with self._open() as raw:
-            lines = io.BufferedReader(_Stream(self._unpack(raw)), CHUNK_BYTES)
+        with _open(self.path) as raw:
+            text = self._checked(self._unpack(raw))
+            lines = io.BufferedReader(_Stream(text), CHUNK_BYTES)
             offset = 0
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield self._field_of(line, f"{self.path}:{number}", offset)
+                # A byte-order mark begins every one of files that were concatenated.
+                content = line.removeprefix(codecs.BOM_UTF8)
+                if content.strip():
+                    begin = offset + len(line) - len(content)
+                    record = self._field_of(content, f"{self.path}:{number}", begin)
+                    if record is not None:
+                        yield record
                 offset += len(line)
 
-    def _field_of(self, line: bytes, where: str, offset: int) -> bytes:
+    def _field_of(self, line: bytes, where: str, offset: int) -> bytes | None:
+        """The text of a record; None where it is null."""
+        if self.errors == "replace":
+            line, replaced = _replace_errors(line)
+            self.replaced += replaced
         try:
-            text = line.decode("utf-8-sig" if offset == 0 else "utf-8", self.errors)
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{where}: not UTF-8 at byte {offset + error.start}; "
-                'errors="replace" (--errors replace) goes on without what is not'
+                f"{where}: not UTF-8 at byte {offset + error.start}; {_advice(line)}"
             ) from None
         try:
             record = json.loads(text)
@@ -208,6 +366,9 @@ class TextFile:
                 "choose one with field= (--field)"
             )
         value = record[self.field]
+        if value is None:
+            self.nulls += 1
+            return None
         if not isinstance(value, str):
             raise InputError(
                 f"{where}: field {self.field!r} holds {type(value).__name__}, expected a string"
@@ -233,7 +394,8 @@ class TextFile:
                 kind = file.schema_arrow.field(self.field).type
                 if pa.types.is_dictionary(kind):
                     kind = kind.value_type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                views = [pa.string_view()] if hasattr(pa, "string_view") else []
+                if kind not in (pa.string(), pa.large_string(), *views):
                     raise InputError(
                         f"{self.path}: column {self.field!r} holds {kind}, expected strings"
                     )
@@ -241,6 +403,7 @@ class TextFile:
                 done = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[self.field]):
                     column = batch.column(0).cast(pa.large_string()).drop_null()
+                    self.nulls += len(batch) - len(column)
                     _, offsets, text = column.buffers()
                     ends = np.frombuffer(offsets, np.int64)[: column.offset + len(column) + 1]
                     ends = ends[column.offset :]
@@ -277,6 +440,128 @@ def documents(path: str | Path, field: str = "text", errors: str = "strict") -> 
         yield b"".join(lines).decode("utf-8", errors)
 
 
+# ---- what is not UTF-8 -------------------------------------------------------------------
+
+HEAD_BYTES = 8  # that tell what a file is
+SAMPLE_BYTES = 1 << 16  # on each side of a byte that is not UTF-8
+
+MAGIC = (
+    (b"\x1f\x8b\x08", "gzip"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"BZh91AY&", "bzip2"),
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PAR1", "parquet"),
+    (b"%PDF-", "PDF"),
+)
+BYTE_ORDER_MARKS = (  # UTF-32's begin like UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16BE"),
+)
+REPLACE = 'errors="replace" (--errors replace) leaves such bytes out'
+
+
+def check_is_text(path: str | Path, piece: bytes, offset: int = 0, packed: bool = False) -> None:
+    """Refuses what its first bytes or its zeros show to be packed, binary, UTF-16 or UTF-32.
+
+    Args:
+        piece: some of the file's text, from byte `offset` on; at 0 with HEAD_BYTES of it.
+        packed: whether it was unpacked.
+    """
+    for magic, name in MAGIC if offset == 0 else ():
+        if piece.startswith(magic):
+            raise InputError(
+                f"{path} is packed more than once: unpacked, it is {name} again; unpack it once"
+                if packed
+                else f"{path} is {name}, not text; its name should say so"
+            )
+    for mark, encoding in BYTE_ORDER_MARKS if offset == 0 else ():
+        if piece.startswith(mark):
+            raise InputError(f"{path} is {encoding}, not UTF-8; {_convert(encoding)}")
+    looks_like = _of_zeros(piece, offset)
+    if looks_like == "":
+        raise InputError(
+            f"{path} is binary, not text: {piece.count(0)} of {len(piece)} bytes are zero"
+        )
+    if looks_like:
+        raise InputError(f"{path} looks like {looks_like}, not UTF-8; {_convert(looks_like)}")
+
+
+def _convert(encoding: str) -> str:
+    return f"convert it: iconv -f {encoding} -t UTF-8"
+
+
+def _with_head(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces, the first of them at least HEAD_BYTES long if there are so many."""
+    head = b""
+    for piece in pieces:
+        head += piece
+        if len(head) >= HEAD_BYTES:
+            break
+    if head:
+        yield head
+    yield from pieces
+
+
+def _of_zeros(text: bytes, offset: int) -> str | None:
+    """The encoding that zero bytes at regular places show; "" for binary; None for text."""
+    if 0 not in text:  # memchr, 25 times as fast as counting
+        return None
+    zeros = text.count(0)
+    # A few are what broken programs leave in text; the splitter deletes them.
+    if zeros < 4 or zeros * 50 < len(text):
+        return None
+    parts = [text[(i - offset) % 4 :: 4] for i in range(4)]
+    share = [part.count(0) / max(len(part), 1) for part in parts]
+    full = [s > 0.9 for s in share]
+    if full in ([False, False, True, True], [False, True, True, True]):
+        return "UTF-32LE"
+    if full in ([True, True, False, False], [True, True, True, False]):
+        return "UTF-32BE"
+    even, odd = share[0] + share[2], share[1] + share[3]
+    if min(even, odd) * 8 < max(even, odd):
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    return ""
+
+
+def _advice(sample: bytes) -> str:
+    """What to do about bytes that are not UTF-8, by what is around them."""
+    good, runs = _replace_errors(sample)
+    several = sum(byte >= 0xC0 for byte in good) - good.count(REPLACEMENT)
+    high = sum(byte >= 0x80 for byte in sample)
+    controls = sum(byte < 0x20 and byte not in b"\t\n\v\f\r\x1b" for byte in sample)
+    if controls * 40 > len(sample):
+        return "it looks like a binary file"
+    if several > runs:
+        return f"the rest is UTF-8, so it is damaged there; {REPLACE}"
+    if high * 5 < len(sample):
+        return f"it looks like Latin-1; {_convert('WINDOWS-1252')}"
+    return "it is in another encoding; convert it: iconv -f ENCODING -t UTF-8"
+
+
+REPLACEMENT = "\ufffd".encode()
+
+
+def _replace_errors(text: bytes) -> tuple[bytes, int]:
+    """Puts U+FFFD in place of each run of bytes that is not UTF-8; the number of runs.
+
+    A run is a byte that begins no character, with the continuation bytes after it, as the C++ core
+    counts them.
+    """
+    kept: list[bytes | memoryview] = []
+    begin = runs = 0
+    view = memoryview(text)
+    while (at := _core.utf8_error(view[begin:])) is not None:
+        kept += [view[begin : begin + at], REPLACEMENT]
+        begin += at + 1
+        while begin < len(text) and text[begin] & 0xC0 == 0x80:
+            begin += 1
+        runs += 1
+    return b"".join([*kept, view[begin:]]), runs
+
+
 class _Stream(io.RawIOBase):
     """An iterator of bytes as a file."""
 
@@ -311,16 +596,6 @@ def _batches(texts: Iterator[bytes]) -> Iterator[tuple[bytes, np.ndarray]]:
             parts, size = [], 0
     if parts:
         yield b"".join(parts), np.cumsum([len(p) for p in parts], dtype=np.uint64)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry)
-        else:
-            yield entry
 
 
 def _unpacker(packing: str) -> Callable[[], Any]:

@@ -7,10 +7,13 @@ threads may use one, a forked child too, and no environment variable is needed.
 
 import json
 import mmap
+import operator
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +21,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mvbert import _core
+from mvbert.cores import cores
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_write, write_error, write_json
-from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, Vocab
+from mvbert.text.readers import SAMPLE_BYTES, check_is_text
+from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, AddedPiece, Vocab
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -125,19 +130,24 @@ class WordPieceTokenizer:
     >>> tokenizer.encode("Hello, [MASK]!")
     [101, 7592, 1010, 103, 999, 102]
 
-    Special pieces inside text are recognised, as Hugging Face does; build corpora with
+    Special and added pieces inside text are recognised, as Hugging Face does; build corpora with
     `mvbert.text.corpus`, which does not.
 
     Args:
-        vocab: the vocabulary; `vocab.lowercase` says whether text is lower-cased.
+        vocab: the vocabulary; it says how text is normalised.
     """
 
     def __init__(self, vocab: Vocab) -> None:
         self.vocab = vocab
+        # Words are never cut into pieces that come after the base vocabulary.
+        pieces = [p if id < vocab.base_size else "" for id, p in enumerate(vocab.pieces)]
+        special = [(piece, vocab.ids[piece], False) for piece in vocab.special_pieces]
+        added = [(a.piece, vocab.ids[a.piece], a.normalized) for a in vocab.added]
         self._core = _core.Tokenizer(
             lowercase=vocab.lowercase,
-            teacher=_core.WordPiece(list(vocab.pieces), vocab.unk),
-            special=[(piece, vocab.ids[piece]) for piece in SPECIAL_PIECES],
+            strip_accents=vocab.strip_accents,
+            teacher=_core.WordPiece(pieces, vocab.unk),
+            special=special + added,
         )
 
     @classmethod
@@ -171,10 +181,17 @@ class WordPieceTokenizer:
             add_special_tokens: [CLS] at the beginning, [SEP] after each text.
 
         Raises:
+            InputError: what is no text.
             ValueError: bytes that are not UTF-8; the message has the offset.
         """
         special = (self.vocab.cls, self.vocab.sep) if add_special_tokens else None
-        return self._core.encode_list(text, pair, special)
+        try:
+            return self._core.encode_list(text, pair, special)
+        except TypeError:
+            _check_text("text", text)
+            if pair is not None:
+                _check_text("pair", pair)
+            raise
 
     def offsets(self, text: Text) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """The ids of a text, without [CLS] and [SEP], and where each piece lies in it.
@@ -201,7 +218,7 @@ class WordPieceTokenizer:
         padding: bool | str = False,
         pad_to_multiple_of: int | None = None,
         add_special_tokens: bool = True,
-        threads: int | None = None,
+        threads: int = 0,
         dtype: DTypeLike = np.int64,
     ) -> FlatBatch | PaddedBatch:
         """The ids of many texts as numpy arrays; the interpreter lock is free meanwhile.
@@ -217,30 +234,29 @@ class WordPieceTokenizer:
                 "max_length" to `max_length`.
             pad_to_multiple_of: rounds the padded length up.
             add_special_tokens: [CLS] at the beginning, [SEP] after each text.
-            threads: None takes as many as there are CPUs for this process, 0 is 1.
+            threads: 0 is one for each available core.
             dtype: of a `PaddedBatch`: int64, which torch and Hugging Face use, or int32.
 
         Raises:
-            InputError: an option or a combination that has no meaning, rows that cannot be cut,
-                bytes that are not UTF-8 (the message has the text's number and the offset).
+            InputError: an option or a combination that has no meaning, a table instead of a list,
+                rows that cannot be cut, what is no text or not UTF-8 (the message has the text's
+                number and the offset).
         """
-        for batch in (texts, pairs):
-            if isinstance(batch, Text):
-                raise InputError("encode_batch takes a list of texts; for one text there is encode")
+        texts = _list_of_texts("text", texts)
+        pairs = None if pairs is None else _list_of_texts("pair", pairs)
         cut = _truncation(truncation, max_length, pairs is not None)
         pad_to = _padding(padding, max_length)
         if max_length is not None and cut is None and pad_to != "max_length":
             raise InputError("max_length needs truncation, which cuts to it, or padding to it")
-        if np.dtype(dtype) not in (np.int32, np.int64):
-            raise InputError(f"dtype is {np.dtype(dtype)}, expected int32 or int64")
-        if pad_to_multiple_of is not None and not 1 <= pad_to_multiple_of < 2**31:
-            raise InputError(f"pad_to_multiple_of is {pad_to_multiple_of}, expected at least 1")
+        wide = _is_int64(dtype)
+        if pad_to_multiple_of is not None:
+            _check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
         if cut and pad_to and max_length is not None and max_length % (pad_to_multiple_of or 1):
             raise InputError(
                 f"max_length {max_length} is not a multiple of pad_to_multiple_of "
                 f"{pad_to_multiple_of}, so padded rows could be longer than it"
             )
-        threads = _threads(threads)
+        threads = cores(threads)
         try:
             arrays = self._core.encode_rows(
                 texts,
@@ -252,29 +268,39 @@ class WordPieceTokenizer:
                 padded=pad_to is not None,
                 width=max_length if pad_to == "max_length" else None,
                 multiple=pad_to_multiple_of or 1,
-                wide=np.dtype(dtype) == np.int64,
+                wide=wide,
                 threads=threads,
             )
+        except TypeError:
+            _check_texts("text", texts)
+            _check_texts("pair", pairs or ())
+            raise
         except ValueError as error:
             raise InputError(str(error)) from None
         return PaddedBatch(*arrays) if pad_to else FlatBatch(*arrays)
 
-    def encode_file(self, path: str | Path, *, threads: int | None = None) -> NDArray[np.int32]:
+    def encode_file(self, path: str | Path, *, threads: int = 0) -> NDArray[np.int32]:
         """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
 
         Raises:
-            InputError: the file cannot be read or is not UTF-8; the message has the offset.
+            InputError: the file cannot be read, is binary or is not UTF-8; the message has the
+                offset or the encoding.
         """
-        threads = _threads(threads)
+        threads = cores(threads)
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise InputError(f"{path} is no regular file")
             with open(path, "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     return np.zeros(0, np.int32)
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 with mapped, memoryview(mapped) as data:
+                    check_is_text(path, bytes(data[:SAMPLE_BYTES]))
                     return self._core.encode_long(data, True, threads)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{path} is {error}") from None
 
@@ -289,18 +315,24 @@ class WordPieceTokenizer:
 
         Args:
             ids: any integers of [0, size).
-            skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP] and [MASK].
+            skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP], [MASK], special added ones.
             clean_up: no space before punctuation and inside English contractions.
 
         Raises:
             InputError: an id outside the vocabulary.
         """
+        array = np.asarray(ids)
+        if array.ndim != 1:
+            raise InputError(
+                f"ids has {array.ndim} dimensions, expected one row; decode rows one at a time"
+            )
         pieces = []
-        for id in np.asarray(ids).tolist():
+        skipped = {*SPECIAL_PIECES, *(a.piece for a in self.vocab.added if a.special)}
+        for id in array.tolist():
             if not isinstance(id, int) or not 0 <= id < self.vocab.size:
                 raise InputError(f"id {id!r} is not in [0, {self.vocab.size})")
             piece = self.vocab.pieces[id]
-            if not (skip_special_tokens and piece in SPECIAL_PIECES):
+            if not (skip_special_tokens and piece in skipped):
                 pieces.append(piece)
         text = " ".join(pieces).replace(" ##", "").strip()
         if clean_up:
@@ -322,6 +354,7 @@ class WordPieceTokenizer:
         return transformers.BertTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
             do_lower_case=self.vocab.lowercase,
+            strip_accents=_unusual_accents(self.vocab),
             model_max_length=512,
         )
 
@@ -344,15 +377,18 @@ class MixedTokenizer:
     ) -> None:
         self.teacher = teacher.vocab if isinstance(teacher, WordPieceTokenizer) else teacher
         self.student = student.vocab if isinstance(student, WordPieceTokenizer) else student
-        if self.teacher.lowercase != self.student.lowercase:
+        casings = [(v.lowercase, v.strip_accents) for v in (self.teacher, self.student)]
+        if casings[0] != casings[1]:
             raise InputError(
-                f"the teacher's vocabulary has lowercase={self.teacher.lowercase} and the "
-                f"student's {self.student.lowercase}; a word must be the same for both"
+                f"the teacher's vocabulary is {self.teacher.casing} (lowercase="
+                f"{self.teacher.lowercase}) and the student's {self.student.casing} (lowercase="
+                f"{self.student.lowercase}); a word must be the same for both"
             )
         if self.teacher.size + self.student.size > LIMIT:
             raise InputError("the two vocabularies have more than 2^31 - 1 pieces together")
         self._core = _core.Tokenizer(
             lowercase=self.teacher.lowercase,
+            strip_accents=self.teacher.strip_accents,
             teacher=_core.WordPiece(list(self.teacher.pieces), self.teacher.unk),
             student=_core.WordPiece(list(self.student.pieces), self.student.unk),
         )
@@ -409,6 +445,7 @@ class MixedTokenizer:
         """The student's pieces alone."""
         return _core.Tokenizer(
             lowercase=self.student.lowercase,
+            strip_accents=self.student.strip_accents,
             teacher=_core.WordPiece(list(self.student.pieces), self.student.unk),
         )
 
@@ -419,26 +456,90 @@ class MixedTokenizer:
         student_prob: float = 0.5,
         seed: int = 0,
         first_number: int = 0,
-        threads: int | None = None,
+        threads: int = 0,
     ) -> MixedBatch:
         """Cuts texts; text i has number first_number + i. Threads do not change the result.
 
         Raises:
-            InputError: an argument out of range, or bytes that are not UTF-8 (the message has the
-                text's number and the offset).
+            InputError: an argument out of range, a table instead of a list, what is no text or not
+                UTF-8 (the message has the text's number and the offset).
         """
-        if isinstance(texts, Text):
-            raise InputError("encode_batch takes a list of texts; for one text there is encode")
+        texts = _list_of_texts("text", texts)
         coin = _coin(student_prob, seed, first_number)
+        threads = cores(threads)
         try:
-            arrays = self._core.encode_texts(texts, False, *coin, threads=_threads(threads))
+            arrays = self._core.encode_texts(texts, False, *coin, threads=threads)
+        except TypeError:
+            _check_texts("text", texts)
+            raise
         except ValueError as error:
             raise InputError(str(error)) from None
         return MixedBatch(*arrays, self._begins_word, self.teacher.size)
 
 
+def _list_of_texts(name: str, texts: Iterable[Text]) -> Sequence[Text]:
+    """The texts of an argument, which must be one list of them; `_check_texts` checks each."""
+    if isinstance(texts, list | tuple):
+        return texts
+    if isinstance(texts, Text):
+        raise InputError(
+            f"{name}s is {type(texts).__name__}, expected a list of texts; for one text there is "
+            "encode"
+        )
+    # A table, an array of rows or one value: iterating it would give columns, names or no text.
+    dimensions = len(getattr(texts, "shape", (0,)))
+    if dimensions != 1:
+        raise InputError(
+            f"{name}s is {type(texts).__name__} of {dimensions} dimensions, expected a list of "
+            "texts; choose one column or row"
+        )
+    if isinstance(texts, Mapping | set | frozenset) or not isinstance(texts, Iterable):
+        raise InputError(f"{name}s is {type(texts).__name__}, expected a list of texts, in order")
+    return tuple(texts)
+
+
+def _check_texts(name: str, texts: Sequence[object]) -> None:
+    """Refuses the first that is no text; its number is in the message."""
+    for number, text in enumerate(texts):
+        if not _is_text(text):
+            raise InputError(
+                f"{name} {number} is {_described(text)}, expected str or bytes"
+                + ("; give a missing text as an empty one" if _is_missing(text) else "")
+            )
+
+
+def _check_text(name: str, text: object) -> None:
+    if not _is_text(text):
+        several = "; for several there is encode_batch" if isinstance(text, list | tuple) else ""
+        raise InputError(f"{name} is {_described(text)}, expected str or bytes{several}")
+
+
+def _is_text(text: object) -> bool:
+    """Whether the core takes it: str, or contiguous bytes."""
+    if isinstance(text, str):
+        return True
+    try:
+        view = memoryview(text)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return view.ndim == 1 and view.itemsize == 1 and view.contiguous
+
+
+def _is_missing(value: object) -> bool:
+    """None, NaN, and pandas' NA and NaT."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Real) and value != value
+
+
+def _described(value: object) -> str:
+    shown = repr(value)
+    return type(value).__name__ if len(shown) > 40 else f"{shown} ({type(value).__name__})"
+
+
 def _check_size(text: Text) -> None:
-    """Refuses a text whose places do not fit into int32."""
+    """Refuses what is no text, and a text whose places do not fit into int32."""
+    _check_text("text", text)
     if len(text) >= 2**31:
         raise InputError(
             f"the text has {len(text)} characters or bytes; places are 32-bit, so at most "
@@ -448,21 +549,11 @@ def _check_size(text: Text) -> None:
 
 def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
     """The probability as an integer of [0, 2^32], the seed, the number."""
-    if not 0 <= student_prob <= 1:
-        raise InputError(f"student_prob is {student_prob}, expected a number of [0, 1]")
+    if not isinstance(student_prob, Real) or not 0 <= student_prob <= 1:
+        raise InputError(f"student_prob is {student_prob!r}, expected a number of [0, 1]")
     for name, value in (("seed", seed), ("number", number)):
-        if not 0 <= value < 2**64:
-            raise InputError(f"{name} is {value}, expected an integer of [0, 2^64)")
+        _check_integer(name, value, 0, 2**64)
     return round(student_prob * 2**32), seed, number
-
-
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        affinity = getattr(os, "sched_getaffinity", None)
-        return len(affinity(0)) if affinity else os.cpu_count() or 1
-    if threads < 0:
-        raise InputError(f"threads is {threads}, expected at least 0")
-    return max(threads, 1)
 
 
 def _truncation(truncation: bool | str, max_length: int | None, pairs: bool) -> str | None:
@@ -497,8 +588,25 @@ def _padding(padding: bool | str, max_length: int | None) -> str | None:
 
 
 def _check_length(max_length: int) -> None:
-    if not 0 <= max_length < 2**31:
-        raise InputError(f"max_length is {max_length}, expected an integer of [0, 2^31)")
+    _check_integer("max_length", max_length, 0, 2**31)
+
+
+def _check_integer(name: str, value: object, least: int, end: int) -> None:
+    integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not integer or not least <= operator.index(value) < end:  # type: ignore[arg-type]
+        raise InputError(
+            f"{name} is {value!r}, expected an integer of [{least}, 2^{end.bit_length() - 1})"
+        )
+
+
+def _is_int64(dtype: DTypeLike) -> bool:
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (np.int32, np.int64):
+        raise InputError(f"dtype is {found or repr(dtype)}, expected int32 or int64")
+    return found == np.int64
 
 
 def save_tokenizer_files(
@@ -510,7 +618,7 @@ def save_tokenizer_files(
     config.json with `"model_type": "bert"` only where transformers asks for one.
 
     Args:
-        vocab: the vocabulary; `vocab.lowercase` decides lower-casing and accent stripping.
+        vocab: the vocabulary; it says how text is normalised.
         folder: made if it is not there.
         model_max_length: the longest row the model takes, in pieces.
 
@@ -531,22 +639,44 @@ def save_tokenizer_files(
     vocab.save(paths[0])
     # One line: the vocabulary would otherwise be 30,000 lines of indentation.
     atomic_write(paths[1], json.dumps(_tokenizer_json(vocab), ensure_ascii=False) + "\n")
+    tokens = _added_tokens(vocab)
+    extra = [a.piece for a in vocab.added if a.special]
     write_json(
         paths[2],
         {
             "tokenizer_class": "BertTokenizer",
             "do_lower_case": vocab.lowercase,
-            "strip_accents": None,
+            "strip_accents": _unusual_accents(vocab),
             "tokenize_chinese_chars": True,
             "model_max_length": model_max_length,
-            "pad_token": "[PAD]",
-            "unk_token": "[UNK]",
-            "cls_token": "[CLS]",
-            "sep_token": "[SEP]",
-            "mask_token": "[MASK]",
+            **{f"{piece[1:-1].lower()}_token": piece for piece in vocab.special_pieces},
+            "added_tokens_decoder": {str(token.pop("id")): token for token in tokens},
+            **({"additional_special_tokens": extra} if extra else {}),
         },
     )
     return paths
+
+
+def _unusual_accents(vocab: Vocab) -> bool | None:
+    """strip_accents as transformers writes it: None where it is what lower-casing says."""
+    return None if vocab.strip_accents == vocab.lowercase else vocab.strip_accents
+
+
+def _added_tokens(vocab: Vocab) -> list[dict[str, Any]]:
+    """Special and added pieces as transformers writes them, by their ids."""
+    pieces = [AddedPiece(piece) for piece in vocab.special_pieces] + [*vocab.added]
+    return [
+        {
+            "id": vocab.ids[added.piece],
+            "content": added.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": added.normalized,
+            "special": added.special,
+        }
+        for added in sorted(pieces, key=lambda added: vocab.ids[added.piece])
+    ]
 
 
 def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
@@ -564,23 +694,12 @@ def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {
-                "id": vocab.ids[piece],
-                "content": piece,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-            for piece in sorted(SPECIAL_PIECES, key=vocab.ids.__getitem__)
-        ],
+        "added_tokens": _added_tokens(vocab),
         "normalizer": {
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
-            "strip_accents": None,
+            "strip_accents": _unusual_accents(vocab),
             "lowercase": vocab.lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
@@ -596,6 +715,6 @@ def _tokenizer_json(vocab: Vocab) -> dict[str, Json]:
             "unk_token": "[UNK]",
             "continuing_subword_prefix": "##",
             "max_input_chars_per_word": 100,
-            "vocab": vocab.ids,
+            "vocab": {piece: id for piece, id in vocab.ids.items() if id < vocab.base_size},
         },
     }

@@ -1,17 +1,32 @@
-"""A WordPiece vocabulary: pieces and their ids, read from vocab.txt or tokenizer.json."""
+"""A WordPiece vocabulary: pieces and their ids, how text is normalised for it, added pieces."""
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from mvbert import _core
 from mvbert.errors import InputError
-from mvbert.files import Json, atomic_write, read_json_object
+from mvbert.files import atomic_write
+from mvbert.text.tokenizer_files import (
+    LIMIT,
+    NEEDED_PIECES,
+    SPECIAL_PIECES,
+    AddedPiece,
+    check_pieces,
+    read_tokenizer_files,
+)
 
-SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LIMIT = 2**31 - 1  # ids are int32 everywhere
+__all__ = ["LIMIT", "NEEDED_PIECES", "SPECIAL_PIECES", "AddedPiece", "Vocab", "case_name"]
+
+
+def case_name(lowercase: bool, strip_accents: bool) -> str:
+    """How text is normalised: cased, uncased, or uncased with accents."""
+    if not lowercase:
+        return "cased"
+    return "uncased" if strip_accents else "uncased with accents"
 
 
 @dataclass(frozen=True)
@@ -19,58 +34,118 @@ class Vocab:
     """An immutable vocabulary; piece i has id i.
 
     Args:
-        pieces: every piece once, the five of `SPECIAL_PIECES` among them, none with a line break.
-        lowercase: whether its text is lower-cased and loses its accents.
+        pieces: every piece once (but "", a blank line of a vocab.txt, which no text reaches), those
+            of `NEEDED_PIECES` among them, none with a line break.
+        lowercase: whether its text is lower-cased.
+        strip_accents: whether its text loses its accents; None: where it is lower-cased.
+        added: pieces that are looked for in text beside the special ones.
+        base_size: words are cut into pieces [0, base_size); what comes after them is found in text
+            or not at all. None: all are of words.
+        assumed: whether nothing said that text is lower-cased.
+        source: where it is from, for messages.
 
     Raises:
-        InputError: a piece is there twice, has a line break, or a special piece is missing.
+        InputError: a piece is there twice, has a line break, a needed piece is missing, or accents
+            are stripped without lower-casing.
     """
 
     pieces: tuple[str, ...] = field(repr=False)
     lowercase: bool = True
+    strip_accents: bool = None  # type: ignore[assignment]  # never None once it is made
+    added: tuple[AddedPiece, ...] = ()
+    base_size: int = None  # type: ignore[assignment]
+    assumed: bool = field(default=False, compare=False)
+    source: str = field(default="the vocabulary", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pieces", tuple(self.pieces))
-        _check_pieces(self.pieces, "the vocabulary", "id", 0)
+        for name, value in (
+            ("pieces", tuple(self.pieces)),
+            ("strip_accents", self.lowercase if self.strip_accents is None else self.strip_accents),
+            ("base_size", len(self.pieces) if self.base_size is None else self.base_size),
+        ):
+            object.__setattr__(self, name, value)
+        check_pieces(self.pieces, self.source, "id", 0)
+        missing = [piece for piece in NEEDED_PIECES if piece not in self.ids]
+        if missing:
+            raise InputError(
+                f"{self.source} has no {', '.join(missing)}; a BERT vocabulary has all of "
+                f"{' '.join(NEEDED_PIECES)}"
+            )
+        if self.strip_accents and not self.lowercase:
+            raise InputError(
+                f"{self.source}: strip_accents is true although text is not lower-cased; only "
+                "together they are supported"
+            )
+        for added in self.added:
+            if added.piece not in self.ids:
+                raise InputError(f"{self.source}: added piece {added.piece!r} has no id")
+            if not added.piece or any(char.isspace() for char in added.piece):
+                raise InputError(
+                    f"{self.source}: added piece {added.piece!r} is empty or has white space in "
+                    "it, which is not supported"
+                )
 
     @classmethod
-    def load(cls, path: str | Path, lowercase: bool | None = None) -> "Vocab":
-        """Reads a vocabulary.
+    def load(
+        cls,
+        path: str | Path,
+        lowercase: bool | None = None,
+        strip_accents: bool | None = None,
+    ) -> "Vocab":
+        """Reads a vocabulary; of a folder, as transformers reads it.
 
         Args:
-            path: a vocab.txt (one piece a line), a tokenizer.json, or a folder with either
-                (vocab.txt is preferred).
-            lowercase: None reads it from the folder's tokenizer_config.json (`do_lower_case`) or
-                from the tokenizer.json; where neither says so it is True.
+            path: a folder with vocab.txt, tokenizer.json or both, and what else transformers keeps
+                beside them; or one of these two files.
+            lowercase: None reads it from the folder's tokenizer_config.json (`do_lower_case`), or
+                from a tokenizer.json; where neither says so it is assumed to be True, as
+                transformers does.
+            strip_accents: the same of accents, where `lowercase` is given.
 
         Raises:
-            InputError: no such file, not a vocabulary, duplicates, or a special piece is missing;
-                the message names the file and the lines.
+            InputError: no such file, not a vocabulary, duplicates, a needed piece is missing,
+                files that contradict each other, or settings that would give other pieces than
+                transformers; the message names the file and the key or line.
         """
-        path = Path(path)
-        folder = path if path.is_dir() else path.parent
-        if path.is_dir():
-            names = ("vocab.txt", "tokenizer.json")
-            found = [folder / name for name in names if (folder / name).exists()]
-            if not found:
-                raise InputError(
-                    f"{folder} has neither vocab.txt nor tokenizer.json; "
-                    "give a folder or a file with a WordPiece vocabulary"
-                )
-            path = found[0]
-        data = _read(path)
-        if path.suffix == ".json":
-            pieces, said = _parse_tokenizer_json(path)
-        else:
-            pieces, said = _parse_vocab_txt(path, data), None
-        if lowercase is None:
-            lowercase = _configured_lowercase(folder)
-        if lowercase is None:
-            lowercase = True if said is None else said
-        return cls(pieces, lowercase)
+        return cls(**read_tokenizer_files(Path(path), lowercase, strip_accents))
+
+    def with_added_of(self, other: "Vocab") -> "Vocab":
+        """The same, which looks for those of `other`'s added pieces that it has."""
+        return replace(self, added=tuple(a for a in other.added if a.piece in self.ids))
+
+    @cached_property
+    def unreachable(self) -> int:
+        """How many pieces no text gives because it is lower-cased or loses its accents."""
+        return sum(map(self._is_lost, self.pieces[: self.base_size]))
+
+    def _is_lost(self, piece: str) -> bool:
+        letters = piece.removeprefix("##")
+        if not self.lowercase or piece in SPECIAL_PIECES or not letters:
+            return False
+        if letters.isascii() and letters == letters.lower():
+            return False
+        kept = _core.split(letters, lowercase=False) == [letters]
+        return kept and _core.split(letters, strip_accents=self.strip_accents) != [letters]
+
+    @property
+    def doubt(self) -> str:
+        """A warning that pieces are never used, perhaps because the vocabulary is cased, or ""."""
+        if not self.unreachable:
+            return ""
+        how = "assumed uncased, as nothing in its folder says so" if self.assumed else "uncased"
+        return (
+            f"{self.source} is {how}: {self.unreachable:,} of its {self.size:,} pieces have "
+            "capitals or accents and are never used; if it is cased, give --cased"
+        )
+
+    @property
+    def casing(self) -> str:
+        """What `case_name` calls it; "assumed uncased" where nothing said so."""
+        name = case_name(self.lowercase, self.strip_accents)
+        return f"assumed {name}" if self.assumed else name
 
     def save(self, path: str | Path) -> None:
-        """Writes the vocabulary as a vocab.txt, atomically.
+        """Writes the pieces of words as a vocab.txt, atomically.
 
         Raises:
             InputError: the file cannot be written.
@@ -84,12 +159,26 @@ class Vocab:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of the vocab.txt that `save` writes (lower-casing is not part of it)."""
-        return hashlib.sha256(self._bytes).hexdigest()
+        """SHA-256 of the vocab.txt that `save` writes, and of added pieces if there are any.
+
+        Lower-casing is not part of it.
+        """
+        added = json.dumps([self.pieces[self.base_size :], [asdict(a) for a in self.added]])
+        return hashlib.sha256(self._bytes + added.encode() * bool(self.added)).hexdigest()
 
     @property
     def _bytes(self) -> bytes:
-        return "".join(f"{piece}\n" for piece in self.pieces).encode()
+        return "".join(f"{piece}\n" for piece in self.pieces[: self.base_size]).encode()
+
+    @property
+    def unread_ids(self) -> list[int]:
+        """Ids that no word is cut into, those of special pieces aside."""
+        added = {piece.piece for piece in self.added}
+        return [
+            id
+            for id, piece in enumerate(self.pieces)
+            if not piece or piece in added or (id >= self.base_size and piece not in SPECIAL_PIECES)
+        ]
 
     @property
     def size(self) -> int:
@@ -100,6 +189,11 @@ class Vocab:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pieces)
+
+    @property
+    def special_pieces(self) -> tuple[str, ...]:
+        """Those of SPECIAL_PIECES that it has; [MASK] may be missing."""
+        return tuple(piece for piece in SPECIAL_PIECES if piece in self.ids)
 
     @property
     def pad(self) -> int:
@@ -119,177 +213,7 @@ class Vocab:
 
     @property
     def mask(self) -> int:
+        """The id of [MASK]; InputError where the vocabulary has none."""
+        if "[MASK]" not in self.ids:
+            raise InputError(f"{self.source} has no [MASK], which masked language modelling needs")
         return self.ids["[MASK]"]
-
-
-def _check_pieces(pieces: tuple[str, ...], source: str, unit: str, first_number: int) -> None:
-    """Raises InputError unless `pieces` can be a vocabulary; places are "line 1" or "id 0" on."""
-
-    def place(id: int) -> str:
-        return f"{unit} {id + first_number}"
-
-    if len(pieces) > LIMIT:
-        raise InputError(f"{source} has {len(pieces)} pieces; ids are 32-bit, so at most {LIMIT}")
-    first: dict[str, int] = {}
-    for id, piece in enumerate(pieces):
-        if not isinstance(piece, str):
-            raise InputError(f"{source}: {place(id)} is {piece!r}, expected a string")
-        if "\n" in piece or "\r" in piece:
-            raise InputError(
-                f"{source}: piece {piece!r} ({place(id)}) has a line break, which vocab.txt "
-                "cannot hold"
-            )
-        if piece in first:
-            raise InputError(
-                f"{source}: piece {piece!r} is there twice, at {place(first[piece])} and "
-                f"{place(id)}; remove one of them"
-            )
-        first[piece] = id
-        try:
-            piece.encode()
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{source}: piece {piece!r} ({place(id)}) has a lone surrogate, so it is not text"
-            ) from None
-    missing = [piece for piece in SPECIAL_PIECES if piece not in first]
-    if missing:
-        raise InputError(
-            f"{source} has no {', '.join(missing)}; a BERT vocabulary has all of "
-            f"{' '.join(SPECIAL_PIECES)}"
-        )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(
-            f"{path} does not exist; expected a vocab.txt, a tokenizer.json or a folder with one "
-            "(names on a hub are not looked up here)"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _parse_vocab_txt(path: Path, data: bytes) -> tuple[str, ...]:
-    """The pieces of a vocab.txt: one a line; line ends are \\n, \\r\\n or \\r."""
-    expected = "expected a vocab.txt: UTF-8 text, one piece a line"
-    if not data:
-        raise InputError(f"{path} is empty; {expected}")
-    if data[:32].startswith(b"\n") and b"<unk>" in data[:64] and b"\x00" in data:
-        raise InputError(f"{path} is a sentencepiece model, not a WordPiece vocabulary; {expected}")
-    if b"\x00" in data:
-        raise InputError(f"{path} is a binary file (NUL at byte {data.index(0)}); {expected}")
-    if data.startswith(b"\xef\xbb\xbf"):
-        raise InputError(f"{path} begins with a byte order mark; save it as UTF-8 without one")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise InputError(f"{path} is not UTF-8 ({byte}); {expected}") from None
-    if _is_json_object(text):
-        raise InputError(
-            f"{path} is JSON; {expected}, or a tokenizer.json under a name that ends in .json"
-        )
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    pieces = tuple(lines)
-    if sum("\t" in piece for piece in pieces) > len(pieces) // 2:
-        raise InputError(
-            f"{path} has columns (tabs), like a sentencepiece .vocab or a table; {expected}"
-        )
-    _check_pieces(pieces, str(path), "line", 1)
-    return pieces
-
-
-def _is_json_object(text: str) -> bool:
-    if text.lstrip()[:1] != "{":
-        return False
-    try:
-        return isinstance(json.loads(text), dict)
-    except json.JSONDecodeError:
-        return False
-
-
-def _parse_tokenizer_json(path: Path) -> tuple[tuple[str, ...], bool | None]:
-    """The pieces of a Hugging Face tokenizer.json and whether it lower-cases (None: not said).
-
-    Settings that would give other pieces than this library's are refused by name.
-    """
-    top = read_json_object(path)
-    model = top.get("model")
-    if not isinstance(model, dict) or "vocab" not in model:
-        raise InputError(f"{path} is JSON but not a tokenizer.json (it has no model.vocab)")
-    kind = model.get("type", "WordPiece" if isinstance(model["vocab"], dict) else "Unigram")
-    if kind != "WordPiece" or not isinstance(model["vocab"], dict):
-        raise InputError(f"{path} is a {kind} tokenizer; expected WordPiece, as BERT uses it")
-    settings = [
-        ("model.unk_token", model.get("unk_token", "[UNK]"), "[UNK]"),
-        ("model.continuing_subword_prefix", model.get("continuing_subword_prefix", "##"), "##"),
-        ("model.max_input_chars_per_word", model.get("max_input_chars_per_word", 100), 100),
-    ]
-    normalizer = top.get("normalizer")
-    lowercase = None
-    if isinstance(normalizer, dict):
-        settings.append(("normalizer.type", normalizer.get("type"), "BertNormalizer"))
-        lowercase = normalizer.get("lowercase")
-        strip = normalizer.get("strip_accents")
-        settings += [
-            ("normalizer.clean_text", normalizer.get("clean_text", True), True),
-            ("normalizer.handle_chinese_chars", normalizer.get("handle_chinese_chars", True), True),
-            ("normalizer.strip_accents", lowercase if strip is None else strip, lowercase),
-        ]
-    for name, value, expected in settings:
-        if value != expected:
-            raise InputError(f"{path}: {name} is {value!r}; only {expected!r} is supported")
-    by_id = _pieces_by_id(path, model["vocab"])
-    added = top.get("added_tokens") or []
-    if not isinstance(added, list):
-        raise InputError(f"{path}: added_tokens is {added!r}, expected a list")
-    extra = [
-        token.get("content")
-        for token in added
-        if isinstance(token, dict) and model["vocab"].get(token.get("content")) != token.get("id")
-    ]
-    if extra:
-        raise InputError(
-            f"{path} adds tokens that are not in its vocabulary ({extra[0]!r}, {len(extra)} in "
-            "all); put them into the vocabulary first"
-        )
-    _check_pieces(by_id, str(path), "id", 0)
-    return by_id, lowercase
-
-
-def _pieces_by_id(path: Path, vocab: dict[str, Json]) -> tuple[str, ...]:
-    pieces: dict[int, str] = {}
-    for piece, id in vocab.items():
-        if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < len(vocab):
-            raise InputError(
-                f"{path}: piece {piece!r} has id {id!r}; expected every id from 0 to "
-                f"{len(vocab) - 1} once"
-            )
-        if id in pieces:
-            raise InputError(f"{path}: pieces {pieces[id]!r} and {piece!r} both have id {id}")
-        pieces[id] = piece
-    return tuple(pieces[id] for id in range(len(vocab)))
-
-
-def _configured_lowercase(folder: Path) -> bool | None:
-    """`do_lower_case` of the folder's tokenizer_config.json, if it has one."""
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
-    config = read_json_object(path)
-    value = config.get("do_lower_case")
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"{path}: do_lower_case is {value!r}, expected true or false")
-    strip = config.get("strip_accents")
-    if strip is not None and value is not None and strip != value:
-        raise InputError(
-            f"{path}: strip_accents is {strip} and do_lower_case is {value}; "
-            "only both or neither is supported"
-        )
-    if config.get("tokenize_chinese_chars") is False:
-        raise InputError(f"{path}: tokenize_chinese_chars is false; only true is supported")
-    return value

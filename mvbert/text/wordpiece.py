@@ -19,7 +19,7 @@ CJK_RANGES = (
 )  # fmt: skip
 
 
-def basic_split(text: str, lowercase: bool = True) -> list[str]:
+def basic_split(text: str, lowercase: bool = True, strip_accents: bool | None = None) -> list[str]:
     """Splits text into normalised words.
 
     >>> basic_split("Héllo, WORLD")
@@ -27,7 +27,8 @@ def basic_split(text: str, lowercase: bool = True) -> list[str]:
 
     Args:
         text: any string; lone surrogates are deleted like other control characters.
-        lowercase: lower-case and strip accents, as for an uncased vocabulary.
+        lowercase: lower-case, as for an uncased vocabulary.
+        strip_accents: of lower-cased text; None: if it is lower-cased.
 
     Returns:
         The words: no empty string, no whitespace inside.
@@ -37,11 +38,13 @@ def basic_split(text: str, lowercase: bool = True) -> list[str]:
         text = "".join(_lower(char) for char in text)
     text = _clean(text)
     text = "".join(f" {char} " if _is_cjk(char) else char for char in text)
-    text = _nfd(text) if lowercase else _nfc(text)
-    if lowercase:
+    if lowercase and strip_accents is not False:
+        text = _nfd(text)
         # BertTokenizer composes first and then decomposes, which changes nothing: see the checks in
         # csrc/make_unicode_tables.py.
         text = "".join(char for char in text if not _in("NONSPACING", char))
+    else:
+        text = _nfc(text)
     words: list[str] = []
     inside = False
     for char in text:

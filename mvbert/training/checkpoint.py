@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 from mvbert.files import (
     PARTIAL,
@@ -89,13 +88,16 @@ def save(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     write_model: Callable[[Path], None],
-    config: TrainConfig,
+    keep_last: int,
+    keep_best: int,
 ) -> None:
-    """Writes a checkpoint and then removes those that `config` does not keep.
+    """Writes a checkpoint and then removes all but the newest and the best ones.
 
     Later ones go too: they are damaged, or the run would have gone on from them.
 
     Args:
+        keep_last: how many of the newest to keep.
+        keep_best: how many to keep besides, those of the lowest held-out loss.
         state: what training.json holds: the step, its held-out loss if there is one, and what else
             the loop needs to go on.
     """
@@ -108,7 +110,7 @@ def save(
     steps = _steps(checkpoints)
     earlier = [old for old in steps if old <= step]
     losses = {old: _heldout(checkpoints, old) for old in earlier}
-    kept = earlier[-config.keep_last :] + _best(losses)[: config.keep_best]
+    kept = earlier[-keep_last:] + _best(losses)[:keep_best]
     for old in steps:
         if old not in kept:
             shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)

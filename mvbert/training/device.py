@@ -17,6 +17,10 @@ from mvbert.errors import InputError
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # name -> what autocast casts to
+
+Choice = tuple[str, str]  # the name of a dtype, and the reason for it
+
 # How much faster bfloat16 products must be: casts to and from it take time of their own.
 MARGIN = 1.2
 
@@ -33,9 +37,14 @@ class Device:
     autocast: torch.dtype | None
     reason: str
 
+    @staticmethod
+    def of(device: torch.device, dtype: str, reason: str) -> Device:
+        """The device with what `choose_dtype` returned."""
+        return Device(device, DTYPES[dtype], reason)
+
     @property
     def dtype(self) -> str:
-        """float32 or bfloat16."""
+        """The name of the dtype, float32 or bfloat16."""
         return "float32" if self.autocast is None else "bfloat16"
 
     def __str__(self) -> str:
@@ -102,11 +111,9 @@ def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch
 
 
 def choose_dtype(
-    dtype: str,
-    device: torch.device,
-    rates: Callable[[], dict[torch.dtype, float]],
-) -> tuple[str, str]:
-    """What `dtype` means on this machine, float32 or bfloat16, and why.
+    dtype: str, device: torch.device, rates: Callable[[], dict[torch.dtype, float]]
+) -> Choice:
+    """What `dtype` means on this machine, and why.
 
     Args:
         dtype: of matrix products; auto is bfloat16 on GPUs that have it, and on a CPU if its
@@ -124,11 +131,6 @@ def choose_dtype(
     chosen = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
     figures = f"float32 {float32 / 1e9:.3g}, bfloat16 {bfloat16 / 1e9:.3g} GFLOP/s"
     return chosen, f"measured {figures}"
-
-
-def device_of(device: torch.device, dtype: str, reason: str) -> Device:
-    """A Device out of what `choose_dtype` returned."""
-    return Device(device, {"float32": None, "bfloat16": torch.bfloat16}[dtype], reason)
 
 
 def keep_memory() -> None:

@@ -19,7 +19,9 @@ graph. Letters: B rows, T pieces a row, H width (H_s student, H_t teacher), R re
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,40 +38,45 @@ DEEP = 12  # layers above which the best teacher layer for relations is below th
 
 
 class Teacher:
-    """A Stage I teacher that reads student pieces: frozen, in the dtype of the run's products."""
+    """A Stage I teacher that reads student pieces: frozen, on the device, in the products' dtype.
 
-    def __init__(self, mixed: MixedMaskedLM) -> None:
-        self.model = reader(mixed).requires_grad_(False).eval()
+    Args:
+        autocast: the dtype of the run's matrix products, None for float32. The matrices are rounded
+            once; autocast, which remembers only what takes gradients, would do so at every pass.
+
+    Attributes:
+        microseconds: time of a pass for one piece, see `measure`; None before.
+    """
+
+    def __init__(
+        self, mixed: MixedMaskedLM, device: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        self.model = reader(mixed).requires_grad_(False).eval().to(device)
         self.microseconds: float | None = None
-        """Time of a pass for one piece, measured at the first one; None before."""
-        self._settled = False
+        if autocast is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(autocast)
 
     @torch.no_grad()
     def read(self, batch: DeviceBatch, taps: Taps) -> Tensor:
         """Hidden states [B, T, H_t] of the last layer that `taps` needs; fills `taps`."""
-        if not self._settled:
-            self._settle(batch, taps)
         return self.model.encode(batch.input_ids, batch.token_type_ids, taps=taps)
 
-    def _settle(self, batch: DeviceBatch, taps: Taps) -> None:
-        """Moves to the batch's device, rounds the matrices once, and measures a pass."""
+    def measure(
+        self, batch: DeviceBatch, taps: Taps, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Sets `microseconds`: the best of three passes, under autocast as in training."""
         device = batch.input_ids.device
-        self.model.to(device)
-        if torch.is_autocast_enabled(device.type):
-            # What autocast would do at every pass, as it remembers only what takes gradients.
-            for module in self.model.modules():
-                if isinstance(module, nn.Linear):
-                    module.to(torch.get_autocast_dtype(device.type))
-        wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+        wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
         seconds = []
         for _ in range(3):
             wait()
-            start = time.perf_counter()
-            self.model.encode(batch.input_ids, batch.token_type_ids, taps)
+            start = clock()
+            self.read(batch, taps)
             wait()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         self.microseconds = 1e6 * min(seconds) / max(batch.input_ids.numel(), 1)
-        self._settled = True
 
 
 @torch.no_grad()
@@ -81,6 +88,7 @@ def reader(mixed: MixedMaskedLM) -> MaskedLM:
             vocab_size=len(mixed.student.table),
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            tie_word_embeddings=True,
         )
     )
     source: dict[str, Tensor] = dict(mixed.named_parameters())

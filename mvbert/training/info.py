@@ -15,31 +15,48 @@ def run_info(folder: Path) -> dict[str, Json]:
     """Where a run stands: its stage, steps done and losses; of a job or study, every run in it.
 
     Raises:
-        InputError: `folder` is not the folder of a run.
+        InputError: `folder` is not the folder of a run, or a file of the run is damaged.
     """
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file, expected the folder of a run, job, study or corpus")
     if not (folder / "run.json").is_file():
         runs = sorted(path.parent for path in folder.rglob("run.json"))
         if not runs:
-            raise InputError(f"{folder}: no run.json in it; expected the folder of a training run")
+            empty = "is empty" if not any(folder.iterdir()) else "has no run.json in or below it"
+            raise InputError(
+                f"{folder} {empty}; expected the folder of a run, job, study or corpus"
+            )
         return {"runs": {str(run.relative_to(folder)): run_info(run) for run in runs}}
     run = read_json_object(folder / "run.json")
-    description: Any = run.get("description")
-    if not isinstance(description, dict) or "environment" not in run:
-        raise InputError(f"{folder / 'run.json'} does not say what the run is: was it changed?")
-    # A run that has only just started has no log.
-    records = read_log(folder) if (folder / "log.jsonl").exists() else []
+    try:
+        description: Any = run["description"]
+        facts = {
+            "stage": description["stage"],
+            "steps": description["train"]["steps"],
+            "environment": run["environment"],
+        }
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{folder / 'run.json'} does not say what the run is: was it changed?"
+        ) from None
+    # A run that has only just started has neither.
+    started = (folder / "log.jsonl").exists() or (folder / "checkpoints").exists()
+    records = read_log(folder) if started else []
     trained = [r for r in records if "heldout" not in r]
     evaluated = [r for r in records if "heldout" in r]
+    step = max((r["step"] for r in records), default=0)
+    # A model may be there of fewer steps than the run is to have now.
+    whole = (folder / "model" / "manifest.json").is_file() and step >= facts["steps"]
     return {
-        "stage": description["stage"],
-        "steps": description["train"]["steps"],
-        "step": max((r["step"] for r in records), default=0),
-        "complete": (folder / "model" / "manifest.json").is_file(),
+        **facts,
+        "step": step,
+        "complete": whole,
         "last": trained[-1] if trained else None,
         "heldout_first": evaluated[0]["heldout"] if evaluated else None,
         "heldout_last": evaluated[-1]["heldout"] if evaluated else None,
         "best_checkpoint": checkpoint.best(folder / "checkpoints"),
-        "environment": run["environment"],
         "resumed": run.get("resumed", []),
     }
 

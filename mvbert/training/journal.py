@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 from mvbert.files import Json
-from mvbert.progress import Progress
+from mvbert.progress import Progress, duration
 from mvbert.training.feed import Feed
 from mvbert.training.optim import learning_rate
 from mvbert.training.runs import Log
@@ -18,6 +18,8 @@ from mvbert.training.task import Task
 
 # Updates skipped in a row (loss or gradient not finite) after which a run stops.
 MAX_SKIPPED = 10
+
+LONG = 60.0  # seconds of training that are worth a forecast
 
 
 class Journal:
@@ -50,6 +52,7 @@ class Journal:
         self._step = step  # of the last line
         self._clock = time.perf_counter()  # since when the next line counts
         self._line: Callable[[], None] | None = None
+        self._lines = 0
 
     def begin(self, step: int) -> None:
         """Begins the line of `step`, the last one launched; on a CPU, writes it too."""
@@ -85,6 +88,14 @@ class Journal:
         }
         self._write(record)
         self._progress.trained(record)
+        self._lines += 1
+        left = (self._config.steps - step) * seconds / steps
+        # The steps of the first line are slower: kernels are compiled, memory is allocated.
+        if self._lines == 2 and left >= LONG:
+            self._progress.note(
+                f"{record['pieces_per_second']:,} pieces/s: {duration(left)} for the "
+                f"{self._config.steps - step:,} steps left, evaluations and checkpoints not counted"
+            )
         if sums["skipped"]:
             self._progress.note(f"update skipped: {self._rows_of(skipped, skipped + 1)}")
         if in_a_row >= MAX_SKIPPED:

@@ -13,8 +13,10 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
 from mvbert.training import checkpoint
+from mvbert.training.device import Choice, Device
+from mvbert.training.machine import pass_products, set_up
 from mvbert.training.ranks import join_ranks
-from mvbert.training.stages import Stage1, Stage2
+from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.task import Task
 from mvbert.training.train import finished, train
 
@@ -36,28 +38,38 @@ def run_stage1(
     teacher: Path,
     vocab_file: Path,
     out: Path,
+    *,
+    deadline: float | None = None,
+    dtype: Choice | None = None,
 ) -> dict[str, Json]:
-    """Stage I in the run folder `out`; returns its report (see mvbert.training.train.train)."""
+    """Stage I in the run folder `out`; returns its report.
+
+    Args:
+        deadline: see mvbert.training.train.train.
+        dtype: what `dtype = auto` means in the job that this is part of, see decide_for_job.
+    """
     progress = Progress("stage 1")
     config = config.counted(row.length)
-    vocab = Vocab.load(vocab_file, lowercase=corpus.lowercase)
+    shape, teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
+    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
+    vocab = vocab.with_added_of(teacher_vocab)
 
     def describe() -> dict[str, Json]:
         return {
             "stage": 1,
             "corpus": corpus_id(corpus.folder),
             "teacher": huggingface.weights_id(teacher),
-            "teacher_vocab": Vocab.load(teacher).sha256,
-            "teacher_shape": to_dict(huggingface.read_model_config(teacher)),
+            "teacher_vocab": teacher_vocab.sha256,
+            "teacher_shape": to_dict(shape),
             "student_vocab": vocab.sha256,
             "row": to_dict(row),
             "train": config.described(),
         }
 
-    def task() -> Task:
+    def task(device: Device) -> Task:
         return Stage1(config, row, corpus, teacher, vocab, progress)
 
-    return _run(task, describe, config, out, progress)
+    return _run(task, describe, config, row, teacher, out, progress, deadline, dtype)
 
 
 def run_stage2(
@@ -67,8 +79,15 @@ def run_stage2(
     stage1: Path,
     out: Path,
     title: str = "stage 2",
+    *,
+    deadline: float | None = None,
+    dtype: Choice | None = None,
 ) -> dict[str, Json]:
-    """Stage II in the run folder `out`, from the result of Stage I; returns its report."""
+    """Stage II in the run folder `out`, from the result of Stage I; returns its report.
+
+    Args:
+        deadline, dtype: as for run_stage1.
+    """
     progress = Progress(title)
     config = config.counted(row.length)
 
@@ -81,18 +100,22 @@ def run_stage2(
             "train": config.described(),
         }
 
-    def task() -> Task:
-        return Stage2(config, row, corpus, stage1, progress)
+    def task(device: Device) -> Task:
+        return Stage2(config, row, corpus, load_stage1(stage1), device, progress)
 
-    return _run(task, describe, config, out, progress)
+    return _run(task, describe, config, row, stage1, out, progress, deadline, dtype)
 
 
 def _run(
-    make_task: Callable[[], Task],
+    make_task: Callable[[Device], Task],
     describe: Callable[[], dict[str, Json]],
     config: TrainConfig,
+    row: RowConfig,
+    teacher: Path,
     out: Path,
     progress: Progress,
+    deadline: float | None,
+    dtype: Choice | None,
 ) -> dict[str, Json]:
     """Trains, unless the run folder holds the whole result already."""
     ranks = join_ranks()
@@ -100,7 +123,9 @@ def _run(
     if (report := ranks.first(lambda: finished(out, description, config))) is not None:
         progress.note(f"{out} is complete")
         return report
-    return train(make_task(), config, out, description, progress)
+    products = pass_products(config, row, huggingface.read_model_config(teacher))
+    device = set_up(config, out, products, dtype)
+    return train(make_task(device), config, device, out, description, progress, deadline)
 
 
 def corpus_id(folder: Path) -> str:

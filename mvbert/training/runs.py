@@ -61,27 +61,52 @@ def _without_retired(description: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> None:
+def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> int | None:
     """Writes what a run is at its first start; afterwards refuses any other in the same folder.
 
     Args:
         path: the file, run.json or distill.json.
         description: settings and checksums of inputs: what must be the same to resume.
         facts: written beside it, not compared.
+
+    Returns:
+        As check_run, after that of run.json was changed.
     """
     if not path.exists():
         write_json(path, {"description": description, **facts})
-        return
+        return None
+    steps = check_run(path, description)
+    if steps is not None:
+        write_json(path, {**read_json_object(path), "description": description})
+    return steps
+
+
+def check_run(path: Path, description: dict[str, Json]) -> int | None:
+    """Refuses a run other than the one that `path` describes, but for more steps.
+
+    Returns:
+        The steps that a run had which now is to have more; None where all is the same.
+    """
     found = read_json_object(path).get("description")
-    wanted = _without_retired(json.loads(json.dumps(description)))
+    wanted: Any = _without_retired(json.loads(json.dumps(description)))
     if isinstance(found, dict):
         found = _without_retired(found)
-    if found != wanted:
-        names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
-        raise InputError(
-            f"{path.parent} holds a run with other settings ({', '.join(names[:4])}); "
-            "give another --out, or remove that folder"
-        )
+    if found == wanted:
+        return None
+    if isinstance(found, dict):
+        before, now = (x["train"].get("steps") if "train" in x else None for x in (found, wanted))
+        if (
+            isinstance(before, int)
+            and isinstance(now, int)
+            and before < now
+            and {**found, "train": {**found["train"], "steps": now}} == wanted
+        ):
+            return before
+    names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
+    raise InputError(
+        f"{path.parent} holds a run with other settings ({', '.join(names[:4])}); "
+        "give another --out, or remove that folder"
+    )
 
 
 def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None:
@@ -92,6 +117,35 @@ def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None
     changes = {name: value for name, value in environment.items() if first.get(name) != value}
     resumed.append({"step": step, **changes})
     write_json(path, run)
+
+
+def dtype_of_run(out: Path, auto: bool = False) -> tuple[str, str] | None:
+    """The dtype of the matrix products of the run in `out`, and why it has it.
+
+    Args:
+        auto: look only at runs whose settings leave the dtype to the machine.
+
+    Returns:
+        None if no run has begun there.
+    """
+    path = out / "run.json"
+    if not path.is_file():
+        return None
+    run: Any = read_json_object(path)
+    try:
+        facts = run["environment"]
+        # Up to version 0.1 both were one text: "float32: asked for".
+        dtype, _, reason = str(facts["dtype"]).partition(": ")
+        dtype = dtype.partition(" ")[0]
+        if auto and run["description"]["train"]["dtype"] != "auto":
+            return None
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{path} does not record the dtype that the run began with: was it changed?"
+        ) from None
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"{path}: dtype must be float32 or bfloat16, got {facts['dtype']!r}")
+    return dtype, str(facts.get("dtype_reason", reason))
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
@@ -153,20 +207,44 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """All records of a run's log, oldest first."""
+    """All records of a run's log, oldest first; a last line that a kill cut off is not one.
+
+    Raises:
+        InputError: there is no log, or a line is no record.
+    """
     path = out / "log.jsonl"
     if not path.exists():
         raise InputError(f"{path} does not exist: is {out} the folder of a run?")
-    return [record for _, record in _records(path)]
+    records = []
+    *lines, rest = _lines(path)
+    for number, line in enumerate([*lines, rest] if rest else lines, 1):
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number <= len(lines) or not rest.startswith("{"):
+            raise InputError(
+                f"{path} is damaged at line {number}, which is no record of a step; "
+                "restore the file, or delete that line"
+            )
+    return records
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines of a log with what they say, without those that a kill or a full disk cut off."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if isinstance(record, dict) and "step" in record:
-                yield line, record
+def _lines(path: Path) -> list[str]:
+    """The lines of a log, and what follows the last line end: nothing, or a line cut off."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace").split("\n")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line of a log says; None if it is none of ours."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    ours = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if ours and isinstance(record.get("heldout", {}), dict) else None
 
 
 class Log:
@@ -178,7 +256,9 @@ class Log:
     def __init__(self, path: Path, keep_until: int) -> None:
         kept = []
         if keep_until >= 0 and path.exists():
-            kept = [line for line, record in _records(path) if record["step"] <= keep_until]
+            # What a kill or a full disk cut off comes after the checkpoint.
+            records = ((line, _record(line)) for line in _lines(path))
+            kept = [line for line, record in records if record and record["step"] <= keep_until]
         atomic_write(path, "".join(line + "\n" for line in kept))
         self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")

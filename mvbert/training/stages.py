@@ -33,7 +33,9 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.stage_rows import stage_rows
 from mvbert.text.vocab import Vocab
+from mvbert.training.device import Device
 from mvbert.training.distillation import Distillation, Teacher
+from mvbert.training.machine import pass_rows
 
 STUDENT_TABLE = "student.safetensors"
 STUDENT_VOCAB = "student_vocab.txt"
@@ -51,19 +53,24 @@ class Stage1:
         student_vocab: Vocab,
         progress: Progress,
     ) -> None:
-        shape = huggingface.read_model_config(teacher)
-        self.teacher_vocab = huggingface.load_vocab(teacher, shape)
+        shape, self.teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
         self.student_vocab = student_vocab
+        for vocab in (self.teacher_vocab, student_vocab):
+            if vocab.doubt:
+                progress.note(vocab.doubt)
         check_lengths(row, shape)
         self._config = config
         shape = _with_dropout(shape, config.dropout)
         model = MixedMaskedLM(shape, student_vocab.size, config.embedding_size)
         model.init_weights(config.seed)
-        _, missing = huggingface.load_masked_lm(teacher, model, seed=config.seed)
+        weights = huggingface.read_weights(teacher)
+        _, missing = huggingface.load_masked_lm(teacher, model, weights=weights, seed=config.seed)
         if missing:
             progress.note(
                 f"not in the teacher's folder, so trained from the start: {', '.join(missing)}"
             )
+        if weights.unread():
+            progress.note(weights.unread())
         table = model.embeddings.word.weight.detach()
         rows, shared = spelled_rows(
             student_vocab.pieces, self.teacher_vocab.ids, table, self.teacher_vocab.unk
@@ -99,7 +106,7 @@ class Stage1:
         rows = self.model.student.rows()
         hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
         masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
-        teacher, student = self.model.mixed_sums(masked_hidden, batch.labels, rows)
+        teacher, student = self.model.mixed_losses(masked_hidden, batch.labels, rows)
         of_student = batch.labels >= self.teacher_size
         sums = {
             "teacher_sum": teacher.detach().double(),
@@ -169,10 +176,10 @@ def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
     if "table" not in tensors or tensors["table"].ndim != 2:
         raise InputError(f"{folder / STUDENT_TABLE}: no student table in it")
     V, E = tensors["table"].shape
-    shape = huggingface.read_model_config(folder)
+    shape, teacher_vocab = huggingface.read_shape(folder)
     vocab = Vocab.load(
-        folder / STUDENT_VOCAB, lowercase=huggingface.load_vocab(folder, shape).lowercase
-    )
+        folder / STUDENT_VOCAB, teacher_vocab.lowercase, teacher_vocab.strip_accents
+    ).with_added_of(teacher_vocab)
     if vocab.size != V:
         raise InputError(
             f"{folder}: {STUDENT_VOCAB} has {vocab.size} pieces, the student table {V} rows"
@@ -183,17 +190,23 @@ def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
 
 
 class Stage2:
-    """Training of the student on student pieces, with or without the Stage I teacher."""
+    """Training of the student on student pieces, with or without the Stage I teacher.
+
+    Args:
+        stage1: what `load_stage1` returns.
+        device: that of the run; the teacher is there, in the dtype of the run's products.
+    """
 
     def __init__(
         self,
         config: Stage2Config,
         row: RowConfig,
         corpus: Corpus,
-        stage1: Path,
+        stage1: tuple[MixedMaskedLM, Vocab],
+        device: Device,
         progress: Progress,
     ) -> None:
-        teacher, self.vocab = load_stage1(stage1)
+        teacher, self.vocab = stage1
         shape = student_shape(config.shape, self.vocab.size, config.dropout)
         check_lengths(row, shape)
         self._config, self._row, self._pieces = config, row, config.rows * row.length
@@ -222,17 +235,25 @@ class Stage2:
         self.distillation: Distillation | None = None
         if config.distill:
             check_lengths(row, teacher.config)
-            self.distillation = Distillation(config, shape, Teacher(teacher))
+            self.distillation = Distillation(
+                config, shape, Teacher(teacher, device.device, device.autocast)
+            )
             self.module["distillation"] = self.distillation
         cut = corpus.segment(self.vocab)
         self.student_prob = 1.0
         self.rows, self.heldout = stage_rows(corpus, None, cut, row, config.seed, 1.0)
         if self.distillation is not None:
             progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
+            batch = self.rows.read(0, pass_rows(config))
+            with device.cast():
+                self.distillation.teacher.measure(
+                    DeviceBatch.of(batch, device.device), self.distillation.teacher_taps()
+                )
             costs = self._costs()
             progress.note(
                 f"MFLOP a piece: student {costs['student_mflop']:.1f} (forward and backward), "
-                f"teacher {costs['teacher_mflop']:.1f} (forward)"
+                f"teacher {costs['teacher_mflop']:.1f} (forward); "
+                f"the teacher takes {costs['teacher_us_per_piece']:.3g} us a piece"
             )
 
     def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from mvbert.config import TrainConfig
-from mvbert.cores import cores
 from mvbert.errors import InputError, Interrupted, OutOfTime
 from mvbert.files import Json, atomic_folder
 from mvbert.model.encoder import compile_layers
@@ -24,13 +23,7 @@ from mvbert.model.flops import peak_flops
 from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
 from mvbert.training import checkpoint
-from mvbert.training.device import (
-    Device,
-    choose_device,
-    choose_graph,
-    give_memory_back,
-    keep_memory,
-)
+from mvbert.training.device import Device, choose_graph, give_memory_back
 from mvbert.training.environment import environment
 from mvbert.training.feed import Feed
 from mvbert.training.journal import Journal
@@ -38,6 +31,7 @@ from mvbert.training.optim import make_optimizer
 from mvbert.training.ranks import Ranks, join_ranks
 from mvbert.training.runs import (
     Log,
+    check_run,
     describe_resume,
     describe_run,
     lock,
@@ -48,17 +42,24 @@ from mvbert.training.runs import (
 from mvbert.training.step import CudaGraph, Losses, Step, Sums
 from mvbert.training.task import Task
 
-STARTED = time.monotonic()  # of the command, near enough
-
 
 def train(
-    task: Task, config: TrainConfig, out: Path, description: dict[str, Json], progress: Progress
+    task: Task,
+    config: TrainConfig,
+    device: Device,
+    out: Path,
+    description: dict[str, Json],
+    progress: Progress,
+    deadline: float | None = None,
 ) -> dict[str, Json]:
     """Trains a task to its last step, resuming from the newest whole checkpoint in `out`.
 
     Started by torchrun, each process calls this alike; rank 0 writes, all return the report.
 
     Args:
+        device: what mvbert.training.machine.set_up chose.
+        deadline: when to save and end, on the clock of time.monotonic; None: `config.max_hours`
+            from now. A command of several runs gives all of them the same.
         description: what the run is (inputs and their checksums, settings); a run folder that was
             made with another description is refused.
 
@@ -68,9 +69,11 @@ def train(
     Raises:
         InputError: `out` holds another run, or a file cannot be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
-        OutOfTime: `config.max_hours` are over; a checkpoint was saved first.
+        OutOfTime: the deadline has passed; a checkpoint was saved first.
     """
     ranks = join_ranks()
+    if deadline is None:
+        deadline = config.deadline(time.monotonic())
     with ExitStack() as stack:
 
         def claim() -> None:
@@ -80,15 +83,15 @@ def train(
         ranks.first(claim)
         stop = stack.enter_context(stop_signals())
         stack.callback(give_memory_back)
-        run = _prepare(task, config, out, description, progress, ranks)
+        run = _prepare(task, config, device, out, description, progress, ranks)
         step, state = run.resume()
         log = Log(out / "log.jsonl", step if state else -1) if ranks.lead else None
         losses = ranks.wrap(Losses(task))
-        stack.enter_context(run.device.stream())
+        stack.enter_context(device.stream())
         stack.enter_context(log or nullcontext())
         stack.enter_context(progress.steps(config.steps, step))
-        feed = stack.enter_context(Feed(task, config, ranks, run.device.device, step))
-        stepper = Step(task, losses, config, run.device, ranks, run.optimizer, state, run.graph)
+        feed = stack.enter_context(Feed(task, config, ranks, device.device, step))
+        stepper = Step(task, losses, config, device, ranks, run.optimizer, state, run.graph)
         journal = Journal(log, progress, task, config, feed, stepper, run.peak, step)
 
         if not state:
@@ -99,7 +102,7 @@ def train(
             step += 1
             journal.finish()  # the line begun earlier, while the device works on this step
             # Asked once: a signal that comes later is seen after the next step, which is saved.
-            interrupted, out_of_time = ranks.any(stop.requested, _out_of_time(config))
+            interrupted, out_of_time = ranks.any(stop.requested, time.monotonic() >= deadline)
             after = due(step, config, leaving=interrupted or out_of_time)
             if after.log:
                 journal.begin(step)
@@ -143,29 +146,22 @@ def due(step: int, config: TrainConfig, leaving: bool) -> Due:
     )
 
 
-def _out_of_time(config: TrainConfig) -> bool:
-    return 0 < config.max_hours * 3600 <= time.monotonic() - STARTED
-
-
 # ---- a run: what its steps are made with, and what it writes -------------------------------------
 
 
 def _prepare(
     task: Task,
     config: TrainConfig,
+    device: Device,
     out: Path,
     description: dict[str, Json],
     progress: Progress,
     ranks: Ranks,
 ) -> _Run:
-    """Chooses device, graph and threads, describes the run in its folder, reports the choices."""
+    """Makes the optimiser, describes the run in its folder, reports what was chosen."""
     _check_shares(config, ranks)
-    torch.set_num_threads(config.threads or max(1, cores(0) // ranks.local_count))
-    device = choose_device(config, ranks.local_rank, ranks.local_count)
-    if device.device.type == "cpu":
-        keep_memory()
-    facts = environment(device.device, device.reason, ranks.count)
-    ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
+    facts = environment(device, ranks.count)
+    before = ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
     module = task.module.to(device.device)
     peak, source = peak_flops(
         device.device, device.autocast or torch.float32, torch.get_num_threads()
@@ -174,7 +170,7 @@ def _prepare(
         compile_layers(module)
     graph, why = choose_graph(config, device.device, ranks.count)
     compiled = "; layers compiled" if config.compile else ""
-    progress.note(f"device {device.device}, {device.reason}; {why}{compiled}")
+    progress.note(f"device {device}; {why}{compiled}")
     progress.note(f"peak {peak / 1e12:.3g} TFLOP/s ({source}), processes: {ranks.count}")
     run = _Run(
         task=task,
@@ -194,6 +190,15 @@ def _prepare(
         f"{config.steps * run.pieces_per_step / 1e6:.2f} M pieces, "
         f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
     )
+    if before is not None:
+        progress.note(
+            f"steps raised from {before} to {config.steps}: the learning rate of the steps to come "
+            f"is that of a run of {config.steps} steps"
+        )
+    if config.eval_rows > task.heldout.count:
+        progress.note(
+            f"eval_rows {config.eval_rows}: the held-out text has {task.heldout.count} rows"
+        )
     return run
 
 
@@ -248,20 +253,9 @@ class _Run:
             first(lambda: describe_resume(self.out / "run.json", step, self.facts))
         return step, state
 
-    @torch.no_grad()
     def evaluate(self, step: int, journal: Journal) -> float | None:
-        """Held-out means over the same rows every time, written to the log; returns the loss."""
-        task, config, ranks = self.task, self.config, self.ranks
-        task.module.eval()
-        sums = Sums(self.device.device)
-        share = ranks.share(config.eval_rows)
-        micro = config.micro_rows or config.rows // ranks.count
-        for first in range(share.start, share.stop, micro):
-            count = min(micro, share.stop - first)
-            rows = task.heldout.read(first, count, student_prob=task.student_prob, threads=1)
-            with self.device.cast():
-                sums.add(task.evaluate(DeviceBatch.of(rows, self.device.device)))
-        result = task.summary(sums.dict(ranks.sum_(sums.vector)))
+        """Held-out means, written to the log; returns the loss."""
+        result = heldout_means(self.task, self.config, self.device, self.ranks)
         for name, value in result.items():
             if value is not None and not math.isfinite(value):
                 raise InputError(
@@ -293,7 +287,8 @@ class _Run:
         journal.flush()
         saved: dict[str, Json] = {"step": step, "heldout": heldout, **state}
         place = (self.checkpoints, saved, self.module, self.optimizer)
-        self.ranks.first(lambda: checkpoint.save(*place, self.task.write_model, self.config))
+        keep = (self.config.keep_last, self.config.keep_best)
+        self.ranks.first(lambda: checkpoint.save(*place, self.task.write_model, *keep))
 
     def write_result(self) -> None:
         with atomic_folder(self.out / "model", overwrite=True) as partial:
@@ -301,11 +296,30 @@ class _Run:
             checkpoint.write_manifest(partial)
 
 
+@torch.no_grad()
+def heldout_means(
+    task: Task, config: TrainConfig, device: Device, ranks: Ranks
+) -> dict[str, float | None]:
+    """Held-out means by the names of the log, over the same rows every time."""
+    task.module.eval()
+    sums = Sums(device.device)
+    share = ranks.share(min(config.eval_rows, task.heldout.count))
+    micro = config.micro_rows or config.rows // ranks.count
+    for first in range(share.start, share.stop, micro):
+        count = min(micro, share.stop - first)
+        rows = task.heldout.read(first, count, student_prob=task.student_prob, threads=1)
+        with device.cast():
+            sums.add(task.evaluate(DeviceBatch.of(rows, device.device)))
+    return task.summary(sums.dict(ranks.sum_(sums.vector)))
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
 def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> dict[str, Json]:
     evaluations = [line for line in read_log(out) if "heldout" in line]
+    if not evaluations:
+        raise InputError(f"{out / 'log.jsonl'} holds no evaluation; restore it, or remove {out}")
     return {
         "output": str(out / "model"),
         "steps": config.steps,
@@ -321,8 +335,11 @@ def finished(
     """The report of a run that is already complete in `out`, or None."""
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
-    describe_run(out / "run.json", description)
+    if check_run(out / "run.json", description) is not None:
+        return None  # it is to have more steps now
     if checkpoint.check_manifest(out / "model") is not None:
         return None
+    if max((record["step"] for record in read_log(out)), default=0) < config.steps:
+        return None  # the model is that of fewer steps
     length = description["row"]["length"]  # type: ignore[index,call-overload]
     return _report(out, config, config.rows * int(length))  # type: ignore[arg-type]

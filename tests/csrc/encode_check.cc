@@ -99,7 +99,7 @@ int main(int argc, char** argv) {
   const std::vector<std::string_view> texts(world.texts.begin(), world.texts.end());
   const auto teacher = std::make_shared<mvbert::WordPiece>(world.teacher_pieces, 1);
   const auto student = std::make_shared<mvbert::WordPiece>(world.student_pieces, 1);
-  const mvbert::Tokenizer plain({}, teacher, nullptr, {{"[MASK]", 4}, {"[SEP]", 3}});
+  const mvbert::Tokenizer plain({}, teacher, nullptr, {{"[MASK]", 4, false}, {"[SEP]", 3, false}});
   const mvbert::Tokenizer mixed({}, teacher, student, {});
   mvbert::TextOptions plain_options, mixed_options;
   plain_options.find_special = true;

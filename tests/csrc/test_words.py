@@ -60,6 +60,9 @@ AWKWARD = [
     ("\ud83d\ude00", [], []),  # so is a pair of them: it is no character of a str
 ]  # fmt: skip
 
+# lower-casing, stripping accents
+CASINGS = ((True, True), (False, False), (True, False))
+
 
 @pytest.mark.parametrize(("text", "uncased", "cased"), AWKWARD)
 def test_awkward_text(text, uncased, cased):
@@ -68,15 +71,33 @@ def test_awkward_text(text, uncased, cased):
         assert _core.split(text, lowercase) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Äpfel ÖL straße", ["äpfel", "öl", "straße"]),
+        ("E\u0301x A\u200b\u030a", ["éx", "å"]),  # composed after lower-casing
+        ("\u212b \u1fbb", ["å", "ά"]),  # lower-cased to what composes to something else
+        ("İ İ\u0323", ["i̇", "ị̇"]),  # two letters of one, marks in canonical order
+        ("ΣΑΣ", ["σασ"]),
+        ("한국어 \u1112\u1161\u11ab", ["한국어", "한"]),
+        ("ŁÓDŹ,中é", ["łódź", ",", "中", "é"]),
+        ("<\u0338X", ["≮x"]),
+    ],
+)
+def test_accents_stay_where_they_are_not_stripped(text, words):
+    assert basic_split(text, True, False) == words
+    assert _core.split(text, strip_accents=False) == words
+
+
 @pytest.mark.parametrize("instruction_set", _core.instruction_sets())
 def test_words_do_not_depend_on_place(instruction_set):
     """Every awkward text at every distance from a block's boundary, with others around it."""
     texts = [text for text, _, _ in AWKWARD if text]
-    for lowercase in (True, False):
+    for lowercase, strip in CASINGS:
         for shift in range(70):
             joined = "x" * shift + "é".join(texts[shift % 7 :])
-            words = _core.split(joined, lowercase, instruction_set)
-            assert words == basic_split(joined, lowercase)
+            words = _core.split(joined, lowercase, instruction_set, strip)
+            assert words == basic_split(joined, lowercase, strip)
 
 
 @pytest.mark.parametrize("instruction_set", _core.instruction_sets())
@@ -92,9 +113,9 @@ def test_every_way_to_read_ascii(instruction_set):
             if length and random_.random() < 0.5:
                 text[random_.randrange(length)] = random_.choice("é\u0338\x00\x7f\u200b中")
             text = "".join(text)
-            for lowercase in (True, False):
-                words = _core.split(text, lowercase, instruction_set)
-                assert words == basic_split(text, lowercase), ascii(text)
+            for lowercase, strip in CASINGS:
+                words = _core.split(text, lowercase, instruction_set, strip)
+                assert words == basic_split(text, lowercase, strip), ascii(text)
     with pytest.raises(ValueError, match="no instruction set 'mmx'"):
         _core.split("", True, "mmx")
 
@@ -103,16 +124,18 @@ def test_every_code_point():
     """Alone, between letters and after a mark; surrogates too."""
     for first in range(0, 0x110000, 0x400):
         text = " ".join(f"a{chr(c)}b {chr(c)}" for c in range(first, first + 0x400))
-        for lowercase in (True, False):
-            assert _core.split(text, lowercase) == basic_split(text, lowercase), hex(first)
+        for lowercase, strip in CASINGS:
+            words = _core.split(text, lowercase, None, strip)
+            assert words == basic_split(text, lowercase, strip), hex(first)
 
 
 def test_every_code_point_as_hugging_face(slow_split):
     needs_unicode_14()
     for first in range(0, 0x110000, 0x400):
         text = " ".join(f"a{chr(c)}b {chr(c)}" for c in range(first, first + 0x400))
-        for lowercase in (True, False):
-            assert _core.split(text, lowercase) == slow_split(text, lowercase), hex(first)
+        for lowercase, strip in CASINGS:
+            words = _core.split(text, lowercase, None, strip)
+            assert words == slow_split(text, lowercase, strip), hex(first)
 
 
 def test_tables_are_of_the_pinned_version(root):
@@ -147,8 +170,9 @@ def test_random_text(alphabets):
     random_ = random.Random(0)
     for _ in range(4000):
         text = random_text(random_, alphabets)
-        for lowercase in (True, False):
-            assert _core.split(text, lowercase) == basic_split(text, lowercase), ascii(text)
+        for lowercase, strip in CASINGS:
+            words = _core.split(text, lowercase, None, strip)
+            assert words == basic_split(text, lowercase, strip), ascii(text)
 
 
 def test_random_text_as_hugging_face(alphabets, slow_split):
@@ -156,8 +180,9 @@ def test_random_text_as_hugging_face(alphabets, slow_split):
     random_ = random.Random(1)
     for _ in range(4000):
         text = random_text(random_, alphabets)
-        for lowercase in (True, False):
-            assert _core.split(text, lowercase) == slow_split(text, lowercase), ascii(text)
+        for lowercase, strip in CASINGS:
+            words = _core.split(text, lowercase, None, strip)
+            assert words == slow_split(text, lowercase, strip), ascii(text)
 
 
 def test_arbitrary_text():
@@ -167,8 +192,9 @@ def test_arbitrary_text():
     @hypothesis.settings(max_examples=300)
     @hypothesis.given(strategies.text(strategies.characters(exclude_categories=())))
     def check(text):
-        for lowercase in (True, False):
-            assert _core.split(text, lowercase) == basic_split(text, lowercase)
+        for lowercase, strip in CASINGS:
+            words = _core.split(text, lowercase, None, strip)
+            assert words == basic_split(text, lowercase, strip)
 
     check()
 
@@ -254,10 +280,10 @@ def test_every_shared_file(shared_data, slow_split):
         if not path.name.startswith("vocab") and path.suffix in (".xz", ".txt"):
             text = sample(path)
             assert len(text) > 1000, path
-            for lowercase in (True, False):
-                words = _core.split(text, lowercase)
-                assert words == basic_split(text, lowercase), path
-                assert words == slow_split(text, lowercase), path
+            for lowercase, strip in CASINGS:
+                words = _core.split(text, lowercase, None, strip)
+                assert words == basic_split(text, lowercase, strip), path
+                assert words == slow_split(text, lowercase, strip), path
 
 
 @pytest.fixture(scope="module")
@@ -268,13 +294,16 @@ def slow_split():
         from transformers.models.bert.tokenization_bert import BasicTokenizer
     except ImportError:
         pytest.skip(f"needs transformers 4 (slow BertTokenizer), found {transformers.__version__}")
-    uncased, cased = BasicTokenizer(True), BasicTokenizer(False)
+    tokenizers = {
+        (lowercase, strip): BasicTokenizer(lowercase, strip_accents=strip)
+        for lowercase, strip in CASINGS
+    }
 
-    def split(text: str, lowercase: bool) -> list[str]:
+    def split(text: str, lowercase: bool, strip: bool) -> list[str]:
         # PreTrainedTokenizer.tokenize lower-cases each character before BasicTokenizer sees it.
         if lowercase:
-            return uncased.tokenize("".join(char.lower() for char in text))
-        return cased.tokenize(text)
+            text = "".join(char.lower() for char in text)
+        return tokenizers[lowercase, strip].tokenize(text)
 
     return split
 

@@ -34,17 +34,20 @@ inline std::vector<std::string> FuzzPieces(const char* extra, int fillers = 0) {
 }
 
 struct FuzzTokenizers {
-  explicit FuzzTokenizers(bool lowercase)
-      : teacher(std::make_shared<WordPiece>(FuzzPieces("##tion", lowercase ? 0 : 70000), 1)),
+  explicit FuzzTokenizers(SplitOptions options)
+      : teacher(std::make_shared<WordPiece>(
+            FuzzPieces("##tion", options.strip_accents ? 0 : 70000), 1)),
         student(std::make_shared<WordPiece>(FuzzPieces("##ab"), 1)),
-        splitter({lowercase}),
-        mixed({lowercase}, teacher, student, {{"[MASK]", 4}, {"[SEP]", 3}}) {}
+        splitter(options),
+        mixed(options, teacher, student,
+              {{"[MASK]", 4, false}, {"[SEP]", 3, false}, {"Hell\xC3\xB6", 9, true},
+               {"the", 5, true}}) {}
   std::shared_ptr<WordPiece> teacher, student;
   WordSplitter splitter;
   Tokenizer mixed;
 };
 
-inline void CheckText(std::string_view bytes, const FuzzTokenizers& all, bool lowercase) {
+inline void CheckText(std::string_view bytes, const FuzzTokenizers& all) {
   if (Utf8ErrorOffset(bytes) != kNoError) {
     Words words;
     bool refused = false;
@@ -56,14 +59,14 @@ inline void CheckText(std::string_view bytes, const FuzzTokenizers& all, bool lo
     Require(refused, "ill-formed text was taken");
     const std::string mended = ReplaceIllFormed(bytes);
     Require(Utf8ErrorOffset(mended) == kNoError, "mended text is ill-formed");
-    CheckText(mended, all, lowercase);
+    CheckText(mended, all);
     return;
   }
   Words words;
   all.splitter.Split(bytes, &words);
   for (const AsciiRunChoice& choice : AsciiRunChoices()) {
     Words same;
-    WordSplitter({lowercase}, choice).Split(bytes, &same);
+    WordSplitter(all.splitter.options(), choice).Split(bytes, &same);
     Require(same.bytes == words.bytes && same.ends == words.ends, "instruction sets differ");
   }
   std::vector<std::int32_t> cut;
@@ -109,9 +112,10 @@ inline void CheckText(std::string_view bytes, const FuzzTokenizers& all, bool lo
 }
 
 inline void CheckText(std::string_view bytes) {
-  static const FuzzTokenizers uncased(true), cased(false);
-  CheckText(bytes, uncased, true);
-  CheckText(bytes, cased, false);
+  static const FuzzTokenizers uncased({true, true}), cased({false, false}), accented({true, false});
+  CheckText(bytes, uncased);
+  CheckText(bytes, cased);
+  CheckText(bytes, accented);
 }
 
 }  // namespace mvbert

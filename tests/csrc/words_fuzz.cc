@@ -11,9 +11,9 @@
 namespace mvbert {
 namespace {
 
-void CheckWords(std::string_view text, bool lowercase, std::size_t most) {
+void CheckWords(std::string_view text, SplitOptions options, std::size_t most) {
   Words whole;
-  const WordSplitter splitter({lowercase});
+  const WordSplitter splitter(options);
   splitter.Split(text, &whole);
   std::uint32_t begin = 0;
   for (const std::uint32_t end : whole.ends) {
@@ -31,7 +31,7 @@ void CheckWords(std::string_view text, bool lowercase, std::size_t most) {
       std::size_t at = 0;
       do {
         const std::size_t before = at;
-        at = WordSplitter({lowercase}, choice).Fill(text, at, &batch, most);
+        at = WordSplitter(options, choice).Fill(text, at, &batch, most);
         Require(at > before || text.empty(), "a step that reads nothing");
         // (A batch may be used before it is full, and need not be used when it is.)
         if (at < text.size() && batch.size() % 3 != 0) continue;
@@ -69,7 +69,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     Require(Utf8ErrorOffset(std::string_view(bytes).substr(0, error)) == kNoError,
             "there was an error before");
   }
-  CheckWords(text, true, most);
-  CheckWords(text, false, most);
+  CheckWords(text, {true, true}, most);
+  CheckWords(text, {false, false}, most);
+  CheckWords(text, {true, false}, most);
   return 0;
 }

@@ -13,14 +13,14 @@ def compile_all(root, *options: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "mvbert.kernels.aot", *options],
+        [sys.executable, "-W", "ignore", str(root / "bench" / "aot.py"), *options],
         capture_output=True, text=True, env=environment, check=False, timeout=3600,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def recorded(root):
-    return json.loads((root / "kernels" / "aot.json").read_text(encoding="utf-8"))
+    return json.loads((root / "bench" / "aot.json").read_text(encoding="utf-8"))
 
 
 def test_record_has_no_spill_and_uses_the_matrix_units(recorded):

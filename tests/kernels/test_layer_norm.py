@@ -59,7 +59,7 @@ def test_the_result_in_two_dtypes(dropout_p, used, draw):
     second = upstream.sin().half() * (used in ("both", "second"))
 
     torch.manual_seed(3)
-    y, rounded = MF.residual_layer_norm_twice(x, *rest, **options)
+    y, rounded = MF.residual_layer_norm(x, *rest, also_in_x_dtype=True, **options)
     assert rounded.dtype == torch.float16
     assert torch.equal(rounded, y.half())
     total = 0 * x.float().sum()
@@ -78,7 +78,7 @@ def test_the_result_in_two_dtypes(dropout_p, used, draw):
 
 def test_alike_in_dtype_it_is_one_tensor(draw):
     inputs = [draw(*s, dtype=torch.float32) for s in ((5, 20), (5, 20), (20,), (20,))]
-    y, again = MF.residual_layer_norm_twice(*inputs, backend="triton")
+    y, again = MF.residual_layer_norm(*inputs, also_in_x_dtype=True, backend="triton")
     assert again is y
 
 

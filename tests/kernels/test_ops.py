@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from mvbert.kernels import launch, ops
+from mvbert.kernels import chunked, launch, layer_norm, mixed_embedding
+from mvbert.kernels import linear_cross_entropy as loss
+from mvbert.kernels.linear import scale_exactly
+from mvbert.kernels.relation_kl import relation_kl_sum
 
 TESTS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
@@ -18,16 +21,16 @@ def test_losses(need, width, draw, device, monkeypatch):
     check = torch.library.opcheck
     given, need = (h, w, b, labels), list(need)
     check(
-        ops.linear_cross_entropy_sum,
+        loss.linear_cross_entropy_sum,
         (*given, scale, -100, 0.1, need, "triton", False), test_utils=TESTS,
     )  # fmt: skip
     check(
-        ops.linear_cross_entropy_rows,
+        loss.linear_cross_entropy_rows,
         (*given, -100, 0.1, [False] * 3, "triton"), test_utils=TESTS,
     )  # fmt: skip
     up = torch.rand(5, device=device)
     check(
-        ops.linear_cross_entropy_rows_backward,
+        loss.linear_cross_entropy_rows_backward,
         (up, up, *given, [], -100, 0.1, need, "triton"), test_utils=TESTS,
     )  # fmt: skip
 
@@ -37,7 +40,7 @@ def test_losses(need, width, draw, device, monkeypatch):
 def test_relations(need, backend, draw):
     x, y = (draw(2, 5, 3 * H, dtype=torch.float32) for H in (8, 12))
     arguments = (x, y.detach(), 4, need, backend)
-    torch.library.opcheck(ops.relation_kl_sum, arguments, test_utils=TESTS)
+    torch.library.opcheck(relation_kl_sum, arguments, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["one table", "two tables"])
@@ -53,8 +56,13 @@ def test_embedding(both, dropout_p, draw, device):
         ids, t, s if both else None, p, k, ids % 2, None, w, b, seed, 1e-12, dropout_p, 0, [3],
         False,
     )  # fmt: skip
-    torch.library.opcheck(ops.mixed_embedding, arguments, test_utils=TESTS)
-    torch.library.opcheck(ops.gather_rows, (ids, t, s if both else None, 3))
+    torch.library.opcheck(mixed_embedding.mixed_embedding, arguments, test_utils=TESTS)
+    inputs = [None if x is None else x.detach() for x in arguments[:9]]
+    hidden, mean, rstd = mixed_embedding.mixed_embedding(*inputs, *arguments[9:])
+    need = [True, both, True, False]
+    arguments = (hidden, inputs, seed, mean, rstd, dropout_p, 0, [3], False, need)
+    torch.library.opcheck(mixed_embedding.mixed_embedding_backward, arguments, test_utils=TESTS)
+    torch.library.opcheck(chunked.gather_rows, (ids, t, s if both else None, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -65,12 +73,12 @@ def test_layer_norm(dropout_p, dtype, draw, device):
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
     for both in (False, True):
         arguments = (x, r, w, b, seed, 1e-12, dropout_p, both)
-        torch.library.opcheck(ops.residual_layer_norm, arguments, test_utils=TESTS)
-    y, rounded, *kept = ops.residual_layer_norm(x, r, w, b, seed, 1e-12, dropout_p, True)
+        torch.library.opcheck(layer_norm.residual_layer_norm, arguments, test_utils=TESTS)
+    y, rounded, *kept = layer_norm.residual_layer_norm(x, r, w, b, seed, 1e-12, dropout_p, True)
     total, mean, rstd = (t.detach() for t in kept)
     for drounded in (None, torch.ones_like(rounded).detach()):
         torch.library.opcheck(
-            ops.residual_layer_norm_backward,
+            layer_norm.residual_layer_norm_backward,
             (torch.ones_like(y).detach(), drounded, total, w, mean, rstd, seed, dropout_p, dtype),
             test_utils=TESTS,
         )  # fmt: skip
@@ -79,5 +87,5 @@ def test_layer_norm(dropout_p, dtype, draw, device):
 def test_scale(draw):
     x = draw(3, 1000, dtype=torch.float16).detach()
     factor = torch.tensor(1 / 3, dtype=torch.float32, device=x.device)
-    assert torch.equal(ops.scale_exactly(x, factor), (x.float() * factor).half())
-    torch.library.opcheck(ops.scale_exactly, (x, factor), test_utils=TESTS)
+    assert torch.equal(scale_exactly(x, factor), (x.float() * factor).half())
+    torch.library.opcheck(scale_exactly, (x, factor), test_utils=TESTS)

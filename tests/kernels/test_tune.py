@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mvbert.kernels import launch, tune
+from mvbert.kernels import launch
 
 SMALL = {
     "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1, "GROUP": 2,
@@ -14,8 +14,17 @@ SMALL = {
 
 
 @pytest.fixture
-def cases(device, monkeypatch):
-    """The cases of one small loss, wide and narrow, by name of their kernel."""
+def tune(root, monkeypatch):
+    """bench/ is a folder of scripts: its modules are found as when one of them runs."""
+    monkeypatch.syspath_prepend(str(root / "bench"))
+    import tune
+
+    return tune
+
+
+@pytest.fixture
+def cases(tune, device, monkeypatch):
+    """The cases of one small loss, materialised and flash, by name of their kernel."""
     found = {}
     for width in (0, 256):
         monkeypatch.setattr(launch, "FLASH_WIDTH", width)
@@ -25,7 +34,7 @@ def cases(device, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["logits", "elementwise", "dx", "dweight", "dweight_add"])
-def test_candidates_run_in_place_of_the_rule(kernel, cases, monkeypatch):
+def test_candidates_run_in_place_of_the_rule(kernel, tune, cases, monkeypatch):
     monkeypatch.setattr(launch, "FLASH_WIDTH", 0)
     blocks = {"BLOCK_M": 2, "BLOCK_V": 32, "STEPS": 1} if kernel == "elementwise" else SMALL
     case = dataclasses.replace(cases[kernel], candidates=(blocks,))
@@ -43,12 +52,12 @@ def test_candidates_run_in_place_of_the_rule(kernel, cases, monkeypatch):
     assert not launch.FORCED
 
 
-def test_rule_stands_unless_clearly_beaten(cases, monkeypatch):
+def test_rule_stands_unless_clearly_beaten(tune, cases, monkeypatch):
     monkeypatch.setattr(launch, "FLASH_WIDTH", 0)
     assert tune.tune(cases["dx"], lambda run: 99.0 if launch.FORCED else 100.0, print) is None
 
 
-def test_wrong_candidate_is_left_out(cases, monkeypatch):
+def test_wrong_candidate_is_left_out(tune, cases, monkeypatch):
     case = cases["flash_fwd"]
     calls = []
 
@@ -62,7 +71,7 @@ def test_wrong_candidate_is_left_out(cases, monkeypatch):
     assert any("WRONG" in line for line in lines)
 
 
-def test_kept_entries_are_found_again(tmp_path, monkeypatch):
+def test_kept_entries_are_found_again(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "TUNED", tmp_path / "tuned.json")
     entry = {"kernel": "dx", "dtype": "bfloat16", "shape": [4096, 30522, 768], "blocks": SMALL}
     tune.keep("GPU A", [entry])
@@ -88,7 +97,7 @@ def test_kept_entries_are_found_again(tmp_path, monkeypatch):
         launch._measured.cache_clear()
 
 
-def test_needs_a_device(monkeypatch, capsys):
+def test_needs_a_device(tune, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["tune"])
     assert tune.main() == 2

@@ -1,6 +1,7 @@
 """`mvbert eval` says of a model what the run that made it and a study say."""
 
 import math
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvbert.model.huggingface import load_masked_lm, load_vocab
+from mvbert.study import evaluate
 from mvbert.study.measures import ask, bits_per_word, choose_words
 from mvbert.text.corpus import Corpus
 from mvbert.training import runs
@@ -20,20 +22,20 @@ ROWS = ("--row.length", 16, "--eval-rows", 8, "--device", "cpu", "--threads", 1)
 
 
 @pytest.fixture
-def evaluate(verb):
+def run_eval(verb):
     """A function that evaluates a model on a corpus; returns the report."""
     return lambda model, corpus, *more: verb("eval", model, "--corpus", corpus, *ROWS, *more)[0]
 
 
-def test_it_says_what_the_run_said(training_inputs, tmp_path, evaluate, verb):
+def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
     corpus, out = training_inputs / "corpus", tmp_path / "run"
     verb(
         "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
-        "-o", out, "--shape", "1x64", "--steps", 3, "--rows", 4, *ROWS,
+        "-o", out, "--shape", "1x64", "--steps", 3, "--rows", 4, *ROWS, "--dtype", "float32",
     )  # fmt: skip
-    report = evaluate(out, corpus, "--words", 20, "--context", 3)
+    report = run_eval(out, corpus, "--words", 20, "--context", 3)
     said = [line["heldout"] for line in runs.read_log(out) if "heldout" in line][-1]
-    assert report["loss"] == pytest.approx(said["loss"], rel=1e-6)  # rows of a pass differ
+    assert report["loss"] == pytest.approx(said["loss"], rel=1e-5)  # rows of a pass differ
     assert report["accuracy"] == said["accuracy"]
     assert report["rows"] == 8
     assert report["masked"] > 8
@@ -43,23 +45,71 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, evaluate, verb):
     vocab = load_vocab(out / "model", model.config)
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
     words = ask(opened.heldout, cut, places, 3, 16)
-    float32 = Device(torch.device("cpu"), None, "")
-    wanted = bits_per_word(model, vocab.pad, words, float32)["bits_per_word"]
+    cpu = Device(torch.device("cpu"), None, "")
+    wanted = bits_per_word(model, vocab.pad, words, cpu)["bits_per_word"]
     report, said = verb(
         "eval", out / "model", "--corpus", corpus, *ROWS, "--words", 20, "--context", 3,
         "--dtype", "float32", "--row.length", 12,
     )  # fmt: skip
     assert "rows of 12 pieces; in training they had 16" in said
-    report = evaluate(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
-    assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-9)
+    report = run_eval(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
+    assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-5)
     assert report["words_asked"] == words.count
 
 
-def test_a_teacher_is_asked_in_its_own_pieces(training_inputs, evaluate, teacher_vocab):
-    report = evaluate(training_inputs / "teacher", training_inputs / "corpus", "--words", 0)
+def test_rows_are_no_more_than_the_held_out_text_has(training_inputs, tmp_path, run_eval, verb):
+    teacher, corpus = training_inputs / "teacher", training_inputs / "corpus"
+    command = ("eval", teacher, "--corpus", corpus, *ROWS, "--words", 0)
+    report, said = verb(*command, "--eval-rows", 10**6)
+    count = report["rows"]
+    assert 8 < count < 1000
+    assert f"eval_rows 1000000: the held-out text has {count} rows" in said
+    exact, said = verb(*command, "--eval-rows", count)
+    assert "the held-out text has" not in said
+    assert {**exact, "seconds": 0} == {**report, "seconds": 0}
+    run, said = verb(
+        "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
+        "-o", tmp_path / "run", "--shape", "1x64", "--steps", 1, "--rows", 4, *ROWS,
+        "--eval-rows", 10**6,
+    )  # fmt: skip
+    count = int(re.search(r"eval_rows 1000000: the held-out text has (\d+) rows", said)[1])
+    report = run_eval(tmp_path / "run", corpus, "--words", 0, "--eval-rows", 10**6)
+    assert report["rows"] == count
+    assert report["loss"] == pytest.approx(run["heldout_last"]["loss"], rel=1e-6)
+
+
+def test_a_teacher_is_asked_in_its_own_pieces(training_inputs, run_eval, teacher_vocab):
+    options = ("--words", 0, "--dtype", "float32")
+    report = run_eval(training_inputs / "teacher", training_inputs / "corpus", *options)
     assert report["vocab"] == teacher_vocab.size
     assert abs(report["loss"] - math.log(teacher_vocab.size)) < 1  # it never trained
     assert "bits_per_word" not in report
+
+
+def test_a_model_is_measured_in_the_dtype_of_its_run_others_in_the_faster_one(
+    training_inputs, tmp_path, verb, monkeypatch
+):
+    corpus, run = training_inputs / "corpus", tmp_path / "run"
+    verb(
+        "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
+        "-o", run, "--shape", "1x64", "--steps", 1, "--rows", 4, *ROWS, "--dtype", "float32",
+    )  # fmt: skip
+    measured = []
+
+    def rates(products, gradients):
+        measured.append((products, gradients))
+        return {torch.float32: 50e9, torch.bfloat16: 100e9}
+
+    monkeypatch.setattr(evaluate, "product_rates", rates)
+    options = ("--corpus", corpus, *ROWS, "--words", 0)
+    _, said = verb("eval", run, *options)
+    assert "device cpu, float32 products: as set" in said
+    assert measured == []
+    _, said = verb("eval", training_inputs / "teacher", *options)
+    assert "bfloat16 products, float32 weights: measured float32 50, bfloat16 100 GFLOP/s" in said
+    pieces = 32 * 16
+    layer = [(pieces, 32, 96), (pieces, 32, 32), (pieces, 32, 64), (pieces, 64, 32)]
+    assert measured == [(layer, False)]
 
 
 @pytest.fixture
@@ -74,14 +124,14 @@ def headless(training_inputs, tmp_path):
 
 
 def test_a_sentence_encoder_has_only_the_probe(
-    headless, training_inputs, tmp_path, evaluate, refused
+    headless, training_inputs, tmp_path, run_eval, refused
 ):
     (tmp_path / "sst2").mkdir()
     lines = [f"{word} old river\t{label}" for word, label in (("great", 1), ("small", 0))] * 8
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / "sst2" / name).write_text("\n".join(["sentence\tlabel", *lines]) + "\n")
     corpus = training_inputs / "corpus"
-    report = evaluate(headless, corpus, "--sst2", tmp_path / "sst2")
+    report = run_eval(headless, corpus, "--sst2", tmp_path / "sst2", "--dtype", "float32")
     assert report["sst2"] == 1.0
     assert "loss" not in report
     refused(["eval", headless, "--corpus", corpus], "no masked-language-model head")

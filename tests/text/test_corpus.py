@@ -19,7 +19,7 @@ from mvbert import _core, files
 from mvbert.errors import InputError, Interrupted
 from mvbert.text import corpus_build, readers
 from mvbert.text.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
-from mvbert.text.readers import documents, text_files
+from mvbert.text.readers import documents, find_texts
 from mvbert.text.wordpiece import basic_split, wordpiece
 
 AWKWARD = (
@@ -35,7 +35,7 @@ AWKWARD = (
 def plain_corpus(texts, lowercase=True, field="text", errors="strict"):
     """What a corpus holds, by the plain definitions: documents of words, none of them empty."""
     found = []
-    for path in text_files(texts):
+    for path in find_texts(texts).files:
         for document in documents(path, field, errors):
             words = [word[:101] for word in basic_split(document, lowercase)]
             if words:
@@ -254,6 +254,20 @@ def test_held_out_texts_of_their_own(awkward, tmp_path):
     check_lexicon(corpus)
 
 
+def test_a_text_cannot_be_held_out_and_not(awkward, tmp_path):
+    (tmp_path / "sub").mkdir()
+    os.link(awkward, tmp_path / "sub" / "hard.txt")
+    for held, message in (
+        (tmp_path / "sub", r"hard\.txt: given as text and as held-out text"),
+        (tmp_path / "copy.txt", r"copy\.txt is held out, but .*awkward\.txt has the same bytes"),
+    ):
+        (tmp_path / "copy.txt").write_bytes(awkward.read_bytes())
+        with pytest.raises(InputError, match=message):
+            build_corpus([awkward], tmp_path / "c", heldout_texts=[held])
+    (tmp_path / "copy.txt").write_bytes(awkward.read_bytes().swapcase())  # of the same size only
+    build_corpus([awkward], tmp_path / "c", heldout_texts=[tmp_path / "copy.txt"])
+
+
 def test_a_share_that_holds_out_everything_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"all 3 documents of .*many\.txt are held out; lower"):
         build_corpus([texts_of(tmp_path, 3)], tmp_path / "c", heldout_share=0.9999999)
@@ -326,8 +340,15 @@ def test_text_that_is_not_utf8_is_refused_with_file_and_byte(awkward, tmp_path):
 
 def test_utf16_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("some text", encoding="utf-16")
-    with pytest.raises(InputError, match=r"a\.txt: not UTF-8 at byte 0"):
+    with pytest.raises(InputError, match=r"a\.txt is UTF-16LE, not UTF-8; convert it"):
         build_corpus([tmp_path / "a.txt"], tmp_path / "c")
+
+
+def test_text_in_another_encoding_is_to_be_converted_not_patched(tmp_path):
+    (tmp_path / "a.txt").write_bytes("un café crème\n\n".encode("latin-1") * 1000)
+    with pytest.raises(InputError, match=r"looks like Latin-1; convert it: iconv") as refusal:
+        build_corpus([tmp_path / "a.txt"], tmp_path / "c")
+    assert "replace" not in str(refusal.value)
 
 
 def test_replace_goes_on_without_what_is_not_utf8(tmp_path):
@@ -348,6 +369,64 @@ def test_a_truncated_file_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match=r"a\.txt\.gz is cut off"):
         build_corpus([tmp_path / "a.txt.gz"], tmp_path / "c")
     assert os.listdir(tmp_path) == ["a.txt.gz"]
+
+
+def test_what_was_left_out_is_in_manifest_and_report(tmp_path, verb):
+    texts, held = tmp_path / "texts", tmp_path / "held"
+    for folder in (texts, held):
+        folder.mkdir()
+    (texts / "a.txt").write_bytes(b"one word\xff\n\ntwo words")
+    (texts / "b.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": null}\n{"text": "c"}\n')
+    (texts / "c.txt").symlink_to("a.txt")
+    (texts / "copy.txt").write_bytes((texts / "a.txt").read_bytes())
+    (texts / "again").symlink_to(".")
+    (texts / "empty.txt").write_bytes(b"")
+    (texts / "README.md").write_bytes(b"x")
+    os.mkfifo(texts / "pipe.txt")
+    (held / "d.txt").write_bytes(b"some words")
+    (held / "empty.txt").write_bytes(b"")
+    report, printed = verb(
+        "corpus", texts, "--heldout-text", held, "-o", tmp_path / "c", "--errors", "replace"
+    )
+    left_out = {"repeated": 2, "empty": 2, "unsupported": 1, "not_regular": 1, "nulls": 1}
+    assert report["left_out"] == left_out
+    assert (report["not_utf8"], report["copies"]) == (3, 1)
+    assert (
+        "left out: files or folders given twice, or by a link (2), empty files (2), files of other "
+        "kinds (1), pipes, sockets and devices (1), records whose text is null (1), runs of bytes "
+        "that are not UTF-8 (3)"
+    ) in printed
+    assert "files with the same bytes as another one: 1" in printed
+    merged = tmp_path / "m"
+    (tmp_path / "e.jsonl").write_bytes(b'{"text": null}\n{"text": "e"}\n')
+    build_corpus([tmp_path / "e.jsonl"], tmp_path / "e")
+    report, _ = verb("corpus", "--merge", tmp_path / "c", tmp_path / "e", "-o", merged)
+    assert report["left_out"] == {**left_out, "nulls": 2}
+
+
+def test_a_corpus_from_before_left_out_was_counted_still_opens(built, tmp_path, verb):
+    old = copy_of(built, tmp_path / "c")
+    manifest = files.read_json_object(old / "manifest.json")
+    del manifest["left_out"]
+    files.write_json(old / "manifest.json", manifest)
+    assert verb("info", old)[0]["left_out"] == {}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", b"two\nlines.txt", b"\x1b[31mred.txt"], ids=repr)
+def test_a_file_may_have_any_name(tmp_path, verb, refused, name):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    with open(path, "wb") as file:
+        file.write(b"some words")
+    out = tmp_path / os.fsdecode(name).replace(".txt", "")
+    # As Python hands them over: bytes that are not UTF-8 as lone surrogates.
+    report, _ = verb("corpus", os.fsdecode(path), "-o", out)
+    assert report["output"] == str(out)
+    manifest = Corpus.open(out, verify="sha256").manifest
+    assert os.fsencode(manifest["sources"][0]["name"]) == name
+    assert build_corpus([os.fsdecode(path)], out) == manifest
+    with open(path, "ab") as file:
+        file.write(b"\xff")
+    assert "\x1b" not in refused(["corpus", os.fsdecode(path), "-o", tmp_path / "c"], "not UTF-8")
 
 
 # ---- the folder ------------------------------------------------------------------------------
@@ -376,11 +455,31 @@ def test_a_folder_of_something_else_is_refused(awkward, tmp_path):
     build_corpus([awkward], tmp_path / "c")  # empty: fine
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "thesis.tex").write_bytes(b"")
-    with pytest.raises(InputError, match=r"d is not empty; give another folder"):
+    with pytest.raises(InputError, match=r"d exists and is not empty; give another path"):
         build_corpus([awkward], tmp_path / "d")
     (tmp_path / "f").write_bytes(b"")
     with pytest.raises(InputError, match=r"f is not a folder"):
         build_corpus([awkward], tmp_path / "f", overwrite=True)
+
+
+def test_a_name_as_long_as_the_file_system_takes(awkward, tmp_path, verb, refused):
+    for length in (233, 251, 255):
+        verb("corpus", awkward, "-o", tmp_path / ("c" * length))
+        verb("corpus", awkward, "-o", tmp_path / ("c" * length), "--cased", "--overwrite")
+    verb("vocab", tmp_path / ("c" * 255), "--size", 50, "-o", tmp_path / ("v" * 255))
+    message = refused(["corpus", awkward, "-o", tmp_path / ("c" * 256)], "File name too long")
+    assert "cannot write" in message
+    assert sum(name.startswith(".") for name in os.listdir(tmp_path)) == 0
+    refused(
+        ["vocab", tmp_path / ("c" * 255), "--size", 50, "-o", tmp_path / ("v" * 256)], "too long"
+    )
+    refused(["info", tmp_path / ("c" * 256)], "File name too long")
+
+
+def test_names_near_the_limit_do_not_share_a_partial_folder(tmp_path):
+    a, b = (files.partial_prefix(tmp_path / ("c" * 250 + end), "corpus") for end in ("aa", "bb"))
+    assert a != b
+    assert max(map(len, (a, b))) <= 255 - 8
 
 
 def test_two_builds_of_one_folder_at_once(awkward, tmp_path):
@@ -590,6 +689,29 @@ def test_another_build_does_not_go_on_from_a_checkpoint(tmp_path, many_checkpoin
     os.utime(texts[0], ns=(1, 1))
     expected = build_corpus(texts, tmp_path / "expected", overwrite=True)
     assert build_corpus(texts, tmp_path / "c") == expected
+
+
+def test_a_file_that_is_bad_in_the_middle_of_a_build_does_not_cost_what_was_read(
+    tmp_path, many_checkpoints, monkeypatch
+):
+    texts = make_texts(tmp_path)
+    bad = tmp_path / "z.txt"
+    bad.write_bytes(b"some words \xff\n")
+    with pytest.raises(InputError, match=r"z\.txt: not UTF-8.* continues there if those texts"):
+        build_corpus([*texts, bad], tmp_path / "c")
+    assert (tmp_path / ".c.partial-corpus" / "checkpoint.json").exists()
+    bad.write_bytes(b"some words again\n")
+    whole = build_corpus([*texts, bad], tmp_path / "whole")
+    begun = []
+    begin = corpus_build.TextFile.__init__
+    monkeypatch.setattr(
+        corpus_build.TextFile,
+        "__init__",
+        lambda *a, **k: (begun.append(a[1].name), begin(*a, **k))[0],
+    )
+    assert build_corpus([*texts, bad], tmp_path / "c") == whole
+    assert begun == ["b.jsonl", "z.txt"], "a.txt was read before"
+    assert not (tmp_path / ".c.partial-corpus").exists()
 
 
 def test_run_corpus_turns_ctrl_c_into_interrupted(awkward, tmp_path, monkeypatch):

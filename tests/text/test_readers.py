@@ -1,15 +1,22 @@
 """Text files: kinds, packings, documents, and what is said of each kind of bad file."""
 
+import codecs
 import gzip
 import json
 import lzma
 import os
+import random
+import re
+import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from mvbert import _core
 from mvbert.errors import InputError, MissingExtra
 from mvbert.text import readers
-from mvbert.text.readers import TextFile, documents, file_kind, text_files
+from mvbert.text.readers import TextFile, documents, file_kind, find_texts
 
 TEXT = "One a\nOne b\n\nTwo é\n \t\r\n\nThree"
 DOCUMENTS = ["One a\nOne b\n", "Two é\n", "Three"]
@@ -73,11 +80,11 @@ def test_a_folder_stands_for_its_files_sorted(tmp_path):
     for name in ("README.md", ".hidden.txt", "sub/image.png"):
         (tmp_path / name).write_bytes(b"x")
     names = ["a.jsonl.gz", "b.txt", "sub/c.txt", "sub/deep/d.parquet"]
-    assert text_files([tmp_path]) == [tmp_path / name for name in names]
-    assert text_files([tmp_path / "b.txt", tmp_path / "sub"]) == [
+    assert find_texts([tmp_path]).files == [tmp_path / name for name in names]
+    assert find_texts([tmp_path / "b.txt", tmp_path / "sub"]).files == [
         tmp_path / name for name in ("b.txt", "sub/c.txt", "sub/deep/d.parquet")
     ]
-    assert text_files(str(tmp_path / "b.txt")) == [tmp_path / "b.txt"]
+    assert find_texts(str(tmp_path / "b.txt")).files == [tmp_path / "b.txt"]
 
 
 def test_paths_that_are_no_text(tmp_path):
@@ -91,7 +98,120 @@ def test_paths_that_are_no_text(tmp_path):
         ("folder", r"the folder .*folder holds no text"),
     ):
         with pytest.raises(InputError, match=message):
-            text_files([tmp_path / name])
+            find_texts([tmp_path / name])
+
+
+def test_what_is_no_regular_file_is_skipped_in_a_folder_and_refused_by_name(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(b"x")
+    os.mkfifo(folder / "pipe.txt")
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.path.relpath(folder / "socket.txt"))
+        (folder / "device.txt").symlink_to(os.devnull)
+        found = find_texts([folder])
+    assert found.files == [folder / "a.txt"]
+    assert found.left_out == {"repeated": 0, "empty": 0, "unsupported": 0, "not_regular": 4}
+    for name, kind in (("pipe.txt", "a pipe"), ("socket.txt", "a socket"), ("device.txt", "a dev")):
+        with pytest.raises(InputError, match=rf"{name} is {kind}.*, expected a file or a folder"):
+            find_texts([folder / name])
+
+
+def test_a_link_to_a_folder_around_it_is_not_followed_again(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "self").symlink_to(".")
+    (tmp_path / "sub" / "up").symlink_to("..")
+    found = find_texts([tmp_path])
+    assert found.files == [tmp_path / "a.txt", tmp_path / "sub" / "b.txt"]
+    assert found.left_out["repeated"] == 2
+
+
+def test_a_file_met_again_by_another_path_or_a_link_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_bytes(b"x")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    os.link("a.txt", "sub/hard.txt")
+    found = find_texts(["a.txt", "./a.txt", "sub/../a.txt", tmp_path / "link.txt", "sub"])
+    assert found.files == [Path("a.txt")]
+    assert found.left_out["repeated"] == 4
+    assert find_texts([tmp_path, tmp_path]).left_out["repeated"] == 3  # two files, one folder
+
+
+def test_a_link_that_leads_nowhere_is_named_with_its_target(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x")
+    (tmp_path / "note").symlink_to("gone")  # could not have been text
+    assert find_texts([tmp_path]).left_out["unsupported"] == 1
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    message = r"b\.txt is a link to gone\.txt, which does not exist"
+    for path, expected in (
+        (tmp_path, message),
+        (tmp_path / "b.txt", message),
+        (tmp_path / "loop.txt", r"cannot read .*loop\.txt: Too many levels"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            find_texts([path])
+
+
+@pytest.fixture
+def open_folder():
+    """A folder below which permissions count, also where the tests run as root."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        me = os.geteuid()
+        if me == 0:
+            os.seteuid(65534)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(me)
+
+
+def test_a_folder_or_file_without_permission_is_named_before_anything_is_read(open_folder):
+    me = os.geteuid()
+    os.seteuid(os.getuid())
+    (open_folder / "a.txt").write_bytes(b"x")
+    (open_folder / "sub").mkdir()
+    (open_folder / "sub").chmod(0)
+    os.seteuid(me)
+    with pytest.raises(InputError, match=r"cannot read the folder .*sub: Permission denied"):
+        find_texts([open_folder])
+    os.seteuid(os.getuid())
+    (open_folder / "sub").chmod(0o755)
+    (open_folder / "sub" / "z.txt").write_bytes(b"x")
+    (open_folder / "sub" / "z.txt").chmod(0)
+    os.seteuid(me)
+    with pytest.raises(InputError, match=r"cannot read .*z\.txt: Permission denied"):
+        find_texts([open_folder])
+
+
+def test_an_empty_file_among_others_is_left_out(tmp_path):
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds no text; files of no bytes: 2; supported"):
+        find_texts([tmp_path])
+    (tmp_path / "c.txt").write_bytes(b"x")
+    found = find_texts([tmp_path])
+    assert (found.files, found.left_out["empty"]) == ([tmp_path / "c.txt"], 2)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_git_lfs_pointer_is_not_the_file(tmp_path, name):
+    (tmp_path / name).write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+    )
+    with pytest.raises(InputError, match=rf"{name} is a Git LFS pointer, not the file itself"):
+        find_texts([tmp_path])
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    for name in ("a.txt", "b.json", "c.txt.bz2", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    assert find_texts([tmp_path]).left_out["unsupported"] == 2
 
 
 # ---- documents --------------------------------------------------------------------------------
@@ -126,11 +246,30 @@ def test_a_lone_surrogate_of_json_is_left_out(tmp_path):
     assert list(documents(path)) == ["ab \U0001f600"]
 
 
+def test_records_without_text_are_left_out_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n')
+    write_parquet(tmp_path / "a.parquet", text=["a", None, "b", None])
+    for name, nulls in (("a.jsonl", 1), ("a.parquet", 2)):
+        assert list(documents(tmp_path / name)) == ["a", "b"]
+        file = TextFile(tmp_path / name)
+        assert len(list(file.records())) > 0
+        assert file.nulls == nulls
+
+
+def test_files_with_byte_order_marks_may_be_concatenated(tmp_path):
+    marked = codecs.BOM_UTF8 + jsonl(DOCUMENTS)
+    (tmp_path / "a.jsonl").write_bytes(marked + marked + codecs.BOM_UTF8 + b"\n")
+    assert list(documents(tmp_path / "a.jsonl")) == DOCUMENTS * 2
+    (tmp_path / "b.jsonl").write_bytes(marked + codecs.BOM_UTF8 + b'{"text": "\xff"}')
+    with pytest.raises(InputError, match=rf"b\.jsonl:4: not UTF-8 at byte {len(marked) + 13};"):
+        list(documents(tmp_path / "b.jsonl"))
+
+
 def test_parquet(tmp_path):
     pa = pytest.importorskip("pyarrow")
     texts = [*DOCUMENTS, None, "", *map(str, range(10)), "é" * 1000]
     expected = [text for text in texts if text is not None]
-    for name, kind in (("s", pa.string()), ("l", pa.large_string())):
+    for name, kind in (("s", pa.string()), ("l", pa.large_string()), ("v", pa.string_view())):
         write_parquet(tmp_path / f"{name}.parquet", text=pa.array(texts, kind))
         assert list(documents(tmp_path / f"{name}.parquet")) == expected
     write_parquet(tmp_path / "d.parquet", text=pa.array(texts).dictionary_encode())
@@ -198,11 +337,11 @@ def test_a_damaged_byte_is_noticed(tmp_path, packing):
             r"a\.jsonl:3: no field 'text' .*its fields: 'body', 'id'; choose",
         ),
         (b"{}", r"a\.jsonl:3: no field 'text' in this line; its fields: none"),
-        (b'{"text": null}', r"a\.jsonl:3: field 'text' holds NoneType, expected a string"),
-        (b'{"text": "\xff"}', r"a\.jsonl:3: not UTF-8 at byte 26; .*--errors replace"),
+        (b'{"text": 7}', r"a\.jsonl:3: field 'text' holds int, expected a string"),
+        (b'{"text": "\xff"}', r"a\.jsonl:3: not UTF-8 at byte 26; .*iconv -f WINDOWS-1252"),
         (b"[" * 100_000, r"a\.jsonl:3: (JSON that is nested too deeply|not JSON)"),
     ],
-    ids=["not JSON", "a list", "no field", "empty", "null", "not UTF-8", "deep"],
+    ids=["not JSON", "a list", "no field", "empty", "a number", "not UTF-8", "deep"],
 )
 def test_a_bad_line_of_jsonl_is_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
@@ -213,8 +352,93 @@ def test_a_bad_line_of_jsonl_is_named(tmp_path, line, message):
 
 def test_jsonl_that_is_not_utf8_can_be_read_on(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a\xffb"}\n')
-    assert list(documents(path, errors="replace")) == ["a\ufffdb"]
+    path.write_bytes(b'{"text": "a\xffb"}\n{"text": "\xe4\xb8 \xed\xa0\x80"}\n')
+    assert list(documents(path, errors="replace")) == ["a\ufffdb", "\ufffd \ufffd"]
+    file = TextFile(path, errors="replace")
+    assert len(list(file.records())) > 0
+    assert file.replaced == 3
+
+
+ENGLISH = "It was a bright day, and the clocks were striking.\n\nThe hallway smelt of it.\n"
+GREEK = "Ἦτο μία φωτεινὴ ἡμέρα, καὶ τὰ ὡρολόγια ἐσήμαινον.\n\n"
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("utf-16-le", ENGLISH),
+        ("utf-16-be", ENGLISH),
+        ("utf-16-le", "\ufeff" + GREEK),
+        ("utf-16-be", "\ufeff" + GREEK),
+        ("utf-32-le", ENGLISH),
+        ("utf-32-be", ENGLISH),
+        ("utf-32-le", "\ufeff" + GREEK),
+        ("utf-32-be", "\ufeff" + GREEK),
+    ],
+)
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+@pytest.mark.parametrize("chunk", [30, 1 << 10])
+def test_wide_encodings_are_named_and_never_patched(
+    tmp_path, monkeypatch, encoding, text, kind, packing, errors, chunk
+):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    path = tmp_path / f"a{kind}{packing}"
+    path.write_bytes(pack(text.encode(encoding), packing))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(InputError, match=rf"{name}, not UTF-8; convert it: iconv -f {name} -t"):
+        list(documents(path, errors=errors))
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        ("café, naïve, Straße".encode("latin-1"), "it looks like Latin-1; convert it: iconv -f W"),
+        ("“quotes” – and dashes".encode("cp1252"), "it looks like Latin-1; convert it: iconv -f W"),
+        ("Съешь же ещё этих мягких".encode("koi8-r"), "another encoding; convert it: iconv"),
+        ("今日は良い天気です".encode("shift_jis"), "another encoding; convert it: iconv"),
+        ("今日は良い天気です".encode("gb18030"), "another encoding; convert it: iconv"),
+        ("naïve 今日は\xff".encode() + b"\xe4\xb8 x", "damaged there; errors=.replace"),
+        (random.Random(1).randbytes(256), "it looks like a binary file"),
+    ],
+    ids=["Latin-1", "Windows-1252", "KOI8-R", "Shift JIS", "GB 18030", "damaged", "binary"],
+)
+@pytest.mark.parametrize("before", [0, 300_000])
+@pytest.mark.parametrize("packing", ["", ".gz"])
+def test_the_advice_depends_on_what_is_around_the_byte(
+    tmp_path, monkeypatch, data, advice, before, packing
+):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(readers, "PACKED_BYTES", 1 << 14)
+    monkeypatch.setattr(readers, "SAMPLE_BYTES", 1 << 5)
+    good = b"some words of text. " * (before // 20)
+    path = tmp_path / f"a.txt{packing}"
+    path.write_bytes(pack(good + data + good, packing))
+    offset = _core.utf8_error(good + data)
+    assert re.search(advice, TextFile(path).advice(offset))
+
+
+def test_a_few_zero_bytes_are_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\0\0\0" + b"words " * 30)
+    assert len(list(documents(path))) == 1
+    path.write_bytes(b"\0\1\0\2\0\0words" * 30)
+    with pytest.raises(InputError, match=r"a\.txt is binary, not text: \d+ of \d+ bytes are zero"):
+        list(documents(path))
+
+
+@pytest.mark.parametrize("inside", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("outside", ["", ".gz", ".xz"])
+def test_text_packed_more_often_than_its_name_says(tmp_path, inside, outside):
+    path = tmp_path / f"a.txt{outside}"
+    path.write_bytes(pack(pack(TEXT.encode(), inside), outside))
+    kind = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}[inside]
+    message = (
+        rf"is packed more than once: unpacked, it is {kind}" if outside else rf"is {kind}, not"
+    )
+    with pytest.raises(InputError, match=message):
+        list(documents(path))
 
 
 def test_parquet_without_the_column_lists_its_columns(tmp_path):

@@ -1,11 +1,13 @@
 """The tokenizers: ids, batches, offsets and files as Hugging Face's slow BertTokenizer has them."""
 
+import collections
 import contextlib
 import copy
 import itertools
 import lzma
 import mmap
 import multiprocessing
+import os
 import pickle
 import random
 import re
@@ -120,7 +122,7 @@ def test_batches(tokenizer):
     assert tokenizer.encode_batch([], padding=True).input_ids.shape == (0, 0)
 
 
-@pytest.mark.parametrize("threads", [0, 1, 2, 64, None])
+@pytest.mark.parametrize("threads", [0, 1, 2, 64])
 def test_threads_change_nothing(tokenizer, threads):
     texts = TEXTS * 40
     expected = tokenizer.encode_batch(texts, threads=1)
@@ -184,7 +186,7 @@ def test_wrong_options(tokenizer):
             {"padding": True, "truncation": True, "max_length": 9, "pad_to_multiple_of": 8},
             "max_length 9 is not a multiple",
         ),
-        ({"threads": -1}, "threads is -1"),
+        ({"threads": -1}, "threads must be 0 .*, got -1"),
     ]:
         with pytest.raises(InputError, match=message):
             tokenizer.encode_batch(["hello world", "a"], **options)
@@ -201,8 +203,125 @@ def test_wrong_options(tokenizer):
         tokenizer.encode_batch(["a"], [bytearray(b"\xff")])
     with pytest.raises(ValueError, match="not UTF-8: byte 0xff at offset 1"):
         tokenizer.encode(b"b\xff")
-    with pytest.raises(TypeError, match="expected str or bytes, got int"):
+    with pytest.raises(InputError, match=r"text 0 is 1 \(int\), expected str or bytes"):
         tokenizer.encode_batch([1])
+
+
+class Table:
+    """What pandas' and polars' data frames are to who iterates them: names, or columns."""
+
+    shape = (2, 1)
+
+    def __iter__(self):
+        return iter(["column"])
+
+
+@pytest.mark.parametrize("which", ["texts", "pairs", "mixed"])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("hello", "is str, expected a list of texts; for one text there is encode"),
+        (b"hello", "is bytes, expected a list of texts"),
+        (memoryview(b"hello"), "is memoryview, expected a list of texts"),
+        ({"a": "hello"}, "is dict, expected a list of texts"),
+        (collections.UserDict(a="hello"), "is UserDict, expected a list of texts"),
+        ({"hello"}, "is set, expected a list of texts, in order"),
+        (Table(), "is Table of 2 dimensions, expected a list of texts; choose one column or row"),
+        (np.array([["a", "b"]]), "is ndarray of 2 dimensions, expected a list of texts"),
+        (np.array("hello"), "is ndarray of 0 dimensions, expected a list of texts"),
+        (5, "is int, expected a list of texts"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_is_no_list_of_texts_is_refused(tokenizer, mixed, which, texts, message):
+    calls = {
+        "texts": lambda: tokenizer.encode_batch(texts),
+        "pairs": lambda: tokenizer.encode_batch(["a"], texts),
+        "mixed": lambda: mixed.encode_batch(texts),
+    }
+    with pytest.raises(InputError, match=message):
+        calls[which]()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            None,
+            r"2 is None \(NoneType\), expected str or bytes; give a missing text as an empty one",
+        ),
+        (float("nan"), r"2 is nan \(float\), expected str or bytes; give a missing text"),
+        (7, r"2 is 7 \(int\), expected str or bytes$"),
+        (["a", "b"], r"2 is \['a', 'b'\] \(list\), expected str or bytes$"),
+        (np.zeros((2, 2), np.uint8), "2 is .*ndarray.*, expected str or bytes$"),
+        (memoryview(b"abcdef")[::2], r"2 is .*memoryview.*, expected str or bytes$"),
+        ("x" * 10**6, None),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_what_is_no_text_in_a_list_is_named_by_its_number(tokenizer, mixed, text, message):
+    texts = ["a", b"b", text, "c", None]
+    if message is None:
+        texts, message = [*texts[:3], None], "3 is None"
+    for made in (texts, iter(texts), np.fromiter(texts, object, len(texts))):
+        with pytest.raises(InputError, match=f"^text {message}"):
+            tokenizer.encode_batch(made)
+    with pytest.raises(InputError, match=f"^pair {message}"):
+        tokenizer.encode_batch(["a"] * len(texts), texts)
+    with pytest.raises(InputError, match=f"^text {message}"):
+        mixed.encode_batch(texts)
+
+
+def test_one_text_that_is_none_is_refused(tokenizer, mixed):
+    for encode in (tokenizer.encode, tokenizer.offsets, mixed.encode, mixed.offsets):
+        with pytest.raises(InputError, match=r"text is None \(NoneType\), expected str or bytes$"):
+            encode(None)
+        with pytest.raises(
+            InputError, match=r"text is .*list.*; for several there is encode_batch"
+        ):
+            encode(["a", "b"])
+    with pytest.raises(InputError, match=r"pair is 7 \(int\), expected str or bytes"):
+        tokenizer.encode("a", 7)
+
+
+def test_an_error_of_the_callers_iterator_is_the_callers(tokenizer):
+    def texts():
+        yield "a"
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        tokenizer.encode_batch(texts())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"truncation": True, "max_length": "5"},
+            r"max_length is '5', expected an integer of \[0, ",
+        ),
+        ({"padding": "max_length", "max_length": 5.0}, r"max_length is 5\.0, expected an integer"),
+        ({"truncation": True, "max_length": True}, "max_length is True, expected an integer"),
+        (
+            {"padding": True, "pad_to_multiple_of": "8"},
+            "pad_to_multiple_of is '8', expected an int",
+        ),
+        ({"threads": "2"}, r"threads must be 0 \(all available cores\) or a number .*, got '2'"),
+        ({"threads": None}, "threads must be 0 .*, got None"),
+        ({"padding": True, "dtype": "wide"}, "dtype is 'wide', expected int32 or int64"),
+    ],
+    ids=str,
+)
+def test_options_of_the_wrong_type(tokenizer, options, message):
+    with pytest.raises(InputError, match=message):
+        tokenizer.encode_batch(["a"], **options)
+
+
+def test_integers_of_numpy_are_integers(tokenizer):
+    batch = tokenizer.encode_batch(
+        ["hello"], padding="max_length", max_length=np.int64(8), threads=np.int32(1)
+    )
+    assert batch.input_ids.shape == (1, 8)
 
 
 def test_offsets(tokenizer):
@@ -247,6 +366,9 @@ def test_decode(tokenizer):
     for bad in (-1, len(PIECES), 1.5):
         with pytest.raises(InputError, match="is not in"):
             tokenizer.decode([bad])
+    for bad in (5, [[1, 2]], None, np.zeros((2, 2), int)):
+        with pytest.raises(InputError, match=r"ids has \d dimensions, expected one row"):
+            tokenizer.decode(bad)
 
 
 def test_files(tokenizer, tmp_path):
@@ -266,6 +388,12 @@ def test_files(tokenizer, tmp_path):
         tokenizer.encode_file(path)
     with pytest.raises(InputError, match="cannot read"):
         tokenizer.encode_file(tmp_path / "nowhere")
+    path.write_bytes("some words".encode("utf-16-le") * 10)
+    with pytest.raises(InputError, match=r"text\.txt looks like UTF-16LE, not UTF-8; convert it"):
+        tokenizer.encode_file(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is no regular file"):
+        tokenizer.encode_file(tmp_path / "pipe")
 
 
 def test_many_python_threads(tokenizer):
@@ -484,7 +612,9 @@ def test_mixed_refuses(mixed):
     for options, message in [
         ({"student_prob": 1.5}, "student_prob is 1.5"),
         ({"student_prob": float("nan")}, "student_prob is nan"),
+        ({"student_prob": "0.5"}, "student_prob is '0.5'"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, r"seed is 1\.5, expected an integer of \[0, 2\^64\)"),
         ({"number": 2**64}, "number is"),
     ]:
         with pytest.raises(InputError, match=message):

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from mvbert.errors import InputError
-from mvbert.text.tokenizer import save_tokenizer_files
-from mvbert.text.vocab import SPECIAL_PIECES, Vocab
+from mvbert.text.tokenizer import WordPieceTokenizer, save_tokenizer_files
+from mvbert.text.vocab import SPECIAL_PIECES, AddedPiece, Vocab
 
 PIECES = (*SPECIAL_PIECES, "a", "##b", "é", "中")
 
@@ -59,7 +59,8 @@ def test_folder(tmp_path, lowercase):
     (folder / "vocab.txt").unlink()
     assert Vocab.load(folder) == vocab
     (folder / "tokenizer_config.json").unlink()
-    assert Vocab.load(folder) == vocab  # tokenizer.json says it too
+    assert Vocab.load(folder / "tokenizer.json") == vocab
+    assert Vocab.load(folder, lowercase=lowercase) == vocab
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"neither vocab\.txt nor tokenizer\.json"):
         Vocab.load(folder)
@@ -68,8 +69,7 @@ def test_folder(tmp_path, lowercase):
 WRONG_TEXT = [
     ("", "is empty"),
     ("[PAD]\n[UNK]\n[CLS]\na\na\n[SEP]\n", "piece 'a' is there twice, at line 4 and line 5"),
-    ("[PAD]\n[CLS]\n[SEP]\na\n", r"has no \[UNK\], \[MASK\]"),
-    ("\n".join(PIECES) + "\n\n\n", "piece '' is there twice, at line 10 and line 11"),
+    ("[PAD]\n[CLS]\n[MASK]\na\n", r"has no \[UNK\], \[SEP\]"),
     (b"\xef\xbb\xbf" + "\n".join(PIECES).encode(), "byte order mark"),
     ("\n".join(PIECES).encode("latin-1", "replace"), r"not UTF-8 \(byte 0xe9 at offset"),
     ("\n".join(PIECES).encode("utf-16"), "not UTF-8|binary file"),
@@ -108,12 +108,30 @@ WRONG_JSON = [
     (edited(lambda t: t["model"].update(continuing_subword_prefix="@@")), "subword_prefix is '@@'"),
     (edited(lambda t: t["model"].update(max_input_chars_per_word=200)), "per_word is 200"),
     (edited(lambda t: t["normalizer"].update(type="NFKC")), "normalizer.type is 'NFKC'"),
-    (edited(lambda t: t["normalizer"].update(strip_accents=False)), "strip_accents is False"),
+    (
+        edited(lambda t: t["normalizer"].update(lowercase=False, strip_accents=True)),
+        "lowercase false",
+    ),
+    (
+        edited(lambda t: t["normalizer"].update(handle_chinese_chars=False)),
+        "chinese_chars is False",
+    ),
+    (edited(lambda t: t.update(normalizer=None)), "normalizer.type is None"),
+    (edited(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})), "pre_tokenizer.type is 'Wh"),
     (edited(lambda t: t["model"]["vocab"].update(a=4)), "both have id 4"),
     (edited(lambda t: t["model"]["vocab"].update(a=99)), "'a' has id 99"),
     (edited(lambda t: t["model"]["vocab"].update(a="x")), "'a' has id 'x'"),
     (edited(lambda t: t["model"]["vocab"].update({"x\ny": 9})), "line break"),
-    (edited(lambda t: t["added_tokens"].append({"id": 9, "content": "<new>"})), "'<new>'"),
+    (
+        edited(lambda t: t["added_tokens"].append({"id": 10, "content": "<new>"})),
+        "id 10, expected 9",
+    ),
+    (edited(lambda t: t["added_tokens"].append({"content": "<new>"})), "has no id"),
+    (edited(lambda t: t["added_tokens"].append({"id": 9, "content": "a b"})), "white space"),
+    (
+        edited(lambda t: t["added_tokens"].append({"id": 9, "content": "x", "lstrip": True})),
+        "'x' has lstrip true",
+    ),
 ]
 
 
@@ -143,8 +161,23 @@ def test_wrong_config(tmp_path):
     save_tokenizer_files(Vocab(PIECES), tmp_path)
     for settings, message in [
         ({"do_lower_case": "yes"}, "do_lower_case is 'yes'"),
-        ({"do_lower_case": True, "strip_accents": False}, "strip_accents"),
-        ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars"),
+        (
+            {"do_lower_case": False, "strip_accents": True},
+            "strip_accents is true and do_lower_case f",
+        ),
+        ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars is False"),
+        ({"do_basic_tokenize": False}, "do_basic_tokenize is False"),
+        ({"never_split": ["a"]}, r"never_split is \['a'\]"),
+        ({"cls_token": "<s>"}, "cls_token is '<s>'"),
+        ({"sep_token": {"content": "</s>"}}, "sep_token is '</s>'"),
+        (
+            {"tokenizer_class": "BertJapaneseTokenizer"},
+            "tokenizer_class is 'BertJapaneseTokenizer'",
+        ),
+        (
+            {"added_tokens_decoder": {"x": {"content": "y"}}},
+            r"added_tokens_decoder\.x: expected an id",
+        ),
     ]:
         write(tmp_path / "tokenizer_config.json", json.dumps(settings))
         with pytest.raises(InputError, match=message):
@@ -161,6 +194,10 @@ def test_wrong_pieces():
     ]:
         with pytest.raises(InputError, match=message):
             Vocab(pieces)
+    with pytest.raises(InputError, match="strip_accents is true"):
+        Vocab(PIECES, lowercase=False, strip_accents=True)
+    with pytest.raises(InputError, match="added piece '<x>' has no id"):
+        Vocab(PIECES, added=(AddedPiece("<x>"),))
 
 
 @pytest.mark.parametrize(
@@ -175,3 +212,206 @@ def test_shared_vocabularies(name, size, shared_file, tmp_path):
     )  # fmt: skip
     vocab.save(tmp_path / "vocab.txt")
     assert (tmp_path / "vocab.txt").read_bytes() == path.read_bytes()
+
+
+# ---- as transformers reads a folder ------------------------------------------------------------
+
+LONG = (*PIECES, "h", "##h", "he", "hé", "HE", "##y", "x", "<", ">", "ent", "[", "]", "covid", "19")
+TEXT = "Hé hÉ <ent> <ENT> [MASK] covid19 CÓVID x<ent>y a中é [ENT] HE"
+
+
+def folder_of(path, files: dict):
+    """A tokenizer's folder out of names and what they hold."""
+    path.mkdir(parents=True, exist_ok=True)
+    files = {
+        "vocab.txt": "".join(f"{p}\n" for p in LONG),
+        "config.json": {"model_type": "bert"},
+    } | files
+    for name, content in files.items():
+        if content is not None:
+            write(path / name, content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def tokenizer_json(tmp_path, vocab=None, **changes) -> dict:
+    save_tokenizer_files(vocab or Vocab(LONG), tmp_path / "made")
+    top = json.loads((tmp_path / "made" / "tokenizer.json").read_text())
+    top["normalizer"].update(changes)
+    return top
+
+
+def added(content, **flags) -> dict:
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False,
+            "normalized": False, "special": True} | flags  # fmt: skip
+
+
+NEW = len(LONG)
+AS_TRANSFORMERS = {
+    "a vocab.txt alone": {},
+    "cased": {"tokenizer_config.json": {"do_lower_case": False}},
+    "accents kept": {"tokenizer_config.json": {"strip_accents": False}},
+    "added_tokens.json": {"added_tokens.json": {"<ent>": NEW, "[ENT]": NEW + 1}},
+    "added_tokens.json, cased": {
+        "added_tokens.json": {"<ent>": NEW, "[ENT]": NEW + 1},
+        "tokenizer_config.json": {"do_lower_case": False},
+    },
+    "added pieces of the vocabulary": {"added_tokens.json": {"ent": 18, "covid": 21}},
+    "additional special tokens": {
+        "tokenizer_config.json": {"additional_special_tokens": ["<ent>", "covid", "[ENT]"]}
+    },
+    "extra special tokens by name": {
+        "tokenizer_config.json": {"extra_special_tokens": {"ent_token": "<ent>"}}
+    },
+    "special_tokens_map.json": {
+        "special_tokens_map.json": {"additional_special_tokens": ["<ent>"], "cls_token": "[CLS]"}
+    },
+    "added_tokens_decoder": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                **{str(i): added(p) for i, p in enumerate(SPECIAL_PIECES)},
+                str(NEW): added("<ent>"),
+                str(NEW + 1): added("CovID", normalized=True, special=False),
+            }
+        }
+    },
+    "blank lines": {"vocab.txt": "".join(f"{p}\n" for p in (*LONG[:9], "", "", *LONG[9:]))},
+    "no [MASK]": {"vocab.txt": "".join(f"{p}\n" for p in LONG if p != "[MASK]")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("files", AS_TRANSFORMERS.values(), ids=AS_TRANSFORMERS.keys())
+def test_a_folder_is_read_as_transformers_reads_it(tmp_path, files):
+    transformers = pytest.importorskip("transformers")
+    folder = folder_of(tmp_path / "tokenizer", files)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = WordPieceTokenizer.from_pretrained(folder)
+    text = TEXT
+    if "[MASK]" not in ours.vocab.ids:  # transformers would give an id past the model's table
+        text = text.replace("[MASK]", "")
+    for variant in (text, text.upper(), text.lower(), text.replace(" ", "")):
+        assert ours.encode(variant) == theirs(variant)["input_ids"], variant
+    spans = ours.offsets(TEXT)
+    assert spans[0].tolist() == ours.encode(TEXT, add_special_tokens=False)
+
+    # What is written is read the same, by both.
+    ours.save_pretrained(tmp_path / "again")
+    assert Vocab.load(tmp_path / "again") == ours.vocab
+    write(tmp_path / "again" / "config.json", json.dumps({"model_type": "bert"}))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again(text)["input_ids"] == ours.encode(text)
+
+
+def test_tokens_added_by_transformers_are_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder_of(tmp_path / "bert", {}))
+    theirs.add_tokens(["<ent>", "Éa", "covid"])
+    theirs.add_special_tokens({"additional_special_tokens": ["[ENT]"]})
+    theirs.save_pretrained(tmp_path / "more")
+    ours = WordPieceTokenizer.from_pretrained(tmp_path / "more")
+    assert len(ours) == len(theirs)
+    for text in (TEXT, TEXT.upper(), "ea éA E\u0301a xÉay cov\u200bid Covid19 [ent]"):
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+    assert ours.decode(ours.encode("x [ENT] <ent>"), skip_special_tokens=True) == "x <ent>"
+
+
+def test_a_normalised_piece_is_found_before_words_are(tmp_path):
+    vocab = Vocab(
+        (*LONG, "covid-19", "中h"), added=(AddedPiece("covid-19", True), AddedPiece("中h", True)),
+        base_size=len(LONG),
+    )  # fmt: skip
+    encode = WordPieceTokenizer(vocab).encode
+    new = len(LONG)
+    for text, ids in [
+        ("CÓVID-19", [new]),
+        ("xcovid-19y", [vocab.ids["x"], new, vocab.unk]),  # y is no piece but ##y
+        ("covi\u00ad\u0301d-19", [new]),
+        ("中H", [new + 1]),
+        ("中 h", [vocab.ids["中"], vocab.ids["h"]]),
+        ("covid -19", [vocab.ids["covid"], vocab.unk, vocab.ids["19"]]),
+    ]:
+        assert encode(text, add_special_tokens=False) == ids, text
+
+
+def test_of_two_blank_lines_the_last_counts(tmp_path):
+    path = write(tmp_path / "vocab.txt", "\n".join((*PIECES[:7], "", "", *PIECES[7:])) + "\n")
+    vocab = Vocab.load(path)
+    assert vocab.size == len(PIECES) + 2
+    assert (vocab.ids[""], vocab.ids["中"]) == (8, 10)
+    vocab.save(tmp_path / "again.txt")
+    assert (tmp_path / "again.txt").read_bytes() == path.read_bytes()
+
+
+def test_files_that_contradict_each_other_are_refused(tmp_path):
+    cased = tokenizer_json(tmp_path, lowercase=False)
+    accents = tokenizer_json(tmp_path, strip_accents=False)
+    other = tokenizer_json(tmp_path)
+    ids = other["model"]["vocab"]
+    ids["he"], ids["hé"] = ids["hé"], ids["he"]
+    short = tokenizer_json(tmp_path)
+    del short["model"]["vocab"]["19"]
+    for files, message in [
+        ({"tokenizer.json": cased}, "lowercase false .* do_lower_case true .*the defaults"),
+        ({"tokenizer.json": cased, "vocab.txt": None}, "lowercase false .* do_lower_case true"),
+        ({"tokenizer.json": cased, "tokenizer_config.json": {"do_lower_case": True}}, "both say"),
+        (
+            {"tokenizer.json": tokenizer_json(tmp_path),
+             "tokenizer_config.json": {"do_lower_case": False}},
+            "lowercase true .* do_lower_case false",
+        ),
+        ({"tokenizer.json": accents}, "strip_accents false.* strip_accents true"),
+        ({"tokenizer.json": other}, "piece 'he' has id 11 in the one and id 12 in the other"),
+        ({"tokenizer.json": short}, "piece '19' has id 22 in the one and no id in the other"),
+        ({"added_tokens.json": {"<ent>": NEW + 3}}, f"the id {NEW + 3}, expected {NEW}"),
+        ({"added_tokens.json": {"he": NEW}}, f"'he' the id {NEW}, expected 11"),
+        (
+            {"added_tokens.json": {"<ent>": NEW},
+             "tokenizer_config.json": {"added_tokens_decoder": {str(NEW + 1): added("<ent>")}}},
+            f"the id {NEW}, but .*added_tokens_decoder.{NEW + 1} {NEW + 1}",
+        ),
+        ({"config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, "BertJapaneseTokenizer"),
+        ({"special_tokens_map.json": {"cls_token": "<s>"}}, "special_tokens_map.json: cls_token"),
+        ({"vocab.txt": "version https://git-lfs.github.com/spec/v1\noid"}, "Git LFS pointer"),
+    ]:  # fmt: skip
+        folder = folder_of(tmp_path / "case", files)
+        with pytest.raises(InputError, match=message):
+            Vocab.load(folder)
+        for file in folder.iterdir():
+            file.unlink()
+    # With --cased there is nothing to contradict.
+    folder = folder_of(tmp_path / "case", {"tokenizer.json": cased})
+    assert not Vocab.load(folder, lowercase=False).lowercase
+
+
+def test_a_tokenizer_json_of_the_general_class_says_itself_what_it_does(tmp_path):
+    files = {"tokenizer.json": tokenizer_json(tmp_path, lowercase=False), "vocab.txt": None,
+             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}}  # fmt: skip
+    vocab = Vocab.load(folder_of(tmp_path / "case", files))
+    assert not vocab.lowercase
+    assert not vocab.assumed
+
+
+def test_sentence_transformers_lower_cases_first(tmp_path):
+    files = {"tokenizer_config.json": {"do_lower_case": False},
+             "sentence_bert_config.json": {"do_lower_case": True}}  # fmt: skip
+    vocab = Vocab.load(folder_of(tmp_path, files))
+    assert (vocab.lowercase, vocab.strip_accents, vocab.assumed) == (True, False, False)
+    assert not Vocab.load(tmp_path, lowercase=False).lowercase
+
+
+def test_pieces_that_lower_casing_makes_unreachable_are_counted(tmp_path, shared_file):
+    vocab = Vocab.load(folder_of(tmp_path, {}))
+    assert vocab.assumed
+    assert vocab.unreachable == 3  # é, hé, HE
+    assert "assumed uncased" in vocab.doubt
+    assert "3 of its 23 pieces have capitals or accents" in vocab.doubt
+    assert not Vocab.load(tmp_path, lowercase=False).doubt
+    assert Vocab.load(tmp_path, lowercase=True, strip_accents=False).unreachable == 1
+    assert not Vocab.load(shared_file("vocab.txt")).doubt
+    assert Vocab.load(shared_file("vocab-cased.txt")).unreachable == 8824
+
+
+def test_the_mask_is_for_those_who_ask_for_it():
+    vocab = Vocab(tuple(p for p in PIECES if p != "[MASK]"), source="x/vocab.txt")
+    assert vocab.cls == 2
+    with pytest.raises(InputError, match=r"x/vocab.txt has no \[MASK\]"):
+        vocab.mask  # noqa: B018

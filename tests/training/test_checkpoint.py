@@ -44,7 +44,8 @@ class Saved:
             self.module,
             self.optimizer,
             self.write_model,
-            config,
+            config.keep_last,
+            config.keep_best,
         )
 
     def write_model(self, folder: Path) -> None:

@@ -51,3 +51,27 @@ def test_speed_is_of_the_steps_of_a_line_and_of_training_alone(clock):
     assert heldout == {"step": 15, "pieces": 900, "heldout": {"loss": 3.0}}
     assert (second["step"], second["pieces_per_second"]) == (17, 30)
     assert (second["mfu"], second["data_wait"]) == (0.04, 0.125)
+
+
+def test_the_second_line_of_a_long_run_says_how_long_it_will_take(clock):
+    """The steps of the first one are slower: they compile kernels and allocate memory."""
+    notes: list[str] = []
+    progress = Progress("test")
+    progress.note = notes.append
+    sums = {"skipped": 0.0}
+    task = SimpleNamespace(
+        rows=SimpleNamespace(T=10, count=7), summary=lambda sums: {"loss": 1.0}, flops=lambda: 8e6
+    )
+    feed = SimpleNamespace(take_waited=lambda: 0.0)
+    make = SimpleNamespace(take=lambda: SimpleNamespace(ready=True, wait=lambda: (sums, 0, -1)))
+    for steps, expected in (
+        (2030, ["600 pieces/s: 3 min 20 s for the 2,000 steps left, evaluations and checkpoints"]),
+        (629, []),  # less than a minute is not worth a line
+    ):
+        notes.clear()
+        config = TrainConfig(rows=6, steps=steps, lr=1.0)
+        told = Journal(None, progress, task, config, feed, make, 1e8, step=10)
+        for step, seconds in ((20, 30.0), (30, 1.0), (40, 1.0)):
+            clock.now += seconds
+            told.begin(step)
+        assert [note.removesuffix(" not counted") for note in notes] == expected

@@ -11,9 +11,10 @@ from mvbert.model.card import model_card
 from mvbert.model.flops import encoder_flops, head_flops
 from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
+from mvbert.training.device import Device
 from mvbert.training.feed import Feed
 from mvbert.training.ranks import Ranks
-from mvbert.training.stages import Stage1, Stage2
+from mvbert.training.stages import Stage1, Stage2, load_stage1
 
 ROW = RowConfig(length=16)
 CPU = torch.device("cpu")
@@ -30,7 +31,9 @@ def stage1(training_inputs, corpus, student_vocab):
 @pytest.fixture(scope="module")
 def stage2(training_inputs, corpus):
     def make(config, corpus=corpus) -> Stage2:
-        return Stage2(config, ROW, corpus, training_inputs / "stage1", Progress("test"))
+        where = Device(CPU, None, "as set")
+        stage1 = load_stage1(training_inputs / "stage1")
+        return Stage2(config, ROW, corpus, stage1, where, Progress("test"))
 
     return make
 

@@ -17,7 +17,8 @@ from mvbert.kernels import ops
 from mvbert.model import flops
 from mvbert.progress import Progress
 from mvbert.training import device, step, train
-from mvbert.training.stages import Stage2
+from mvbert.training.device import Device
+from mvbert.training.stages import Stage2, load_stage1
 
 # All that changes from step to step does: rows, dropout, learning rate, weights of losses.
 CONFIG = Stage2Config(
@@ -98,8 +99,10 @@ def stage2_run(training_inputs, corpus, numbers):
 
     def run(out: Path, row: RowConfig = ROW, **settings) -> list[dict]:
         config = replace(CONFIG, **settings)
-        task = Stage2(config, row, corpus, training_inputs / "stage1", Progress("test"))
-        train.train(task, config, out, {}, Progress("test"))
+        where = Device.of(device.choose_device(config.device), "float32", "as set")
+        loaded = load_stage1(training_inputs / "stage1")
+        task = Stage2(config, row, corpus, loaded, where, Progress("test"))
+        train.train(task, config, where, out, {}, Progress("test"))
         return numbers(out)
 
     return run
@@ -178,8 +181,8 @@ def test_a_gpu_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, number in (("auto", 0), ("cuda", 0), ("cuda:1", 1)):
-        assert device.choose_device(TrainConfig(device=name)).device == torch.device("cuda", number)
-    assert device.choose_device(TrainConfig(), 1, 2).device == torch.device("cuda", 1)
+        assert device.choose_device(name) == torch.device("cuda", number)
+    assert device.choose_device("auto", 1, 2) == torch.device("cuda", 1)
 
 
 def test_graphs_are_for_one_gpu():

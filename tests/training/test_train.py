@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from dataclasses import astuple, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,13 @@ from mvbert.model.masked_lm import DeviceBatch
 from mvbert.progress import Progress
 from mvbert.text.batches import Rows
 from mvbert.training import checkpoint, device, info, runs, train
+from mvbert.training.device import Device
 from mvbert.training.optim import learning_rate
 from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.step import dropout_seed
 
 ROW = RowConfig(length=16)
+CPU = Device(torch.device("cpu"), None, "as set")
 SMALL = {
     "steps": 6, "rows": 4, "eval_rows": 4, "eval_every": 3, "save_every": 2, "log_every": 2,
     "dtype": "float32", "threads": 1, "lr": 1e-3,
@@ -71,7 +74,7 @@ def stage1(corpus, teacher, student_vocab):
     def run(out: Path, config: Stage1Config = STAGE1, after: dict | None = None):
         progress = Quiet(after)
         task = Stage1(config, ROW, corpus, teacher, student_vocab, progress)
-        report = train.train(task, config, out, describe(config), progress)
+        report = train.train(task, config, CPU, out, describe(config), progress)
         return task, report, progress
 
     return run
@@ -87,10 +90,12 @@ def stage2(corpus, stage1_model):
         after: dict | None = None,
         description: dict | None = None,
         row: RowConfig = ROW,
+        deadline: float | None = None,
     ):
         progress = Quiet(after)
-        task = Stage2(config, row, corpus, stage1_model, progress)
-        report = train.train(task, config, out, description or describe(config), progress)
+        task = Stage2(config, row, corpus, load_stage1(stage1_model), CPU, progress)
+        described = description or describe(config)
+        report = train.train(task, config, CPU, out, described, progress, deadline)
         return task, report, progress
 
     return run
@@ -145,10 +150,11 @@ def test_the_student_learns_what_the_teacher_says(stage2, tmp_path, distill, num
 
 
 def test_a_student_starts_from_the_stage_one_table(corpus, stage1_model):
-    teacher, _ = load_stage1(stage1_model)
-    started = Stage2(STAGE2, ROW, corpus, stage1_model, Quiet()).model
+    loaded = load_stage1(stage1_model)
+    teacher, _ = loaded
+    started = Stage2(STAGE2, ROW, corpus, loaded, CPU, Quiet()).model
     assert torch.equal(started.embeddings.word.weight, teacher.student.table)
-    other = Stage2(replace(STAGE2, start="random"), ROW, corpus, stage1_model, Quiet()).model
+    other = Stage2(replace(STAGE2, start="random"), ROW, corpus, loaded, CPU, Quiet()).model
     assert not torch.equal(other.embeddings.word.weight, teacher.student.table)
     # Only these differ (positions are as spread as the words are): the comparison is about them.
     told_apart = ("embeddings.word.weight", "embeddings.position.weight", "head.bias")
@@ -157,8 +163,9 @@ def test_a_student_starts_from_the_stage_one_table(corpus, stage1_model):
 
 
 def test_a_student_of_another_width_cannot_start_from_stage_one(corpus, stage1_model):
+    loaded = load_stage1(stage1_model)
     with pytest.raises(InputError, match="embedding_size 128, or choose start = random"):
-        Stage2(replace(STAGE2, shape="1x128"), ROW, corpus, stage1_model, Quiet())
+        Stage2(replace(STAGE2, shape="1x128"), ROW, corpus, loaded, CPU, Quiet())
 
 
 def test_rows_longer_than_the_positions_are_refused(corpus, teacher, student_vocab):
@@ -350,10 +357,12 @@ from mvbert.training import train
 from mvbert.config import RowConfig, Stage2Config, to_dict
 from mvbert.text.corpus import Corpus
 from mvbert.progress import Progress
-from mvbert.training.stages import Stage2
+from mvbert.training.device import Device
+from mvbert.training.stages import Stage2, load_stage1
 
 corpus, stage1, out = Corpus.open(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 kills = int(sys.argv[4])
+CPU = Device(torch.device("cpu"), None, "as set")
 row = RowConfig(length=16)
 config = Stage2Config(
     steps=150, rows=4, eval_rows=4, eval_every=30, save_every=7, log_every=5, threads=1,
@@ -361,9 +370,9 @@ config = Stage2Config(
 )
 
 def child():
-    task = Stage2(config, row, corpus, stage1, Progress("child"))
+    task = Stage2(config, row, corpus, load_stage1(stage1), CPU, Progress("child"))
     description = {"train": to_dict(config), "row": to_dict(row)}
-    train.train(task, config, out, description, Progress("child"))
+    train.train(task, config, CPU, out, description, Progress("child"))
 
 random.seed(0)
 done = 0
@@ -472,9 +481,12 @@ def test_info_in_every_state_of_a_run(tmp_path):
     (run / "run.json").write_text(json.dumps(described))
     assert info.run_info(run)["step"] == 0  # started, nothing logged yet
     line = b'{"step": 5, "pieces": 80, "loss": 2.0}\n'
-    (run / "log.jsonl").write_bytes(line + b'7\n\xff\x00\n{"step": 6, "pie')  # and killed
+    (run / "log.jsonl").write_bytes(line + b'{"step": 6, "pie')  # and killed
     assert info.run_info(run)["last"]["loss"] == 2.0
     assert info.run_info(tmp_path)["runs"]["job/stage1"]["step"] == 5
+    (run / "log.jsonl").write_bytes(line + b'7\n\xff\x00\n{"step": 6, "pie')
+    with pytest.raises(InputError, match=r"log\.jsonl is damaged at line 2"):
+        info.run_info(run)
     with runs.Log(run / "log.jsonl", 5):  # goes on
         assert (run / "log.jsonl").read_bytes() == line
     (run / "run.json").write_text("{}")
@@ -512,20 +524,29 @@ def test_a_number_of_pieces_is_a_number_of_steps(stage2, tmp_path):
     assert STAGE2.counted(ROW.length) == STAGE2
 
 
-def test_hours_that_are_over_save_and_end(stage2, tmp_path, monkeypatch, assert_same_run):
+def test_a_deadline_saves_and_ends(stage2, tmp_path, monkeypatch, assert_same_run):
     stage2(tmp_path / "unbroken")
     hours = replace(STAGE2, max_hours=1.0)
     assert hours.described() == STAGE2.described()  # another limit is the same run
-    broken = tmp_path / "broken"
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(train, "time", clock)
+    # An hour of its own from the call on; what is left of the hour of the command.
+    for name, deadline, left in (("own", None, 3600), ("shared", 5010.0, 10)):
+        out, clock.now = tmp_path / name, 5000.0
+        pass_time = partial(setattr, clock, "now", 5000.0 + left)
+        with pytest.raises(OutOfTime, match="time limit of 1 h reached at step 4") as over:
+            stage2(
+                out, hours, after={3: pass_time}, description=STAGE2.described(), deadline=deadline
+            )
+        assert over.value.step == 4
+        stage2(out, description=STAGE2.described(), deadline=math.inf)
+        assert_same_run(out, tmp_path / "unbroken")
 
-    def pass_time() -> None:
-        monkeypatch.setattr(train, "STARTED", time.monotonic() - 3601)
 
-    with pytest.raises(OutOfTime, match="time limit of 1 h reached at step 4") as over:
-        stage2(broken, hours, after={3: pass_time}, description=STAGE2.described())
-    assert over.value.step == 4
-    stage2(broken, description=STAGE2.described())
-    assert_same_run(broken, tmp_path / "unbroken")
+def test_hours_count_from_the_call_not_from_the_import(stage2, tmp_path, monkeypatch):
+    """As in a notebook or a server, which import mvbert long before they train."""
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: 1e9))
+    stage2(tmp_path, replace(STAGE2, max_hours=0.1))
 
 
 @pytest.mark.slow
@@ -665,7 +686,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(stage1, tmp_path, monkeypa
 )
 def test_a_device_that_is_not_there_is_named(name, part):
     with pytest.raises(InputError, match=part):
-        device.choose_device(replace(STAGE2, device=name))
+        device.choose_device(name)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel at the real shapes, without a device.
 
-    python -m mvbert.kernels.aot             compile, print, compare with aot.json
-    python -m mvbert.kernels.aot --write     record the present state
-    python -m mvbert.kernels.aot --arch 90 --only flash
+    python bench/aot.py             compile, print, compare with aot.json
+    python bench/aot.py --write     record the present state
+    python bench/aot.py --arch 90 --only flash
 
 The launchers run on `meta` tensors of the real shapes with the launch itself replaced by a
 recorder, so what is compiled is exactly what would be launched: same block sizes, same
@@ -35,7 +35,8 @@ from mvbert.kernels import (
     mixed_embedding,
     relation_kl,
 )
-from mvbert.kernels.chunked import Need
+from mvbert.kernels.common import Need
+from mvbert.kernels.mixed_embedding import EmbeddingInputs
 
 RECORD = Path(__file__).parent / "aot.json"
 ARCHS = (80, 90, 100)
@@ -116,14 +117,23 @@ def meta(*shape: int, dtype=torch.bfloat16) -> Tensor:
 
 
 def cross_entropy_case(
-    N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16, dense=False
+    N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16, mostly_labelled=False
 ):
     hidden, weight, bias = (meta(*shape, dtype=dtype) for shape in ((N, H), (V, H), (V,)))
     labels = meta(N, dtype=torch.int64)
     up = meta(*([N] if rows else []), dtype=torch.float32)
     lse = meta(N, dtype=torch.float32) if rows else None
     linear_cross_entropy.cross_entropy(
-        hidden, weight, bias, labels, -100, smoothing, up, lse, Need(True, True, True), dense
+        hidden,
+        weight,
+        bias,
+        labels,
+        -100,
+        smoothing,
+        up,
+        lse,
+        Need(True, True, True),
+        mostly_labelled,
     )
     linear_cross_entropy.cross_entropy(
         hidden, weight, bias, labels, -100, smoothing, None, None, Need()
@@ -144,14 +154,13 @@ def embedding_case(B: int, T: int, H: int, V_t: int, V_s: int):
     student = meta(V_s, H) if V_s else None
     position, kind = meta(512, H), meta(2, H)
     vector, seed = meta(H), meta(1, dtype=torch.int64)
-    _, mean, rstd = mixed_embedding.mixed_embedding_fwd(
-        ids, teacher, student, position, kind, types, None, vector, vector, 1e-12, 0.1, seed
-    )
+    inputs = EmbeddingInputs(ids, teacher, student, position, kind, types, None, vector, vector)
+    _, mean, rstd = mixed_embedding.mixed_embedding_fwd(inputs, 1e-12, 0.1, seed)
+    frequent = [103, V_t + 4] if V_t and V_s else [4]
+    need = [table is not None for table in inputs.tables]
     mixed_embedding.mixed_embedding_bwd(
-        meta(B, T, H), ids, teacher, student, position, kind, types, None, vector, mean, rstd, 0.1,
-        seed, 0, [103, V_t + 4] if V_t and V_s else [4], False,
-        [teacher is not None, student is not None, True, True],
-    )  # fmt: skip
+        meta(B, T, H), inputs, mean, rstd, 0.1, seed, 0, frequent, False, need
+    )
 
 
 def layer_norm_case(N: int, H: int):
@@ -171,7 +180,9 @@ def relations_case(B: int, T: int, H: int, H_t: int, heads: int):
 CASES: dict[str, Callable[[], None]] = {
     "loss N4096 H1024 V30522": lambda: cross_entropy_case(4096, 1024, 30522),
     "loss N16384 H768 V30522": lambda: cross_entropy_case(16384, 768, 30522),
-    "loss N4096 H1024 V30522 dense": lambda: cross_entropy_case(4096, 1024, 30522, dense=True),
+    "loss N4096 H1024 V30522 mostly labelled": lambda: cross_entropy_case(
+        4096, 1024, 30522, mostly_labelled=True
+    ),
     "loss N4096 H1024 V4928": lambda: cross_entropy_case(4096, 1024, 4928),
     "loss N4096 H384 V30522": lambda: cross_entropy_case(4096, 384, 30522),
     "loss N4096 H256 V4928": lambda: cross_entropy_case(4096, 256, 4928),

@@ -1,12 +1,12 @@
-"""Measures block sizes on the device at hand and keeps the best: tuned.json, read by launch.py.
+"""Measures block sizes on the device at hand and keeps the best: kernels/tuned.json.
 
-    python -m mvbert.kernels.tune                    measure, print, write nothing
-    python -m mvbert.kernels.tune --write            and keep what was found
-    python -m mvbert.kernels.tune --only logits --only V30522
+    python bench/tune.py                    measure, print, write nothing
+    python bench/tune.py --write            and keep what was found
+    python bench/tune.py --only logits --only V30522
 
 Each kernel runs alone at a real shape, once per candidate; a candidate whose result differs from
-that of the rule in launch.py, or that does not fit the device, is left out. Compiling takes most of
-the time: it is done beforehand by several processes, which fill Triton's cache.
+that of the rule in kernels/launch.py, or that does not fit the device, is left out. Compiling takes
+most of the time: it is done beforehand by several processes, which fill Triton's cache.
 """
 
 import argparse
@@ -30,8 +30,13 @@ from mvbert.kernels import (
     mixed_embedding,
     relation_kl,
 )
-from mvbert.kernels.chunked import Need
+from mvbert.kernels.common import Need
 from mvbert.kernels.linear import LinearRows, list_rows
+from mvbert.kernels.mixed_embedding import EmbeddingInputs
+
+# Widths, and pieces of a vocabulary.
+BERT_LARGE, BERT_BASE, DEMO_TEACHER, STUDENT_WIDTH = 1024, 768, 384, 256
+TEACHER, STUDENT = 30522, 4928
 
 Blocks = dict[str, int]
 UNFIT = (
@@ -126,7 +131,7 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
     hidden, weight, bias, labels = _loss_inputs(N, V, H, dtype, device)
     shape = (N, V, H)
     one = torch.ones((), device=device) / N
-    if launch.narrow(hidden):
+    if launch.flash(hidden):
 
         def flash(need: Need) -> Callable[[], Run]:
             def run() -> Tensor:
@@ -143,8 +148,8 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
         yield Case("flash_dweight", dtype, shape, candidates, flash(Need(weight=True)))
         return
 
-    def linear(dense: bool = False) -> LinearRows:
-        return LinearRows(hidden, weight, bias, *list_rows(labels, -100), dense)
+    def linear(library: bool = False) -> LinearRows:
+        return LinearRows(hidden, weight, bias, *list_rows(labels, -100), library)
 
     def logits() -> Run:
         rows, lse = linear(), torch.zeros(N, device=device)
@@ -176,9 +181,9 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
         z[:, V:] = 0
         return z
 
-    def dx(dense: bool) -> Callable[[], Run]:
+    def dx(library: bool) -> Callable[[], Run]:
         def prepare() -> Run:
-            rows = linear(dense)
+            rows = linear(library)
             z, out = upstream(rows), torch.empty_like(hidden)
 
             def run() -> Tensor:
@@ -189,9 +194,9 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
 
         return prepare
 
-    def dweight(start: int, dense: bool) -> Callable[[], Run]:
+    def dweight(start: int, library: bool) -> Callable[[], Run]:
         def prepare() -> Run:
-            rows = linear(dense)
+            rows = linear(library)
             z, out = upstream(rows), rows.new_dweight(dtype)
             if start:
                 # As in a second chunk: added to what is there, in float32.
@@ -213,10 +218,10 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
     yield Case("dx", dtype, shape, PRODUCTS, dx(False))
     yield Case("dweight", dtype, shape, PRODUCTS, dweight(0, False))
     yield Case("dweight_add", dtype, shape, PRODUCTS, dweight(N, False))
-    if dtype == launch.DENSE_DTYPE:
+    if dtype == launch.LIBRARY_DTYPE:
         either = ({"library": 1}, {"library": 0})
-        yield Case("dx_dense", dtype, shape, either, dx(True))
-        yield Case("dweight_dense", dtype, shape, either, dweight(0, True))
+        yield Case("dx_library", dtype, shape, either, dx(True))
+        yield Case("dweight_library", dtype, shape, either, dweight(0, True))
 
 
 def embedding_cases(B: int, T: int, H: int, V: int, dtype: torch.dtype, device: str):
@@ -231,15 +236,15 @@ def embedding_cases(B: int, T: int, H: int, V: int, dtype: torch.dtype, device: 
     vector = torch.ones(H, dtype=dtype, device=device)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     upstream = torch.randn(B, T, H, **options).to(dtype)
-    given = (ids, tables[0], None, *tables[1:], types, None)
+    inputs = EmbeddingInputs(ids, tables[0], None, *tables[1:], types, None, vector, vector)
 
     def forward() -> tuple[Tensor, Tensor, Tensor]:
-        return mixed_embedding.mixed_embedding_fwd(*given, vector, vector, 1e-12, 0.1, seed)
+        return mixed_embedding.mixed_embedding_fwd(inputs, 1e-12, 0.1, seed)
 
     def backward() -> Run:
         _, mean, rstd = forward()
         return lambda: mixed_embedding.mixed_embedding_bwd(
-            upstream, *given, vector, mean, rstd, 0.1, seed, 0, [103 % V], False,
+            upstream, inputs, mean, rstd, 0.1, seed, 0, [103 % V], False,
             [True, False, True, True],
         )[0]  # fmt: skip
 
@@ -285,19 +290,21 @@ def relation_cases(B: int, T: int, H: int, H_t: int, R: int, dtype: torch.dtype,
 
 
 def real_cases(device: str = "cuda") -> Iterator[Case]:
-    """The shapes of the issue: BERT large and base, the demo's teacher, the student."""
+    """The shapes of BERT-large, BERT-base, the demo's teacher and the student."""
     dtype = torch.bfloat16
     for N, V, H in (
-        (4096, 30522, 1024), (4096, 30522, 768), (4096, 30522, 384), (4096, 4928, 1024),
-        (4096, 4928, 256), (16384, 4928, 256),
+        (4096, TEACHER, BERT_LARGE), (4096, TEACHER, BERT_BASE), (4096, TEACHER, DEMO_TEACHER),
+        (4096, STUDENT, BERT_LARGE), (4096, STUDENT, STUDENT_WIDTH),
+        (16384, STUDENT, STUDENT_WIDTH),
     ):  # fmt: skip
         yield from loss_cases(N, V, H, dtype, device)
-    for H, V in ((1024, 35450), (768, 35450), (256, 4928)):
+    mixed = TEACHER + STUDENT
+    for H, V in ((BERT_LARGE, mixed), (BERT_BASE, mixed), (STUDENT_WIDTH, STUDENT)):
         for tables in (torch.float32, dtype):  # the first is what training has
             yield from embedding_cases(256, 128, H, V, tables, device)
         yield from layer_norm_cases(32768, H, dtype, device)
-    for H_t in (384, 768, 1024):
-        yield from relation_cases(256, 128, 256, H_t, 32, dtype, device)
+    for H_t in (DEMO_TEACHER, BERT_BASE, BERT_LARGE):
+        yield from relation_cases(256, 128, STUDENT_WIDTH, H_t, 32, dtype, device)
 
 
 # ---- measuring ---------------------------------------------------------------------------------

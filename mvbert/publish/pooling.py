@@ -1,0 +1,149 @@
+"""What sentence-transformers makes of hidden states: pooling, dense layers, normalisation.
+
+Read from a folder's modules.json, in which sentence-transformers lists its modules one after the
+other; what is not one of these is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvbert.errors import InputError
+from mvbert.files import read_json, read_json_object
+from mvbert.model.weights import read_weights
+
+POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens")
+ACTIVATIONS = {"Identity": None, "Tanh": torch.tanh}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to the pooled vector: a dense layer, or normalisation where it has no matrix."""
+
+    weight: Tensor | None = None  # [out, in]
+    bias: Tensor | None = None  # [out]
+    activation: str = "Identity"
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """A text's vector out of the hidden states of its pieces.
+
+    Args:
+        mode: one of POOLINGS.
+        steps: what follows, in order.
+    """
+
+    mode: str = "mean"
+    steps: tuple[Step, ...] = field(default=(), repr=False)
+
+    def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden [B, T, H], mask [B, T] -> [B, width]."""
+        counts = mask.to(hidden.dtype)[..., None]
+        total = counts.sum(1).clamp_min(1.0)
+        if self.mode == "cls":
+            x = hidden[:, 0]
+        elif self.mode == "max":
+            x = hidden.masked_fill(counts == 0, -1e9).amax(1)
+        else:
+            root = total.sqrt() if self.mode == "mean_sqrt_len_tokens" else total
+            x = (hidden * counts).sum(1) / root
+        for step in self.steps:
+            if step.weight is None:
+                x = F.normalize(x, dim=-1)
+                continue
+            x = F.linear(x, step.weight, step.bias)
+            function = ACTIVATIONS[step.activation]
+            x = x if function is None else function(x)
+        return x
+
+    def width(self, hidden_size: int) -> int:
+        """Numbers in the vector."""
+        widths = [len(step.weight) for step in self.steps if step.weight is not None]
+        return [hidden_size, *widths][-1]
+
+    def __str__(self) -> str:
+        names = ["normalised" if s.weight is None else f"dense {len(s.weight)}" for s in self.steps]
+        return ", ".join([self.mode, *names])
+
+
+def read_pooling(folder: Path, hidden_size: int) -> Pooling:
+    """The pooling of a sentence-transformers folder; the mean where there is no modules.json.
+
+    Raises:
+        InputError: a module or a setting that is not supported, by name.
+    """
+    path = folder / "modules.json"
+    if not path.exists():
+        return Pooling()
+    modules = read_json(path)
+    if not isinstance(modules, list):
+        raise InputError(f"{path}: expected a list of modules")
+    mode: str | None = None
+    steps: list[Step] = []
+    width = hidden_size
+    for module in modules:
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise InputError(f"{path}: {module!r} is no module with a type")
+        kind = module["type"].rsplit(".", 1)[-1]
+        part = folder / str(module.get("path") or "")
+        if kind == "Transformer" and mode is None and part == folder:
+            continue
+        if kind == "Pooling" and mode is None:
+            mode = _mode(part / "config.json")
+        elif kind == "Normalize" and mode is not None:
+            steps.append(Step())
+        elif kind == "Dense" and mode is not None:
+            steps.append(_dense(part, width))
+            width = len(steps[-1].weight)  # type: ignore[arg-type]
+        elif kind != "Dropout":  # which does nothing after training
+            raise InputError(
+                f"{path}: the module {module['type']} (path {module.get('path')!r}) is not "
+                "supported there; expected Transformer, Pooling, then Dense, Normalize or Dropout"
+            )
+    return Pooling(mode or "mean", tuple(steps))
+
+
+def _mode(path: Path) -> str:
+    config = read_json_object(path)
+    named = config.get("pooling_mode")
+    flags = {
+        key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"): key
+        for key, value in config.items()
+        if key.startswith("pooling_mode_") and value
+    }
+    found = [named] if isinstance(named, str) else [*flags]
+    known = {name.removesuffix("_tokens"): name for name in POOLINGS}
+    modes = [known.get(str(name).removesuffix("_tokens"), "") for name in found]
+    if len(modes) != 1 or not modes[0]:
+        what = ", ".join(map(str, found)) or "none"
+        raise InputError(
+            f"{path}: the pooling is {what}; only one of {', '.join(known)} is supported"
+        )
+    return modes[0]
+
+
+def _dense(folder: Path, width: int) -> Step:
+    config: dict[str, Any] = read_json_object(folder / "config.json")
+    name = str(config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
+    if name not in ACTIVATIONS:
+        raise InputError(
+            f"{folder / 'config.json'}: activation_function is "
+            f"{config.get('activation_function')!r}; only {' and '.join(ACTIVATIONS)} are supported"
+        )
+    weights = read_weights(folder)
+    if "linear.weight" not in weights:
+        raise weights.missing(["linear.weight"])
+    weight = weights.read("linear.weight").float()
+    if weight.ndim != 2 or weight.shape[1] != width:
+        raise InputError(
+            f"{weights.place('linear.weight')} is {tuple(weight.shape)}, expected [out, {width}]"
+        )
+    bias = weights.read("linear.bias", (len(weight),)).float() if "linear.bias" in weights else None
+    return Step(weight, bias, name)
