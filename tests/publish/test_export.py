@@ -221,7 +221,7 @@ def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, re
 def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(export, "BOUND", 1e-12)
     command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
-    refused([*command, "--corpus", training_inputs / "corpus"], "away from torch's outputs")
+    refused([*command, "--corpus", training_inputs / "corpus"], "differ from torch's")
     assert not any(tmp_path.iterdir())
 
 
@@ -242,7 +242,7 @@ def test_spoiled_weights_are_refused(training_inputs, tmp_path, refused):
     next(v for n, v in weights.items() if n.endswith("layer.1.output.dense.bias"))[3] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     command = ["export", folder, "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"]
-    refused(command, "weights are spoiled")
+    refused(command, "weights are corrupt")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mvbert.model.huggingface import load_masked_lm, read_shape
 from mvbert.study import evaluate
-from mvbert.study.measures import ask, bits_per_word, choose_words
+from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.text.corpus import Corpus
 from mvbert.training import runs
 from mvbert.training.device import Device
@@ -44,14 +44,14 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
     model, _ = load_masked_lm(out / "model")
     _, vocab = read_shape(out / "model")
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
-    words = ask(opened.heldout, cut, places, 3, 16)
+    words = make_questions(opened.heldout, cut, places, 3, 16)
     cpu = Device(torch.device("cpu"), None, "")
     wanted = bits_per_word(model, vocab.pad, words, cpu)["bits_per_word"]
     report, said = verb(
         "eval", out / "model", "--corpus", corpus, *ROWS, "--words", 20, "--context", 3,
         "--dtype", "float32", "--row.length", 12,
     )  # fmt: skip
-    assert "rows of 12 pieces; in training they had 16" in said
+    assert "rows of 12 pieces; trained with 16" in said
     report = run_eval(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
     assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-5)
     assert report["words_asked"] == words.count

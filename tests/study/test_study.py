@@ -171,13 +171,13 @@ def test_parts_of_a_study_can_be_run_apart(job, study):
         (
             "[arms.warm]",
             "[arms.warm.stage2]\nsteps = 5",
-            "alike in pieces: nokd has 256, warm has 320",
+            "same pieces, but nokd has 256 and warm has 320",
         ),
-        ("[arms.warm]", "[arms.warm.stage2]\neval_every = 1", "alike in stage2.eval_every"),
-        ("[arms.warm]", "[arms.warm.stage3]\nx = 1", "takes tables vocab, row, stage1, stage2"),
+        ("[arms.warm]", "[arms.warm.stage2]\neval_every = 1", "same stage2.eval_every"),
+        ("[arms.warm]", "[arms.warm.stage3]\nx = 1", "may have tables vocab, row, stage1, stage2"),
         ("[arms.warm]", "[arms.warm.row]\nlenght = 1", "unknown key 'lenght'"),
         ("[arms.warm]", '[arms.warm.stage2]\nshape = "1x128"', "arms.warm: arm student: a 1x128"),
-        ("[arms.warm]", '[arms."a b"]', "an arm's name is letters"),
+        ("[arms.warm]", '[arms."a b"]', "arm names may have letters"),
         ("[0, 1]", "[0, 0]", "seeds must be different"),
         ('"paper"', '"pepper"', "the baseline 'pepper' is not one of the arms"),
         ("words = 40", "words = -1", "words must not be negative"),
@@ -385,7 +385,7 @@ def test_what_is_not_sst2_is_named(tmp_path, content, part):
     (tmp_path / "train.tsv").write_text(content)
     with pytest.raises(InputError, match=re.escape(part)):
         probe.read_sst2(tmp_path)
-    with pytest.raises(InputError, match="cannot be read as SST-2"):
+    with pytest.raises(InputError, match="cannot read .* as SST-2"):
         probe.read_sst2(tmp_path / "nowhere.tar")
 
 
@@ -411,7 +411,7 @@ def test_the_table_compares_seed_by_seed():
     assert "| kd | 2 | 4,928 | 8.250 (8.000 to 8.500) | -1.250 | 4.000 (4.000 to 4.000) |" in table
     assert "| 30.0 + 21.0 |" in table
     assert "SST-2" not in table  # not measured
-    assert "over 2,048 held-out words, standard error up to 0.200" in table
+    assert "over 2,048 held-out words, standard error at most 0.200" in table
     assert "checksums agree" in table
     # A baseline that lacks a seed is compared where it has one; other rows are told.
     table = study_report.table(
