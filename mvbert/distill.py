@@ -115,7 +115,7 @@ def _measure(
     """What Stage I and each student cost here; students are timed beside an untrained Stage I."""
     out, row, quiet = Path(config.out), config.row, Progress("", quiet=True)
     shape = huggingface.read_model_config(teacher)
-    vocab = Vocab.load(out / VOCAB_FILE, lowercase=corpus.lowercase)
+    vocab = Vocab.load(out / VOCAB_FILE, corpus.lowercase, corpus.strip_accents)
     stage1 = functools.cache(lambda: Stage1(first, row, corpus, teacher, vocab, quiet))
     device = set_up(first, out / "stage1", pass_products(first, row, shape), dtype)
     costs: dict[str, tuple[TrainConfig, Cost]] = {
