@@ -1,10 +1,10 @@
-"""The whole job: text and a teacher in, students out.
+"""The whole pipeline: text and a teacher in, students out.
 
     corpus -> vocabulary -> Stage I -> Stage II, once per arm
 
-With a time budget (`minutes`), all runs get fewer steps on a machine that is too slow for them.
-Every step is a folder of the run; one that is whole and was made from the same inputs is not made
-again, so the same command resumes where the last one stopped.
+With a time budget (`minutes`), all runs get fewer steps on a machine too slow for the full number.
+Each part writes a folder; a complete folder made from the same inputs is reused, so the same
+command resumes an interrupted job.
 """
 
 from __future__ import annotations
@@ -30,34 +30,40 @@ from mvbert.training.device import Choice
 from mvbert.training.distillation import reader
 from mvbert.training.machine import decide_for_job, pass_products, set_up
 from mvbert.training.ranks import join_ranks
-from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
+from mvbert.training.run_stage import (
+    checked_corpus,
+    load_student_vocab,
+    run_stage1,
+    run_stage2,
+)
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import Stage1, Stage2, load_stage1
+from mvbert.training.train import RunReport
 
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
 
 def run_distill(config: DistillConfig) -> dict[str, Json]:
-    """Runs every step that is not done yet.
+    """Runs every part that is not complete yet.
 
     Returns:
-        The report: what was learned in each step, sizes, the arms side by side, filled-in masks.
+        The report: losses of both stages, sizes, results per arm, filled-in masks.
 
     Raises:
-        InputError: wrong input, or `config.out` holds a run with other settings.
-        Interrupted: asked to stop; a checkpoint was saved first.
+        InputError: bad input, or `config.out` holds a run with other settings.
+        Interrupted: stopped by a signal; a checkpoint was saved first.
     """
     started = time.monotonic()
     progress = Progress("distill")
     out = Path(config.out)
-    arms = config.arms or ("student",)  # without arms: stage2 as it stands
+    arms = config.arms or ("student",)  # without arms: one student, trained as stage2 says
     teacher = huggingface.find_model(config.teacher, "teacher")
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
     ranks = join_ranks()
 
     def prepare() -> dict[str, Json]:
         make_folder(out)
-        # Stage II is described by the run of each arm, so that arms can be added later.
+        # Each arm's run describes its Stage II, so that arms can be added later.
         described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
         described["stage1"] = config.stage1.described()
         describe_run(out / "distill.json", described)
@@ -112,10 +118,10 @@ def _measure(
     teacher: Path,
     dtype: Choice | None,
 ) -> dict[str, tuple[TrainConfig, Cost]]:
-    """What Stage I and each student cost here; students are timed beside an untrained Stage I."""
+    """Costs of Stage I and of each student; students are timed with an untrained Stage I model."""
     out, row, quiet = Path(config.out), config.row, Progress("", quiet=True)
-    shape = huggingface.read_model_config(teacher)
-    vocab = Vocab.load(out / VOCAB_FILE, corpus.lowercase, corpus.strip_accents)
+    shape, teacher_vocab = huggingface.read_shape(teacher, cased=first.cased)
+    vocab = load_student_vocab(out / VOCAB_FILE, corpus, teacher_vocab)
     stage1 = functools.cache(lambda: Stage1(first, row, corpus, teacher, vocab, quiet))
     device = set_up(first, out / "stage1", pass_products(first, row, shape), dtype)
     costs: dict[str, tuple[TrainConfig, Cost]] = {
@@ -132,13 +138,13 @@ def _report(
     config: DistillConfig,
     teacher: Path,
     vocab_report: dict[str, Json],
-    stage1: dict[str, Json],
-    students: dict[str, dict[str, Json]],
+    stage1: RunReport,
+    students: dict[str, RunReport],
 ) -> dict[str, Json]:
-    """What was learned in each step, sizes, the arms side by side, filled-in masks."""
+    """Losses of both stages, sizes, results per arm, filled-in masks."""
     stage1_model = Path(config.out) / "stage1" / "model"
-    best = min(students, key=lambda name: students[name]["heldout_last"]["loss"])  # type: ignore[index,call-overload]
-    best_folder = Path(str(students[best]["output"]))
+    best = min(students, key=lambda name: students[name].loss)
+    best_folder = Path(students[best].output)
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
     student_vocab = Vocab.load(best_folder)
     teacher_reader = reader(load_stage1(stage1_model)[0])
@@ -152,8 +158,8 @@ def _report(
         "vocab": vocab_report,
         "stage1_student_loss": _before_after(stage1, "student_loss"),
         "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),
-        "arms": {name: run["heldout_last"] for name, run in students.items()},  # type: ignore[dict-item]
-        "pieces": {name: run["pieces"] for name, run in students.items()},
+        "arms": {name: {**run.heldout_last} for name, run in students.items()},
+        "pieces": {name: run.pieces for name, run in students.items()},
         "filled": [
             {
                 "sentence": sentence,
@@ -165,32 +171,32 @@ def _report(
     }
     for key, name in (("random_init", "random"), ("paper", "paper"), ("distilled", "distilled")):
         if name in students:
-            report[f"{key}_heldout_loss"] = students[name]["heldout_last"]["loss"]  # type: ignore[index,call-overload]
+            report[f"{key}_heldout_loss"] = students[name].loss
     return report
 
 
-def _before_after(run: dict[str, Json], name: str) -> list[Json]:
-    return [run["heldout_first"][name], run["heldout_last"][name]]  # type: ignore[index,call-overload]
+def _before_after(run: RunReport, name: str) -> list[Json]:
+    return [run.heldout_first[name], run.heldout_last[name]]
 
 
 def _parameters(folder: Path) -> int:
-    """Parameters of a model folder's encoder and pooler."""
+    """Number of parameters of a model folder's encoder and pooler."""
     return huggingface.read_model_config(folder).encoder_parameters
 
 
 def print_distill_report(report: dict[str, Any]) -> None:
-    """Sizes, what both stages learned, the arms side by side and filled-in sentences, to stdout."""
+    """Prints losses of both stages, results per arm, sizes and filled-in sentences to stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    learned = Table("Stage I, held-out loss (nats per masked piece)", "before", "after")
+    losses = Table("Stage I held-out loss (nats per masked piece)", "before", "after")
     for name, key in (
         ("teacher pieces", "stage1_teacher_loss"),
         ("student pieces", "stage1_student_loss"),
     ):
         before, after = report[key]
-        learned.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
-    console.print(learned)
+        losses.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
+    console.print(losses)
 
-    arms = Table("Stage II student", "held-out loss", "masked pieces right", "pieces seen")
+    arms = Table("Stage II student", "held-out loss", "accuracy", "pieces seen")
     for name, heldout in report["arms"].items():
         best = " (best)" if name == report["best"] and len(report["arms"]) > 1 else ""
         arms.add_row(

@@ -390,7 +390,7 @@ def test_a_run_is_not_resumed_with_other_settings(ground, refused):
 def test_a_finished_run_may_be_given_more_steps(ground, refused, verb):
     out = ground / "stage1"
     report, said = verb(*stage1(ground, "stage1", steps=4))
-    assert "steps raised from 2 to 4: the learning rate of the steps to come is that of a" in said
+    assert "steps raised from 2 to 4: from here on the learning rate follows the" in said
     assert "resuming from step-00000002" in said
     assert report["steps"] == 4
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -405,7 +405,7 @@ def test_a_finished_run_may_be_given_more_steps(ground, refused, verb):
 
 def test_a_finished_run_whose_log_was_emptied(ground, refused):
     (ground / "stage1" / "log.jsonl").write_text("")
-    refused(stage1(ground, "stage1"), "log.jsonl holds no evaluation")
+    refused(stage1(ground, "stage1"), "log.jsonl has no evaluation")
 
 
 def test_a_run_that_was_given_more_steps_and_stopped_is_not_complete(ground, verb):
@@ -560,7 +560,9 @@ def test_info_with_a_damaged_log_names_the_line(ground, refused, spoil, line):
     log.write_text("\n".join(spoil(lines)))
     if line < 0:
         line = len(lines) + (1 if "\0" in log.read_text() else 0)
-    refused(["info", ground / "stage1"], f"log.jsonl is damaged at line {line}, which is no record")
+    refused(
+        ["info", ground / "stage1"], f"log.jsonl is corrupt at line {line}, which is not a record"
+    )
 
 
 def test_info_without_the_log_of_a_run_that_has_checkpoints(ground, refused):

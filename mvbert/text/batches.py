@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvbert.config import RowConfig, Stage1Config
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.text import row_reference
@@ -124,10 +125,10 @@ class Rows:
         *,
         teacher: Segmentation | None = None,
         student: Segmentation | None = None,
-        T: int = 128,
-        mask_prob: float = 0.15,
-        pair_prob: float = 0.5,
-        student_prob: float = 0.5,
+        T: int = RowConfig.length,
+        mask_prob: float = RowConfig.mask_prob,
+        pair_prob: float = RowConfig.pair_prob,
+        student_prob: float = Stage1Config.student_prob,
         seed: int = 0,
         threads: int = 0,
     ):

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mvbert import _core
+from mvbert.config import CorpusConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import (
@@ -62,10 +63,10 @@ def build_corpus(
     *,
     lowercase: bool = True,
     strip_accents: bool | None = None,
-    heldout_share: float = 0.01,
+    heldout_share: float = CorpusConfig.heldout_share,
     heldout_texts: Iterable[str | Path] = (),
-    field: str = "text",
-    errors: str = "strict",
+    field: str = CorpusConfig.field,
+    errors: str = CorpusConfig.errors,
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mvbert import _core
+from mvbert.config import VocabConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json
@@ -27,7 +28,7 @@ LEARNERS = ("topdown", "bpe", "unigram")
 # are 239 (412 pieces of 4,928) and leave 0.018 % of held-out words unknown, where BERT's own
 # vocabulary leaves 0.011 %. 0.99999 spends 2,938 pieces to reach 0.006 %; all 5,005 characters do
 # not fit. docs/log.md has the table.
-COVERAGE = 0.9999
+COVERAGE = VocabConfig.coverage
 
 # The words of a corpus; or a list of UTF-8 words; or all bytes and where each word ends, u64 [W].
 WordSource = WordList | Sequence[bytes] | tuple[bytes, np.ndarray]

@@ -1,9 +1,11 @@
-"""One stage in its run folder: described, refused where it is another run, trained, reported."""
+"""Runs one stage in its run folder: checks the folder, trains, reports."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
 from mvbert.errors import InputError
@@ -18,17 +20,23 @@ from mvbert.training.machine import pass_products, set_up
 from mvbert.training.ranks import join_ranks
 from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.task import Task
-from mvbert.training.train import finished, train
+from mvbert.training.train import RunReport, finished, train
 
 
 def checked_corpus(folder: Path) -> Corpus:
-    """A corpus of which rank 0 has compared every byte with the manifest."""
+    """Opens a corpus after rank 0 has verified its checksums."""
 
     def check() -> None:
         Corpus.open(folder, verify="sha256")
 
     join_ranks().first(check)
     return Corpus.open(folder)
+
+
+def load_student_vocab(vocab_file: Path, corpus: Corpus, teacher: Vocab) -> Vocab:
+    """The student's vocabulary, with the corpus's normaliser and the teacher's added pieces."""
+    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
+    return vocab.with_added_of(teacher)
 
 
 def run_stage1(
@@ -41,18 +49,17 @@ def run_stage1(
     *,
     deadline: float | None = None,
     dtype: Choice | None = None,
-) -> dict[str, Json]:
-    """Stage I in the run folder `out`; returns its report.
+) -> RunReport:
+    """Runs Stage I in the run folder `out`; returns its report.
 
     Args:
         deadline: see mvbert.training.train.train.
-        dtype: what `dtype = auto` means in the job that this is part of, see decide_for_job.
+        dtype: the job's decision for `dtype = auto`, see decide_for_job.
     """
     progress = Progress("stage 1")
     config = config.counted(row.length)
     shape, teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
-    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
-    vocab = vocab.with_added_of(teacher_vocab)
+    vocab = load_student_vocab(vocab_file, corpus, teacher_vocab)
 
     def describe() -> dict[str, Json]:
         return {
@@ -82,8 +89,8 @@ def run_stage2(
     *,
     deadline: float | None = None,
     dtype: Choice | None = None,
-) -> dict[str, Json]:
-    """Stage II in the run folder `out`, from the result of Stage I; returns its report.
+) -> RunReport:
+    """Runs Stage II in the run folder `out`, from a result of Stage I; returns its report.
 
     Args:
         deadline, dtype: as for run_stage1.
@@ -116,26 +123,31 @@ def _run(
     progress: Progress,
     deadline: float | None,
     dtype: Choice | None,
-) -> dict[str, Json]:
-    """Trains, unless the run folder holds the whole result already."""
+) -> RunReport:
+    """Trains, unless the run folder already holds the complete result."""
     ranks = join_ranks()
     description = ranks.first(describe)
-    if (report := ranks.first(lambda: finished(out, description, config))) is not None:
+
+    def look() -> dict[str, Any] | None:
+        report = finished(out, description, config, row)
+        return None if report is None else asdict(report)
+
+    if (values := ranks.first(look)) is not None:
         progress.note(f"{out} is complete")
-        return report
+        return RunReport(**values)
     products = pass_products(config, row, huggingface.read_model_config(teacher))
     device = set_up(config, out, products, dtype)
     return train(make_task(device), config, device, out, description, progress, deadline)
 
 
 def corpus_id(folder: Path) -> str:
-    """The SHA-256 of a corpus's manifest, which holds those of all its files."""
+    """SHA-256 of a corpus's manifest, which covers all its files."""
     return sha256_file(folder / "manifest.json")
 
 
 def stage1_id(folder: Path) -> str:
-    """The SHA-256 of a Stage I result's manifest, which holds those of all its files; checked."""
+    """SHA-256 of a Stage I result's manifest, after checking the files against it."""
     problem = checkpoint.check_manifest(folder)
     if problem is not None:
-        raise InputError(f"not the whole result of Stage I: {problem}")
+        raise InputError(f"not a complete result of Stage I: {problem}")
     return sha256_file(folder / checkpoint.MANIFEST)

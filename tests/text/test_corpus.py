@@ -797,8 +797,8 @@ def test_the_verb_merges_and_reports(awkward, tmp_path, verb, refused, student_v
     assert "every file has the SHA-256" in printed
     refused(["info", m, "--plot", "loss.png"])
     for wrong, message in (
-        (["--merge", a, b, "--field", "body"], "--field is about reading text"),
-        (["--merge", a, b, "--no-resume"], "--resume is about reading text"),
+        (["--merge", a, b, "--field", "body"], "--field applies to reading text"),
+        (["--merge", a, b, "--no-resume"], "--resume applies to reading text"),
         (["--merge", a], "at least two corpora, got 1"),
         (["--merge"], "at least two corpora, got 0"),
         ([awkward, "--vocab", tmp_path / "none"], "none"),
