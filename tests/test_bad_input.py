@@ -591,6 +591,8 @@ def test_models_that_are_none(ground, refused, verb):
     refused(verb(ground, ground / "corpus"), "config.json", "does not exist")
     config = ground / "teacher" / "tokenizer_config.json"
     config.write_text(config.read_text().replace("true", "false", 1))
+    refused(verb(ground, ground / "teacher"), "tokenizer.json: normalizer has lowercase true")
+    (ground / "teacher" / "tokenizer.json").unlink()
     refused(verb(ground, ground / "teacher"), "cased", ground / "corpus")
     weights = ground / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -96,9 +96,10 @@ class Corpus:
         option = "without --cased" if vocab.lowercase else "with --cased"
         if vocab.lowercase and not vocab.strip_accents:
             option = "with --keep-accents"
+        source = f" {vocab.source}" * (vocab.source != what)
         other = ", or read the vocabulary with --cased" * (vocab.assumed and not self.lowercase)
         raise InputError(
-            f"{what} {vocab.source} is {vocab.casing} but the corpus {self.folder} is "
+            f"{what}{source} is {vocab.casing} but the corpus {self.folder} is "
             f"{case_name(self.lowercase, self.strip_accents)}; build the corpus {option}{other}"
         )
 

@@ -20,6 +20,7 @@ from mvbert.errors import InputError, Interrupted
 from mvbert.text import corpus_build, readers
 from mvbert.text.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
 from mvbert.text.readers import documents, find_texts
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.text.wordpiece import basic_split, wordpiece
 
 AWKWARD = (
@@ -854,7 +855,6 @@ def test_segmentation_is_wordpiece_of_every_word(built, student_vocab):
 
 
 def test_segmentation_does_not_depend_on_threads(shared_file, tmp_path):
-    from mvbert.text.vocab import Vocab
 
     vocab = Vocab.load(shared_file("vocab.txt"), lowercase=True)
     build_corpus([shared_file("small-ccby.txt")], tmp_path / "c")
@@ -867,10 +867,46 @@ def test_segmentation_does_not_depend_on_threads(shared_file, tmp_path):
 
 
 def test_a_cased_vocabulary_does_not_fit_an_uncased_corpus(built, student_vocab):
-    from dataclasses import replace
+    pieces, corpus = student_vocab.pieces, Corpus.open(built)
+    for vocab, message in [
+        (Vocab(pieces, False), r"is cased but the corpus .* is uncased; .* with --cased"),
+        (Vocab(pieces, strip_accents=False), r"is uncased with accents but .* with --keep-accents"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            corpus.segment(vocab)
 
-    with pytest.raises(InputError, match=r"the vocabulary is cased but the corpus .* is uncased"):
-        Corpus.open(built).segment(replace(student_vocab, lowercase=False))
+
+def test_accents_stay_in_a_corpus_that_keeps_them(tmp_path, command_line, verb, refused):
+    text = tmp_path / "de.txt"
+    text.write_text("Ärger über die Öfen, E\u0301COLE\n\nNoch ein Satz für die Übung.\n" * 9)
+    out = tmp_path / "corpus"
+    verb("corpus", text, "-o", out, "--keep-accents")
+    corpus = Corpus.open(out, verify="sha256")
+    assert (corpus.lowercase, corpus.strip_accents) == (True, False)
+    assert {"ärger", "über", "école"} <= {word.decode() for word in corpus.words}
+    verb("corpus", text, "-o", out, "--keep-accents")  # it is there already
+    refused(["corpus", text, "-o", out], "other strip_accents")
+    pieces = (*SPECIAL_PIECES, "ärger", "über")
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(pieces) + "\n")
+    cut = corpus.segment(Vocab.load(vocab, True, False))
+    assert {5, 6} <= set(cut.ids.tolist())
+    with pytest.raises(InputError, match=r"assumed uncased but the corpus .* uncased with accents"):
+        corpus.segment(Vocab.load(vocab))
+    verb("corpus", text, "-o", tmp_path / "plain")
+    refused(
+        ["corpus", "--merge", out, tmp_path / "plain", "-o", tmp_path / "both"], "strip_accents"
+    )
+    verb("vocab", out, "-o", tmp_path / "learned.txt", "--size", 40)
+    assert "ä" in (tmp_path / "learned.txt").read_text()
+
+
+def test_a_vocabulary_that_was_assumed_uncased_is_called_so(student_vocab, tmp_path):
+    student_vocab.save(tmp_path / "vocab.txt")
+    (tmp_path / "t.txt").write_text("One word.\n\nTwo Words.\n" * 5)
+    build_corpus([tmp_path / "t.txt"], tmp_path / "c", lowercase=False)
+    with pytest.raises(InputError, match=r"assumed uncased .* or read the vocabulary with --cased"):
+        Corpus.open(tmp_path / "c").segment(Vocab.load(tmp_path / "vocab.txt"))
 
 
 def test_the_report_counts_pieces_and_unknown_words(built, student_vocab):
