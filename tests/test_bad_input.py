@@ -405,7 +405,7 @@ def test_a_finished_run_may_be_given_more_steps(ground, refused, verb):
 
 def test_a_finished_run_whose_log_was_emptied(ground, refused):
     (ground / "stage1" / "log.jsonl").write_text("")
-    refused(stage1(ground, "stage1"), "log.jsonl holds no evaluation")
+    refused(stage1(ground, "stage1"), "log.jsonl has no evaluation")
 
 
 def test_a_run_that_was_given_more_steps_and_stopped_is_not_complete(ground, verb):

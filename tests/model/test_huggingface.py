@@ -128,7 +128,7 @@ def test_weights_in_several_files_load(folder, model):
     assert huggingface.weights_id(folder) != before  # of the last file, too
 
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "../x.safetensors"}})
-    with pytest.raises(InputError, match="leaves the folder"):
+    with pytest.raises(InputError, match="outside its folder"):
         huggingface.load_masked_lm(folder)
 
 
@@ -150,7 +150,7 @@ def edit_config(folder, **changes):
             lambda f: (f / "model.safetensors").write_bytes(
                 (f / "model.safetensors").read_bytes()[:-4]
             ),
-            "not a whole safetensors file",
+            "not a complete safetensors file",
         ),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
         (lambda f: edit_config(f, model_type="roberta"), "model_type is 'roberta'"),
@@ -174,7 +174,7 @@ def test_a_wrong_folder_is_named(folder, spoil, part):
 
 def test_a_vocabulary_of_another_size_is_refused(folder, student_vocab):
     (folder / "vocab.txt").write_text("\n".join([*student_vocab.pieces, "more"]) + "\n")
-    with pytest.raises(InputError, match="do not belong together"):
+    with pytest.raises(InputError, match="do not match"):
         huggingface.load_vocab(folder, huggingface.read_model_config(folder))
 
 

@@ -385,7 +385,7 @@ def test_what_is_not_sst2_is_named(tmp_path, content, part):
     (tmp_path / "train.tsv").write_text(content)
     with pytest.raises(InputError, match=re.escape(part)):
         probe.read_sst2(tmp_path)
-    with pytest.raises(InputError, match="cannot read .* as SST-2"):
+    with pytest.raises(InputError, match=r"cannot read .* as SST-2"):
         probe.read_sst2(tmp_path / "nowhere.tar")
 
 
