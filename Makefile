@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 MAKEFLAGS += --no-print-directory
 
-.PHONY: demo test test-all check format clean help
+.PHONY: demo test test-all test-cpus check format clean help
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,6 +39,9 @@ test: .venv/.test
 
 test-all: .venv/.dev
 	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-cpus: .venv/.test
+	@$(BIN)/python tests/other_cpus.py $(ARGS)
 
 check: .venv/.dev
 	@.ci/check

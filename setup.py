@@ -9,6 +9,7 @@ from pathlib import Path
 import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -52,6 +53,23 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "--build", str(build), "--target", "_core"], check=True)
 
 
+class EditableWheel(editable_wheel):
+    """`pip install -e`: a folder goes on sys.path that holds nothing but a link to the package.
+
+    setuptools' import hook, its way for a package_dir like ours, is asked after sys.path. In the
+    folder above a clone named mvbert, Python would take the clone for a namespace package and never
+    ask. The root of the clone must not be on sys.path: CONTRIBUTING.md, "The name `kernels`".
+    """
+
+    def finalize_options(self) -> None:
+        link = ROOT / ".editable" / "mvbert"
+        link.parent.mkdir(exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to("../mvbert")
+        self.distribution.package_dir = {"": link.parent.name}
+        super().finalize_options()
+
+
 setup(
     packages=[
         "mvbert",
@@ -71,5 +89,5 @@ setup(
         "mvbert.presets": ["*.toml"],
     },
     ext_modules=[Extension("mvbert._core", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
 )

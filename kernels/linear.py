@@ -386,9 +386,8 @@ def gather_rows(x: Tensor, rows: Tensor, count: Tensor, fill: bool = False) -> T
 def row_blocks(N: int, H: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and blocks of a pass over rows [N, H]."""
     block_h = min(1024, triton.next_power_of_2(H))
-    return (triton.cdiv(N, 8), triton.cdiv(H, block_h)), {
-        "BLOCK_N": 8, "BLOCK_H": block_h, "num_warps": 4,
-    }  # fmt: skip
+    blocks = {"BLOCK_N": 8, "BLOCK_H": block_h, "num_warps": 4}
+    return (triton.cdiv(N, 8), triton.cdiv(H, block_h)), blocks
 
 
 class LinearRows:
@@ -529,8 +528,15 @@ class LinearRows:
 class Gradients:
     """The gradients of a loss, added up over the chunks of its rows."""
 
-    def __init__(self, linear: LinearRows, hidden, weight, bias, need: Need, scale: Tensor | None):
-        """`scale` [1] multiplies all of them."""
+    def __init__(
+        self,
+        linear: LinearRows,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        need: Need,
+        scale: Tensor | None,  # [1], multiplies all of them
+    ):
         self.linear, self.need, self.scale = linear, need, scale
         self.inputs = hidden, weight, bias
         self.dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
@@ -551,14 +557,14 @@ class Gradients:
         return gradients_like(*self.inputs, self.dhidden, self.dweight, self.dbias)
 
 
-def no_rows(hidden, weight, bias, need: Need) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def no_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Need
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dhidden, dweight, dbias) for N = 0."""
-    return hidden.new_zeros(0, dtype=accumulator_dtype(hidden.dtype)), *gradients_like(
-        hidden, weight, bias,
-        hidden.new_zeros(hidden.shape if need.hidden else 0),
-        torch.zeros_like(weight) if need.weight else None,
-        torch.zeros_like(bias) if need.bias else None,
-    )  # fmt: skip
+    inputs, wanted = (hidden, weight, bias), (need.hidden, need.weight, need.bias)
+    zeros = [torch.zeros_like(x) if n else None for x, n in zip(inputs, wanted, strict=True)]
+    loss = hidden.new_zeros(0, dtype=accumulator_dtype(hidden.dtype))
+    return loss, *gradients_like(*inputs, *zeros)
 
 
 # ---- operator ----------------------------------------------------------------------------------

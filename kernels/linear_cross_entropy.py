@@ -20,6 +20,8 @@ Where the upstream gradient is one number for all rows (sum, mean), it scales th
 than dz: dz keeps its range in float16.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -451,6 +453,23 @@ def flash_dweight_kernel(
 # ---- launchers ---------------------------------------------------------------------------------
 
 
+class Batch(NamedTuple):
+    """What both strategies take."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # [N]
+    label_smoothing: float
+    rows: Tensor  # [N], int32
+    count: Tensor  # [1], int32
+    dloss: Tensor | None  # [] or [N]
+    dlse: Tensor | None  # [N]
+    need: Need
+    loss: Tensor  # [N], written at rows
+    lse: Tensor  # [N], written at rows
+
+
 def cross_entropy(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -476,10 +495,12 @@ def cross_entropy(
     rows, count = list_rows(labels, ignore_index)
     dloss = dloss if dloss is None else dloss.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
-    given = (hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need)
+    batch = Batch(
+        hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse
+    )
     if launch.flash(hidden):
-        return loss, lse, *flash(*given, loss, lse)
-    return loss, lse, *materialised(*given, loss, lse, mostly_labelled)
+        return loss, lse, *flash(batch)
+    return loss, lse, *materialised(batch, mostly_labelled)
 
 
 def means(weight: Tensor, bias: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
@@ -493,21 +514,9 @@ def means(weight: Tensor, bias: Tensor | None, label_smoothing: float) -> tuple[
     return weight.mean(0, dtype=acc), mean_bias
 
 
-def losses(x, labels, rows, count, lse, target, loss, V, label_smoothing, mean) -> None:
-    """Writes loss at rows."""
-    N, H = x.shape
-    cross_entropy_loss_kernel[(N,)](
-        x, *mean, labels, rows, count, lse, target, loss, V, H,
-        SMOOTHING=label_smoothing, ACC=launch.accumulator(x),
-        BLOCK_H=triton.next_power_of_2(H), num_warps=1,
-    )  # fmt: skip
-
-
-def materialised(
-    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse,
-    mostly_labelled,
-):  # fmt: skip
+def materialised(batch: Batch, mostly_labelled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
+    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse = batch
     over_all_rows = mostly_labelled and hidden.dtype == launch.LIBRARY_DTYPE
     linear = LinearRows(hidden, weight, bias, rows, count, over_all_rows)
     target = torch.empty_like(loss)
@@ -522,13 +531,26 @@ def materialised(
             )
             gradients.add(start, z, partial)
     mean = means(linear.weight, bias, label_smoothing)
-    losses(linear.x, labels, rows, count, lse, target, loss, linear.V, label_smoothing, mean)
+    cross_entropy_loss_kernel[(linear.N,)](
+        linear.x, *mean, labels, rows, count, lse, target, loss, linear.V, linear.H,
+        SMOOTHING=label_smoothing, ACC=linear.common["ACC"],
+        BLOCK_H=triton.next_power_of_2(linear.H), num_warps=1,
+    )  # fmt: skip
     return gradients.all()
 
 
 def cross_entropy_dlogits(
-    linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, has_bias
-):
+    linear: LinearRows,
+    start: int,
+    z: Tensor,  # [c, pitch], logits, then dz
+    labels: Tensor,  # [N]
+    lse: Tensor,  # [N]
+    dloss: Tensor,  # [] or, if by_row, [N]
+    dlse: Tensor | None,  # [N]
+    label_smoothing: float,
+    by_row: bool,
+    has_bias: bool,
+) -> Tensor:
     """Turns the chunk's logits into dz in place; sums of its columns [row blocks, pitch]."""
     c = linear.rows_from(start)
     grid, tile, partial = linear.passes(c, has_bias)
@@ -542,8 +564,9 @@ def cross_entropy_dlogits(
     return partial
 
 
-def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse):
+def flash(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
+    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse = batch
     dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
     inputs = hidden, weight, bias
     N, H = hidden.shape
@@ -589,9 +612,11 @@ def flash(hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dls
         SMOOTHING=label_smoothing, EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip
     return gradients_like(
-        *inputs, dhidden, dweight.sum(0) if need.weight else None,
+        *inputs,
+        dhidden,
+        dweight.sum(0) if need.weight else None,
         dbias.sum(0) if need.bias else None,
-    )  # fmt: skip
+    )
 
 
 # ---- operator ----------------------------------------------------------------------------------

@@ -411,7 +411,15 @@ def mixed_embedding_bwd(
     )
 
 
-def _sum_sorted(ds, index, sizes, by_position, by_type, grads, padding_id) -> None:
+def _sum_sorted(
+    ds: Tensor,  # [N, H]
+    index: list[Tensor],  # ids, types [N]; positions [N] or [T]
+    sizes: tuple[int, ...],
+    by_position: bool,
+    by_type: bool,
+    grads: list[Tensor | None],  # of the four tables, added to
+    padding_id: int,
+) -> None:
     """Adds rows of ds to the tables in a fixed order: torch sorts the ids."""
     dteacher, dstudent, dposition, dtype = grads
     ids, types, positions = (i.reshape(-1).long() for i in index)

@@ -4,10 +4,15 @@ The public names are loaded when first used, so that a part works where the othe
 tokenizer without torch, the kernels without a compiler.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# An editable install finds the package by a link (setup.py). Modules are found behind it, so that
+# tracebacks, debuggers and coverage name the files of the clone.
+__path__ = [os.path.realpath(folder) for folder in __path__]
 
 if TYPE_CHECKING:
     from mvbert.drop_in import fuse, unfuse

@@ -32,6 +32,7 @@ from mvbert.config import (
     TrainConfig,
     VocabConfig,
     load_toml,
+    to_dict,
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json, json_text
@@ -186,7 +187,7 @@ class Stage1Command:
         from mvbert.model.huggingface import find_model
         from mvbert.training.run_stage import checked_corpus, run_stage1
 
-        return run_stage1(
+        report = run_stage1(
             self.train,
             self.row,
             checked_corpus(self.corpus),
@@ -195,6 +196,7 @@ class Stage1Command:
             self.out,
             deadline=deadline,
         )
+        return to_dict(report)
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,8 @@ class Stage2Command:
 
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
         corpus = checked_corpus(self.corpus)
-        return run_stage2(self.train, self.row, corpus, model, self.out, deadline=deadline)
+        report = run_stage2(self.train, self.row, corpus, model, self.out, deadline=deadline)
+        return to_dict(report)
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,15 @@ from mvbert.training.device import Choice
 from mvbert.training.distillation import reader
 from mvbert.training.machine import decide_for_job, pass_products, set_up
 from mvbert.training.ranks import join_ranks
-from mvbert.training.run_stage import checked_corpus, run_stage1, run_stage2
+from mvbert.training.run_stage import (
+    checked_corpus,
+    load_student_vocab,
+    run_stage1,
+    run_stage2,
+)
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import Stage1, Stage2, load_stage1
+from mvbert.training.train import RunReport
 
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
@@ -114,8 +120,8 @@ def _measure(
 ) -> dict[str, tuple[TrainConfig, Cost]]:
     """Costs of Stage I and of each student; students are timed with an untrained Stage I model."""
     out, row, quiet = Path(config.out), config.row, Progress("", quiet=True)
-    shape = huggingface.read_model_config(teacher)
-    vocab = Vocab.load(out / VOCAB_FILE, lowercase=corpus.lowercase)
+    shape, teacher_vocab = huggingface.read_shape(teacher, cased=first.cased)
+    vocab = load_student_vocab(out / VOCAB_FILE, corpus, teacher_vocab)
     stage1 = functools.cache(lambda: Stage1(first, row, corpus, teacher, vocab, quiet))
     device = set_up(first, out / "stage1", pass_products(first, row, shape), dtype)
     costs: dict[str, tuple[TrainConfig, Cost]] = {
@@ -132,13 +138,13 @@ def _report(
     config: DistillConfig,
     teacher: Path,
     vocab_report: dict[str, Json],
-    stage1: dict[str, Json],
-    students: dict[str, dict[str, Json]],
+    stage1: RunReport,
+    students: dict[str, RunReport],
 ) -> dict[str, Json]:
     """Losses of both stages, sizes, results per arm, filled-in masks."""
     stage1_model = Path(config.out) / "stage1" / "model"
-    best = min(students, key=lambda name: students[name]["heldout_last"]["loss"])  # type: ignore[index,call-overload]
-    best_folder = Path(str(students[best]["output"]))
+    best = min(students, key=lambda name: students[name].loss)
+    best_folder = Path(students[best].output)
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
     student_vocab = Vocab.load(best_folder)
     teacher_reader = reader(load_stage1(stage1_model)[0])
@@ -152,8 +158,8 @@ def _report(
         "vocab": vocab_report,
         "stage1_student_loss": _before_after(stage1, "student_loss"),
         "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),
-        "arms": {name: run["heldout_last"] for name, run in students.items()},  # type: ignore[dict-item]
-        "pieces": {name: run["pieces"] for name, run in students.items()},
+        "arms": {name: {**run.heldout_last} for name, run in students.items()},
+        "pieces": {name: run.pieces for name, run in students.items()},
         "filled": [
             {
                 "sentence": sentence,
@@ -165,12 +171,12 @@ def _report(
     }
     for key, name in (("random_init", "random"), ("paper", "paper"), ("distilled", "distilled")):
         if name in students:
-            report[f"{key}_heldout_loss"] = students[name]["heldout_last"]["loss"]  # type: ignore[index,call-overload]
+            report[f"{key}_heldout_loss"] = students[name].loss
     return report
 
 
-def _before_after(run: dict[str, Json], name: str) -> list[Json]:
-    return [run["heldout_first"][name], run["heldout_last"][name]]  # type: ignore[index,call-overload]
+def _before_after(run: RunReport, name: str) -> list[Json]:
+    return [run.heldout_first[name], run.heldout_last[name]]
 
 
 def _parameters(folder: Path) -> int:

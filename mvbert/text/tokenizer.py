@@ -380,9 +380,8 @@ class MixedTokenizer:
         casings = [(v.lowercase, v.strip_accents) for v in (self.teacher, self.student)]
         if casings[0] != casings[1]:
             raise InputError(
-                f"the teacher's vocabulary is {self.teacher.casing} (lowercase="
-                f"{self.teacher.lowercase}) and the student's {self.student.casing} (lowercase="
-                f"{self.student.lowercase}); both must normalise words alike"
+                f"the teacher's vocabulary is {self.teacher.casing} and the student's "
+                f"{self.student.casing}; both must normalise words alike"
             )
         if self.teacher.size + self.student.size > LIMIT:
             raise InputError("the two vocabularies have more than 2^31 - 1 pieces together")

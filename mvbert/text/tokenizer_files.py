@@ -59,7 +59,7 @@ def read_tokenizer_files(
         )
     lower, strip, assumed = files.casing(lowercase, strip_accents)
     return {
-        **_with_added(files.pieces(), files.added()),
+        **_with_added(files.pieces(), files.added(), files.source),
         "lowercase": lower,
         "strip_accents": strip,
         "assumed": assumed,
@@ -73,7 +73,7 @@ def _read_file(path: Path, lowercase: bool | None, strip_accents: bool | None) -
     strip: bool | None = None
     if path.suffix == ".json":
         tokenizer = _TokenizerJson(path)
-        pieces = _with_added(tokenizer.pieces(), tokenizer.added())
+        pieces = _with_added(tokenizer.pieces(), tokenizer.added(), path)
         configured: bool | None = tokenizer.lowercase
         strip = tokenizer.strip_accents
     else:
@@ -94,8 +94,10 @@ def _read_file(path: Path, lowercase: bool | None, strip_accents: bool | None) -
     }
 
 
-def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[str, Any]:
-    """Appends missing added pieces to the pieces, in the order of their ids."""
+def _with_added(
+    pieces: tuple[str, ...], entries: Iterable["_Entry"], source: Path
+) -> dict[str, Any]:
+    """Appends missing added pieces to the pieces of `source`, in the order of their ids."""
     ids = {piece: id for id, piece in enumerate(pieces)}
     merged: dict[str, _Entry] = {}
     for entry in entries:
@@ -114,6 +116,11 @@ def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[st
     for entry in sorted(merged.values(), key=lambda e: (e.id is None, e.id or 0)):
         expected = ids.get(entry.content, past)
         if entry.id not in (None, expected):
+            if expected == past and entry.id is not None and entry.id < len(pieces):
+                raise InputError(
+                    f"{entry.source} gives {entry.content!r} the id {entry.id}, which is that of "
+                    f"{pieces[entry.id]!r} in {source}"
+                )
             raise InputError(
                 f"{entry.source} gives {entry.content!r} the id {entry.id}, expected {expected}: "
                 "the id of its piece, or the next one after the vocabulary"

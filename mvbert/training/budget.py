@@ -29,7 +29,7 @@ from mvbert.training.task import Task
 from mvbert.training.train import heldout_means
 
 PLAN_FILE = "plan.json"  # in the job's folder
-FLOOR = 0.1  # the smallest share of the steps: fewer train nothing useful
+FLOOR = 0.05  # the smallest share of the steps: fewer train nothing useful
 SLACK = 0.9  # share of the time left to plan for; the rest is for checkpoints, reports and slowdown
 TIMED_STEPS = 3  # at least; more if they fit into TIMED_SECONDS
 TIMED_SECONDS = 1.0

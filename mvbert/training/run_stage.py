@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
 from mvbert.errors import InputError
@@ -18,7 +20,7 @@ from mvbert.training.machine import pass_products, set_up
 from mvbert.training.ranks import join_ranks
 from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.task import Task
-from mvbert.training.train import finished, train
+from mvbert.training.train import RunReport, finished, train
 
 
 def checked_corpus(folder: Path) -> Corpus:
@@ -31,6 +33,12 @@ def checked_corpus(folder: Path) -> Corpus:
     return Corpus.open(folder)
 
 
+def load_student_vocab(vocab_file: Path, corpus: Corpus, teacher: Vocab) -> Vocab:
+    """The student's vocabulary, with the corpus's normaliser and the teacher's added pieces."""
+    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
+    return vocab.with_added_of(teacher)
+
+
 def run_stage1(
     config: Stage1Config,
     row: RowConfig,
@@ -41,7 +49,7 @@ def run_stage1(
     *,
     deadline: float | None = None,
     dtype: Choice | None = None,
-) -> dict[str, Json]:
+) -> RunReport:
     """Runs Stage I in the run folder `out`; returns its report.
 
     Args:
@@ -51,8 +59,7 @@ def run_stage1(
     progress = Progress("stage 1")
     config = config.counted(row.length)
     shape, teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
-    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
-    vocab = vocab.with_added_of(teacher_vocab)
+    vocab = load_student_vocab(vocab_file, corpus, teacher_vocab)
 
     def describe() -> dict[str, Json]:
         return {
@@ -82,7 +89,7 @@ def run_stage2(
     *,
     deadline: float | None = None,
     dtype: Choice | None = None,
-) -> dict[str, Json]:
+) -> RunReport:
     """Runs Stage II in the run folder `out`, from a result of Stage I; returns its report.
 
     Args:
@@ -116,13 +123,18 @@ def _run(
     progress: Progress,
     deadline: float | None,
     dtype: Choice | None,
-) -> dict[str, Json]:
+) -> RunReport:
     """Trains, unless the run folder already holds the complete result."""
     ranks = join_ranks()
     description = ranks.first(describe)
-    if (report := ranks.first(lambda: finished(out, description, config))) is not None:
+
+    def look() -> dict[str, Any] | None:
+        report = finished(out, description, config, row)
+        return None if report is None else asdict(report)
+
+    if (values := ranks.first(look)) is not None:
         progress.note(f"{out} is complete")
-        return report
+        return RunReport(**values)
     products = pass_products(config, row, huggingface.read_model_config(teacher))
     device = set_up(config, out, products, dtype)
     return train(make_task(device), config, device, out, description, progress, deadline)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from mvbert.config import TrainConfig
+from mvbert.config import RowConfig, TrainConfig
 from mvbert.errors import InputError, Interrupted, OutOfTime
 from mvbert.files import Json, atomic_folder
 from mvbert.model.encoder import compile_layers
@@ -51,7 +51,7 @@ def train(
     description: dict[str, Json],
     progress: Progress,
     deadline: float | None = None,
-) -> dict[str, Json]:
+) -> RunReport:
     """Trains a task to its last step, resuming from the newest complete checkpoint in `out`.
 
     Under torchrun every rank must call it; rank 0 writes, all return the report.
@@ -64,7 +64,7 @@ def train(
             from now. A command with several runs passes the same deadline to all.
 
     Returns:
-        The report: the result's folder, steps, pieces seen, first and last held-out evaluation.
+        The report, the same in all processes.
 
     Raises:
         InputError: `out` holds another run, or a file cannot be written.
@@ -124,7 +124,7 @@ def train(
         ranks.first(run.write_result)
         if ranks.any(stop.requested)[0]:
             raise Interrupted(f"{out} is complete; run the same command again to continue")
-        return ranks.first(lambda: _report(out, config, run.pieces_per_step))
+        return RunReport(**ranks.first(lambda: asdict(_report(out, config, run.pieces_per_step))))
 
 
 @dataclass(frozen=True)
@@ -316,23 +316,45 @@ def heldout_means(
 # ---- the report ----------------------------------------------------------------------------------
 
 
-def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> dict[str, Json]:
+@dataclass(frozen=True)
+class RunReport:
+    """What a complete run reports."""
+
+    output: str
+    """Folder of the result."""
+    steps: int
+    pieces: int
+    """Pieces of all training rows."""
+    heldout_first: dict[str, float | None]
+    """Held-out means before the first step, by the names of the log."""
+    heldout_last: dict[str, float | None]
+    """And after the last."""
+
+    @property
+    def loss(self) -> float:
+        """The last held-out loss, in nats per masked piece."""
+        loss = self.heldout_last["loss"]
+        assert loss is not None  # the held-out text has masked pieces
+        return loss
+
+
+def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> RunReport:
     evaluations = [line for line in read_log(out) if "heldout" in line]
     if not evaluations:
         raise InputError(f"{out / 'log.jsonl'} has no evaluation; restore it, or remove {out}")
-    return {
-        "output": str(out / "model"),
-        "steps": config.steps,
-        "pieces": config.steps * pieces_per_step,
-        "heldout_first": evaluations[0]["heldout"],
-        "heldout_last": evaluations[-1]["heldout"],
-    }
+    return RunReport(
+        output=str(out / "model"),
+        steps=config.steps,
+        pieces=config.steps * pieces_per_step,
+        heldout_first=evaluations[0]["heldout"],
+        heldout_last=evaluations[-1]["heldout"],
+    )
 
 
 def finished(
-    out: Path, description: dict[str, Json], config: TrainConfig
-) -> dict[str, Json] | None:
-    """The report of the run in `out` if it is complete, else None."""
+    out: Path, description: dict[str, Json], config: TrainConfig, row: RowConfig
+) -> RunReport | None:
+    """The report of a run that is already complete in `out`, or None."""
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
     if check_run(out / "run.json", description) is not None:
@@ -340,6 +362,5 @@ def finished(
     if checkpoint.check_manifest(out / "model") is not None:
         return None
     if max((record["step"] for record in read_log(out)), default=0) < config.steps:
-        return None  # the model is from fewer steps
-    length = description["row"]["length"]  # type: ignore[index,call-overload]
-    return _report(out, config, config.rows * int(length))  # type: ignore[arg-type]
+        return None  # the model is that of fewer steps
+    return _report(out, config, config.rows * row.length)

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mvbert.kernels import definitions as D
+from mvbert import functional as MF
+from mvbert.kernels.common import reduce_rows, split_heads
+from mvbert.kernels.layer_norm import residual_layer_norm_reference
+from mvbert.kernels.linear_cross_entropy import linear_cross_entropy_reference
+from mvbert.kernels.linear_kl import linear_kl_reference
+from mvbert.kernels.mixed_embedding import EmbeddingInputs, mixed_embedding_reference
+from mvbert.kernels.relation_kl import relation_kl_reference
 
 FAR = 10  # times the bound
 HALF = torch.float16
@@ -45,8 +51,8 @@ N, H, H_T, V = 13, 20, 12, 37
 
 
 def cross_entropy(h, w, b, labels, smoothing=0.1):
-    rows, _ = D.linear_cross_entropy_reference(h, w, labels, b, label_smoothing=smoothing)
-    return D.reduce_rows(rows, labels != D.IGNORE_INDEX, "mean")
+    rows, _ = linear_cross_entropy_reference(h, w, labels, b, label_smoothing=smoothing)
+    return reduce_rows(rows, labels != MF.IGNORE_INDEX, "mean")
 
 
 def label_without_gradient(h, w, b, labels):
@@ -72,7 +78,7 @@ def label_without_gradient(h, w, b, labels):
 )
 def test_linear_cross_entropy(mutant, draw, exceeds, device):
     labels = torch.randint(0, 15, (N,), device=device)
-    labels[2:-1:3] = D.IGNORE_INDEX
+    labels[2:-1:3] = MF.IGNORE_INDEX
     exceeds(
         lambda h, w, b: mutant(h, w, b, labels),
         lambda h, w, b: cross_entropy(h, w, b, labels),
@@ -82,7 +88,7 @@ def test_linear_cross_entropy(mutant, draw, exceeds, device):
 
 
 def kl(student, teacher, mask, tau=2.0):
-    return D.linear_kl_reference(*student, *teacher, temperature=tau, mask=mask).sum() / mask.sum()
+    return linear_kl_reference(*student, *teacher, temperature=tau, mask=mask).sum() / mask.sum()
 
 
 def fewer_pieces(h, w, b):
@@ -126,12 +132,12 @@ B, T, R, W, W_T = 2, 17, 2, 20, 40
 
 
 def relations(x, y, heads=R):
-    return D.relation_kl_reference(x, y, heads)
+    return relation_kl_reference(x, y, heads)
 
 
 def one_sided(x, y):
     """As if a score x_i x_j belonged to x_i alone: half of the gradient."""
-    s, r = D.split_heads(x, R), D.split_heads(y, R)
+    s, r = split_heads(x, R), split_heads(y, R)
     log_p = F.log_softmax(s @ s.mT.detach() * s.shape[-1] ** -0.5, -1)
     log_q = F.log_softmax(r @ r.mT * r.shape[-1] ** -0.5, -1)
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()
@@ -171,9 +177,8 @@ KINDS = (torch.arange(21).view(3, 7) > 11).long()
 
 
 def embedding(ids, t, s, p, k, w, b, kinds=KINDS, positions=None):
-    return D.mixed_embedding_reference(
-        ids, t, s, p, k, kinds.to(ids.device), positions, w, b, eps=1e-12
-    )
+    inputs = EmbeddingInputs(ids, t, s, p, k, kinds.to(ids.device), positions, w, b)
+    return mixed_embedding_reference(inputs, eps=1e-12)
 
 
 def norm(x, w, b, mean=True, divisor=0):
@@ -236,7 +241,7 @@ def test_mixed_embedding(mutant, draw, exceeds, device):
 def test_residual_layer_norm(mutant, draw, exceeds):
     exceeds(
         mutant,
-        lambda *x: D.residual_layer_norm_reference(*x, eps=1e-12),
+        lambda *x: residual_layer_norm_reference(*x, eps=1e-12),
         [draw(*s, dtype=HALF) for s in ((N, H), (N, H), (H,), (H,))],
         longest_sum=H,
     )
@@ -277,7 +282,7 @@ def test_dropout(mutant, draw, exceeds, device):
 def test_project_table(mutant, draw, exceeds):
     exceeds(
         mutant,
-        D.project_table_reference,
+        MF.project_table,
         [draw(*s, dtype=HALF) for s in ((V_S, 6), (H, 6), (H,))],
         longest_sum=H,
     )

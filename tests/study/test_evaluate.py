@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvbert.model.huggingface import load_masked_lm, load_vocab
+from mvbert.model.huggingface import load_masked_lm, read_shape
 from mvbert.study import evaluate
 from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.text.corpus import Corpus
@@ -42,7 +42,7 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
 
     opened = Corpus.open(corpus)
     model, _ = load_masked_lm(out / "model")
-    vocab = load_vocab(out / "model", model.config)
+    _, vocab = read_shape(out / "model")
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
     words = make_questions(opened.heldout, cut, places, 3, 16)
     cpu = Device(torch.device("cpu"), None, "")
@@ -59,7 +59,7 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
 
 def test_rows_are_no_more_than_the_held_out_text_has(training_inputs, tmp_path, run_eval, verb):
     teacher, corpus = training_inputs / "teacher", training_inputs / "corpus"
-    command = ("eval", teacher, "--corpus", corpus, *ROWS, "--words", 0)
+    command = ("eval", teacher, "--corpus", corpus, *ROWS, "--words", 0, "--dtype", "float32")
     report, said = verb(*command, "--eval-rows", 10**6)
     count = report["rows"]
     assert 8 < count < 1000
@@ -70,7 +70,7 @@ def test_rows_are_no_more_than_the_held_out_text_has(training_inputs, tmp_path, 
     run, said = verb(
         "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
         "-o", tmp_path / "run", "--shape", "1x64", "--steps", 1, "--rows", 4, *ROWS,
-        "--eval-rows", 10**6,
+        "--eval-rows", 10**6, "--dtype", "float32",
     )  # fmt: skip
     count = int(re.search(r"eval_rows 1000000: the held-out text has (\d+) rows", said)[1])
     report = run_eval(tmp_path / "run", corpus, "--words", 0, "--eval-rows", 10**6)

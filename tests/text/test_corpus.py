@@ -441,11 +441,15 @@ def test_the_same_corpus_is_kept_and_another_refused(awkward, tmp_path):
     before = (out / "manifest.json").stat().st_ino
     assert build_corpus([awkward], out) == manifest
     assert (out / "manifest.json").stat().st_ino == before
-    with pytest.raises(InputError, match=r"c holds another corpus \(other lowercase, heldout\)"):
+    with pytest.raises(
+        InputError, match=r"c holds another corpus \(different lowercase, heldout\)"
+    ):
         build_corpus([awkward], out, lowercase=False, seed=5)
     with awkward.open("r+b") as file:
         file.write(b"S")  # same size
-    with pytest.raises(InputError, match=r"c holds another corpus \(other texts\); give another"):
+    with pytest.raises(
+        InputError, match=r"c holds another corpus \(different texts\); give another"
+    ):
         build_corpus([awkward], out)
     assert (out / "manifest.json").stat().st_ino == before
     assert build_corpus([awkward], out, overwrite=True) != manifest

@@ -488,8 +488,11 @@ def test_words_of_a_million_letters(tokenizer, mixed):
 def test_ids_and_places_are_of_31_bits(tokenizer, mixed):
     """What does not fit is refused before anything is made of it."""
     with pytest.raises(InputError, match="has 2147483648 pieces; ids are 32-bit, so at most"):
-        vocab_module._check_pieces(range(2**31), "the vocabulary", "id", 0)
-    sizes = [SimpleNamespace(size=size, lowercase=True) for size in (2**31 - 100, 100)]
+        vocab_module.check_pieces(range(2**31), "the vocabulary", "id", 0)
+    sizes = [
+        SimpleNamespace(size=size, lowercase=True, strip_accents=True)
+        for size in (2**31 - 100, 100)
+    ]
     with pytest.raises(InputError, match=r"more than 2\^31 - 1 pieces together"):
         MixedTokenizer(*sizes)
     with mmap.mmap(-1, 2**31) as nothing, memoryview(nothing) as text:  # never touched
@@ -621,7 +624,7 @@ def test_mixed_refuses(mixed):
         mixed.encode_batch(["a", b"b\xff"])
     with pytest.raises(InputError, match="list of texts"):
         mixed.encode_batch("hello")
-    with pytest.raises(InputError, match="lowercase=True and the student's False"):
+    with pytest.raises(InputError, match="is uncased and the student's cased"):
         MixedTokenizer(Vocab(PIECES), Vocab(STUDENT, lowercase=False))
 
 
@@ -839,6 +842,6 @@ def test_the_page_counts_what_differs_from_the_fast_tokenizer(root, shared_file)
 
 def test_core_refuses_special_pieces_with_spaces():
     wordpiece_ = _core.WordPiece(["[UNK]", "a"], 0)
-    for special in ([("a b", 0)], [("", 0)], [("x", 2)], [("x", -1)]):
+    for special in ([("a b", 0, False)], [("", 0, True)], [("x", 2, False)], [("x", -1, True)]):
         with pytest.raises(ValueError, match="special piece"):
             _core.Tokenizer(lowercase=True, teacher=wordpiece_, special=special)

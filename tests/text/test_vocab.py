@@ -352,7 +352,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path):
     for files, message in [
         ({"tokenizer.json": cased}, "lowercase false .* do_lower_case true .*the defaults"),
         ({"tokenizer.json": cased, "vocab.txt": None}, "lowercase false .* do_lower_case true"),
-        ({"tokenizer.json": cased, "tokenizer_config.json": {"do_lower_case": True}}, "both say"),
+        ({"tokenizer.json": cased, "tokenizer_config.json": {"do_lower_case": True}}, "them agree"),
         (
             {"tokenizer.json": tokenizer_json(tmp_path),
              "tokenizer_config.json": {"do_lower_case": False}},

@@ -91,8 +91,8 @@ def test_what_was_measured_is_told(tmp_path):
     )
     hopeless = Job(tmp_path / "hopeless", 100.0)
     assert hopeless.share == FLOOR
-    assert "even 10% of the steps take" in hopeless.notes[1]
-    assert "stage1 15, a 80, b 80" in hopeless.notes[1]
+    assert "even 5% of the steps take" in hopeless.notes[1]
+    assert "stage1 8, a 40, b 40" in hopeless.notes[1]
 
 
 @pytest.mark.parametrize("slower", [1.0, 4.0])
