@@ -265,7 +265,7 @@ def test_a_teacher_without_a_vocabulary(ground, refused):
 def test_a_teacher_whose_weights_are_not_what_their_name_says(ground, refused):
     weights = ground / "teacher" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
-    refused(stage1(ground, "new"), "pytorch_model.bin", "not a whole PyTorch file")
+    refused(stage1(ground, "new"), "pytorch_model.bin", "not a complete PyTorch file")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, 5000])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvbert import distill
+from mvbert import cli, distill
 from mvbert.config import DistillConfig, load_toml
 from mvbert.model import huggingface
 from mvbert.text.tokenizer import WordPieceTokenizer
@@ -230,6 +230,15 @@ def test_help_version_and_what_is_said_without_a_verb(tmp_path):
         done = mvbert(tmp_path, *args)
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout.lower()
+    usage = mvbert(tmp_path, "--help").stdout
+    train = mvbert(tmp_path, "train", "--help").stdout
+    for stage, command in cli.TrainCommand.stages.items():
+        assert f"--stage {stage}  {command.__doc__.splitlines()[0]}\n" in train
+        assert f"Example: mvbert train --stage {stage} " in command.__doc__
+    assert "mvbert train --stage 1 --help" in train
+    for verb, command in cli.VERBS.items():
+        assert f"  {verb:8} {command.__doc__.splitlines()[0]}\n" in usage
+        assert verb == "train" or f"Example: mvbert {verb} " in command.__doc__
     assert mvbert(tmp_path, "--version").stdout.startswith("mvbert 0.")
     bare = mvbert(tmp_path)
     assert bare.returncode == 2

@@ -1,4 +1,4 @@
-"""The definition of a training row in plain Python; csrc/mixer is tested against it.
+"""Reference implementation of csrc/mixer in plain Python, used in tests.
 
 A row is T pieces: [CLS], words of the stream, [SEP] last. Each word is cut by one of the two
 vocabularies, whole words are masked, and every choice is a number of Philox4x32-10 (Salmon et al.,
