@@ -15,6 +15,9 @@ SpecialPieces::SpecialPieces(const std::vector<SpecialPiece>& pieces, const Word
       throw std::invalid_argument("a special piece must have letters and no space, got '" + piece +
                                   "'");
     }
+    if (id < 0) {
+      throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id));
+    }
     std::string text = piece;
     if (is_normalized) {
       Words words;

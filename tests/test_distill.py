@@ -100,7 +100,7 @@ def test_one_command_makes_students_and_a_second_one_finds_them(job, whole, verb
     assert report["stage1_student_loss"] == ends
     assert ends[0] != ends[1]
     assert report["filled"][0]["student"].startswith("The [")
-    for part in ("Stage I, held-out loss", "distilled", "teacher"):
+    for part in ("Stage I held-out loss", "distilled", "teacher"):
         assert part in whole.stdout
 
     student, missing = huggingface.load_masked_lm(job / report["output"], complete=True)
@@ -312,7 +312,7 @@ def test_accents_and_added_pieces_reach_the_student(tmp_path, verb, refused, wri
 
 
 def test_a_cased_teacher_whose_folder_does_not_say_so(tmp_path, verb, refused, training_inputs):
-    """It is read as transformers reads it, with a warning that counts; --cased reads it as it is."""
+    """It is read as transformers reads it, with a warning; --cased reads it as cased."""
     teacher = shutil.copytree(training_inputs / "teacher", tmp_path / "teacher")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (teacher / name).unlink()
@@ -325,10 +325,10 @@ def test_a_cased_teacher_whose_folder_does_not_say_so(tmp_path, verb, refused, t
              "--embedding-size", 64, "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     corpus = training_inputs / "corpus"
     shutil.copy(training_inputs / "stage1" / "student_vocab.txt", tmp_path / "student.txt")
-    command = ["train", "--stage", 1, "--corpus", corpus, "--teacher", teacher,
-               "--student-vocab", tmp_path / "student.txt", *train, "-o", tmp_path / "run"]  # fmt: skip
+    command = ["train", "--stage", 1, "--corpus", corpus, "--teacher", teacher, "--student-vocab"]
+    command += [tmp_path / "student.txt", *train, "-o", tmp_path / "run"]
     _, said = verb(*command)
-    assert f"assumed uncased, as nothing in its folder says so: {count} of its" in said
+    assert f"assumed uncased, as no file in its folder says: {count} of its" in said
     refused([*command[:-1], tmp_path / "other", "--cased"], "is cased but the corpus", "is uncased")
 
     cased = tmp_path / "cased"

@@ -100,7 +100,7 @@ class _Side:
             vocab.size,
         )
         self.cls, self.sep, self.mask = base + vocab.cls, base + vocab.sep, base + vocab.mask
-        special = {vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad}
+        special = {vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad, *vocab.unread_ids}
         self.ordinary = [base + i for i in range(vocab.size) if i not in special]
 
     def pieces(self, word: int) -> list[int]:

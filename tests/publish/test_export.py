@@ -232,7 +232,7 @@ def test_what_is_read_is_not_overwritten(training_inputs, tmp_path, refused):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for source, out in ((model, model), (tmp_path / "run", tmp_path / "run"), (model, corpus)):
         command = ["export", source, "-o", out, "--overwrite", "--corpus", corpus]
-        refused(command, f"{out} holds ")
+        refused(command, f"{out} contains the input ")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -478,7 +478,7 @@ def test_of_two_exports_into_one_folder_the_second_is_refused(
         return real(*args)
 
     monkeypatch.setattr(export, "to_onnx", meanwhile)
-    refused(command, f"{out} was written by another command meanwhile")
+    refused(command, f"another command wrote {out} meanwhile")
     assert [p.name for p in out.rglob("*")] == ["onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

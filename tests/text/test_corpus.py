@@ -892,7 +892,7 @@ def test_accents_stay_in_a_corpus_that_keeps_them(tmp_path, command_line, verb, 
     assert (corpus.lowercase, corpus.strip_accents) == (True, False)
     assert {"ärger", "über", "école"} <= {word.decode() for word in corpus.words}
     verb("corpus", text, "-o", out, "--keep-accents")  # it is there already
-    refused(["corpus", text, "-o", out], "other strip_accents")
+    refused(["corpus", text, "-o", out], "different strip_accents")
     pieces = (*SPECIAL_PIECES, "ärger", "über")
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(pieces) + "\n")

@@ -390,7 +390,7 @@ def test_files(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"text\.txt looks like UTF-16LE, not UTF-8; convert it"):
         tokenizer.encode_file(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe is no regular file"):
+    with pytest.raises(InputError, match="pipe is not a regular file"):
         tokenizer.encode_file(tmp_path / "pipe")
 
 
