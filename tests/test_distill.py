@@ -303,7 +303,7 @@ def test_accents_and_added_pieces_reach_the_student(tmp_path, verb, refused, wri
 
 
 def test_a_cased_teacher_whose_folder_does_not_say_so(tmp_path, verb, refused, training_inputs):
-    """It is read as transformers reads it, with a warning that counts; --cased reads it as it is."""
+    """Read as transformers reads it, with a warning that counts; --cased reads it as it is."""
     teacher = shutil.copytree(training_inputs / "teacher", tmp_path / "teacher")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (teacher / name).unlink()
@@ -317,7 +317,8 @@ def test_a_cased_teacher_whose_folder_does_not_say_so(tmp_path, verb, refused, t
     corpus = training_inputs / "corpus"
     shutil.copy(training_inputs / "stage1" / "student_vocab.txt", tmp_path / "student.txt")
     command = ["train", "--stage", 1, "--corpus", corpus, "--teacher", teacher,
-               "--student-vocab", tmp_path / "student.txt", *train, "-o", tmp_path / "run"]  # fmt: skip
+               "--student-vocab", tmp_path / "student.txt", *train,
+               "-o", tmp_path / "run"]  # fmt: skip
     _, said = verb(*command)
     assert f"assumed uncased, as nothing in its folder says so: {count} of its" in said
     refused([*command[:-1], tmp_path / "other", "--cased"], "is cased but the corpus", "is uncased")
