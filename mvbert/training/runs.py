@@ -30,8 +30,8 @@ def make_folder(out: Path) -> None:
         raise write_error(out, error) from error
 
 
-# Settings that not every version has, each with the value at which it has no effect (None: no effect
-# at any value if its companion setting has none): a run without the setting is the same run.
+# Settings that not every version has, each with the value at which it has no effect (None: none at
+# any value if its companion setting has none): a run without the setting is the same run.
 NEUTRAL: dict[str, Json] = {
     "row.late_length": 0,
     "row.late_share": None,
