@@ -169,7 +169,7 @@ def edit_config(folder, **changes):
             lambda f: edit_config(f, num_hidden_layers=3),
             "no bert.encoder.layer.2.attention.self.query.weight, bert.",
         ),
-        (lambda f: edit_config(f, intermediate_size=65), "config.json says"),
+        (lambda f: edit_config(f, intermediate_size=65), "config.json implies"),
         (
             lambda f: edit_config(f, position_embedding_type="relative_key"),
             "only absolute position embeddings",
