@@ -7,13 +7,18 @@
 
 namespace mvbert {
 
-SpecialPieces::SpecialPieces(const std::vector<SpecialPiece>& pieces, const WordSplitter& splitter)
+SpecialPieces::SpecialPieces(const std::vector<SpecialPiece>& pieces, const WordSplitter& splitter,
+                             std::size_t vocabulary_size)
     : options_(splitter.options()) {
   std::vector<std::pair<std::string, std::int32_t>> normalized;
   for (const auto& [piece, id, is_normalized] : pieces) {
     if (piece.empty() || piece.find_first_of(" \t\r\n") != std::string::npos) {
       throw std::invalid_argument("a special piece must have letters and no space, got '" + piece +
                                   "'");
+    }
+    if (id < 0 || static_cast<std::size_t>(id) >= vocabulary_size) {
+      throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id) +
+                                  ", outside the vocabulary");
     }
     std::string text = piece;
     if (is_normalized) {

@@ -1,7 +1,7 @@
 """The C++ mixer against the plain definition of a row, and what every row must be."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ class FakeVocab:
     cls: int = 2
     sep: int = 3
     mask: int = 4
+    unread_ids: tuple[int, ...] = ()
+    ids: dict[str, int] = field(default_factory=dict)
 
     @property
     def special(self) -> set[int]:
