@@ -265,7 +265,7 @@ def test_a_teacher_without_a_vocabulary(ground, refused):
 def test_a_teacher_whose_weights_are_not_what_their_name_says(ground, refused):
     weights = ground / "teacher" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
-    refused(stage1(ground, "new"), "pytorch_model.bin", "not a whole PyTorch file")
+    refused(stage1(ground, "new"), "pytorch_model.bin", "not a complete PyTorch file")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, 5000])
@@ -591,6 +591,8 @@ def test_models_that_are_none(ground, refused, verb):
     refused(verb(ground, ground / "corpus"), "config.json", "does not exist")
     config = ground / "teacher" / "tokenizer_config.json"
     config.write_text(config.read_text().replace("true", "false", 1))
+    refused(verb(ground, ground / "teacher"), "tokenizer.json: normalizer has lowercase true")
+    (ground / "teacher" / "tokenizer.json").unlink()
     refused(verb(ground, ground / "teacher"), "cased", ground / "corpus")
     weights = ground / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -18,7 +18,7 @@ from mvbert.errors import InputError
 from mvbert.files import data_folder, data_path
 from mvbert.study.probe import read_sst2
 from mvbert.study.study import StudyConfig
-from mvbert.text.readers import text_files
+from mvbert.text.readers import find_texts
 
 PAIRS = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
 MNLI = (
@@ -222,7 +222,7 @@ def test_wikipedia_becomes_four_parts_and_a_heldout_file(get_data, publisher, tm
     titles = [document.split("\n")[0] for part in documents for document in part]
     assert sorted(titles) == sorted(f"Title {n}" for n in range(310))
     assert not any("Heading" in document for part in documents for document in part)
-    assert text_files(files) == files
+    assert find_texts(files).files == files
 
 
 def test_a_download_that_is_cut_off_continues_where_it_was(get_data, publisher, tmp_path, capsys):
@@ -372,13 +372,13 @@ def test_data_paths_lead_to_the_folder_that_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("MVBERT_DATA", str(tmp_path))
     (tmp_path / "a.txt").write_text("text\n")
     assert data_path("data:a.txt") == tmp_path / "a.txt"
-    assert text_files(["data:a.txt"]) == [tmp_path / "a.txt"]
+    assert find_texts(["data:a.txt"]).files == [tmp_path / "a.txt"]
     assert data_path("a.txt").parts == ("a.txt",)
 
 
 def test_a_missing_data_file_names_the_script_that_brings_it(tmp_path, monkeypatch):
     monkeypatch.setenv("MVBERT_DATA", str(tmp_path))
-    for read in (text_files, lambda paths: read_sst2(paths[0])):
+    for read in (find_texts, lambda paths: read_sst2(paths[0])):
         with pytest.raises(InputError, match=r"gone\.txt does not exist.*get_data\.py"):
             read(["data:gone.txt"])
 

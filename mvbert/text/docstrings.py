@@ -1,7 +1,7 @@
-"""The text that the demo reads, nothing of it downloaded or redistributed.
+"""The demo's text: the docstrings of installed Python packages, as prose.
 
-It is the documentation strings of installed Python packages, read from their source files (nothing
-is imported) and stripped of code, tables and markup until prose is left.
+They are read from source files (nothing is imported or downloaded) and stripped of code, tables and
+markup.
 """
 
 import ast
@@ -23,7 +23,7 @@ PACKAGES = ("stdlib", "torch", "numpy", "sympy", "networkx")
 
 
 class TextReport(TypedDict):
-    """What `docstring_corpus` wrote; `packages` has the bytes from each one."""
+    """Statistics of `docstring_corpus`; `packages` has the bytes of each package."""
 
     path: str
     documents: int
@@ -34,11 +34,11 @@ class TextReport(TypedDict):
 
 
 def docstring_corpus(out_path: str | Path, packages: Sequence[str] = PACKAGES) -> TextReport:
-    """Writes the documentation strings of installed packages as a text corpus.
+    """Writes the docstrings of installed packages as a text file.
 
-    One module is one document: a paragraph a line, a blank line between documents. A paragraph
-    that came before, anywhere, is left out. The same installed packages give the same bytes.
-    Takes half a minute, nearly all of it in Python's parser.
+    One module is one document: a paragraph per line, a blank line between documents. Repeated
+    paragraphs are skipped. The same installed packages give the same bytes. Takes half a minute,
+    nearly all of it in Python's parser.
 
     Args:
         out_path: the file to write, atomically.
@@ -79,7 +79,7 @@ ATTACHING = frozenset({"add_docstr", "_add_docstr", "add_newdoc", "add_docstr_al
 
 
 def module_sources(package: str) -> list[Path]:
-    """The Python files of a package (or "stdlib"), sorted; found without importing anything."""
+    """The Python files of a package (or "stdlib"), sorted, located without importing it."""
     if package == "stdlib":
         folder = Path(sysconfig.get_path("stdlib"))
     else:
@@ -92,8 +92,8 @@ def module_sources(package: str) -> list[Path]:
         if spec.submodule_search_locations is None:
             return [Path(spec.origin)]  # a package of one module
         folder = Path(spec.origin).parent
-    found = (path.relative_to(folder) for path in folder.rglob("*.py"))
-    own = [path for path in found if NOT_OWN.isdisjoint(path.parts)]
+    paths = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    own = [path for path in paths if NOT_OWN.isdisjoint(path.parts)]
     return [folder / path for path in sorted(own, key=Path.as_posix)]
 
 
@@ -258,7 +258,7 @@ def plain(text: str) -> str:
 
 
 def role_text(content: str) -> str:
-    """What a reader sees of :role:`content`."""
+    """The displayed text of :role:`content`."""
     if "<" in content:
         return content.split("<")[0].strip()
     return content.rsplit(".", 1)[-1] if content.startswith("~") else content

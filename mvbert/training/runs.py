@@ -30,9 +30,9 @@ def make_folder(out: Path) -> None:
         raise write_error(out, error) from error
 
 
-# Settings of earlier versions, each with the value at which it had no effect (None: no effect at
-# any value if its companion setting has none).
-RETIRED: dict[str, Json] = {
+# Settings that not every version has, each with the value at which it has no effect (None: none at
+# any value if its companion setting has none): a run without the setting is the same run.
+NEUTRAL: dict[str, Json] = {
     "row.late_length": 0,
     "row.late_share": None,
     "train.optimizer": "adamw",
@@ -44,16 +44,18 @@ RETIRED: dict[str, Json] = {
     "train.logits_weight_end": -1.0,
     "train.hidden_weight_end": -1.0,
     "train.relations_weight_end": -1.0,
+    "train.cased": False,
+    "teacher_shape.tie_word_embeddings": True,
 }
 
 
-def _without_retired(description: dict[str, Any]) -> dict[str, Any]:
-    """Removes retired settings that had no effect from a description.
+def _without_neutral(description: dict[str, Any]) -> dict[str, Any]:
+    """Removes settings without effect that other versions lack from a description.
 
-    Its tables are those of run.json (row, train) or distill.json (row, stage1).
+    Its tables are those of run.json (row, train, teacher_shape) or distill.json (row, stage1).
     """
     kept = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
-    for setting, neutral in RETIRED.items():
+    for setting, neutral in NEUTRAL.items():
         table, name = setting.split(".")
         for values in (kept.get(t) for t in ((table, "stage1") if table == "train" else (table,))):
             if isinstance(values, dict) and name in values and neutral in (None, values[name]):
@@ -88,9 +90,9 @@ def check_run(path: Path, description: dict[str, Json]) -> int | None:
         The earlier number of steps if it is higher now; None if nothing differs.
     """
     recorded = read_json_object(path).get("description")
-    wanted: Any = _without_retired(json.loads(json.dumps(description)))
+    wanted: Any = _without_neutral(json.loads(json.dumps(description)))
     if isinstance(recorded, dict):
-        recorded = _without_retired(recorded)
+        recorded = _without_neutral(recorded)
     if recorded == wanted:
         return None
     if isinstance(recorded, dict):

@@ -153,13 +153,13 @@ def edit_config(folder, **changes):
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "pytorch_model.bin: not a whole PyTorch file",
+            "pytorch_model.bin is not a complete PyTorch file",
         ),
         (
             lambda f: (f / "model.safetensors").write_bytes(
                 (f / "model.safetensors").read_bytes()[:-4]
             ),
-            "not a whole safetensors file",
+            "not a complete safetensors file",
         ),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
         (lambda f: edit_config(f, model_type="roberta"), "model_type is 'roberta'"),
@@ -190,7 +190,7 @@ def test_a_vocabulary_of_another_size_is_refused(folder, student_vocab):
         (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
         rows = student_vocab.size + (512 if len(pieces) < student_vocab.size else 0)
         edit_config(folder, vocab_size=rows)
-        with pytest.raises(InputError, match="do not belong together"):
+        with pytest.raises(InputError, match="do not match"):
             huggingface.read_shape(folder)
 
 
@@ -414,7 +414,7 @@ def test_pytorch_files_are_read_as_tensors_alone(folder, ids):
     whole = file.read_bytes()
     for part in (b"", whole[:100], whole[: len(whole) // 2], whole[:-7], b"x" + whole):
         file.write_bytes(part)
-        with pytest.raises(InputError, match=r"pytorch_model\.bin: not a whole PyTorch file"):
+        with pytest.raises(InputError, match=r"pytorch_model\.bin is not a complete PyTorch file"):
             huggingface.load_masked_lm(folder)
 
     class Spy:
@@ -423,7 +423,7 @@ def test_pytorch_files_are_read_as_tensors_alone(folder, ids):
 
     torch.save({**tensors, "x": Spy()}, file)
     with pytest.raises(
-        InputError, match=r"asks for \S*mkdir, which is no tensor and could run code"
+        InputError, match=r"contains \S*mkdir, which is not a tensor and could run code"
     ):
         huggingface.load_masked_lm(folder)
     assert not (folder / "owned").exists()

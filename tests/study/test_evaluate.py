@@ -63,7 +63,7 @@ def test_rows_are_no_more_than_the_held_out_text_has(training_inputs, tmp_path, 
     report, said = verb(*command, "--eval-rows", 10**6)
     count = report["rows"]
     assert 8 < count < 1000
-    assert f"eval_rows 1000000: the held-out text has {count} rows" in said
+    assert f"eval_rows is 1000000, but the held-out text has {count} rows" in said
     exact, said = verb(*command, "--eval-rows", count)
     assert "the held-out text has" not in said
     assert {**exact, "seconds": 0} == {**report, "seconds": 0}
@@ -72,7 +72,7 @@ def test_rows_are_no_more_than_the_held_out_text_has(training_inputs, tmp_path, 
         "-o", tmp_path / "run", "--shape", "1x64", "--steps", 1, "--rows", 4, *ROWS,
         "--eval-rows", 10**6, "--dtype", "float32",
     )  # fmt: skip
-    count = int(re.search(r"eval_rows 1000000: the held-out text has (\d+) rows", said)[1])
+    count = int(re.search(r"eval_rows is 1000000, but the held-out text has (\d+) rows", said)[1])
     report = run_eval(tmp_path / "run", corpus, "--words", 0, "--eval-rows", 10**6)
     assert report["rows"] == count
     assert report["loss"] == pytest.approx(run["heldout_last"]["loss"], rel=1e-6)

@@ -161,7 +161,7 @@ def test_parts_of_a_study_can_be_run_apart(job, study):
     ]
     with pytest.raises(InputError, match=r"other settings \(stage1.eval_every"):
         study()
-    with pytest.raises(InputError, match="has no arm 'none', but nokd, paper"):
+    with pytest.raises(InputError, match="has no arm 'none'; its arms: nokd, paper"):
         study("--arms", "none")
 
 
@@ -213,7 +213,7 @@ def test_a_word_is_asked_for_piece_by_piece_in_its_document(corpus, student_voca
     cut = corpus.segment(student_vocab)
     stream = np.asarray(corpus.heldout)
     places = measures.choose_words(stream, 1000)
-    words = measures.ask(stream, cut, places, 2, 64)
+    words = measures.make_questions(stream, cut, places, 2, 64)
     assert words.count == len(places) - words.unknown
     assert words.unknown == words.trimmed == 0
     texts = [corpus.words[int(stream[place])].decode() for place in places]
@@ -241,12 +241,12 @@ def test_a_word_is_asked_for_piece_by_piece_in_its_document(corpus, student_voca
 def test_a_context_that_does_not_fit_loses_its_farthest_words(corpus, student_vocab):
     stream = np.asarray(corpus.heldout)
     places = measures.choose_words(stream, 20)
-    words = measures.ask(stream, corpus.segment(student_vocab), places, 30, 16)
+    words = measures.make_questions(stream, corpus.segment(student_vocab), places, 30, 16)
     assert words.trimmed > 0
     assert max(len(q.ids) for q in words.questions) <= 16
     # What is too long for any row is left out, not cut.
     places = measures.choose_words(stream, 1000)
-    tight = measures.ask(stream, corpus.segment(student_vocab), places, 30, 8)
+    tight = measures.make_questions(stream, corpus.segment(student_vocab), places, 30, 8)
     lengths = corpus.segment(student_vocab).lengths[stream[places]]
     assert tight.unknown == (lengths > 6).sum() > 0
 
@@ -254,7 +254,9 @@ def test_a_context_that_does_not_fit_loses_its_farthest_words(corpus, student_vo
 def test_a_word_with_an_unknown_piece_is_left_out(corpus, student_vocab):
     vocab = Vocab(tuple(piece for piece in student_vocab.pieces if piece not in ("e", "##e")))
     stream = np.asarray(corpus.heldout)
-    words = measures.ask(stream, corpus.segment(vocab), measures.choose_words(stream, 50), 2, 64)
+    words = measures.make_questions(
+        stream, corpus.segment(vocab), measures.choose_words(stream, 50), 2, 64
+    )
     assert 0 < words.unknown < 50
     assert words.count + words.unknown == 50
 
@@ -265,7 +267,7 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_every_piece(corpus, studen
     with torch.no_grad():
         model.embeddings.word.weight.zero_()  # all logits are alike
     stream = np.asarray(corpus.heldout)
-    words = measures.ask(
+    words = measures.make_questions(
         stream, corpus.segment(student_vocab), measures.choose_words(stream, 30), 3, 64
     )
     found = measures.bits_per_word(model, student_vocab.pad, words, CPU)
@@ -279,7 +281,7 @@ def test_what_is_measured_is_the_definition(corpus, student_vocab):
     model.init_weights(0)
     stream = np.asarray(corpus.heldout)
     cut = corpus.segment(student_vocab)
-    words = measures.ask(stream, cut, measures.choose_words(stream, 30), 3, 64)
+    words = measures.make_questions(stream, cut, measures.choose_words(stream, 30), 3, 64)
     count = np.bincount([question.word for question in words.questions])
     with torch.no_grad():  # says a word of one piece everywhere
         model.head.bias[next(q.piece for q in words.questions if count[q.word] == 1)] = 2.0
