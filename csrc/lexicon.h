@@ -19,8 +19,8 @@ namespace mvbert {
 // The empty word, id 0, ends a document in a word stream.
 inline constexpr std::uint32_t kDocumentMark = 0;
 
-// WordPiece turns every word of more than 100 code points into [UNK], so longer ones are kept cut to
-// 101: still over the limit, and the lexicon stays small.
+// WordPiece turns every word of more than 100 code points into [UNK], so longer ones are kept cut
+// to 101: still over the limit, and the lexicon stays small.
 inline constexpr std::size_t kMaxStoredCodePoints = 101;
 
 namespace internal {
@@ -42,10 +42,12 @@ std::string_view CutWord(std::string_view word);
 // A 64-bit hash of a word's bytes; the same on every machine of the same byte order.
 std::uint64_t HashWord(std::string_view word);
 
-// A word of at most 16 bytes as two numbers, padded with zeros. 16 bytes must be readable at `bytes`.
-inline void ShortWord(const char* bytes, std::size_t size, std::uint64_t* low, std::uint64_t* high) {
-  static constexpr unsigned char kKeep[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255,
-                                              255, 255, 255, 255, 255, 0};
+// A word of at most 16 bytes as two numbers, padded with zeros. 16 bytes must be readable at
+// `bytes`.
+inline void ShortWord(const char* bytes, std::size_t size, std::uint64_t* low,
+                      std::uint64_t* high) {
+  static constexpr unsigned char kKeep[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255,
+                                              255, 255, 255, 255, 255, 255, 255, 0};
   std::uint64_t keep_low, keep_high;
   std::memcpy(&keep_low, kKeep + 16 - size, 8);
   std::memcpy(&keep_high, kKeep + 24 - size, 8);
@@ -69,14 +71,17 @@ class Lexicon {
   Lexicon& operator=(const Lexicon&) = delete;
 
   // The id of a word of at most kMaxStoredCodePoints code points: the old one or the next free one.
-  // `hash` must be HashWord(word). Half of the slots at least are free, so a search ends. Throws std::length_error when 2^32 - 2 words are in.
+  // `hash` must be HashWord(word). Half of the slots at least are free, so a search ends. Throws
+  // std::length_error when 2^32 - 2 words are in.
   std::uint32_t Intern(std::string_view word, std::uint64_t hash);
 
   // Adds to the count of a word that is in. Precondition: id < size().
   void Count(std::uint32_t id, std::uint64_t times) { counts_[id] += times; }
 
-  // Takes back what Count added. Preconditions: id < size(), times <= count(id).
-  void Uncount(std::uint32_t id, std::uint64_t times) { counts_[id] -= times; }
+  // Counts every word of a stream once more, or once less. Throws std::invalid_argument naming the
+  // first id that is not in, or whose count is 0 already.
+  void CountStream(const std::uint32_t* ids, std::size_t size);
+  void UncountStream(const std::uint32_t* ids, std::size_t size);
 
   // Brings the place of a hash towards the cache, for an Intern that follows soon.
   void Prefetch(std::uint64_t hash) const;
@@ -87,6 +92,9 @@ class Lexicon {
     return std::string_view(bytes_).substr(begin, ends_[id] - begin);
   }
   std::uint64_t count(std::uint32_t id) const { return counts_[id]; }
+
+  // The words from id `first` on, each followed by a line break.
+  std::string Lines(std::uint32_t first) const;
 
   // The ids in their final order: the document mark, then by (count, high to low; bytes, low to
   // high). The result does not depend on the order in which words came in.
@@ -106,6 +114,33 @@ class Lexicon {
   std::vector<Slot> slots_;            // open addressing with linear probing, a power of two long
   int shift_;                          // hash >> shift_ is the first slot
 };
+
+// A lexicon in its final order. Word i is bytes[ends[i - 1], ends[i]), with ends[-1] = 0.
+struct FinalLexicon {
+  explicit FinalLexicon(const Lexicon& lexicon);
+
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::uint64_t> ends;
+  std::vector<std::uint64_t> counts;
+  std::vector<std::uint32_t> final_ids;  // of each id in `lexicon`
+};
+
+// The arrays of a final lexicon, somewhere in memory.
+struct LexiconView {
+  std::string_view bytes;
+  const std::uint64_t* ends;
+  const std::uint64_t* counts;
+  std::size_t words;
+};
+
+struct MergedLexicon {
+  FinalLexicon lexicon;
+  std::vector<std::vector<std::uint32_t>> final_ids;  // of the words of each part, in `lexicon`
+};
+
+// The union of lexicons, its counts their sums. Throws std::invalid_argument if a part's ends do
+// not ascend within its bytes, or if a word other than the first, the document mark, is empty.
+MergedLexicon MergeLexicons(const std::vector<LexiconView>& parts);
 
 }  // namespace mvbert
 

@@ -2,20 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 
+#include "huge_pages.h"
 #include "philox.h"
 #include "philox_blocks.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "share.h"
 
 namespace mvbert {
 namespace {
@@ -23,73 +17,10 @@ namespace {
 constexpr std::int32_t kIgnoreIndex = -100;
 constexpr std::uint32_t kOrderRounds = 6;
 constexpr std::uint64_t kAll = 0xFFFFFFFFu;
-constexpr std::uint64_t kRowsPerChunk = 64;     // whose starts are computed together
-constexpr std::uint64_t kRowsPerThread = 256;   // below that a thread costs more than it brings
-
-#if defined(__GNUC__)
-inline void Prefetch(const void* address) { __builtin_prefetch(address); }
-#define MVBERT_UNLIKELY(x) __builtin_expect(!!(x), 0)
-#define MVBERT_NOINLINE __attribute__((noinline))
-#else
-inline void Prefetch(const void*) {}
-#define MVBERT_UNLIKELY(x) (x)
-#define MVBERT_NOINLINE
-#endif
+constexpr std::uint64_t kRowsPerChunk = 64;    // whose starts are computed together
+constexpr std::uint64_t kRowsPerThread = 256;  // below that a thread costs more than it brings
 
 [[noreturn]] void Refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-// Calls work(first, last) on contiguous shares of [0, count), one in this thread. Throws what the
-// lowest share that threw has thrown.
-template <typename Work>
-void InThreads(std::uint64_t count, int threads, std::uint64_t least_share, const Work& work) {
-  if (threads <= 0) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  const std::uint64_t shares =
-      std::min<std::uint64_t>(static_cast<std::uint64_t>(threads),
-                              std::max<std::uint64_t>(1, count / least_share));
-  if (shares <= 1) {
-    work(0, count);
-    return;
-  }
-  std::vector<std::exception_ptr> errors(shares);
-  const auto share = [&](std::uint64_t i) {
-    try {
-      const std::uint64_t each = count / shares, more = count % shares;
-      const std::uint64_t first = i * each + std::min(i, more);
-      work(first, first + each + (i < more ? 1 : 0));
-    } catch (...) {
-      errors[i] = std::current_exception();
-    }
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(shares - 1);
-  std::uint64_t i = 1;
-  try {
-    for (; i < shares; ++i) helpers.emplace_back(share, i);
-  } catch (const std::system_error&) {
-    // No more threads to be had: this one does the rest.
-  }
-  share(0);
-  for (; i < shares; ++i) share(i);
-  for (std::thread& helper : helpers) helper.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
-}
-
-// Asks for huge pages, if the memory is large enough to hold some: rare words are anywhere in it, and
-// with small pages each costs a walk through the page tables as well. Before it is first written.
-void AdviseHugePages(void* data, std::size_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + size) / kPage * kPage;
-  // Where it is refused, rows come out the same.
-  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data;
-  (void)size;
-#endif
-}
 
 // Number k of 0, 1, 2, ... without the listed ones.
 template <typename Number>
@@ -170,8 +101,8 @@ PieceTable::PieceTable(const Segments* teacher, const Segments* student) {
     if (static_cast<std::size_t>(s.size) <= side.special.size()) {
       Refuse("the " + who + " vocabulary has only special pieces");
     }
-    side.ordinary = static_cast<std::uint32_t>(s.size) -
-                    static_cast<std::uint32_t>(side.special.size());
+    side.ordinary =
+        static_cast<std::uint32_t>(s.size) - static_cast<std::uint32_t>(side.special.size());
     base += s.size;
     if (base > std::numeric_limits<std::int32_t>::max()) {
       Refuse("the two vocabularies together have more than 2^31 - 1 pieces");
@@ -210,26 +141,26 @@ PieceTable::PieceTable(const Segments* teacher, const Segments* student) {
 
 StreamTotals StreamTotals::Of(const PieceTable& table, const std::uint32_t* stream,
                               std::size_t size, int threads) {
-  constexpr std::uint64_t kShare = 1 << 20;
+  constexpr std::size_t kEntries = std::size_t{1} << 20;  // a part; less is not worth a thread
   const std::size_t sides = table.sides_.size();
-  std::vector<StreamTotals> parts(size / kShare + 1);
-  InThreads(size, threads, kShare, [&](std::uint64_t first, std::uint64_t last) {
-    StreamTotals sum;
-    for (std::uint64_t i = first; i < last; ++i) {
-      if (MVBERT_UNLIKELY(stream[i] >= table.words_)) {
-        Refuse("the stream's entry " + std::to_string(i) + " is word " +
-               std::to_string(stream[i]) + ", the segmentation has " +
-               std::to_string(table.words_) + " words: were they made from another corpus?");
-      }
-      sum.marks += stream[i] == 0;
-      const PieceTable::Record* record = table.records_.data() + stream[i] * sides;
-      for (std::size_t side = 0; side < sides; ++side) {
-        sum.pieces[side] += record[side].count == PieceTable::kMark ? 1 : record[side].count;
-      }
-    }
-    // Shares are at least kShare long, so no two begin in the same place of `parts`.
-    parts[first / kShare] = sum;
-  });
+  std::vector<StreamTotals> parts(size / kEntries + 1);
+  ShareRanges(
+      size, parts.size(), threads, [&](std::size_t first, std::size_t last, std::size_t part) {
+        StreamTotals sum;
+        for (std::size_t i = first; i < last; ++i) {
+          if (__builtin_expect(stream[i] >= table.words_, 0)) {
+            Refuse("the stream's entry " + std::to_string(i) + " is word " +
+                   std::to_string(stream[i]) + ", the segmentation has " +
+                   std::to_string(table.words_) + " words: were they made from another corpus?");
+          }
+          sum.marks += stream[i] == 0;
+          const PieceTable::Record* record = table.records_.data() + stream[i] * sides;
+          for (std::size_t side = 0; side < sides; ++side) {
+            sum.pieces[side] += record[side].count == PieceTable::kMark ? 1 : record[side].count;
+          }
+        }
+        parts[part] = sum;
+      });
   StreamTotals total;
   for (const StreamTotals& part : parts) {
     total.marks += part.marks;
@@ -314,10 +245,10 @@ void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first)
       }
       pending.resize(left);
     }
-    const auto epoch_bits = Philox4x32(
-        {0, static_cast<std::uint32_t>(Purpose::kEpochOffset), static_cast<std::uint32_t>(epoch),
-         static_cast<std::uint32_t>(epoch >> 32)},
-        key);
+    const auto epoch_bits =
+        Philox4x32({0, static_cast<std::uint32_t>(Purpose::kEpochOffset),
+                    static_cast<std::uint32_t>(epoch), static_cast<std::uint32_t>(epoch >> 32)},
+                   key);
     const std::uint32_t offset = BelowN(epoch_bits[0], options_.stride);
     for (std::size_t i = 0; i < here; ++i) first[i] = first[i] * options_.stride + offset;
     first += here;
@@ -357,7 +288,8 @@ class Mixer::Scratch {
     number_ = number;
     draws_made_ = 0;
     // Where there is nothing to toss, the coins stay 0 and the threshold says it all.
-    student_threshold_ = static_cast<std::uint32_t>(std::min<std::uint64_t>(student_threshold, kAll));
+    student_threshold_ =
+        static_cast<std::uint32_t>(std::min<std::uint64_t>(student_threshold, kAll));
     if (kTwo && student_threshold > 0 && student_threshold <= kAll) {
       for (std::uint32_t i = 0; i < T; i += 64) {
         Blocks(i / 4, Purpose::kVocabulary, coins_.data() + i);
@@ -381,8 +313,7 @@ class Mixer::Scratch {
     } else {
       std::memcpy(ids + 1, ids_.data() + 1, sizeof(std::int32_t) * (second - 1));
       ids[second] = SideOf<kTwo>(T - 2).sep;
-      std::memcpy(ids + second + 1, ids_.data() + second,
-                  sizeof(std::int32_t) * (T - 2 - second));
+      std::memcpy(ids + second + 1, ids_.data() + second, sizeof(std::int32_t) * (T - 2 - second));
       std::memset(types, 0, second + 1);
       std::memset(types + second + 1, 1, T - 1 - second);
     }
@@ -401,11 +332,11 @@ class Mixer::Scratch {
 
   // Number i of the row's purpose kRow.
   std::uint32_t Draw(std::uint32_t i) {
-    if (MVBERT_UNLIKELY(i >= draws_made_)) DrawMore(i);
+    if (__builtin_expect(i >= draws_made_, 0)) DrawMore(i);
     return draws_[i];
   }
 
-  MVBERT_NOINLINE void DrawMore(std::uint32_t i) {
+  __attribute__((noinline)) void DrawMore(std::uint32_t i) {
     for (; i >= draws_made_; draws_made_ += 64) {
       Blocks(draws_made_ / 4, Purpose::kRow, draws_.data() + draws_made_);
     }
@@ -452,8 +383,9 @@ class Mixer::Scratch {
   // The part of Fill that words go through, alone so that all it needs stays in registers. Stops at
   // `wrap`, at `end` and at the end of a document.
   template <bool kTwo>
-  MVBERT_NOINLINE void FillWords(const std::uint32_t* entry, std::size_t wrap, std::size_t end,
-                                 std::size_t* slot_io, std::size_t* at_io) {
+  __attribute__((noinline)) void FillWords(const std::uint32_t* entry, std::size_t wrap,
+                                           std::size_t end, std::size_t* slot_io,
+                                           std::size_t* at_io) {
     const PieceTable::Record* const records = mixer_.table_.records_.data();
     const std::uint32_t* const coins = coins_.data() + 1;
     const std::uint32_t threshold = student_threshold_;
@@ -473,7 +405,7 @@ class Mixer::Scratch {
       std::memcpy(ids + at, record->ids, sizeof(PieceTable::Record));
       starts[slot] = static_cast<std::uint32_t>(at);
       const std::size_t count = record->count;
-      if (MVBERT_UNLIKELY(count == PieceTable::kMark)) break;
+      if (__builtin_expect(count == PieceTable::kMark, 0)) break;
       *long_slot = static_cast<std::uint32_t>(slot);
       long_slot += count > PieceTable::kInline;
       at += count;
@@ -502,8 +434,7 @@ class Mixer::Scratch {
   std::uint32_t Boundary(std::uint32_t bits) {
     const auto first_from = [&](std::uint32_t position) {
       return static_cast<std::uint32_t>(
-          std::lower_bound(starts_.begin(), starts_.begin() + slots_, position) -
-          starts_.begin());
+          std::lower_bound(starts_.begin(), starts_.begin() + slots_, position) - starts_.begin());
     };
     // The first word starts at 1, before the middle of any row, so every slot here has one before.
     const std::uint32_t begin = first_from((options_.T + 3) / 4);
@@ -522,7 +453,7 @@ class Mixer::Scratch {
 
   // Marks the positions of the words to mask in masked_: the first steps of a Fisher-Yates shuffle
   // of the words, each taken if its pieces fit into what is left of the budget.
-  MVBERT_NOINLINE void Choose(std::uint32_t second) {
+  __attribute__((noinline)) void Choose(std::uint32_t second) {
     // Local names, because a store to masked_ might change a member for all the compiler knows.
     const std::uint32_t* const starts = starts_.data();
     const std::uint32_t* const breaks = breaks_.data();
@@ -546,7 +477,7 @@ class Mixer::Scratch {
       // Words behind the drawn [SEP] have moved by one.
       std::uint32_t position = start + (start >= boundary);
       std::uint32_t left = length;
-      for (; MVBERT_UNLIKELY(left >= 64); left -= 63, position += 63) {
+      for (; __builtin_expect(left >= 64, 0); left -= 63, position += 63) {
         SetBits(masked, position, 63);
       }
       SetBits(masked, position, left);
@@ -555,8 +486,8 @@ class Mixer::Scratch {
     for (std::uint32_t i = 0; i < step; ++i) order[others[i]] = others[i];
   }
 
-  // Sets `count` bits, 0 to 63, from bit `first` on; without a branch, since lengths of words cannot
-  // be predicted. Touches the 64 bits after those of `first` too.
+  // Sets `count` bits, 0 to 63, from bit `first` on; without a branch, since lengths of words
+  // cannot be predicted. Touches the 64 bits after those of `first` too.
   static void SetBits(std::uint64_t* words, std::uint32_t first, std::uint32_t count) {
     const std::uint64_t bits = (std::uint64_t{1} << count) - 1;
     words[first / 64] |= bits << (first % 64);
@@ -565,13 +496,14 @@ class Mixer::Scratch {
 
   // Replaces the marked pieces and writes their positions and labels, in ascending order.
   template <bool kTwo>
-  MVBERT_NOINLINE void Mask(std::int32_t* ids, std::int32_t* positions, std::int32_t* labels) {
+  __attribute__((noinline)) void Mask(std::int32_t* ids, std::int32_t* positions,
+                                      std::int32_t* labels) {
     const std::vector<PieceTable::Side>& sides = mixer_.table_.sides_;
     std::uint32_t j = 0;
     for (std::size_t i = 0; i + 1 < masked_.size(); ++i) {
       for (std::uint64_t set = masked_[i]; set != 0; set &= set - 1, ++j) {
         const std::uint32_t position =
-            static_cast<std::uint32_t>(64 * i) + static_cast<std::uint32_t>(LowestBit(set));
+            static_cast<std::uint32_t>(64 * i) + static_cast<std::uint32_t>(__builtin_ctzll(set));
         const std::int32_t id = ids[position];
         const PieceTable::Side& side = sides[kTwo && id >= sides[1].base];
         positions[j] = static_cast<std::int32_t>(position);
@@ -583,24 +515,14 @@ class Mixer::Scratch {
         std::int32_t next = tenth < 8 ? side.mask : id;
         if (tenth == 8) {
           const std::uint32_t k = BelowN(static_cast<std::uint32_t>(tenths), side.ordinary);
-          next = side.base + Outside(static_cast<std::int32_t>(k), side.special.data(),
-                                     side.special.size());
+          next = side.base +
+                 Outside(static_cast<std::int32_t>(k), side.special.data(), side.special.size());
         }
         ids[position] = next;
       }
     }
     std::fill(positions + j, positions + options_.capacity, 0);
     std::fill(labels + j, labels + options_.capacity, kIgnoreIndex);
-  }
-
-  static int LowestBit(std::uint64_t bits) {
-#if defined(__GNUC__)
-    return __builtin_ctzll(bits);
-#else
-    int i = 0;
-    while (!(bits >> i & 1)) ++i;
-    return i;
-#endif
   }
 
   const Mixer& mixer_;
@@ -613,16 +535,16 @@ class Mixer::Scratch {
   std::uint32_t slots_ = 0;
   std::uint32_t breaks_made_ = 0;
   std::uint32_t word_pieces_ = 0;
-  std::vector<std::uint32_t> coins_;     // numbers of purpose kVocabulary; 0 where none is needed
-  std::vector<std::uint32_t> draws_;     // numbers of purpose kRow, as far as made
-  std::vector<std::int32_t> ids_;        // the row, and room for a record behind it
-  std::vector<std::uint32_t> starts_;    // positions of slots, and the end of the last
+  std::vector<std::uint32_t> coins_;       // numbers of purpose kVocabulary; 0 where none is needed
+  std::vector<std::uint32_t> draws_;       // numbers of purpose kRow, as far as made
+  std::vector<std::int32_t> ids_;          // the row, and room for a record behind it
+  std::vector<std::uint32_t> starts_;      // positions of slots, and the end of the last
   std::vector<std::uint32_t> long_slots_;  // words of more than three pieces, and room for one
-  std::vector<std::uint32_t> breaks_;    // slots that are the [SEP] of a document
-  std::vector<std::uint32_t> excluded_;  // slots where no second part may begin
-  std::vector<std::uint32_t> order_;     // 0, 1, 2, ... between rows
-  std::vector<std::uint32_t> others_;    // places of order_ that are to be restored
-  std::vector<std::uint64_t> masked_;    // one bit a position, and a word more for SetBits
+  std::vector<std::uint32_t> breaks_;      // slots that are the [SEP] of a document
+  std::vector<std::uint32_t> excluded_;    // slots where no second part may begin
+  std::vector<std::uint32_t> order_;       // 0, 1, 2, ... between rows
+  std::vector<std::uint32_t> others_;      // places of order_ that are to be restored
+  std::vector<std::uint64_t> masked_;      // one bit a position, and a word more for SetBits
 };
 
 template <bool kTwo>
@@ -645,12 +567,12 @@ void Mixer::ReadRange(std::uint64_t start, std::uint64_t count, std::uint64_t st
       // effect.)
       if (i + 2 < here) {
         for (std::uint64_t j = first[i + 2], end = End(j); j < end; j += kLine) {
-          Prefetch(stream_ + j);
+          __builtin_prefetch(stream_ + j);
         }
       }
       if (i + 1 < here) {
         for (std::uint64_t j = first[i + 1], end = End(j); j < end; ++j) {
-          Prefetch(records + (std::size_t{stream_[j]} << kTwo));
+          __builtin_prefetch(records + (std::size_t{stream_[j]} << kTwo));
         }
       }
       scratch.Make<kTwo>(start + done, first[i], student_threshold, done, out);
@@ -661,7 +583,9 @@ void Mixer::ReadRange(std::uint64_t start, std::uint64_t count, std::uint64_t st
 void Mixer::Read(std::uint64_t start, std::uint64_t count, std::uint64_t student_threshold,
                  int threads, Rows out) const {
   const std::uint64_t T = options_.T, M = options_.capacity;
-  InThreads(count, threads, kRowsPerThread, [&](std::uint64_t first, std::uint64_t last) {
+  const std::uint64_t parts = std::clamp<std::uint64_t>(
+      count / kRowsPerThread, 1, static_cast<std::uint64_t>(std::max(threads, 1)));
+  ShareRanges(count, parts, threads, [&](std::uint64_t first, std::uint64_t last, std::size_t) {
     const Rows part = {out.input_ids + first * T, out.token_type_ids + first * T,
                        out.masked_positions + first * M, out.labels + first * M};
     if (table_.sides() == 2) {

@@ -2,11 +2,11 @@
 // a 64-bit key, with no state. (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as
 // 1, 2, 3", SC 2011; constants as published there and in Random123.)
 //
-// Because nothing is carried from one call to the next, whatever is drawn here is a pure function of
-// (seed, what it is drawn for): same bits for any number of threads and any order of calls.
+// Because nothing is carried from one call to the next, whatever is drawn here is a pure function
+// of (seed, what it is drawn for): same bits for any number of threads and any order of calls.
 //
-// In mvbert the key is the user's seed and the second counter word says what the numbers are for, so
-// that no two uses ever share a counter:
+// In mvbert the key is the user's seed and the second counter word says what the numbers are for,
+// so that no two uses ever share a counter:
 //
 //   purpose          counter[0]        counter[1]            counter[2], counter[3]
 //   kEpochOffset     0                 purpose               epoch, low and high 32 bits
@@ -16,7 +16,8 @@
 //   kHeldOut         document, low     purpose               document, high 32 bits; 0
 //   kText            block             purpose               text number, low and high 32 bits
 //
-// mixer.h and tokenizer.h say what the numbers decide. mvbert/text/philox.py is the same in plain Python.
+// mixer.h and tokenizer.h say what the numbers decide. mvbert/text/philox.py is the same in plain
+// Python.
 
 #ifndef MVBERT_PHILOX_H_
 #define MVBERT_PHILOX_H_

@@ -97,7 +97,8 @@ __attribute__((target("avx2"))) void Avx2(const std::uint32_t first[16], const R
 // As Multiply8; one two-source permutation picks all high halves, another all low ones.
 __attribute__((target("avx512f"))) inline void Multiply16(__m512i a, __m512i m, __m512i* high,
                                                           __m512i* low) {
-  const __m512i highs = _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  const __m512i highs =
+      _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   const __m512i lows = _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
   const __m512i even = _mm512_mul_epu32(a, m);
   const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);

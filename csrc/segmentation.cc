@@ -17,7 +17,6 @@ constexpr std::size_t kChunkWords = 1 << 14;
 
 Segmentation SegmentLexicon(std::string_view bytes, const std::uint64_t* word_ends,
                             std::size_t words, const WordPiece& wordpiece, int threads) {
-  if (threads < 1) throw std::invalid_argument("threads must be at least 1");
   std::uint64_t last = 0;
   for (std::size_t w = 0; w < words; ++w) {
     if (word_ends[w] < last || word_ends[w] > bytes.size()) {

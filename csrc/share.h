@@ -7,6 +7,8 @@
 #include <atomic>
 #include <cstddef>
 #include <exception>
+#include <stdexcept>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -14,19 +16,30 @@
 namespace mvbert {
 
 // Runs work(next) on up to `threads` threads, this one among them, and on no more than there are
-// parts: next(&part) hands out the parts [0, parts), each to one thread, and is false when none is
-// left. Throws what the first thread that failed threw, when all have ended.
+// parts: next(&part) hands out the parts [0, parts) in order, each to one thread, and is false when
+// none is left. Where no more threads can be had, fewer do the work. When all have ended, throws
+// what the lowest part that failed threw: it does not depend on the threads.
+//
+// Throws std::invalid_argument unless threads >= 1: how many are sensible is the caller's to know.
 template <typename Work>
 void Share(std::size_t parts, int threads, Work&& work) {
+  if (threads < 1) {
+    throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+  }
   const std::size_t workers =
-      std::max<std::size_t>(std::min(parts, static_cast<std::size_t>(std::max(threads, 1))), 1);
-  std::vector<std::exception_ptr> errors(workers);
+      std::max<std::size_t>(std::min(parts, static_cast<std::size_t>(threads)), 1);
+  struct Failure {
+    std::size_t part;
+    std::exception_ptr error;
+  };
+  std::vector<Failure> failures(workers);
   std::atomic<std::size_t> next{0};
   const auto run = [&](std::size_t worker) {
+    std::size_t mine = parts;
     try {
-      work([&next, parts](std::size_t* part) { return (*part = next++) < parts; });
+      work([&](std::size_t* part) { return (*part = mine = next++) < parts; });
     } catch (...) {
-      errors[worker] = std::current_exception();
+      failures[worker] = {mine, std::current_exception()};
     }
   };
   std::vector<std::thread> others;
@@ -35,14 +48,27 @@ void Share(std::size_t parts, int threads, Work&& work) {
     try {
       others.emplace_back(run, worker);
     } catch (const std::system_error&) {
-      break;  // no more threads to be had: these do the work
+      break;
     }
   }
   run(0);
   for (std::thread& thread : others) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
+  const Failure* first = nullptr;
+  for (const Failure& failure : failures) {
+    if (failure.error && (first == nullptr || failure.part < first->part)) first = &failure;
   }
+  if (first != nullptr) std::rethrow_exception(first->error);
+}
+
+// Calls work(begin, end, part) for `parts` ranges that are [0, count) together, nearly equally
+// long, on up to `threads` threads. Errors as above.
+template <typename Work>
+void ShareRanges(std::size_t count, std::size_t parts, int threads, Work&& work) {
+  const std::size_t each = count / parts, longer = count % parts;
+  const auto begin = [=](std::size_t part) { return part * each + std::min(part, longer); };
+  Share(parts, threads, [&](auto&& next) {
+    for (std::size_t part; next(&part);) work(begin(part), begin(part + 1), part);
+  });
 }
 
 }  // namespace mvbert

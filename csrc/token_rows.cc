@@ -1,6 +1,7 @@
 #include "token_rows.h"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -25,7 +26,8 @@ bool Truncate(Truncation truncation, std::uint64_t room, std::uint64_t* first,
     if (excess > *second) return false;
     *second -= excess;
   } else if (*first <= room / 2) {
-    // The longer is cut down to what the shorter leaves; a piece that does not halve is the first's.
+    // The longer is cut down to what the shorter leaves; a piece that does not halve is the
+    // first's.
     *second = room - *first;
   } else if (*second <= room / 2) {
     *first = room - *second;
@@ -36,12 +38,14 @@ bool Truncate(Truncation truncation, std::uint64_t room, std::uint64_t* first,
   return true;
 }
 
-}  // namespace
-
-std::uint64_t TokenRows::Limit(const RowOptions& options) {
-  // One more than fits says that a text is too long; how much longer changes nothing.
-  return options.truncation == Truncation::kNone ? TextOptions().limit : options.max_length + 1;
+// How many ids of each text decide all of a row: one more than fits says that a text is too long;
+// how much longer changes nothing.
+std::uint64_t Limit(const RowOptions& options) {
+  if (options.truncation == Truncation::kNone) return TextOptions().limit;
+  return std::max(options.max_length, options.max_length + 1);  // (2^64 is 0)
 }
+
+}  // namespace
 
 std::vector<TokenRows::Ids> TokenRows::AllIds(const std::vector<Encoding>& parts) {
   std::vector<Ids> texts;
@@ -58,11 +62,33 @@ std::vector<TokenRows::Ids> TokenRows::AllIds(const std::vector<Encoding>& parts
   return texts;
 }
 
-TokenRows::TokenRows(const std::vector<Encoding>& texts, const std::vector<Encoding>* pairs,
-                     const RowOptions& options)
-    : options_(options), first_(AllIds(texts)) {
-  if (pairs != nullptr) second_ = AllIds(*pairs);
-  const std::uint64_t specials = Specials(options, pairs != nullptr);
+TokenRows::TokenRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& texts,
+                     const std::vector<std::string_view>* pairs, const RowOptions& options,
+                     int threads)
+    : tokenizer_(tokenizer), options_(options) {
+  if (pairs != nullptr && pairs->size() != texts.size()) {
+    throw std::invalid_argument("there are " + std::to_string(texts.size()) + " texts and " +
+                                std::to_string(pairs->size()) + " pairs");
+  }
+  TextOptions text_options;
+  text_options.find_special = true;
+  text_options.limit = Limit(options);
+  tokenizer.EncodeParts(texts, text_options, 0, threads, &parts_[0]);
+  first_ = AllIds(parts_[0]);
+  if (pairs != nullptr) {
+    tokenizer.EncodeParts(*pairs, text_options, 0, threads, &parts_[1]);
+    second_ = AllIds(parts_[1]);
+  }
+  Shape(pairs != nullptr);
+}
+
+TokenRows::~TokenRows() {
+  for (std::vector<Encoding>& parts : parts_) tokenizer_.Recycle(&parts);
+}
+
+void TokenRows::Shape(bool pairs) {
+  const RowOptions& options = options_;
+  const std::uint64_t specials = Specials(options, pairs);
   const bool truncate = options.truncation != Truncation::kNone;
   if (truncate && options.max_length < specials) {
     throw std::invalid_argument("max_length " + std::to_string(options.max_length) +
@@ -73,23 +99,39 @@ TokenRows::TokenRows(const std::vector<Encoding>& texts, const std::vector<Encod
   offsets_.push_back(0);
   for (std::size_t i = 0; i < first_.size(); ++i) {
     auto first = static_cast<std::uint64_t>(first_[i].end - first_[i].begin);
-    auto second = pairs == nullptr
-                      ? std::uint64_t{0}
-                      : static_cast<std::uint64_t>(second_[i].end - second_[i].begin);
+    auto second =
+        pairs ? static_cast<std::uint64_t>(second_[i].end - second_[i].begin) : std::uint64_t{0};
     if (truncate && !Truncate(options.truncation, options.max_length - specials, &first, &second)) {
       const bool only_first = options.truncation == Truncation::kOnlyFirst;
-      throw std::invalid_argument(
-          "row " + std::to_string(i) + " cannot be cut to max_length " +
-          std::to_string(options.max_length) + " by truncation='" +
-          (only_first ? "only_first" : "only_second") +
-          "': the other text alone is too long; use 'longest_first'");
+      throw std::invalid_argument("row " + std::to_string(i) + " cannot be cut to max_length " +
+                                  std::to_string(options.max_length) + " by truncation='" +
+                                  (only_first ? "only_first" : "only_second") +
+                                  "': the other text alone is too long; use 'longest_first'");
     }
     first_[i].end = first_[i].begin + first;
-    if (pairs != nullptr) second_[i].end = second_[i].begin + second;
+    if (pairs) second_[i].end = second_[i].begin + second;
     const std::uint64_t length = first + second + specials;
     longest_ = std::max(longest_, length);
     offsets_.push_back(offsets_.back() + static_cast<std::int64_t>(length));
   }
+}
+
+std::size_t TokenRows::Width(std::optional<std::size_t> width, std::size_t multiple) const {
+  if (width && longest_ > *width) {
+    std::size_t row = 0;
+    while (static_cast<std::size_t>(offsets_[row + 1] - offsets_[row]) <= *width) ++row;
+    throw std::invalid_argument(
+        "row " + std::to_string(row) + " has " + std::to_string(offsets_[row + 1] - offsets_[row]) +
+        " pieces, more than max_length " + std::to_string(*width) + "; pass truncation=True");
+  }
+  const std::size_t least = width.value_or(longest_), over = least % multiple;
+  if (over == 0) return least;
+  if (least > std::numeric_limits<std::size_t>::max() - multiple) {
+    throw std::invalid_argument("max_length " + std::to_string(least) +
+                                " cannot be rounded up to a multiple of " +
+                                std::to_string(multiple));
+  }
+  return least - over + multiple;
 }
 
 template <typename T, typename Type>
@@ -121,7 +163,8 @@ void TokenRows::ForEachRow(int threads, Fill&& fill) const {
 }
 
 void TokenRows::FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const {
-  ForEachRow(threads, [&](std::size_t row) { Row(row, ids + offsets_[row], types + offsets_[row]); });
+  ForEachRow(threads,
+             [&](std::size_t row) { Row(row, ids + offsets_[row], types + offsets_[row]); });
 }
 
 template <typename T>
@@ -142,5 +185,17 @@ template void TokenRows::FillPadded(int, std::size_t, std::int32_t*, std::int32_
                                     std::int32_t*) const;
 template void TokenRows::FillPadded(int, std::size_t, std::int64_t*, std::int64_t*,
                                     std::int64_t*) const;
+
+void EncodeRow(const Tokenizer& tokenizer, std::string_view text, const std::string_view* pair,
+               const RowOptions& options, IdBuffer* ids) {
+  TextOptions text_options;
+  text_options.find_special = true;
+  if (options.special) ids->Append(&options.cls, 1);
+  for (const std::string_view* each : {static_cast<const std::string_view*>(&text), pair}) {
+    if (each == nullptr) continue;
+    tokenizer.EncodeWords(*each, text_options, 0, ids, nullptr);
+    if (options.special) ids->Append(&options.sep, 1);
+  }
+}
 
 }  // namespace mvbert

@@ -1,10 +1,12 @@
-// Encoded texts -> rows for a model: truncation, [CLS] and [SEP], padding, as transformers has them.
+// Texts -> rows of ids for a model: truncation, [CLS] and [SEP], padding, as transformers has them.
 
 #ifndef MVBERT_TOKEN_ROWS_H_
 #define MVBERT_TOKEN_ROWS_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <string_view>
 #include <vector>
 
 #include "tokenizer.h"
@@ -27,22 +29,28 @@ struct RowOptions {
   std::uint64_t max_length = 0;  // of a row, special pieces counted; only for truncation
 };
 
-// The shape of a batch of rows, and its filling. The encodings must outlive it.
+// Texts or pairs of texts, encoded, and the shape of a batch of rows of them.
 class TokenRows {
  public:
-  // Row i is text i of `texts`' parts and, unless `pairs` is null, text i of pairs'. Throws
-  // std::invalid_argument if the special pieces alone are longer than max_length, or if truncating
-  // one text of a row is not enough.
-  TokenRows(const std::vector<Encoding>& texts, const std::vector<Encoding>* pairs,
-            const RowOptions& options);
+  // Row i is texts[i] and, unless `pairs` is null, (*pairs)[i]; well-formed UTF-8, read here alone.
+  // Special pieces in texts are recognised. Up to `threads` >= 1 threads are used; what comes out
+  // does not depend on it. `tokenizer` must outlive the rows.
+  //
+  // Throws std::invalid_argument if there are not as many pairs as texts, if the special pieces of
+  // a row alone are longer than max_length, or if truncating one text of a row is not enough.
+  TokenRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& texts,
+            const std::vector<std::string_view>* pairs, const RowOptions& options, int threads);
+  ~TokenRows();
   TokenRows(const TokenRows&) = delete;
   TokenRows& operator=(const TokenRows&) = delete;
 
-  // How many ids of each text decide all of a row: TextOptions::limit for the encodings.
-  static std::uint64_t Limit(const RowOptions& options);
-
   std::size_t size() const { return offsets_.size() - 1; }
   std::uint64_t longest() const { return longest_; }
+
+  // The width of padded rows: the longest row, or `width` if that is given, rounded up to a
+  // multiple of `multiple` >= 1. Throws std::invalid_argument naming the first row that is longer
+  // than `width`.
+  std::size_t Width(std::optional<std::size_t> width, std::size_t multiple) const;
 
   // Row i is [offsets()[i], offsets()[i + 1]) of flat rows.
   const std::vector<std::int64_t>& offsets() const { return offsets_; }
@@ -51,7 +59,8 @@ class TokenRows {
   // (0 everywhere without special pieces, as transformers has it).
   void FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const;
 
-  // Writes rows [size, width], width >= longest(): ids, types, and 1 where not padded.
+  // Writes rows [size, width], width >= longest(), as Width gives it: ids, types, and 1 where not
+  // padded.
   template <typename T>
   void FillPadded(int threads, std::size_t width, T* ids, T* types, T* mask) const;
 
@@ -71,12 +80,21 @@ class TokenRows {
   };
   static std::vector<Ids> AllIds(const std::vector<Encoding>& parts);
 
+  // Cuts rows to max_length and makes offsets_.
+  void Shape(bool pairs);
+
+  const Tokenizer& tokenizer_;
   const RowOptions options_;
+  std::vector<Encoding> parts_[2];  // of the first texts, of the second
   std::vector<Ids> first_;
   std::vector<Ids> second_;  // of pairs; else empty
   std::vector<std::int64_t> offsets_;
   std::uint64_t longest_ = 0;
 };
+
+// Appends one row, not truncated, to *ids; its second text may be null.
+void EncodeRow(const Tokenizer& tokenizer, std::string_view text, const std::string_view* pair,
+               const RowOptions& options, IdBuffer* ids);
 
 }  // namespace mvbert
 

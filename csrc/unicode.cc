@@ -42,12 +42,11 @@ char32_t ComposePair(char32_t a, char32_t b) {
     return a + (b - kTBase);
   }
   const Composition* end = std::end(kCompositions);
-  const Composition* at =
-      std::lower_bound(std::begin(kCompositions), end, std::make_pair(a, b),
-                       [](const Composition& row, const std::pair<char32_t, char32_t>& key) {
-                         return row.first != key.first ? row.first < key.first
-                                                       : row.second < key.second;
-                       });
+  const Composition* at = std::lower_bound(
+      std::begin(kCompositions), end, std::make_pair(a, b),
+      [](const Composition& row, const std::pair<char32_t, char32_t>& key) {
+        return row.first != key.first ? row.first < key.first : row.second < key.second;
+      });
   return at != end && at->first == a && at->second == b ? at->composite : 0;
 }
 

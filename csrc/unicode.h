@@ -19,8 +19,8 @@ std::string_view UnicodeVersion();
 constexpr std::size_t kNoError = static_cast<std::size_t>(-1);
 
 // Offset of the first byte that does not begin a well-formed UTF-8 sequence (no surrogates, no
-// overlong forms, nothing above U+10FFFF), or kNoError. A sequence cut off by the end is an error at
-// its first byte. O(n); ASCII at memory speed.
+// overlong forms, nothing above U+10FFFF), or kNoError. A sequence cut off by the end is an error
+// at its first byte. O(n); ASCII at memory speed.
 std::size_t Utf8ErrorOffset(std::string_view text);
 
 // Throws std::invalid_argument naming the byte and its offset unless `text` is well-formed.
@@ -77,17 +77,17 @@ enum class Casing {
 
 // What the splitter does with a code point.
 enum CharKind : std::uint32_t {
-  kLetter = 0,       // copied; part of a word
-  kDrop = 1,         // deleted; its neighbours touch
-  kSpace = 2,        // ends a word
-  kPunct = 3,        // copied; a word by itself
-  kCjk = 4,          // copied; a word by itself that nothing combines with
-  kMapLetters = 5,   // replaced by a string of letters
-  kMapPunct = 6,     // replaced by one punctuation mark
-  kMapCjk = 7,       // replaced by one ideograph
-  kGather = 8,       // needs canonical ordering or composition with its neighbours
-  kMark = 9,         // uncased only: an accent, deleted
-  kHangul = 10,      // uncased only: a syllable, replaced by its two or three letters
+  kLetter = 0,      // copied; part of a word
+  kDrop = 1,        // deleted; its neighbours touch
+  kSpace = 2,       // ends a word
+  kPunct = 3,       // copied; a word by itself
+  kCjk = 4,         // copied; a word by itself that nothing combines with
+  kMapLetters = 5,  // replaced by a string of letters
+  kMapPunct = 6,    // replaced by one punctuation mark
+  kMapCjk = 7,      // replaced by one ideograph
+  kGather = 8,      // needs canonical ordering or composition with its neighbours
+  kMark = 9,        // uncased only: an accent, deleted
+  kHangul = 10,     // uncased only: a syllable, replaced by its two or three letters
 };
 
 // kind in bits 0-3; for kMap*: length of the replacement in bits 4-7, offset in kPool from bit 8.
@@ -104,9 +104,12 @@ extern const std::uint8_t kPool[];
 template <Casing kCasing>
 inline CharEntry EntryOf(char32_t c) {
   switch (kCasing) {
-    case Casing::kUncased: return kUncasedBlocks[kUncasedIndex[c >> 7] << 7 | (c & 127)];
-    case Casing::kCased: return kCasedBlocks[kCasedIndex[c >> 7] << 7 | (c & 127)];
-    case Casing::kAccented: break;
+    case Casing::kUncased:
+      return kUncasedBlocks[kUncasedIndex[c >> 7] << 7 | (c & 127)];
+    case Casing::kCased:
+      return kCasedBlocks[kCasedIndex[c >> 7] << 7 | (c & 127)];
+    case Casing::kAccented:
+      break;
   }
   return kAccentedBlocks[kAccentedIndex[c >> 7] << 7 | (c & 127)];
 }

@@ -1,18 +1,13 @@
 #include "vocab_learner.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <exception>
-#include <functional>
 #include <limits>
-#include <mutex>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 #include <unordered_set>
 #include <utility>
 
+#include "share.h"
 #include "unicode.h"
 
 namespace mvbert {
@@ -20,41 +15,6 @@ namespace {
 
 constexpr std::size_t kCodePoints = 0x110000;
 constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
-
-// Calls body(i) for each i of [0, threads), on a thread of its own where one can be had, and
-// rethrows the first exception.
-void RunThreads(int threads, const std::function<void(int)>& body) {
-  std::exception_ptr error;
-  std::mutex mutex;
-  auto guarded = [&](int thread) {
-    try {
-      body(thread);
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!error) error = std::current_exception();
-    }
-  };
-  std::vector<std::thread> pool;
-  pool.reserve(threads);
-  int thread = 1;
-  try {
-    for (; thread < threads; ++thread) pool.emplace_back(guarded, thread);
-  } catch (const std::system_error&) {
-    // No more threads to be had: this one does the rest.
-  }
-  guarded(0);
-  for (; thread < threads; ++thread) guarded(thread);
-  for (std::thread& t : pool) t.join();
-  if (error) std::rethrow_exception(error);
-}
-
-// Calls body(begin, end, thread) for `threads` contiguous parts of [0, count).
-void RunRanges(int threads, std::size_t count,
-               const std::function<void(std::size_t, std::size_t, int)>& body) {
-  RunThreads(threads, [&](int thread) {
-    body(count * thread / threads, count * (thread + 1) / threads, thread);
-  });
-}
 
 bool IsLineOrBlank(char32_t code) { return code == ' ' || (code >= '\t' && code <= '\r'); }
 
@@ -95,8 +55,9 @@ Words ReadWords(std::string_view bytes, const std::uint64_t* ends, const std::ui
       continue;
     }
     if (word.size() > 2 && word.substr(0, 2) == "##") {
-      ThrowWord(i, "begins with '##', the mark of inner pieces: cut text with the BERT splitter, "
-                   "which isolates '#'");
+      ThrowWord(i,
+                "begins with '##', the mark of inner pieces: cut text with the BERT splitter, "
+                "which isolates '#'");
     }
     const std::size_t error = Utf8ErrorOffset(word);
     if (error != kNoError) ThrowWord(i, "is not UTF-8 at its byte " + std::to_string(error));
@@ -167,13 +128,15 @@ struct Suffix {
   std::uint64_t whole, proper;
 };
 
-// Finds the suffixes of two symbols or more that occur `floor` times or more. A suffix is at most as
-// frequent as the shorter suffixes in it, so words are grouped by their last symbol, then by the one
-// before it, and so on, and rare groups are not followed.
+// Finds the suffixes of two symbols or more that occur `floor` times or more. A suffix is at most
+// as frequent as the shorter suffixes in it, so words are grouped by their last symbol, then by the
+// one before it, and so on, and rare groups are not followed.
 class SuffixFinder {
  public:
   SuffixFinder(const Words& words, std::uint64_t floor)
-      : words_(words), floor_(floor), weight_(words.code_points.size()),
+      : words_(words),
+        floor_(floor),
+        weight_(words.code_points.size()),
         number_(words.code_points.size()) {}
 
   // Visits `group`, words that share their last `depth` symbols.
@@ -357,8 +320,8 @@ class Learner {
     std::uint8_t depth;  // of the node itself
   };
 
-  // Finds every suffix that occurs `floor` times or more, puts them into the trie, and notes for each
-  // symbol of each word the deepest node that the word's rest reaches.
+  // Finds every suffix that occurs `floor` times or more, puts them into the trie, and notes for
+  // each symbol of each word the deepest node that the word's rest reaches.
   void BuildCandidates(std::uint64_t floor) {
     floor_ = floor;
     const std::size_t symbols = words_.code_points.size();
@@ -370,14 +333,13 @@ class Learner {
     for (std::size_t w = 0; w < words_.size(); ++w) {
       order[slot[Last(w)]++] = static_cast<std::uint32_t>(w);
     }
-    std::vector<std::vector<Suffix>> found(threads_);
-    std::atomic<std::size_t> next{0};
-    RunThreads(threads_, [&](int thread) {
+    std::vector<std::vector<Suffix>> found(symbols);
+    Share(symbols, threads_, [&](auto&& next) {
       SuffixFinder finder(words_, floor_);
-      for (std::size_t s = next++; s < symbols; s = next++) {
+      for (std::size_t s; next(&s);) {
         finder.Visit(order.data() + bucket[s], bucket[s + 1] - bucket[s], 1);
+        found[s] = std::exchange(finder.found, {});
       }
-      found[thread] = std::move(finder.found);
     });
 
     trie_ = Trie();
@@ -409,7 +371,7 @@ class Learner {
     std::sort(sorted_first_.begin(), sorted_first_.end());
 
     reach_.resize(words_.symbols.size());
-    RunRanges(threads_, words_.size(), [&](std::size_t begin, std::size_t end, int) {
+    ForRanges([&](std::size_t begin, std::size_t end, std::size_t) {
       for (std::size_t w = begin; w < end; ++w) {
         for (std::size_t start = words_.begin[w]; start < words_.begin[w + 1]; ++start) {
           std::uint32_t node = start == words_.begin[w] ? 0 : 1;
@@ -422,6 +384,12 @@ class Learner {
         }
       }
     });
+  }
+
+  // Calls body(begin, end, part) for a range of the words a thread.
+  template <typename Body>
+  void ForRanges(const Body& body) const {
+    ShareRanges(words_.size(), static_cast<std::size_t>(threads_), threads_, body);
   }
 
   std::uint32_t Last(std::size_t w) const { return words_.symbols[words_.begin[w + 1] - 1]; }
@@ -442,12 +410,13 @@ class Learner {
     return matches;
   }
 
-  // Adds up visit(match, rest, count) over all pieces of all words, where `rest` is the length of the
-  // word from the piece on; visit returns the node to credit with the word's count, kNone for no one.
+  // Adds up visit(match, rest, count) over all pieces of all words, where `rest` is the length of
+  // the word from the piece on; visit returns the node to credit with the word's count, kNone for
+  // no one.
   template <typename Visit>
   std::vector<std::uint64_t> CutAndCount(const std::vector<Match>& matches, Visit visit) const {
     std::vector<std::vector<std::uint64_t>> parts(threads_);
-    RunRanges(threads_, words_.size(), [&](std::size_t begin, std::size_t end, int thread) {
+    ForRanges([&](std::size_t begin, std::size_t end, std::size_t part) {
       std::vector<std::uint64_t> counts(trie_.size());
       for (std::size_t w = begin; w < end; ++w) {
         const std::size_t stop = words_.begin[w + 1];
@@ -458,7 +427,7 @@ class Learner {
           p += match.length;
         }
       }
-      parts[thread] = std::move(counts);
+      parts[part] = std::move(counts);
     });
     for (int thread = 1; thread < threads_; ++thread) {
       for (std::size_t i = 0; i < trie_.size(); ++i) parts[0][i] += parts[thread][i];
@@ -471,10 +440,10 @@ class Learner {
     std::vector<std::uint64_t> counts = first_;
     for (int round = 1; round < kLearnerRounds; ++round) {
       const auto kept = [&](std::uint32_t node) { return counts[node] >= threshold; };
-      counts = CutAndCount(Matches(kept), [](const Match& match, std::uint32_t reached,
-                                             std::size_t rest) {
-        return match.depth == rest ? reached : kNone;
-      });
+      counts = CutAndCount(Matches(kept),
+                           [](const Match& match, std::uint32_t reached, std::size_t rest) {
+                             return match.depth == rest ? reached : kNone;
+                           });
     }
     return counts;
   }
@@ -520,9 +489,9 @@ class Learner {
     }
     if (low == 0) {
       const std::size_t most = Kept(Learn(1), 1).size() + alphabet_ + kSpecialTokenCount;
-      throw std::invalid_argument("size " + std::to_string(size_) + " is above the " +
-                                  std::to_string(most) +
-                                  " pieces that these words give: ask for fewer, or bring more text");
+      throw std::invalid_argument(
+          "size " + std::to_string(size_) + " is above the " + std::to_string(most) +
+          " pieces that these words give: ask for fewer, or bring more text");
     }
     return low;
   }
@@ -540,9 +509,8 @@ class Learner {
     std::vector<bool> chosen(trie_.size());
     for (std::uint32_t node : pieces) chosen[node] = true;
     const auto kept = [&](std::uint32_t node) { return chosen[node]; };
-    return CutAndCount(Matches(kept), [](const Match& match, std::uint32_t, std::size_t) {
-      return match.node;
-    });
+    return CutAndCount(Matches(kept),
+                       [](const Match& match, std::uint32_t, std::size_t) { return match.node; });
   }
 
   std::string Spell(std::uint32_t node) const {
@@ -582,7 +550,7 @@ class Learner {
   const std::size_t size_;
   const int threads_;
   std::size_t alphabet_ = 0;
-  std::uint64_t floor_ = 0;                  // the trie holds all suffixes of this count
+  std::uint64_t floor_ = 0;  // the trie holds all suffixes of this count
   Trie trie_;
   std::vector<std::uint64_t> first_;         // round 0's count of each node, 0 below floor_
   std::vector<std::uint64_t> sorted_first_;  // the same, ascending, without zeros
@@ -599,20 +567,17 @@ LearnedVocab LearnVocab(std::string_view bytes, const std::uint64_t* ends,
     throw std::invalid_argument("coverage must be in (0, 1], got " +
                                 std::to_string(options.coverage));
   }
-  if (options.threads < 0) {
-    throw std::invalid_argument("threads must be 0 or more, got " +
+  if (options.threads < 1) {
+    throw std::invalid_argument("threads must be at least 1, got " +
                                 std::to_string(options.threads));
   }
   if (words >= kNone) throw std::invalid_argument("more than 2^32 - 2 words");
-  const int threads =
-      options.threads ? options.threads
-                      : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   Words taking_part = ReadWords(bytes, ends, counts, words, options.coverage);
   if (taking_part.size() == 0) {
     throw std::invalid_argument(
         "no word is left to learn pieces from: the lexicon is empty, or coverage too low");
   }
-  return Learner(std::move(taking_part), options.size, threads).Run();
+  return Learner(std::move(taking_part), options.size, options.threads).Run();
 }
 
 }  // namespace mvbert

@@ -11,13 +11,13 @@
 //
 // The guide says that a kept piece's count is taken from its prefixes; the tool takes every
 // substring's count from its prefixes, kept or not, and what is left of a substring then is exactly
-// how often it ends a word. Hence "suffixes". The guide's wording keeps frequent stems too and gives
-// fewer pieces a word, but far fewer of them are in BERT's own vocabulary.
+// how often it ends a word. Hence "suffixes". The guide's wording keeps frequent stems too and
+// gives fewer pieces a word, but far fewer of them are in BERT's own vocabulary.
 //
 // A search on the threshold and a trim make the size exact; pieces that greedy cutting never uses
 // are replaced. Each round of that bars at least one suffix of the words for good, so it ends: with
-// pieces that are all used, or refused when too few are left. mvbert/text/learner_reference.py is the
-// same algorithm in plain Python.
+// pieces that are all used, or refused when too few are left. mvbert/text/learner_reference.py is
+// the same algorithm in plain Python.
 
 #ifndef MVBERT_VOCAB_LEARNER_H_
 #define MVBERT_VOCAB_LEARNER_H_
@@ -41,9 +41,10 @@ inline constexpr std::size_t kMaxWordCharacters = 100;
 inline constexpr int kLearnerRounds = 4;
 
 struct LearnOptions {
-  std::size_t size = 0;   // pieces wanted, special tokens included
-  double coverage = 1.0;  // share of character occurrences that single characters must cover, (0, 1]
-  int threads = 0;        // 0: as many as the machine has
+  std::size_t size = 0;  // pieces wanted, special tokens included
+  double coverage =
+      1.0;          // share of character occurrences that single characters must cover, (0, 1]
+  int threads = 1;  // at least 1
 };
 
 struct LearnedVocab {

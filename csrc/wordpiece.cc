@@ -1,8 +1,8 @@
 #include "wordpiece.h"
 
-#include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <utility>
 
 namespace mvbert {
 namespace {
@@ -18,75 +18,6 @@ bool TooLong(std::string_view word, int max_chars) {
 }
 
 }  // namespace
-
-void WordPiece::Trie::Build(const std::vector<std::pair<std::string_view, std::int32_t>>& sorted) {
-  // Breadth first over ranges of the sorted keys: range n holds the keys below node n.
-  struct Range {
-    std::size_t begin, end;
-  };
-  std::vector<Range> ranges = {{0, sorted.size()}};
-  nodes_.assign(1, Node());
-  std::size_t level_end = 1;  // one past the last node of `depth` bytes
-  std::size_t depth = 0;
-  for (std::size_t n = 0; n < nodes_.size(); ++n) {
-    if (n == level_end) {
-      ++depth;
-      level_end = nodes_.size();
-    }
-    auto [i, end] = ranges[n];
-    if (i < end && sorted[i].first.size() == depth) {
-      nodes_[n].value = sorted[i].second;
-      ++i;
-    }
-    nodes_[n].first_child = static_cast<std::uint32_t>(nodes_.size());
-    while (i < end) {
-      const std::size_t begin = i;
-      const char byte = sorted[i].first[depth];
-      while (i < end && sorted[i].first[depth] == byte) ++i;
-      Node child;
-      child.byte = static_cast<std::uint8_t>(byte);
-      nodes_.push_back(child);
-      ranges.push_back({begin, i});
-    }
-    if (nodes_.size() > std::numeric_limits<std::uint32_t>::max()) {
-      throw std::length_error("the vocabulary is too large for its trie");
-    }
-    nodes_[n].children = static_cast<std::uint16_t>(nodes_.size() - nodes_[n].first_child);
-  }
-  std::fill(std::begin(roots_), std::end(roots_), 0);
-  for (std::size_t n = 1; n <= nodes_[0].children; ++n) {
-    roots_[nodes_[n].byte] = static_cast<std::uint32_t>(n);
-  }
-}
-
-std::size_t WordPiece::Trie::LongestPrefix(std::string_view text, std::int32_t* id) const {
-  if (text.empty()) return 0;
-  std::uint32_t at = roots_[static_cast<unsigned char>(text[0])];
-  if (at == 0) return 0;
-  std::size_t best = 0;
-  for (std::size_t i = 1;; ++i) {
-    const Node& node = nodes_[at];
-    if (node.value >= 0) {
-      best = i;
-      *id = node.value;
-    }
-    if (i == text.size()) return best;
-    const auto byte = static_cast<unsigned char>(text[i]);
-    std::uint32_t child = node.first_child;
-    std::uint32_t end = child + node.children;
-    while (end - child > 8) {
-      const std::uint32_t middle = child + (end - child) / 2;
-      if (nodes_[middle].byte <= byte) {
-        child = middle;
-      } else {
-        end = middle;
-      }
-    }
-    while (child < end && nodes_[child].byte < byte) ++child;
-    if (child == end || nodes_[child].byte != byte) return best;
-    at = child;
-  }
-}
 
 WordPiece::WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int max_chars)
     : pieces_(std::move(pieces)), unk_id_(unk_id), max_chars_(max_chars) {
@@ -104,17 +35,8 @@ WordPiece::WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int m
     if (!piece.empty()) initial.emplace_back(piece, id);
     if (piece.size() > 2 && piece.substr(0, 2) == "##") continued.emplace_back(piece.substr(2), id);
   }
-  std::sort(initial.begin(), initial.end());
-  std::sort(continued.begin(), continued.end());
-  for (std::size_t i = 1; i < initial.size(); ++i) {
-    if (initial[i].first == initial[i - 1].first) {
-      throw std::invalid_argument("piece '" + std::string(initial[i].first) + "' has two ids, " +
-                                  std::to_string(initial[i - 1].second) + " and " +
-                                  std::to_string(initial[i].second));
-    }
-  }
-  initial_.Build(initial);
-  continued_.Build(continued);
+  initial_ = PieceTrie(std::move(initial));
+  continued_ = PieceTrie(std::move(continued));
 }
 
 void WordPiece::Cut(std::string_view word, std::vector<std::int32_t>* ids) const {
@@ -129,7 +51,8 @@ void WordPiece::Cut(std::string_view word, std::vector<std::int32_t>* ids,
   bool known = !TooLong(word, max_chars_);
   while (known && at < word.size()) {
     std::int32_t id = 0;
-    const std::size_t length = (at == 0 ? initial_ : continued_).LongestPrefix(word.substr(at), &id);
+    const std::size_t length =
+        (at == 0 ? initial_ : continued_).LongestPrefix(word.substr(at), &id);
     known = length > 0;
     if (!known) break;
     ids->push_back(id);

@@ -10,22 +10,24 @@
 #include <string_view>
 #include <vector>
 
+#include "piece_trie.h"
+
 namespace mvbert {
 
 // Immutable after construction: any number of threads may use one.
 class WordPiece {
  public:
-  // Piece i has id i. Pieces that begin with "##" continue a word. Throws std::invalid_argument if a
-  // piece appears twice, if unk_id is not in [0, pieces.size()), or if there are more than 2^31 - 1.
-  // An empty piece is an id that never comes out.
+  // Piece i has id i. Pieces that begin with "##" continue a word. Throws std::invalid_argument if
+  // a piece appears twice, if unk_id is not in [0, pieces.size()), or if there are more than 2^31
+  // - 1. An empty piece is an id that never comes out.
   WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int max_chars = 100);
 
   WordPiece(const WordPiece&) = delete;
   WordPiece& operator=(const WordPiece&) = delete;
 
-  // Appends the ids of `word`, which must be well-formed UTF-8: at each place the longest piece that
-  // matches; unk_id alone if somewhere none does, or if the word has more than max_chars code points.
-  // Nothing for an empty word. O(length x longest piece), no allocation but the output's.
+  // Appends the ids of `word`, which must be well-formed UTF-8: at each place the longest piece
+  // that matches; unk_id alone if somewhere none does, or if the word has more than max_chars code
+  // points. Nothing for an empty word. O(length x longest piece), no allocation but the output's.
   void Cut(std::string_view word, std::vector<std::int32_t>* ids) const;
 
   // As above, and appends to *ends the offset in `word` where each piece ends.
@@ -36,31 +38,11 @@ class WordPiece {
   const std::string& piece(std::int32_t id) const { return pieces_[static_cast<std::size_t>(id)]; }
 
  private:
-  // A byte trie, its nodes in breadth-first order: the children of a node lie side by side, sorted, so
-  // that a step down a narrow path costs one cache line.
-  class Trie {
-   public:
-    // Keys must be distinct, sorted and not empty.
-    void Build(const std::vector<std::pair<std::string_view, std::int32_t>>& sorted);
-    // The longest key that begins `text`: its length (0: none), its id through *id.
-    std::size_t LongestPrefix(std::string_view text, std::int32_t* id) const;
-
-   private:
-    struct Node {
-      std::uint32_t first_child = 0;
-      std::int32_t value = -1;  // the id of the key that ends here, or -1
-      std::uint16_t children = 0;
-      std::uint8_t byte = 0;  // that leads here
-    };
-    std::vector<Node> nodes_;
-    std::uint32_t roots_[256];  // the node of each first byte, or 0 (the root: leads nowhere)
-  };
-
   std::vector<std::string> pieces_;
   std::int32_t unk_id_;
   int max_chars_;
-  Trie initial_;   // every piece
-  Trie continued_; // pieces that begin with "##", without it
+  PieceTrie initial_;    // every piece
+  PieceTrie continued_;  // pieces that begin with "##", without it
 };
 
 }  // namespace mvbert

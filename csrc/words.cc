@@ -179,23 +179,39 @@ class Filler {
     source_end_ = c.end;
     const CharEntry entry = EntryOf<kCasing>(c.code);
     const CharKind kind = KindOf(entry);
-    if (kCasing != Casing::kUncased &&
-        (kind == kLetter || kind == kPunct || kind == kMapLetters) && GatherFollows()) {
+    if (kCasing != Casing::kUncased && (kind == kLetter || kind == kPunct || kind == kMapLetters) &&
+        GatherFollows()) {
       Back(start);
       GatherComposed();
       return;
     }
     const std::string_view source(start, static_cast<std::size_t>(at_ - start));
     switch (kind) {
-      case kLetter: Letters(source); break;
-      case kDrop: break;
-      case kMark: break;
-      case kSpace: Close(); break;
-      case kPunct: Alone(source); break;
-      case kCjk: Alone(source); break;
-      case kMapLetters: Letters(Replacement(entry)); break;
-      case kMapPunct: Alone(Replacement(entry)); break;
-      case kMapCjk: Alone(Replacement(entry)); break;
+      case kLetter:
+        Letters(source);
+        break;
+      case kDrop:
+        break;
+      case kMark:
+        break;
+      case kSpace:
+        Close();
+        break;
+      case kPunct:
+        Alone(source);
+        break;
+      case kCjk:
+        Alone(source);
+        break;
+      case kMapLetters:
+        Letters(Replacement(entry));
+        break;
+      case kMapPunct:
+        Alone(Replacement(entry));
+        break;
+      case kMapCjk:
+        Alone(Replacement(entry));
+        break;
       case kHangul: {
         gathered_.clear();
         Decompose(c, &gathered_);
@@ -291,7 +307,7 @@ class Filler {
   const char* end_;
   AsciiRunFunction ascii_run_;
   WordBatch& batch_;
-  const std::size_t target_;  // bytes of complete words
+  const std::size_t target_;        // bytes of complete words
   std::uint32_t source_begin_ = 0;  // of what is copied next
   std::uint32_t source_end_ = 0;
   std::vector<SourceChar> gathered_;

@@ -1,10 +1,11 @@
 // Text -> words: BERT's cleaning, normalisation and splitting.
 //
-// The definition is what Hugging Face's slow BertTokenizer (transformers 4.57) does before WordPiece,
-// with the Unicode tables pinned to 14.0.0 and with no special tokens: control, private, unassigned
-// characters and U+FFFD are deleted; whitespace separates; ideographs and punctuation marks are words
-// of their own; uncased text is lower-cased character by character and loses its accents (NFD
-// without Mn), other text keeps them and is composed (NFC). mvbert/text/wordpiece.py is the same in plain Python.
+// The definition is what Hugging Face's slow BertTokenizer (transformers 4.57) does before
+// WordPiece, with the Unicode tables pinned to 14.0.0 and with no special tokens: control, private,
+// unassigned characters and U+FFFD are deleted; whitespace separates; ideographs and punctuation
+// marks are words of their own; uncased text is lower-cased character by character and loses its
+// accents (NFD without Mn), other text keeps them and is composed (NFC). mvbert/text/wordpiece.py
+// is the same in plain Python.
 //
 // A WordSplitter is immutable: any number of threads may use one, each with its own WordBatch.
 
@@ -69,8 +70,8 @@ class WordBatch {
   void RestartSources(std::uint32_t at) { source_at_ = at; }
   std::uint32_t source_at() const { return source_at_; }
 
-  // Time to use the complete words and to Clear, even where there are none: blanks fill a batch too.
-  // (A word still open does not count: it may be any length.)
+  // Time to use the complete words and to Clear, even where there are none: blanks fill a batch
+  // too. (A word still open does not count: it may be any length.)
   bool full() const { return closed_bytes() >= kTarget; }
 
   // Forgets the complete words; keeps a word that is still being read.
@@ -112,13 +113,13 @@ class WordSplitter {
 
   const SplitOptions& options() const { return options_; }
 
-  // Appends the words of `utf8` to *out. Throws std::invalid_argument naming the offset of the first
-  // ill-formed byte, and std::length_error past 4 GiB of words; *out is then unchanged or has a
-  // prefix of the words.
+  // Appends the words of `utf8` to *out. Throws std::invalid_argument naming the offset of the
+  // first ill-formed byte, and std::length_error past 4 GiB of words; *out is then unchanged or has
+  // a prefix of the words.
   void Split(std::string_view utf8, Words* out) const;
 
-  // Calls sink(std::string_view word) for each word, in order. The view lives until the sink returns.
-  // `utf8` must be well-formed (see CheckUtf8), here and below.
+  // Calls sink(std::string_view word) for each word, in order. The view lives until the sink
+  // returns. `utf8` must be well-formed (see CheckUtf8), here and below.
   template <typename Sink>
   void ForEachWord(std::string_view utf8, WordBatch* batch, Sink&& sink) const {
     std::size_t at = 0;
@@ -129,10 +130,10 @@ class WordSplitter {
     } while (at < utf8.size());
   }
 
-  // Appends the words of utf8[from, size) to *batch until it is full, or has about `most` bytes more,
-  // or the text ends, and returns where it stopped. When that is the end of the text, the last word is
-  // complete too. Otherwise the caller calls again with the returned position, after using the words
-  // and batch->Clear() if it is full.
+  // Appends the words of utf8[from, size) to *batch until it is full, or has about `most` bytes
+  // more, or the text ends, and returns where it stopped. When that is the end of the text, the
+  // last word is complete too. Otherwise the caller calls again with the returned position, after
+  // using the words and batch->Clear() if it is full.
   //
   // Reads a code point at least unless the text has ended, whatever the batch holds, so a loop that
   // calls Fill until the end of the text ends. Time is linear in the bytes read, whatever they are.

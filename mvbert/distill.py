@@ -1,10 +1,10 @@
-"""The whole job: text and a teacher in, students out.
+"""The whole pipeline: text and a teacher in, students out.
 
     corpus -> vocabulary -> Stage I -> Stage II, once per arm
 
-With a time budget (`minutes`), all runs get fewer steps on a machine that is too slow for them.
-Every step is a folder of the run; one that is whole and was made from the same inputs is not made
-again, so the same command resumes where the last one stopped.
+With a time budget (`minutes`), all runs get fewer steps on a machine too slow for the full number.
+Each part writes a folder; a complete folder made from the same inputs is reused, so the same
+command resumes an interrupted job.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all a
 
 
 def run_distill(config: DistillConfig) -> dict[str, Json]:
-    """Runs every step that is not done yet.
+    """Runs every part that is not complete yet.
 
     Returns:
-        The report: what was learned in each step, sizes, the arms side by side, filled-in masks.
+        The report: losses of both stages, sizes, results per arm, filled-in masks.
 
     Raises:
-        InputError: wrong input, or `config.out` holds a run with other settings.
-        Interrupted: asked to stop; a checkpoint was saved first.
+        InputError: bad input, or `config.out` holds a run with other settings.
+        Interrupted: stopped by a signal; a checkpoint was saved first.
     """
     started = time.monotonic()
     progress = Progress("distill")
     out = Path(config.out)
-    arms = config.arms or ("student",)  # without arms: stage2 as it stands
+    arms = config.arms or ("student",)  # without arms: one student, trained as stage2 says
     teacher = huggingface.find_model(config.teacher, "teacher")
     progress.note(f"teacher {config.teacher}: {_parameters(teacher) / 1e6:.2f} M parameters")
     ranks = join_ranks()
 
     def prepare() -> dict[str, Json]:
         make_folder(out)
-        # Stage II is described by the run of each arm, so that arms can be added later.
+        # Each arm's run describes its Stage II, so that arms can be added later.
         described = {k: v for k, v in to_dict(config).items() if k in _COMMON}
         described["stage1"] = config.stage1.described()
         describe_run(out / "distill.json", described)
@@ -118,7 +118,7 @@ def _measure(
     teacher: Path,
     dtype: Choice | None,
 ) -> dict[str, tuple[TrainConfig, Cost]]:
-    """What Stage I and each student cost here; students are timed beside an untrained Stage I."""
+    """Costs of Stage I and of each student; students are timed with an untrained Stage I model."""
     out, row, quiet = Path(config.out), config.row, Progress("", quiet=True)
     shape, teacher_vocab = huggingface.read_shape(teacher, cased=first.cased)
     vocab = load_student_vocab(out / VOCAB_FILE, corpus, teacher_vocab)
@@ -141,7 +141,7 @@ def _report(
     stage1: RunReport,
     students: dict[str, RunReport],
 ) -> dict[str, Json]:
-    """What was learned in each step, sizes, the arms side by side, filled-in masks."""
+    """Losses of both stages, sizes, results per arm, filled-in masks."""
     stage1_model = Path(config.out) / "stage1" / "model"
     best = min(students, key=lambda name: students[name].loss)
     best_folder = Path(students[best].output)
@@ -180,23 +180,23 @@ def _before_after(run: RunReport, name: str) -> list[Json]:
 
 
 def _parameters(folder: Path) -> int:
-    """Parameters of a model folder's encoder and pooler."""
+    """Number of parameters of a model folder's encoder and pooler."""
     return huggingface.read_model_config(folder).encoder_parameters
 
 
 def print_distill_report(report: dict[str, Any]) -> None:
-    """Sizes, what both stages learned, the arms side by side and filled-in sentences, to stdout."""
+    """Prints losses of both stages, results per arm, sizes and filled-in sentences to stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    learned = Table("Stage I, held-out loss (nats per masked piece)", "before", "after")
+    losses = Table("Stage I held-out loss (nats per masked piece)", "before", "after")
     for name, key in (
         ("teacher pieces", "stage1_teacher_loss"),
         ("student pieces", "stage1_student_loss"),
     ):
         before, after = report[key]
-        learned.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
-    console.print(learned)
+        losses.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
+    console.print(losses)
 
-    arms = Table("Stage II student", "held-out loss", "masked pieces right", "pieces seen")
+    arms = Table("Stage II student", "held-out loss", "accuracy", "pieces seen")
     for name, heldout in report["arms"].items():
         best = " (best)" if name == report["best"] and len(report["arms"]) > 1 else ""
         arms.add_row(

@@ -276,6 +276,8 @@ class FusedLanguageModel(_Mixin):
             loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
         values = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
         if objective == "causal":
+            # Whatever the model's dtype, as in the original.
+            loss = loss.float()
             values["cross_attentions"] = outputs.get("cross_attentions")
         if objective == "sentences":
             logits = self.cls.seq_relationship(outputs[1])

@@ -1,26 +1,26 @@
-"""What a command ends with, other than being done."""
+"""Exceptions that end a command."""
 
 
 class InputError(ValueError):
-    """Input that a user can mend: the message names it, what was expected and what to do.
+    """Bad input: the message says where it is, what was expected and how to fix it.
 
-    The command line prints the message as one sentence and exits with code 2.
+    The command line prints the message and exits with code 2.
     """
 
 
 class MissingExtra(InputError, ImportError):
-    """A package that an optional part needs is not installed; the message has the command."""
+    """An optional package is not installed; the message gives the pip command."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         super().__init__(f"{purpose} needs {package}; run: pip install 'mvbert[{extra}]'")
 
 
 class FailedElsewhere(InputError):
-    """Another process of this run met wrong input and has told the user."""
+    """Another process of this run failed on bad input and has reported it."""
 
 
 class OutOfTime(Exception):
-    """The hours of a command are used up; the run was saved and the same command goes on."""
+    """The time limit was reached; a checkpoint was saved and the same command resumes."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
@@ -28,4 +28,4 @@ class OutOfTime(Exception):
 
 
 class Interrupted(Exception):
-    """A run was asked to stop, has saved a checkpoint, and can be resumed by the same command."""
+    """The run was stopped by a signal; a checkpoint was saved and the same command resumes."""

@@ -1,7 +1,7 @@
-"""Files that are either whole or not there: atomic writes, whole folders, checksums, JSON.
+"""Atomic writes of files and folders, checksums, JSON.
 
-Everything is written beside its place, forced to the disk and renamed into place, so a crash or a
-kill leaves the old file or the new one and never a part of one.
+Everything is written to a temporary name beside the target, synced to disk and renamed, so a crash
+or a kill leaves the old file or the new one, never a partial one.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ Json = dict | list | str | int | float | bool | None
 
 _LFS_POINTER = b"version https://git-lfs"
 
-PARTIAL = ".partial-"  # in the name of everything that is not finished
-NAME_BYTES = 255  # that a file system takes for one name
+PARTIAL = ".partial-"  # in the name of every unfinished file or folder
+NAME_BYTES = 255  # the longest file name that file systems allow
 
 
 def partial_prefix(path: Path, ending: str = "") -> str:
-    """The hidden name of what becomes `path`, with room for `ending` and a random suffix.
+    """Prefix of the temporary name for `path`, with room for `ending` and a random suffix.
 
-    A name near the limit of the file system is cut, and a checksum keeps it apart from others.
+    A name near the file system's limit is shortened and made unique by a checksum.
     """
     name = os.fsencode(path.name)
     room = NAME_BYTES - len(f".{PARTIAL}{ending}") - 8
@@ -39,14 +39,14 @@ def partial_prefix(path: Path, ending: str = "") -> str:
     return f".{os.fsdecode(name)}{PARTIAL}{ending}"
 
 
-DATA = "data:"  # a path that starts so is in the data folder
+DATA = "data:"  # prefix of paths in the data folder
 
 
 def data_folder() -> Path:
-    """Where docs/experiments/get_data.py puts public data: MVBERT_DATA, or a folder of the clone.
+    """The folder where docs/experiments/get_data.py puts public data.
 
-    Without MVBERT_DATA: shared/data beside the clone where that exists, else data in the clone
-    (in the current folder, if mvbert does not run from a clone).
+    MVBERT_DATA if set; else shared/data beside the clone if it exists; else data in the clone, or
+    in the current folder if mvbert does not run from a clone.
     """
     if folder := os.environ.get("MVBERT_DATA"):
         return Path(folder)
@@ -58,10 +58,10 @@ def data_folder() -> Path:
 
 
 def data_path(path: str | Path) -> Path:
-    """The file that a path means: `data:NAME` is NAME in `data_folder()`.
+    """Resolves `data:NAME` to NAME in `data_folder()`; returns other paths unchanged.
 
     Raises:
-        InputError: that folder has no such file.
+        InputError: the data folder has no such file.
     """
     if not str(path).startswith(DATA):
         return Path(path)
@@ -75,16 +75,16 @@ def data_path(path: str | Path) -> Path:
 
 
 def write_error(path: Path, error: OSError) -> InputError:
-    """What to tell a user when `path` cannot be written; a full disk says so."""
+    """The InputError for a failed write to `path`, with advice if the disk is full."""
     reason = error.strerror or str(error)
     return InputError(
-        f"cannot write {path}: {reason}; what was there before is unchanged"
+        f"cannot write {path}: {reason}; existing files are unchanged"
         + ("; free some space and run the command again" if error.errno == errno.ENOSPC else "")
     )
 
 
 def check_readable(path: str | Path) -> None:
-    """Raises InputError unless a file can be opened and is no Git LFS pointer."""
+    """Raises InputError unless a file can be opened and is not a Git LFS pointer."""
     try:
         with open(path, "rb") as file:
             start = file.read(len(_LFS_POINTER))
@@ -104,7 +104,7 @@ def refuse_pointer(path: str | Path, start: bytes) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Forces the names in a folder to the disk (its files are forced by their writers)."""
+    """Syncs a folder's directory entries to disk (writers sync the files themselves)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -114,7 +114,7 @@ def sync_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write that appears at `path`, whole, when the block ends without an error.
+    """Opens a binary file that appears at `path` only when the block ends without an error.
 
     Raises:
         InputError: the file cannot be written (no such folder, no permission, disk full).
@@ -141,17 +141,17 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Replaces the file at `path` by `data` (text as UTF-8), or leaves it as it was."""
+    """Replaces the file at `path` with `data` (text as UTF-8), or leaves it unchanged."""
     with atomic_file(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that appears at `path`, whole, when the block ends without an error.
+    """Makes a folder to fill that appears at `path` only when the block ends without an error.
 
-    The block writes and forces its own files (`sync_file`); names are forced here. With `overwrite`
-    an existing folder changes places with the new one in one step and is then removed.
+    The block writes and syncs its files (`sync_file`); directory entries are synced here. With
+    `overwrite`, an existing folder is exchanged with the new one in one step and then removed.
 
     Raises:
         InputError: `path` exists and `overwrite` is off, or the folder cannot be written.
@@ -174,16 +174,14 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
             sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise InputError(
-                f"{path} was written by another command meanwhile; give another path"
-            ) from None
+            raise InputError(f"another command wrote {path} meanwhile; give another path") from None
         raise write_error(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_new_folder(path: Path, overwrite: bool) -> None:
-    """Refuses a path where no folder can be made: a file, a link, a full folder, a long name."""
+    """Refuses a path where no folder can be made: a file, a link, a non-empty folder."""
     try:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise InputError(f"{path} is not a folder; give another path")
@@ -196,18 +194,18 @@ def check_new_folder(path: Path, overwrite: bool) -> None:
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Renames a whole folder into place; what was at `target` is removed after the change."""
+    """Renames a folder to `target`, then removes the folder that it replaces."""
     if target.exists():
         if not _exchange(source, target):
-            # No exchange on this system: for an instant the old folder is only to be found aside.
-            aside = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
-            os.rename(target, aside / target.name)
+            # No atomic exchange here: for an instant the old folder exists only as the backup.
+            backup = Path(tempfile.mkdtemp(prefix=partial_prefix(target), dir=target.parent))
+            os.rename(target, backup / target.name)
             try:
                 os.rename(source, target)
             except OSError:
-                os.rename(aside / target.name, target)
+                os.rename(backup / target.name, target)
                 raise
-            source = aside
+            source = backup
     else:
         os.rename(source, target)
     sync_folder(target.parent)
@@ -215,12 +213,12 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def sync_file(path: str | Path) -> None:
-    """Forces a closed file's bytes to the disk."""
+    """Syncs a closed file's bytes to disk."""
     sync_folder(path)  # the same call for a file and for a folder
 
 
 def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal; about 1-2 GB/s where the CPU has SHA."""
+    """SHA-256 of a file in hexadecimal; 1-2 GB/s on CPUs with SHA instructions."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -229,16 +227,16 @@ def sha256_file(path: str | Path) -> str:
 
 
 def json_text(value: Json, *, indent: int | None = None, allow_nan: bool = True) -> str:
-    """A value as JSON that can be written as UTF-8.
+    """Serialises a value to JSON that can be encoded as UTF-8.
 
-    File names that are not UTF-8 reach Python as lone surrogates; JSON spells those as escapes.
+    File names that are not UTF-8 reach Python as lone surrogates; they are written as escapes.
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def write_json(path: str | Path, value: Json) -> None:
-    """Writes a value as indented JSON, atomically; NaN and infinity are refused."""
+    """Writes a value as indented JSON, atomically; refuses NaN and infinity."""
     atomic_write(path, json_text(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -246,7 +244,7 @@ def read_json(path: str | Path) -> Json:
     """Reads a JSON file.
 
     Raises:
-        InputError: the file is missing, not UTF-8 or not JSON; the message has the line and column.
+        InputError: the file is missing, not UTF-8 or not JSON; the message gives line and column.
     """
     path = Path(path)
     try:
@@ -265,11 +263,13 @@ def read_json(path: str | Path) -> Json:
         where = f"{path}:{error.lineno}:{error.colno}"
         raise InputError(f"{where}: not JSON ({error.msg}); is the file cut off?") from None
     except RecursionError:
-        raise InputError(f"{path} is nested too deeply to be one of our JSON files") from None
+        raise InputError(
+            f"{path} is JSON nested too deeply; expected a file that mvbert wrote"
+        ) from None
 
 
 def read_json_object(path: str | Path) -> dict[str, Json]:
-    """Reads a JSON file that must hold an object at the top."""
+    """Reads a JSON file whose top level must be an object."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
@@ -277,14 +277,14 @@ def read_json_object(path: str | Path) -> dict[str, Json]:
 
 
 def _umask() -> int:
-    """The process's file creation mask (there is no call that only reads it)."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names in one step (Linux renameat2); False where the system cannot."""
+    """Exchanges two names atomically (Linux renameat2); False if the system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: notes, a bar on a terminal, held-out losses."""
+"""Progress output: notes, a progress bar on a terminal, held-out losses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 
+def several_processes() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def leads() -> bool:
-    """Whether this process is the one of its run that people hear from (rank 0 of torchrun)."""
+    """Whether this process prints for its run: rank 0 of torchrun, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class Progress:
-    """Writes to stderr, of rank 0 alone; the bar appears only where stderr is a terminal."""
+    """Writes to stderr, on rank 0 only; shows a bar only if stderr is a terminal."""
 
     def __init__(self, title: str, quiet: bool = False) -> None:
         self.title = title
@@ -37,12 +42,12 @@ class Progress:
         self._started = time.perf_counter()
 
     def note(self, text: str) -> None:
-        """One line that stays."""
+        """Prints one line that stays above the bar."""
         self._console.print(f"[{self.title}] {text}", markup=False)
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
-        """A bar over optimiser steps."""
+        """Shows a bar over optimiser steps."""
         self._started = time.perf_counter()
         if not (sys.stderr.isatty() and leads()):
             yield
@@ -65,14 +70,14 @@ class Progress:
             self._bar.update(self._task, completed=step, text=self._text)
 
     def trained(self, record: Mapping[str, Any]) -> None:
-        """A line of the log was written."""
+        """Shows a training record of the log beside the bar."""
         speed = record["pieces_per_second"] / 1e3
         self._text = (
             f"loss {_number(record['loss'])}  {speed:.1f} K pieces/s  MFU {record['mfu']:.1%}"
         )
 
     def evaluated(self, step: int, heldout: Mapping[str, float | None]) -> None:
-        """A held-out evaluation was made."""
+        """Prints the result of a held-out evaluation."""
         parts = "  ".join(f"{name} {_number(value)}" for name, value in heldout.items())
         self.note(f"step {step}: held-out {parts}  ({time.perf_counter() - self._started:.0f} s)")
 
@@ -83,13 +88,13 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    at = next(i for i, (size, _) in enumerate(units) if whole >= size)
-    (large, name), (small, small_name) = units[at], units[at + 1]
+    i = next(i for i, (size, _) in enumerate(units) if whole >= size)
+    (large, name), (small, small_name) = units[i], units[i + 1]
     whole = round(whole / small) * small
     rest = whole % large // small
     return f"{whole // large} {name}" + (f" {rest} {small_name}" if rest else "")
 
 
 def _number(value: float | None) -> str:
-    """Four digits; a dash where there was nothing to take a mean of."""
+    """Four decimals, or a dash for None."""
     return "-" if value is None else f"{value:.4f}"

@@ -3,7 +3,8 @@
     python tests/fuzz_tokenizer.py --vocab data:vocab.txt --count 1000000 --seed 1
     python tests/fuzz_tokenizer.py --vocab data:vocab-cased.txt --cased --count 1000000
 
-Strings are short and mean: characters that normal forms, cleaning and special pieces turn on.
+Strings are short and mean: characters that normal forms, cleaning and special pieces turn on. One
+in a thousand is longer, and one in a thousand has a run of one character that fills buffers.
 All strings' ids are compared in batches; of some also those of encode and of offsets, rows of
 pairs, and (--plain) the definition in plain Python. A seed names its strings, whatever the number
 of processes. Prints counts, and strings that differ; exits with 1 if one did. Needs Python 3.11,
@@ -53,8 +54,14 @@ def strings(pools: list[list[str]], seed: int) -> Iterator[str]:
     random_ = random.Random(seed)
     for _ in range(BATCH):
         chosen = random_.sample(pools, random_.randint(1, 4))
-        length = 300 if random_.random() < 0.001 else random_.randint(1, 12)
-        yield "".join(random_.choice(random_.choice(chosen)) for _ in range(length))
+        kind = random_.random()
+        length = 300 if kind < 0.001 else random_.randint(1, 12)
+        text = "".join(random_.choice(random_.choice(chosen)) for _ in range(length))
+        if kind > 0.999:
+            at = random_.randint(0, length)
+            run = random_.choice(random_.choice(chosen)) * random_.choice((100, 3000, 20000))
+            text = text[:at] + run + text[at:]
+        yield text
 
 
 class Comparison:

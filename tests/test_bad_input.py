@@ -262,10 +262,10 @@ def test_a_teacher_without_a_vocabulary(ground, refused):
     refused(stage1(ground, "new"), "vocab.txt", "teacher")
 
 
-def test_a_teacher_with_pickled_weights_only(ground, refused):
+def test_a_teacher_whose_weights_are_not_what_their_name_says(ground, refused):
     weights = ground / "teacher" / "model.safetensors"
     weights.rename(weights.with_name("pytorch_model.bin"))
-    refused(stage1(ground, "new"), "pytorch_model.bin", "safetensors")
+    refused(stage1(ground, "new"), "pytorch_model.bin", "not a complete PyTorch file")
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, 5000])
@@ -293,7 +293,7 @@ def test_a_teacher_whose_vocabulary_and_table_disagree(ground, refused):
         ("num_attention_heads", 0),
         ("vocab_size", 3),
         ("max_position_embeddings", 8),
-        ("hidden_act", "swish"),
+        ("hidden_act", "mish"),
         ("hidden_size", 10**12),
     ],
 )
@@ -390,7 +390,7 @@ def test_a_run_is_not_resumed_with_other_settings(ground, refused):
 def test_a_finished_run_may_be_given_more_steps(ground, refused, verb):
     out = ground / "stage1"
     report, said = verb(*stage1(ground, "stage1", steps=4))
-    assert "steps raised from 2 to 4: the learning rate of the steps to come is that of a" in said
+    assert "steps raised from 2 to 4: from here on the learning rate follows the" in said
     assert "resuming from step-00000002" in said
     assert report["steps"] == 4
     logged = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -405,7 +405,7 @@ def test_a_finished_run_may_be_given_more_steps(ground, refused, verb):
 
 def test_a_finished_run_whose_log_was_emptied(ground, refused):
     (ground / "stage1" / "log.jsonl").write_text("")
-    refused(stage1(ground, "stage1"), "log.jsonl holds no evaluation")
+    refused(stage1(ground, "stage1"), "log.jsonl has no evaluation")
 
 
 def test_a_run_that_was_given_more_steps_and_stopped_is_not_complete(ground, verb):
@@ -560,7 +560,9 @@ def test_info_with_a_damaged_log_names_the_line(ground, refused, spoil, line):
     log.write_text("\n".join(spoil(lines)))
     if line < 0:
         line = len(lines) + (1 if "\0" in log.read_text() else 0)
-    refused(["info", ground / "stage1"], f"log.jsonl is damaged at line {line}, which is no record")
+    refused(
+        ["info", ground / "stage1"], f"log.jsonl is corrupt at line {line}, which is not a record"
+    )
 
 
 def test_info_without_the_log_of_a_run_that_has_checkpoints(ground, refused):
@@ -589,6 +591,8 @@ def test_models_that_are_none(ground, refused, verb):
     refused(verb(ground, ground / "corpus"), "config.json", "does not exist")
     config = ground / "teacher" / "tokenizer_config.json"
     config.write_text(config.read_text().replace("true", "false", 1))
+    refused(verb(ground, ground / "teacher"), "tokenizer.json: normalizer has lowercase true")
+    (ground / "teacher" / "tokenizer.json").unlink()
     refused(verb(ground, ground / "teacher"), "cased", ground / "corpus")
     weights = ground / "teacher" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

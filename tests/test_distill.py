@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvbert import distill
+from mvbert import cli, distill
 from mvbert.config import DistillConfig, load_toml
 from mvbert.model import huggingface
-from mvbert.text.vocab import Vocab
+from mvbert.text.tokenizer import WordPieceTokenizer
+from mvbert.text.vocab import SPECIAL_PIECES, AddedPiece, Vocab
 from mvbert.training import machine
 from mvbert.training.budget import Cost
 from mvbert.training.info import run_info
@@ -99,7 +100,7 @@ def test_one_command_makes_students_and_a_second_one_finds_them(job, whole, verb
     assert report["stage1_student_loss"] == ends
     assert ends[0] != ends[1]
     assert report["filled"][0]["student"].startswith("The [")
-    for part in ("Stage I, held-out loss", "distilled", "teacher"):
+    for part in ("Stage I held-out loss", "distilled", "teacher"):
         assert part in whole.stdout
 
     student, missing = huggingface.load_masked_lm(job / report["output"], complete=True)
@@ -229,7 +230,130 @@ def test_help_version_and_what_is_said_without_a_verb(tmp_path):
         done = mvbert(tmp_path, *args)
         assert done.returncode == 0, done.stderr
         assert "usage" in done.stdout.lower()
+    usage = mvbert(tmp_path, "--help").stdout
+    train = mvbert(tmp_path, "train", "--help").stdout
+    for stage, command in cli.TrainCommand.stages.items():
+        assert f"--stage {stage}  {command.__doc__.splitlines()[0]}\n" in train
+        assert f"Example: mvbert train --stage {stage} " in command.__doc__
+    assert "mvbert train --stage 1 --help" in train
+    for verb, command in cli.VERBS.items():
+        assert f"  {verb:8} {command.__doc__.splitlines()[0]}\n" in usage
+        assert verb == "train" or f"Example: mvbert {verb} " in command.__doc__
     assert mvbert(tmp_path, "--version").stdout.startswith("mvbert 0.")
     bare = mvbert(tmp_path)
     assert bare.returncode == 2
     assert "usage: mvbert VERB" in bare.stdout + bare.stderr
+
+
+GERMAN = """\
+Über den Öfen hängt die Übung, und ein Bär schläft neben der Tür im Haus.
+Der Schüler lernt die Wörter der Sprache, indem er große Bücher liest.
+
+Zwei Äpfel fallen auf die Straße, und der Müller hört es nicht.
+"""
+
+
+def test_accents_and_added_pieces_reach_the_student(tmp_path, verb, refused, write_teacher):
+    """From a teacher that keeps accents and has added pieces to a folder transformers opens."""
+    transformers = pytest.importorskip("transformers")
+    letters = sorted(set(GERMAN.lower()) - {" ", "\n"})
+    words = (*SPECIAL_PIECES, *letters, *("##" + c for c in letters), "der", "die", "über")
+    added = (AddedPiece("<ent>"), AddedPiece("Covid", normalized=True, special=False))
+    vocab = Vocab(
+        (*words, "<ent>", "Covid"), strip_accents=False, added=added, base_size=len(words)
+    )
+    write_teacher(tmp_path / "teacher", vocab)
+    (tmp_path / "text.txt").write_text(GERMAN * 6)
+    settings = (
+        SETTINGS.replace("size = 90", "size = 80")
+        .replace("[arms.distilled]", "")
+        .replace("[arms.random]", "")
+    )
+    settings = settings.replace('distill = ["hidden", "logits"]\n', "")
+    settings = settings.replace('start = "random"\n', "").replace(
+        'out = "run"', f'out = "{tmp_path}/run"'
+    )
+    settings = settings.replace('"teacher"', f'"{tmp_path}/teacher"').replace(
+        '"text.txt"', f'"{tmp_path}/text.txt"'
+    )
+    (tmp_path / "job.toml").write_text(settings)
+    report, _ = verb("distill", tmp_path / "job.toml")
+
+    pieces = (tmp_path / "run" / "student" / "vocab.txt").read_text().splitlines()
+    assert len(pieces) == 80
+    assert pieces[:7] == [*SPECIAL_PIECES, "<ent>", "Covid"]
+    assert "ü" in pieces
+    folder = Path(report["output"])
+    ours = WordPieceTokenizer.from_pretrained(folder)
+    assert not ours.vocab.strip_accents
+    assert ours.vocab.added == added
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("Über <ent> die COVID-Tür", "x<ent>y covid [MASK]"):
+        assert ours.encode(text) == theirs(text)["input_ids"]
+        assert {5, 6} <= set(ours.encode(text))
+    shape, stage1 = huggingface.read_shape(tmp_path / "run" / "stage1" / "model")
+    assert stage1 == vocab
+    assert shape.vocab_size == len(words) + 2
+    model, missing = huggingface.load_masked_lm(folder, complete=True)
+    assert not missing
+    assert model.config.vocab_size == 80
+
+    # A corpus without accents is another text.
+    verb("corpus", tmp_path / "text.txt", "-o", tmp_path / "plain")
+    command = [
+        "vocab",
+        tmp_path / "plain",
+        "-o",
+        tmp_path / "v.txt",
+        "--teacher",
+        tmp_path / "teacher",
+    ]
+    refused(command, "uncased with accents but the corpus", "--keep-accents")
+
+
+def test_a_cased_teacher_whose_folder_does_not_say_so(tmp_path, verb, refused, training_inputs):
+    """It is read as transformers reads it, with a warning; --cased reads it as cased."""
+    teacher = shutil.copytree(training_inputs / "teacher", tmp_path / "teacher")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (teacher / name).unlink()
+    pieces = (teacher / "vocab.txt").read_text().splitlines()
+    changed = [p.capitalize() if len(p) > 3 and p.isalpha() else p for p in pieces]
+    (teacher / "vocab.txt").write_text("\n".join(changed) + "\n")
+    count = sum(a != b for a, b in zip(pieces, changed, strict=True))
+    assert count > 5
+    train = ["--row.length", 16, "--steps", 1, "--rows", 2, "--eval-rows", 2, "--threads", 1,
+             "--embedding-size", 64, "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    corpus = training_inputs / "corpus"
+    shutil.copy(training_inputs / "stage1" / "student_vocab.txt", tmp_path / "student.txt")
+    command = ["train", "--stage", 1, "--corpus", corpus, "--teacher", teacher, "--student-vocab"]
+    command += [tmp_path / "student.txt", *train, "-o", tmp_path / "run"]
+    _, said = verb(*command)
+    assert f"assumed uncased, as no file in its folder says: {count} of its" in said
+    refused([*command[:-1], tmp_path / "other", "--cased"], "is cased but the corpus", "is uncased")
+
+    cased = tmp_path / "cased"
+    verb("corpus", training_inputs / "text.txt", "-o", cased, "--cased", "--heldout-share", 0.2)
+    command[4], command[-1] = cased, tmp_path / "cased-run"
+    refused(command, "assumed uncased but the corpus", "or read the vocabulary with --cased")
+    _, said = verb(*command, "--cased")
+    assert "assumed" not in said
+    tokenizer = json.loads((tmp_path / "cased-run" / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["do_lower_case"] is False
+    verb("vocab", cased, "-o", tmp_path / "v.txt", "--size", 110, "--teacher", teacher, "--cased")
+    rows = ["--row.length", 16, "--eval-rows", 4, "--device", "cpu", "--words", 5]
+    verb("eval", teacher, "--corpus", cased, "--cased", *rows)
+    verb("export", teacher, "-o", tmp_path / "out", "--corpus", cased, "--cased")
+
+
+def test_a_cased_student_vocabulary_under_an_uncased_teacher_is_warned_of(
+    tmp_path, verb, training_inputs
+):
+    pieces = (training_inputs / "stage1" / "student_vocab.txt").read_text().splitlines()
+    (tmp_path / "student.txt").write_text("\n".join([*pieces, "The", "Über"]) + "\n")
+    _, said = verb(
+        "train", "--stage", 1, "--corpus", training_inputs / "corpus", "--teacher",
+        training_inputs / "teacher", "--student-vocab", tmp_path / "student.txt", "--steps", 1,
+        "--row.length", 16, "--rows", 2, "--eval-rows", 2, "--threads", 1, "--device", "cpu",
+        "--embedding-size", 64, "--dtype", "float32", "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert f"student.txt is uncased: 2 of its {len(pieces) + 2} pieces have capitals" in said

@@ -92,8 +92,9 @@ def test_same_loss_and_gradients_of_the_next_piece(family, count, decoder):
     plain, fused = (make(family, CAUSAL[family], is_decoder=decoder) for _ in range(2))
     assert len(fuse(fused)) == 2
     ids, labels = batch()
+    # transformers makes these logits float32.
     assert_same_loss_and_gradients(
-        plain, fused, input_ids=ids, labels=labels, num_items_in_batch=count
+        plain, fused, 1e-5, input_ids=ids, labels=labels, num_items_in_batch=count
     )
 
 
@@ -126,10 +127,10 @@ def test_same_loss_and_gradients_with_the_next_sentence():
     torch.testing.assert_close(result.prediction_logits, expected.prediction_logits)
 
 
-def assert_same_loss_and_gradients(plain, fused, **arguments):
+def assert_same_loss_and_gradients(plain, fused, error=1e-9, **arguments):
     expected, result = plain(**arguments), fused(**arguments)
     assert not any(name.endswith("logits") and "seq" not in name for name in result)
-    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=error, atol=0)
     expected.loss.backward()
     result.loss.backward()
     for (name, a), (_, b) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
@@ -137,7 +138,7 @@ def assert_same_loss_and_gradients(plain, fused, **arguments):
             assert b.grad is None or (b.grad == 0).all(), name
             continue
         torch.testing.assert_close(
-            b.grad, a.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            b.grad, a.grad, rtol=error, atol=error / 1000, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -368,9 +369,10 @@ def test_a_part_that_was_changed_counts(family, moved):
             module.dropout.p = 0.5
             module.dropout.eval()
         elif moved == "norm":
-            module.LayerNorm = torch.nn.LayerNorm(module.LayerNorm.normalized_shape, bias=False)
+            shape = module.LayerNorm.normalized_shape
+            module.LayerNorm = torch.nn.LayerNorm(shape, bias=False, dtype=torch.float64)
         else:
-            module.LayerNorm.double()
+            module.LayerNorm.float()
     if moved == "precision":
         with pytest.raises(RuntimeError) as expected:
             plain(ids)
@@ -429,7 +431,8 @@ def test_transforms_of_functions_work(family):
 
 
 def test_cached_decoding_goes_on_at_the_right_position():
-    model = make("bert", "BertLMHeadModel", is_decoder=True).eval()
+    # float32: transformers 4 makes the mask of a decoder in it.
+    model = make("bert", "BertLMHeadModel", is_decoder=True).float().eval()
     ids = torch.randint(5, 97, (2, 12))
     expected = model(ids).logits
     fuse(model)

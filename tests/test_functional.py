@@ -188,16 +188,16 @@ def test_bfloat16_autocast_rounds_what_it_must(rows, monkeypatch, assert_rounded
         assert_rounded(ours, right, longest_sum=V, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("apart", [1.0, 2.0**-5, 2.0**-10])
+@pytest.mark.parametrize("apart", [1.0, 2.0**-4, 2.0**-8])
 def test_a_divergence_of_near_models_has_the_error_of_its_terms(
     apart, share_of_bound, assert_rounded
 ):
-    """Its value is far smaller than the logits, and than their log-sum-exp of about 1,000."""
+    """Its value is far smaller than the logits, and than their log-sum-exp of about 8,000."""
     # In steps that keep the logits exact in float32.
-    hidden = (torch.randn(200, 16) * 256).round() / 1024
+    hidden = (torch.randn(200, 16) * 64).round() / 256
     near = hidden + apart * torch.randint(-1, 2, hidden.shape)
-    weight = (torch.randn(503, 16) * 4).round() / 4
-    bias = 1000 + (torch.randn(503) * 4).round() / 4
+    weight = (torch.randn(64, 16) * 4).round() / 4
+    bias = 8000 + (torch.randn(64) * 4).round() / 4
     tau = 2.0
 
     def of(dtype, backend):
@@ -211,14 +211,14 @@ def test_a_divergence_of_near_models_has_the_error_of_its_terms(
     # The terms: probabilities, times tau^2 and, in a gradient, times weights and tau.
     norms = [max(tau**2, truth[0].max().item()), tau * weight.abs().max().item()]
     for found, right, norm in zip(of(torch.float32, "chunked"), truth, norms, strict=True):
-        assert_rounded(found, right, longest_sum=1, norm=norm)
+        assert_rounded(found, right, longest_sum=64, norm=norm)
 
     def rounded_lse(z):
         return z - z.logsumexp(1, keepdim=True)
 
     log_p, log_q = (rounded_lse((h @ weight.T + bias) / tau) for h in (hidden, near))
     mutant = tau**2 * (log_q.exp() * (log_q - log_p)).sum(1)
-    assert share_of_bound(mutant, truth[0], 1, norm=norms[0]) > 10
+    assert share_of_bound(mutant, truth[0], 64, norm=norms[0]) > 10
 
 
 def test_no_second_derivative_in_silence():

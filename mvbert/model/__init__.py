@@ -1,1 +1,1 @@
-"""Models, and the folders they are read from and written to. Nothing here knows a training loop."""
+"""Models, and reading and writing their folders. Independent of the training loop."""

@@ -1,4 +1,4 @@
-"""The model card that stands beside every model as README.md."""
+"""The model card, written to every model folder as README.md."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ tags:
 def model_card(
     stage: str, shape: ModelConfig, stage2: Stage2Config | None = None, length: int = 0
 ) -> str:
-    """Markdown with front matter: what the model is and how it was made, on rows of `length`."""
+    """Markdown with front matter: shape and training of the model, with rows of `length`."""
     what = (
         f"{shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
         f"{shape.num_attention_heads} heads, feed-forward {shape.intermediate_size}, "
@@ -38,20 +38,20 @@ def model_card(
 
 {what}.
 
-A teacher after Stage I of mixed-vocabulary training: it went on training with masked language
-modelling on text whose words were cut at random with its own vocabulary or with a student's. As a
-Hugging Face model it is an ordinary BERT with its own vocabulary. Beside it, `student.safetensors`
-holds the student's table, the affine map into this model's width and the bias of the student's
-softmax; `student_vocab.txt` the student's pieces.
+A teacher after Stage I of mixed-vocabulary training: masked language modelling on text whose words
+were tokenized at random with its own vocabulary or with a student's. As a Hugging Face model it is
+an ordinary BERT with its own vocabulary. In addition, `student.safetensors` holds the student's
+embeddings, the affine map to this model's width and the bias of the student's softmax, and
+`student_vocab.txt` the student's pieces.
 """
     else:
         assert stage2 is not None
         start = {
-            "stage1": "Its embeddings started from the table that Stage I made.",
-            "random": "Its embeddings started at random.",
+            "stage1": "Its word embeddings were initialised from Stage I.",
+            "random": "Its word embeddings were initialised randomly.",
         }[stage2.start]
-        positions = "sine waves" if stage2.positions == "sinusoidal" else "random"
-        began = f"Its positions\nstarted at {positions}, the encoder at random."
+        positions = "as sinusoids" if stage2.positions == "sinusoidal" else "randomly"
+        initial = f"Its position\nembeddings were initialised {positions}, the encoder randomly."
         losses = "masked language modelling"
         if stage2.distill:
             losses += f" and distillation ({' + '.join(stage2.distill)}) from the Stage I teacher"
@@ -60,7 +60,7 @@ softmax; `student_vocab.txt` the student's pieces.
 
 {what}.
 
-{start} {began} It was trained with {losses}
+{start} {initial} It was trained with {losses}
 for {stage2.steps} steps of {stage2.rows} rows of {length} pieces.
 """
     return f"""{_FRONT}

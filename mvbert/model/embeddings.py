@@ -9,12 +9,12 @@ from mvbert.text.wordpiece import longest_matches
 
 
 class Embeddings(nn.Module):
-    """The tables of one vocabulary; a second one may be handed in, already projected.
+    """Embeddings of one vocabulary, and optionally of a second one that is already projected.
 
-    One id space: an id below V is a row of this table, V + i is row i of `student_rows`.
+    Joint ids: an id below V is a row of this table, V + i is row i of `student_rows`.
 
     Attributes:
-        frequent_ids: up to two joint ids that many pieces have, see `functional.mixed_embedding`.
+        frequent_ids: up to two very frequent joint ids, see `functional.mixed_embedding`.
     """
 
     frequent_ids: tuple[int, ...] = ()
@@ -77,9 +77,9 @@ class StudentTable(nn.Module):
 def sinusoidal_start(position: Tensor, spread: float) -> None:
     """Starts a position table [T, H] at sines and cosines with root mean square `spread`.
 
-    Nearness of positions is then there from the start instead of having to be found: a small BERT
-    leaves the plateau of unigram frequencies after far fewer pieces (docs/log.md). The table trains
-    like any other. Frequencies as in Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
+    The table then encodes nearness of positions from the start: a small BERT leaves the plateau of
+    unigram frequencies after far fewer pieces (docs/log.md). The table trains like any other.
+    Frequencies as in Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
     """
     T, H = position.shape
     half = (H + 1) // 2
@@ -91,10 +91,10 @@ def sinusoidal_start(position: Tensor, spread: float) -> None:
 
 @torch.no_grad()
 def warm_start(student: StudentTable, teacher_rows: Tensor) -> float:
-    """Starts the student table at the teacher's rows, as near as E dimensions allow.
+    """Initialises the student table from the teacher's rows, projected to E dimensions.
 
-    Principal component analysis of `teacher_rows` [V_s, H] (row i: what the teacher has for student
-    piece i): the top E directions give table and projection weight, the mean gives its bias.
+    Principal component analysis of `teacher_rows` [V_s, H] (row i: the teacher's embedding of
+    student piece i): the top E directions give table and projection weight, the mean its bias.
 
     Returns:
         The share of the rows' variance that the E directions keep.
@@ -123,11 +123,11 @@ def warm_start(student: StudentTable, teacher_rows: Tensor) -> float:
 def spelled_rows(
     student_pieces: tuple[str, ...], teacher_ids: dict[str, int], teacher_table: Tensor, unk: int
 ) -> tuple[Tensor, int]:
-    """What the teacher has for every student piece: its row, or the mean of its spelling's rows.
+    """The teacher's embedding of every student piece: its row, or the mean over its spelling.
 
-    A student piece that the teacher lacks is cut, greedily from the left, into teacher pieces
-    (`##` ones from the second on, or all if the piece itself continues a word). What cannot be cut
-    takes the row of [UNK].
+    A student piece that the teacher lacks is spelled, greedily from the left, with teacher pieces
+    (`##` ones from the second on, or all if the piece itself continues a word). A piece that cannot
+    be spelled takes the row of [UNK].
 
     Returns:
         Rows [V_s, H] and the number of pieces that both vocabularies have.

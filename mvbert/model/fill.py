@@ -1,4 +1,4 @@
-"""Filling in masked words: the quickest look at what a model has learned."""
+"""Fills in masked words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MASK = "[MASK]"
 
 @torch.no_grad()
 def fill_masks(model: MaskedLM, vocab: Vocab, sentence: str) -> str:
-    """The sentence with the likeliest piece in place of every [MASK].
+    """Replaces every [MASK] of a sentence by the most likely piece.
 
     Args:
         model: a student, or a Stage I teacher as a reader of student pieces

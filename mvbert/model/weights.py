@@ -32,7 +32,7 @@ class Weights:
     """The tensors of a model folder.
 
     Attributes:
-        folder: where they are from.
+        folder: the model folder.
         tensors: by transformers' names: `bert.` in front of a bare encoder's, no prefix of
             torch.compile or DataParallel, TensorFlow's gamma and beta renamed.
     """
@@ -60,22 +60,22 @@ class Weights:
         """A tensor, which counts as read from then on.
 
         Args:
-            shape: what config.json makes of it; None takes any.
+            shape: the shape by config.json; None allows any.
 
         Raises:
-            InputError: it has another shape, or its numbers need scales that nothing reads.
+            InputError: it has another shape, or is quantised or sparse.
         """
         tensor = self.tensors[name]
         self._read.add(name)
         if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise InputError(
-                f"{self.place(name)} is {kind}; quantised or sparse weights are not read: save the "
-                "model in float32, float16 or bfloat16"
+                f"{self.place(name)} is {kind}; quantised or sparse weights are not supported; "
+                "save the model in float32, float16 or bfloat16"
             )
         if shape is not None and tensor.shape != shape:
             raise InputError(
-                f"{self.place(name)} is {tuple(tensor.shape)}, config.json says {tuple(shape)}"
+                f"{self.place(name)} is {tuple(tensor.shape)}, config.json implies {tuple(shape)}"
             )
         return tensor
 
@@ -96,17 +96,17 @@ class Weights:
         return name
 
     def missing(self, names: list[str]) -> InputError:
-        """The complaint that tensors are missing."""
+        """The error for missing tensors."""
         paths = {path for path, _ in self._source.values()}
         what = ", ".join(self.key(name) for name in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         where = str(paths.pop()) if len(paths) == 1 else str(self.folder)
         example = next((key for _, key in self._source.values()), None)
         has = f"; the first of its {len(self.tensors)} tensors is {example}" if example else ""
-        return InputError(f"{where} has no {what}{more}, which config.json asks for{has}")
+        return InputError(f"{where} has no {what}{more}, which config.json requires{has}")
 
     def unread(self) -> str:
-        """What nothing has read, as a sentence; empty if there is nothing to mention."""
+        """A sentence about tensors that were not read; empty if there are none."""
         keys = [
             key
             for name, (_, key) in self._source.items()
@@ -120,10 +120,10 @@ class Weights:
 
 
 def read_weights(folder: Path) -> Weights:
-    """All tensors of a model folder.
+    """Reads all tensors of a model folder.
 
     Raises:
-        InputError: no weights, or a file that is not whole or holds more than tensors.
+        InputError: no weights, or a file is corrupt or holds more than tensors.
     """
     return Weights(folder, weight_files(folder))
 
@@ -147,7 +147,7 @@ def weight_files(folder: Path) -> list[Path]:
         index = folder / f"{name}.index.json"
         if os.path.lexists(index):
             return _indexed_files(index)
-    raise InputError(f"{folder}: neither {WEIGHTS} nor {PYTORCH_WEIGHTS} in it")
+    raise InputError(f"{folder} has neither {WEIGHTS} nor {PYTORCH_WEIGHTS}")
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -173,7 +173,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one safetensors or PyTorch file.
 
     Raises:
-        InputError: it cannot be read, is not whole, or holds more than tensors.
+        InputError: it cannot be read, is not complete, or holds more than tensors.
     """
     check_readable(path)
     if path.suffix != ".safetensors":
@@ -182,36 +182,36 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file: {error}") from None
+        raise InputError(f"{path} is not a complete safetensors file: {error}") from None
 
 
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or hostile file may raise anything.
     except Exception as error:
-        asked = re.search(r"(?i)unsupported (?:global:? (?:global )?|class )([\w.]+)", str(error))
-        if asked:
+        unsafe = re.search(r"(?i)unsupported (?:global:? (?:global )?|class )([\w.]+)", str(error))
+        if unsafe:
             raise InputError(
-                f"{path} asks for {asked[1]}, which is no tensor and could run code: not read; "
+                f"{path} contains {unsafe[1]}, which is not a tensor and could run code; "
                 "save the weights as safetensors, or from a model you trust"
             ) from None
-        # torch's own text for what it cannot read begins with advice to read it unsafely.
+        # torch's message begins with advice to load the file unsafely.
         reason = str(error).split("WeightsUnpickler error:")[-1].strip()
         reason = (reason.splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{path}: not a whole PyTorch file: {reason}") from None
-    if not isinstance(found, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()
+        raise InputError(f"{path} is not a complete PyTorch file: {reason}") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise InputError(
             f"{path} does not hold a model's state_dict (names and tensors); save the model with "
             "save_pretrained"
         )
-    return found
+    return state
 
 
 def _transformers_name(key: str) -> str:
-    """What transformers calls the tensor that a file calls `key`."""
+    """The transformers name of the tensor that a file names `key`."""
     name = key.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")

@@ -1,1 +1,1 @@
-"""Writes models in other programs' formats."""
+"""Exports models to other formats."""

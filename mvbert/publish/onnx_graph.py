@@ -1,9 +1,9 @@
-"""A BERT as an ONNX graph, written node by node in standard operators alone.
+"""Builds the ONNX graph of a BERT from standard operators.
 
-Query, key and value are one matrix product; the word table is one tensor, whether rows are read
-from it or it scores pieces too. In int8 each row of the tables and each column of a matrix has a
-scale of its own, and the input of a matrix is cut to 8 bits as it comes (DynamicQuantizeLinear).
-Why so, with figures: docs/export.md.
+Query, key and value are one matrix product; the word table is one tensor, used for the embeddings
+and, where tied, for the logits. In int8 each row of a table and each column of a matrix has its own
+scale, and inputs of matrices are quantised dynamically (DynamicQuantizeLinear). docs/export.md has
+the reasons, with measurements.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from mvbert.publish.pooling import Pooling
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS = {"hidden": "last_hidden_state", "pooled": "sentence_embedding", "logits": "logits"}
 
-# LayerNormalization came with opset 17, which ONNX Runtime reads since 1.12 (2022).
+# LayerNormalization needs opset 17, which ONNX Runtime supports since 1.12 (2022).
 OPSET, IR_VERSION = 17, 8
 
-# Beyond 7 bits a weight's product with an 8-bit input can leave the 16 bits in which x86 without
-# VNNI adds two of them. Rows that are only read have no products.
+# With more than 7 bits, sums of two products of weights and 8-bit inputs can overflow the 16 bits
+# that x86 without VNNI uses. Tables that are only looked up have no products.
 MATRIX_BITS, TABLE_BITS = 7, 8
 
 
-def needed() -> tuple[ModuleType, ModuleType]:
-    """The packages onnx and onnxruntime.
+def load_onnx() -> tuple[ModuleType, ModuleType]:
+    """Imports onnx and onnxruntime.
 
     Raises:
         MissingExtra: one is not installed.
@@ -46,15 +46,15 @@ def needed() -> tuple[ModuleType, ModuleType]:
 
 
 class _Graph:
-    """Nodes and tensors of a graph in the making; a call adds a node and gives its outputs."""
+    """Builds a graph; a call adds a node and returns the names of its outputs."""
 
     def __init__(self, int8: bool) -> None:
-        self._helper = needed()[0].helper
+        self._helper = load_onnx()[0].helper
         self.int8 = int8
         self._nodes: list[Any] = []
         self._tensors: list[Any] = []
         self._count = 0
-        self._cut: dict[str, tuple[str, str, str]] = {}
+        self._quantised: dict[str, tuple[str, str, str]] = {}
 
     def __call__(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         names = [f"v{self._count + i}" for i in range(outputs)]
@@ -65,27 +65,27 @@ class _Graph:
     def constant(self, value: Any, dtype: type = np.float32) -> str:
         array: np.ndarray = np.ascontiguousarray(value, dtype)
         name = f"c{len(self._tensors)}"
-        tensor = needed()[0].numpy_helper.from_array(array.reshape(np.shape(value)), name)
+        tensor = load_onnx()[0].numpy_helper.from_array(array.reshape(np.shape(value)), name)
         self._tensors.append(tensor)
         return name
 
     def floats(self, x: str) -> str:
-        return self("Cast", x, to=needed()[0].TensorProto.FLOAT)
+        return self("Cast", x, to=load_onnx()[0].TensorProto.FLOAT)
 
     def table(self, rows: np.ndarray, bits: int) -> tuple[str, ...]:
-        """A table [V, H] to read rows from: itself, or its int8 and its scales [V, 1]."""
+        """Adds a table [V, H] for look-ups: float32, or int8 and scales [V, 1]."""
         if not self.int8:
             return (self.constant(rows),)
         values, scales = quantised(rows, bits)
         return self.constant(values, np.int8), self.constant(scales)
 
-    def rows(self, table: tuple[str, ...], operator: str, *where: str) -> str:
+    def rows(self, table: tuple[str, ...], operator: str, *indices: str) -> str:
         """Rows of a table, by Gather or Slice."""
-        parts = [self(operator, part, *where) for part in table]
+        parts = [self(operator, part, *indices) for part in table]
         return parts[0] if len(parts) == 1 else self("Mul", self.floats(parts[0]), parts[1])
 
     def linear(self, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
-        """x W^T + b of a weight [out, in]."""
+        """x W^T + b for a weight [out, in]."""
         if not self.int8:
             return self.product(x, (self.constant(weight.T),), bias)
         values, scales = quantised(weight, MATRIX_BITS)
@@ -93,13 +93,13 @@ class _Graph:
         return self.product(x, matrix, bias)
 
     def product(self, x: str, matrix: tuple[str, ...], bias: np.ndarray) -> str:
-        """x M + b of a matrix [in, out], or of its int8 and its scales [out]."""
+        """x M + b for a matrix [in, out]: float32, or int8 and scales [out]."""
         if len(matrix) == 1:
             return self("Add", self("MatMul", x, *matrix), self.constant(bias))
-        if x not in self._cut:
-            self._cut[x] = self("DynamicQuantizeLinear", x, outputs=3)
-        values, scale, zero = self._cut[x]
-        # The shape in which ONNX Runtime knows the four nodes and makes them one.
+        if x not in self._quantised:
+            self._quantised[x] = self("DynamicQuantizeLinear", x, outputs=3)
+        values, scale, zero = self._quantised[x]
+        # The pattern of four nodes that ONNX Runtime fuses into one.
         sums = self("MatMulInteger", values, matrix[0], zero, self.constant(0, np.int8))
         scaled = self("Mul", self.floats(sums), self("Mul", scale, matrix[1]))
         return self("Add", scaled, self.constant(bias))
@@ -123,8 +123,8 @@ class _Graph:
         return self("Mul", self("Mul", x, self("Add", inner, one)), half)
 
     def model(self, outputs: dict[str, tuple[str, list[str | int]]]) -> bytes:
-        """The finished model; `outputs` has the value and the shape of each name."""
-        onnx, helper = needed()[0], self._helper
+        """Serialises the model; `outputs` maps each name to its value and shape."""
+        onnx, helper = load_onnx()[0], self._helper
         for name, (value, _) in outputs.items():
             self._nodes.append(helper.make_node("Identity", [value], [name]))
         int64, float_ = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
@@ -135,26 +135,26 @@ class _Graph:
             [helper.make_tensor_value_info(n, float_, shape) for n, (_, shape) in outputs.items()],
             self._tensors,
         )
-        made = helper.make_model(
+        model = helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid("", OPSET)],
             ir_version=IR_VERSION,
             producer_name="mvbert",
             producer_version=__version__,
         )
-        onnx.checker.check_model(made)
-        return made.SerializeToString()
+        onnx.checker.check_model(model)
+        return model.SerializeToString()
 
 
 def quantised(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """A weight [out, in] as int8 of `bits` bits and one scale for each row, [out, 1]; 0 stays 0."""
+    """Quantises a weight [out, in] to `bits` bits in int8, with a scale per row [out, 1]."""
     largest = np.abs(weight).max(1, keepdims=True)
     scales = np.where(largest > 1e-30, largest, 1.0) / (2 ** (bits - 1) - 1)
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
 def _pooled(graph: _Graph, pooling: Pooling, hidden: str, counts: str) -> str:
-    """The vector of a text out of hidden states [B, T, H] and what counts of them [B, T]."""
+    """Adds the pooling of hidden states [B, T, H] with weights `counts` [B, T]."""
     one, two = (graph.constant((n,), np.int64) for n in (1, 2))
     each = graph("Unsqueeze", counts, two)
     if pooling.mode == "cls":
@@ -190,15 +190,14 @@ def to_onnx(
     labels: LabelHead | None = None,
     pooling: Pooling | None = None,
 ) -> bytes:
-    """A model as an ONNX file.
+    """Converts a model to an ONNX file.
 
     Args:
-        heads: outputs, of OUTPUTS: hidden states [B, T, H]; what `pooling` makes of those that
-            attention_mask lets count [B, width]; scores: of labels, where the model has them, else
-            over the vocabulary of all pieces [B, T, V].
-        int8: weights and tables as int8, but for the few columns of `labels`.
-        labels: scores labels.
-        pooling: None for the mean.
+        heads: outputs, keys of OUTPUTS: hidden states [B, T, H]; sentence embeddings [B, width];
+            logits over labels, if `labels` is given, else over the vocabulary [B, T, V].
+        int8: quantise weights and tables to int8, except those of `labels`.
+        labels: the label head, if any.
+        pooling: makes the sentence embeddings; None for the mean.
 
     Raises:
         InputError: the file would be larger than ONNX allows.
@@ -230,32 +229,32 @@ def to_onnx(
     hidden = norm(rows, "embeddings.norm")
 
     counts = graph.floats(mask)
-    # A large number, not infinity: a row without pieces gives some numbers and not NaN.
+    # A large number instead of infinity, so that a row without pieces does not give NaN.
     absent = graph("Mul", graph("Sub", graph.constant(1.0), counts), graph.constant(-1e9))
     absent = graph("Unsqueeze", absent, whole(1, 2))
-    apart, together = whole(0, 0, A, H // A), whole(0, 0, H)
-    # The label of a text comes from its first piece: the last layer makes no other.
-    alone = labels is not None and labels.of_text and list(heads) == ["logits"]
+    split_heads, merge_heads = whole(0, 0, A, H // A), whole(0, 0, H)
+    # Labels of a text depend on its first piece only, so the last layer computes no other.
+    first_only = labels is not None and labels.of_text and list(heads) == ["logits"]
     for number in range(config.num_hidden_layers):
         layer = f"encoder.layers.{number}"
         weight, bias = value[f"{layer}.qkv.weight"].copy(), value[f"{layer}.qkv.bias"].copy()
-        weight[:H] *= (H // A) ** -0.5  # of the scores, without a node of its own
+        weight[:H] *= (H // A) ** -0.5  # folds the scale of the scores into the weights
         bias[:H] *= (H // A) ** -0.5
         qkv = graph.linear(hidden, weight, bias)
         query, key, values = (
-            graph("Transpose", graph("Reshape", part, apart), perm=order)
+            graph("Transpose", graph("Reshape", part, split_heads), perm=order)
             for part, order in zip(
                 graph("Split", qkv, whole(H, H, H), outputs=3, axis=-1),
                 ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]),
                 strict=True,
             )
         )
-        if alone and number == config.num_hidden_layers - 1:
+        if first_only and number == config.num_hidden_layers - 1:
             query = graph("Slice", query, whole(0), whole(1), whole(2))
             hidden = graph("Slice", hidden, whole(0), whole(1), whole(1))
         scores = graph("Add", graph("MatMul", query, key), absent)
         context = graph("MatMul", graph("Softmax", scores, axis=-1), values)
-        context = graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), together)
+        context = graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), merge_heads)
         attended = linear(context, f"{layer}.attention_output")
         hidden = norm(graph("Add", attended, hidden), f"{layer}.attention_norm")
         expanded = graph.activation(linear(hidden, f"{layer}.intermediate"), config.hidden_act)
@@ -287,7 +286,9 @@ def to_onnx(
         decoder = word
         if not config.tie_word_embeddings:
             decoder = graph.table(value["head.decoder"], MATRIX_BITS)
-        matrix = [graph("Transpose", decoder[0], perm=[1, 0])]  # once, when the file is opened
+        matrix = [
+            graph("Transpose", decoder[0], perm=[1, 0])
+        ]  # constant-folded when the file is opened
         if int8:
             matrix.append(graph("Reshape", decoder[1], whole(-1)))
         scores = graph.product(norm(x, "head.norm"), tuple(matrix), value["head.bias"])

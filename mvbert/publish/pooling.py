@@ -1,7 +1,7 @@
-"""What sentence-transformers makes of hidden states: pooling, dense layers, normalisation.
+"""Sentence embeddings as in sentence-transformers: pooling, dense layers, normalisation.
 
-Read from a folder's modules.json, in which sentence-transformers lists its modules one after the
-other; what is not one of these is refused by name.
+Read from a folder's modules.json, in which sentence-transformers lists its modules in order; other
+modules are refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ACTIVATIONS = {"Identity": None, "Tanh": torch.tanh}
 
 @dataclass(frozen=True)
 class Step:
-    """What happens to the pooled vector: a dense layer, or normalisation where it has no matrix."""
+    """A step after pooling: a dense layer, or normalisation if it has no weight."""
 
     weight: Tensor | None = None  # [out, in]
     bias: Tensor | None = None  # [out]
@@ -33,11 +33,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Pooling:
-    """A text's vector out of the hidden states of its pieces.
+    """Computes a text's embedding from the hidden states of its pieces.
 
     Args:
         mode: one of POOLINGS.
-        steps: what follows, in order.
+        steps: the steps after pooling, in order.
     """
 
     mode: str = "mean"
@@ -64,7 +64,7 @@ class Pooling:
         return x
 
     def width(self, hidden_size: int) -> int:
-        """Numbers in the vector."""
+        """Length of the embedding."""
         widths = [len(step.weight) for step in self.steps if step.weight is not None]
         return [hidden_size, *widths][-1]
 
@@ -74,10 +74,10 @@ class Pooling:
 
 
 def read_pooling(folder: Path, hidden_size: int) -> Pooling:
-    """The pooling of a sentence-transformers folder; the mean where there is no modules.json.
+    """The pooling of a sentence-transformers folder; the mean if it has no modules.json.
 
     Raises:
-        InputError: a module or a setting that is not supported, by name.
+        InputError: a module or a setting is not supported.
     """
     path = folder / "modules.json"
     if not path.exists():
@@ -90,7 +90,7 @@ def read_pooling(folder: Path, hidden_size: int) -> Pooling:
     width = hidden_size
     for module in modules:
         if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise InputError(f"{path}: {module!r} is no module with a type")
+            raise InputError(f"{path}: {module!r} is not a module with a type")
         kind = module["type"].rsplit(".", 1)[-1]
         part = folder / str(module.get("path") or "")
         if kind == "Transformer" and mode is None and part == folder:
@@ -102,10 +102,11 @@ def read_pooling(folder: Path, hidden_size: int) -> Pooling:
         elif kind == "Dense" and mode is not None:
             steps.append(_dense(part, width))
             width = len(steps[-1].weight)  # type: ignore[arg-type]
-        elif kind != "Dropout":  # which does nothing after training
+        elif kind != "Dropout":  # has no effect after training
             raise InputError(
                 f"{path}: the module {module['type']} (path {module.get('path')!r}) is not "
-                "supported there; expected Transformer, Pooling, then Dense, Normalize or Dropout"
+                "supported at this position; expected Transformer, Pooling, then Dense, Normalize "
+                "or Dropout"
             )
     return Pooling(mode or "mean", tuple(steps))
 
@@ -118,11 +119,11 @@ def _mode(path: Path) -> str:
         for key, value in config.items()
         if key.startswith("pooling_mode_") and value
     }
-    found = [named] if isinstance(named, str) else [*flags]
+    configured = [named] if isinstance(named, str) else [*flags]
     known = {name.removesuffix("_tokens"): name for name in POOLINGS}
-    modes = [known.get(str(name).removesuffix("_tokens"), "") for name in found]
+    modes = [known.get(str(name).removesuffix("_tokens"), "") for name in configured]
     if len(modes) != 1 or not modes[0]:
-        what = ", ".join(map(str, found)) or "none"
+        what = ", ".join(map(str, configured)) or "none"
         raise InputError(
             f"{path}: the pooling is {what}; only one of {', '.join(known)} is supported"
         )

@@ -1,1 +1,1 @@
-"""Compares and measures trained models."""
+"""Evaluation: measures of trained models, and studies that compare them."""

@@ -1,8 +1,8 @@
-"""How good a BERT is on held-out text: the measures of a study, for any Hugging Face folder.
+"""Evaluates a BERT on held-out text: the measures of a study, for any Hugging Face folder.
 
-Loss and share right are of masked pieces of the model's own vocabulary, on the rows that the same
-settings give in training; bits a word can be compared between vocabularies (mvbert.study.measures);
-the probe says what hidden states know of a sentence (mvbert.study.probe).
+Loss and accuracy are over masked pieces of the model's vocabulary, on the same rows as in training
+with the same settings; bits per word are comparable between vocabularies (mvbert.study.measures);
+the probe tests the hidden states as sentence features (mvbert.study.probe).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mvbert.model import huggingface
 from mvbert.model.flops import Product, encoder_products, product_rates
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, masked_sums
 from mvbert.progress import Progress
-from mvbert.study.measures import ask, bits_per_word, choose_words
+from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.study.probe import linear_probe, read_sst2
 from mvbert.text.batches import Rows
 from mvbert.text.stage_rows import heldout_rows
@@ -47,24 +47,24 @@ def run_eval(
     device: str = "auto",
     threads: int = 0,
 ) -> dict[str, Json]:
-    """Measures a model.
+    """Evaluates a model.
 
     Args:
-        name: a BERT's folder, a run folder, or what mvbert.model.huggingface.find_model takes.
-        cased: its vocabulary is cased, whatever the folder says or leaves out.
-        eval_rows: held-out rows whose masked pieces are predicted.
-        pass_rows: of them in one pass.
-        seed: of the sentences that the probe is fitted on.
-        dtype: of matrix products; auto: that of the run whose result the model is, else on a CPU
-            the faster one.
+        name: a name for mvbert.model.huggingface.find_model, e.g. a BERT's folder or a run folder.
+        cased: treat its vocabulary as cased, whatever the folder says.
+        eval_rows: held-out rows to evaluate.
+        pass_rows: rows per forward pass.
+        seed: seed of the sample of sentences that the probe is fitted on.
+        dtype: dtype of matrix products; auto: as in the run that made the model, else on a CPU the
+            faster one.
         device: auto, cpu or cuda[:N].
-        threads: of the CPU (0: torch's default).
+        threads: CPU threads (0: all available cores).
 
     Returns:
-        What a study records of a student, under the same names.
+        The measures that a study records for a student, under the same names.
 
     Raises:
-        InputError: no such BERT or corpus, or they do not go together.
+        InputError: the model or the corpus does not exist, or they do not match.
     """
     started = time.perf_counter()
     progress = Progress("eval")
@@ -78,20 +78,20 @@ def run_eval(
             progress.note(note)
     predicts = not any(part.startswith("cls.") for part in missing)
     if not predicts and sst2 is None:
-        raise InputError(
-            f"{folder} has no masked-language-model head, so it predicts nothing: "
-            "only --sst2 can measure it"
-        )
+        raise InputError(f"{folder} has no masked-language-model head; only --sst2 applies")
     check_lengths(row, model.config)
-    trained = _length_in_training(folder)
+    trained = _training_length(folder)
     if trained not in (None, row.length):
-        progress.note(f"rows of {row.length} pieces; in training they had {trained}: --row.length")
+        progress.note(
+            f"evaluating with rows of {row.length} pieces; trained with {trained} "
+            "(set --row.length)"
+        )
     opened = checked_corpus(corpus)
     cut = opened.segment(vocab)
     torch.set_num_threads(cores(threads))
-    where = _device(device, dtype, folder, encoder_products(model.config, pass_rows * row.length))
-    progress.note(f"device {where}")
-    model = model.to(where.device).eval()
+    chosen = _device(device, dtype, folder, encoder_products(model.config, pass_rows * row.length))
+    progress.note(f"device {chosen}")
+    model = model.to(chosen.device).eval()
     report: dict[str, Json] = {
         "model": str(folder),
         "corpus": str(corpus),
@@ -101,45 +101,45 @@ def run_eval(
     if predicts:
         rows = heldout_rows(opened, cut, row)
         if eval_rows > rows.count:
-            progress.note(f"eval_rows {eval_rows}: the held-out text has {rows.count} rows")
-        found = masked_measures(model, rows, eval_rows, pass_rows, where)
+            progress.note(f"eval_rows is {eval_rows}, but the held-out text has {rows.count} rows")
+        measures = masked_measures(model, rows, eval_rows, pass_rows, chosen)
         progress.note(
-            f"{found['loss']:.4f} nats a masked piece, "
-            f"{found['accuracy']:.1%} of {found['masked']} said right"
+            f"loss {measures['loss']:.4f} nats per masked piece, accuracy "
+            f"{measures['accuracy']:.1%} ({measures['masked']} masked pieces)"
         )
-        report |= found
+        report |= measures
         if measure.words:
             places = choose_words(opened.heldout, measure.words)
-            words = ask(opened.heldout, cut, places, measure.context, row.length)
-            bits = bits_per_word(model, vocab.pad, words, where)
+            words = make_questions(opened.heldout, cut, places, measure.context, row.length)
+            bits = bits_per_word(model, vocab.pad, words, chosen)
             progress.note(
-                f"{bits['bits_per_word']:.3f} bits a word, standard error {bits['bits_error']:.3f} "
-                f"({words.count} words; {words.unknown} left out as unknown)"
+                f"{bits['bits_per_word']:.3f} bits per word, standard error "
+                f"{bits['bits_error']:.3f} ({words.count} words; skipped {words.unknown} unknown)"
             )
             report |= bits | words.facts()
     else:
-        progress.note(f"{folder} has no masked-language-model head: its states are measured alone")
+        progress.note(f"{folder} has no masked-language-model head: only the probe is run")
     if sst2 is not None:
         accuracy = linear_probe(
-            model, vocab, *sst2, where,
+            model, vocab, *sst2, chosen,
             length=row.length, count=measure.sentences, seed=seed,
         )  # fmt: skip
-        progress.note(f"SST-2, linear probe: {accuracy:.1%}")
+        progress.note(f"SST-2 linear probe: accuracy {accuracy:.1%}")
         report["sst2"] = accuracy
     report["seconds"] = round(time.perf_counter() - started, 1)
     return report
 
 
 def _device(name: str, dtype: str, folder: Path, products: list[Product]) -> Device:
-    """Where and in which dtype the model in `folder` is measured."""
+    """The device and dtype to evaluate the model in `folder` with."""
     device = choose_device(name)
-    began = dtype_of_run(folder.parent) if dtype == "auto" else None
+    recorded = dtype_of_run(folder.parent) if dtype == "auto" else None
     rates = partial(product_rates, products, gradients=False)
-    return Device.of(device, *(began or choose_dtype(dtype, device, rates)))
+    return Device.of(device, *(recorded or choose_dtype(dtype, device, rates)))
 
 
-def _length_in_training(folder: Path) -> int | None:
-    """Pieces of the rows of the run whose result `folder` is; None where it is no run's."""
+def _training_length(folder: Path) -> int | None:
+    """Row length of the run that made the model in `folder`; None if no run did."""
     path = folder.parent / "run.json"
     run: Any = read_json_object(path) if path.is_file() else {}
     try:
@@ -150,21 +150,21 @@ def _length_in_training(folder: Path) -> int | None:
 
 @torch.no_grad()
 def masked_measures(
-    model: MaskedLM, rows: Rows, eval_rows: int, pass_rows: int, where: Device
+    model: MaskedLM, rows: Rows, eval_rows: int, pass_rows: int, device: Device
 ) -> dict[str, float]:
-    """Loss and accuracy over the masked pieces of the first eval_rows rows, at most one epoch."""
+    """Loss and accuracy on masked pieces of the first eval_rows rows, at most one epoch."""
     total = {"mlm_sum": 0.0, "count": 0.0, "right": 0.0}
     count = min(eval_rows, rows.count)
     for first in range(0, count, pass_rows):
         batch = rows.read(first, min(pass_rows, count - first))
-        with where.cast():
-            for name, value in masked_sums(model, DeviceBatch.of(batch, where.device)).items():
+        with device.cast():
+            for name, value in masked_sums(model, DeviceBatch.of(batch, device.device)).items():
                 total[name] += float(value)
     if not total["count"]:
-        raise InputError("no held-out piece was masked: ask for more rows or a larger mask_prob")
+        raise InputError("no held-out piece was masked; use more rows or a larger mask_prob")
     loss = total["mlm_sum"] / total["count"]
     if not math.isfinite(loss):
-        raise InputError(f"the held-out loss is {loss}: the model's weights are spoiled")
+        raise InputError(f"the held-out loss is {loss}: the model's weights are corrupt")
     return {
         "rows": count,
         "masked": int(total["count"]),

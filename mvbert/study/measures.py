@@ -1,19 +1,19 @@
-"""Held-out bits per word: a measure that students of different vocabularies share.
+"""Held-out bits per word: a measure that is comparable between vocabularies.
 
-A masked language model says nothing of a whole text's probability, and its loss per masked piece is
-of its own pieces: a model with smaller pieces has an easier guess more often. Here the unit is the
-word, and all models are asked for the same words in the same contexts:
+A masked language model does not give the probability of a text, and its loss per masked piece
+depends on its vocabulary: smaller pieces are easier to guess. Here the unit is the word, and all
+models predict the same words in the same contexts:
 
     bits(word) = - sum over its pieces i of log2 P(piece i | context, pieces before i)
 
-Piece i is predicted with it and all later pieces of the word masked and the earlier ones shown, one
-word at a time; the context is a fixed number of words of the same document on both sides, none of
-them masked. This is the within-word left-to-right pseudo-log-likelihood (Salazar et al. 2020,
+Piece i is predicted with it and all later pieces of the word masked and the earlier ones visible,
+one word at a time; the context is a fixed number of unmasked words of the same document on both
+sides. This is the within-word left-to-right pseudo-log-likelihood (Salazar et al. 2020,
 arXiv 1910.14659; Kauf and Ivanova 2023, arXiv 2305.10588), for single words.
 
-What it does not do: bits of neighbouring words do not add up to bits of a text; the number of masks
-tells a model how many pieces the word has, which is worth more to a vocabulary with small pieces;
-words with an unknown piece are left out (the share is reported); punctuation counts as words.
+Limits: bits of neighbouring words do not add up to bits of a text; the number of masks reveals how
+many pieces the word has, which helps a vocabulary with small pieces more; words with an unknown
+piece are skipped (the share is reported); punctuation counts as words.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from mvbert.model.masked_lm import MaskedLM
 from mvbert.text.lexicon import Segmentation
 from mvbert.training.device import Device
 
-BATCH = 64  # rows of a pass
+BATCH = 64  # rows per forward pass
 
 
 @dataclass(frozen=True)
 class Question:
-    """One piece to predict: a row of ids, the place of the piece in it, and the piece."""
+    """One piece to predict: a row of ids, the position of the piece in it, and the piece."""
 
     ids: list[int]
     place: int
@@ -46,14 +46,14 @@ class Question:
 
 @dataclass(frozen=True)
 class MeasuredWords:
-    """The words a model is asked for, cut with its vocabulary.
+    """The words that a model has to predict, tokenized with its vocabulary.
 
     Attributes:
-        questions: one for each piece of each word.
+        questions: one per piece of each word.
         count: words that have questions.
-        unknown: words left out because a piece of theirs is unknown, or longer than a row.
-        trimmed: words whose context was cut short to fit a row.
-        pieces: the mean number of pieces of a word.
+        unknown: words skipped because they have an unknown piece or do not fit a row.
+        trimmed: words whose context was truncated to fit a row.
+        pieces: mean number of pieces per word.
     """
 
     questions: list[Question]
@@ -63,7 +63,7 @@ class MeasuredWords:
     pieces: float
 
     def facts(self) -> dict[str, Json]:
-        """All but the questions, ready for JSON."""
+        """All fields except the questions, for JSON."""
         return {
             "words_asked": self.count,
             "words_unknown": self.unknown,
@@ -73,7 +73,7 @@ class MeasuredWords:
 
 
 def choose_words(stream: np.ndarray, count: int) -> np.ndarray:
-    """Places of `count` words of a stream (all if there are fewer), at even distances."""
+    """Positions of `count` evenly spaced words of a stream (all, if it has fewer)."""
     places = np.flatnonzero(stream)
     if not len(places):
         raise InputError("the held-out text has no words")
@@ -81,14 +81,14 @@ def choose_words(stream: np.ndarray, count: int) -> np.ndarray:
     return places[((np.arange(count) + 0.5) * len(places) / count).astype(np.int64)]
 
 
-def ask(
+def make_questions(
     stream: np.ndarray, cut: Segmentation, places: np.ndarray, context: int, length: int
 ) -> MeasuredWords:
-    """Questions about the words at `places` of a stream.
+    """Questions for the words at `places` of a stream.
 
     Args:
-        context: words on each side, fewer where a document begins or ends.
-        length: T, the longest row; a context that does not fit loses its farthest words.
+        context: words on each side, fewer at the start or end of a document.
+        length: T, the maximum row length; a context that does not fit loses its farthest words.
     """
     vocab = cut.vocab
 
@@ -121,50 +121,50 @@ def ask(
 
 
 def _document(words: np.ndarray) -> list[int]:
-    """The words up to a document's end."""
+    """The words up to the end of the document."""
     ends = np.flatnonzero(words == 0)
     return words[: ends[0] if len(ends) else len(words)].tolist()
 
 
 @torch.no_grad()
 def bits_per_word(
-    model: MaskedLM, pad: int, words: MeasuredWords, where: Device
+    model: MaskedLM, pad: int, words: MeasuredWords, device: Device
 ) -> dict[str, float]:
-    """Asks a model.
+    """Measures bits per word.
 
     Args:
         model: a student, on the device.
         pad: the id of [PAD].
 
     Returns:
-        bits_per_word, its standard error over words, and word_accuracy: words all of whose pieces
-        are the model's first choice.
+        bits_per_word; bits_error, its standard error over words; word_accuracy, the share of words
+        all of whose pieces are the model's first choice.
     """
     if not words.count:
-        raise InputError("no held-out word can be asked for: the vocabulary knows none of them")
+        raise InputError("the vocabulary cannot represent any of the held-out words")
     model.eval()
     bits = torch.zeros(max(q.word for q in words.questions) + 1, dtype=torch.float64)
     wrong = torch.zeros_like(bits)
-    # Rows of one length after the other: hardly any padding.
+    # Sorted by length, rows need hardly any padding.
     order = sorted(words.questions, key=lambda q: len(q.ids))
     for first in range(0, len(order), BATCH):
         part = order[first : first + BATCH]
-        ids, mask = padded([q.ids for q in part], pad, where.device)
-        with where.cast():
+        ids, mask = padded([q.ids for q in part], pad, device.device)
+        with device.cast():
             hidden = model.encoder(model.embeddings(ids, torch.zeros_like(ids)), mask)
             index = torch.tensor(
-                [i * ids.shape[1] + q.place for i, q in enumerate(part)], device=where.device
+                [i * ids.shape[1] + q.place for i, q in enumerate(part)], device=device.device
             )
-            labels = torch.tensor([q.piece for q in part], device=where.device)
+            labels = torch.tensor([q.piece for q in part], device=device.device)
             masked = model.masked_hidden(hidden, index)
             nats = model.losses(masked, labels).double().cpu()
             miss = (model.logits(masked).argmax(-1) != labels).double().cpu()
         word = torch.tensor([q.word for q in part])
         bits.index_add_(0, word, nats / math.log(2))
         wrong.index_add_(0, word, miss)
-    asked = torch.zeros_like(bits, dtype=torch.bool)
-    asked[[q.word for q in words.questions]] = True
-    bits, wrong = bits[asked], wrong[asked]
+    measured = torch.zeros_like(bits, dtype=torch.bool)
+    measured[[q.word for q in words.questions]] = True
+    bits, wrong = bits[measured], wrong[measured]
     return {
         "bits_per_word": float(bits.mean()),
         "bits_error": float(bits.std(correction=0) / math.sqrt(len(bits))),
@@ -173,7 +173,7 @@ def bits_per_word(
 
 
 def padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows filled up to the longest one: ids [B, T] int32, and True [B, T] where they are real."""
+    """Pads rows to the longest one: ids [B, T] int32, and mask [B, T], False on padding."""
     ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int32)
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     for i, row in enumerate(rows):

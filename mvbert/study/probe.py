@@ -1,9 +1,8 @@
-"""A linear probe on SST-2: what a student's states say of a sentence, without fine-tuning.
+"""A linear probe on SST-2: tests hidden states as sentence features, without fine-tuning.
 
-Sentences are the mean of the last hidden states over their pieces; a logistic regression on these
-is fitted on some of the training sentences and asked about the dev set. The student itself stays as
-it is, so the figure is well below what fine-tuning reaches; it is for comparing students. Same
-student, same seed: same figure.
+A sentence's features are the mean of the last hidden states over its pieces. A logistic regression
+is fitted on a sample of the training sentences and evaluated on the dev set. The student is frozen,
+so accuracy is well below that of fine-tuning; it serves to compare students, and is deterministic.
 
 SST-2: Socher et al. 2013; as GLUE's TSV files (Wang et al. 2018, arXiv 1804.07461).
 """
@@ -31,33 +30,33 @@ Sentences = tuple[list[str], list[int]]
 
 
 def read_sst2(path: Path) -> tuple[Sentences, Sentences]:
-    """Training and dev sentences with their labels, out of a folder or a .tar archive of it.
+    """Reads training and dev sentences with their labels from a folder or a .tar archive of it.
 
     `data:NAME` is NAME in the data folder (mvbert.files.data_path).
 
     Raises:
-        InputError: there is no such file, or a line is not a sentence, a tab and 0 or 1.
+        InputError: a file is missing, or a line is not a sentence, a tab and 0 or 1.
     """
-    path, found = data_path(path), {}
+    path, splits = data_path(path), {}
     for name in ("train.tsv", "dev.tsv"):
-        where, text = _read(path, name)
+        source, text = _read(path, name)
         sentences, labels = [], []
-        # Other line breaks of Unicode stand inside sentences.
+        # Not splitlines: sentences contain other Unicode line breaks.
         lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
         if lines[0].split("\t") != ["sentence", "label"]:
-            raise InputError(f"{where}:1: expected the columns sentence and label")
+            raise InputError(f"{source}:1: expected the columns sentence and label")
         for number, line in enumerate(lines[1:], 2):
             sentence, tab, label = line.rpartition("\t")
             if not tab or label not in ("0", "1"):
-                raise InputError(f"{where}:{number}: expected a sentence, a tab, and 0 or 1")
+                raise InputError(f"{source}:{number}: expected a sentence, a tab, and 0 or 1")
             sentences.append(sentence)
             labels.append(int(label))
-        found[name] = (sentences, labels)
-    return found["train.tsv"], found["dev.tsv"]
+        splits[name] = (sentences, labels)
+    return splits["train.tsv"], splits["dev.tsv"]
 
 
 def _read(path: Path, name: str) -> tuple[str, str]:
-    """A file of the folder or archive, and what to call it in a message."""
+    """The name (for messages) and the text of a file in the folder or archive."""
     try:
         if path.is_dir():
             return str(path / name), (path / name).read_bytes().decode("utf-8-sig")
@@ -67,9 +66,9 @@ def _read(path: Path, name: str) -> tuple[str, str]:
                 if file is not None:
                     return f"{path}:{member.name}", file.read().decode("utf-8-sig")
     except (OSError, tarfile.TarError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0].rstrip(":")  # tarfile adds a line for each packing
-        raise InputError(f"{path}: cannot be read as SST-2's folder or archive: {reason}") from None
-    raise InputError(f"{path}: no {name} in it; expected SST-2's folder or a .tar archive of it")
+        reason = str(error).splitlines()[0].rstrip(":")  # tarfile adds a line per compression
+        raise InputError(f"cannot read {path} as SST-2's folder or archive: {reason}") from None
+    raise InputError(f"{path} has no {name}; expected SST-2's folder or a .tar archive of it")
 
 
 def linear_probe(
@@ -77,26 +76,26 @@ def linear_probe(
     vocab: Vocab,
     train: Sentences,
     dev: Sentences,
-    where: Device,
+    device: Device,
     *,
     length: int,
     count: int = 0,
     seed: int = 0,
 ) -> float:
-    """The share of dev sentences that a logistic regression on the student's states gets right.
+    """Dev accuracy of a logistic regression on the student's hidden states.
 
     Args:
         model: the student, on the device.
-        length: pieces after which sentences are cut.
-        count: training sentences (0: all), drawn by `seed`.
+        length: maximum number of pieces per sentence.
+        count: number of training sentences (0: all), sampled with `seed`.
     """
     sentences, labels = train
     if 0 < count < len(sentences):
         chosen = [permuted(i, len(sentences), 0, seed) for i in range(count)]
         sentences, labels = [sentences[i] for i in chosen], [labels[i] for i in chosen]
     tokenizer = WordPieceTokenizer(vocab)
-    x = sentence_states(model, tokenizer, sentences, where, length)
-    x_dev = sentence_states(model, tokenizer, dev[0], where, length)
+    x = sentence_states(model, tokenizer, sentences, device, length)
+    x_dev = sentence_states(model, tokenizer, dev[0], device, length)
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-9)
     weights = fit_logistic((x - mean) / spread, torch.tensor(labels))
     scores = (x_dev - mean) / spread @ weights[:-1] + weights[-1]
@@ -108,7 +107,7 @@ def sentence_states(
     model: MaskedLM,
     tokenizer: WordPieceTokenizer,
     sentences: list[str],
-    where: Device,
+    device: Device,
     length: int,
 ) -> Tensor:
     """The mean last hidden state of each sentence's pieces, [sentences, H] float64."""
@@ -120,8 +119,8 @@ def sentence_states(
     states = torch.empty(len(rows), model.config.hidden_size, dtype=torch.float64)
     for first in range(0, len(order), BATCH):
         part = order[first : first + BATCH]
-        ids, mask = padded([rows[i] for i in part], pad, where.device)
-        with where.cast():
+        ids, mask = padded([rows[i] for i in part], pad, device.device)
+        with device.cast():
             hidden = model.encoder(model.embeddings(ids, torch.zeros_like(ids)), mask)
         inside = (mask & (ids != cls) & (ids != sep))[..., None]
         total = (hidden.double() * inside).sum(1) / inside.sum(1).clamp_min(1)

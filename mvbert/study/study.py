@@ -1,14 +1,14 @@
-"""A study: arms that differ from a common setting in what is named, and in nothing else.
+"""A study: compares students (arms) that differ from common settings only where stated.
 
-    corpus -> a vocabulary a size -> Stage I, once for each way it is run -> Stage II, arm by seed
+    corpus -> vocabularies -> Stage I, once per distinct setting -> Stage II, per arm and seed
 
-Every arm sees the same number of pieces; arms of one vocabulary see the same rows, and the results
-hold the checksums that show it. Each step is a folder that is not made again, so a study that was
-stopped or killed goes on where it was.
+Every arm sees the same number of pieces; arms with the same vocabulary see the same rows, as
+checksums in the results show. Each part writes a folder and is not repeated, so the same command
+resumes an interrupted study.
 
-    out/corpus/  vocabs/SIZE/  stage1/KEY/  runs/ARM/SEED/   the steps
-    out/results.jsonl     one line for each arm, seed and held-out point
-    out/table.md          means over seeds at the last point, and differences from the baseline
+    out/corpus/  vocabs/SIZE/  stage1/KEY/  runs/ARM/SEED/   the parts
+    out/results.jsonl     one line per arm, seed and held-out evaluation
+    out/table.md          means over seeds at the last step, and differences from the baseline
     out/curves.svg, .png  bits per word against pieces seen
 """
 
@@ -37,7 +37,7 @@ from mvbert.errors import InputError
 from mvbert.files import Json, atomic_write, read_json, write_json
 from mvbert.model import huggingface
 from mvbert.progress import Progress
-from mvbert.study.measures import MeasuredWords, ask, bits_per_word, choose_words
+from mvbert.study.measures import MeasuredWords, bits_per_word, choose_words, make_questions
 from mvbert.study.probe import Sentences, linear_probe, read_sst2
 from mvbert.study.study_report import write_report
 from mvbert.text.batches import Rows
@@ -55,16 +55,16 @@ _TABLES = ("vocab", "row", "stage1", "stage2")  # what an arm may change
 
 @dataclass(frozen=True)
 class StudyConfig(JobConfig):
-    """A study: the common setting, as for `mvbert distill`, and the arms that differ from it."""
+    """A study: common settings, as for `mvbert distill`, and the arms that differ from them."""
 
     out: str = "runs/study"
-    """Folder of the study."""
+    """Study folder."""
     seeds: tuple[int, ...] = (0, 1)
-    """Every arm is run once with each: rows, masks, dropout and initial weights."""
+    """Seeds of rows, masks, dropout and initial weights; every arm runs once with each."""
     stage1_seeds: bool = False
-    """Run Stage I with each seed too, instead of once with stage1.seed."""
+    """Also run Stage I with each seed, instead of once with stage1.seed."""
     baseline: str = ""
-    """The arm that others are compared with (none: the first)."""
+    """The arm to compare others with (empty: the first)."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Name -> tables vocab, row, stage1, stage2 with the fields that differ."""
@@ -79,11 +79,13 @@ class StudyConfig(JobConfig):
         settings = {}
         for name, tables in self.arms.items():
             if not re.fullmatch(r"[A-Za-z0-9_+-]+", name):
-                raise InputError(f"an arm's name is letters, digits, +, - and _, got {name!r}")
+                raise InputError(
+                    f"arm names may have letters, digits, +, - and _ only, got {name!r}"
+                )
             for table, values in tables.items():
                 if table not in _TABLES or not isinstance(values, dict):
                     raise InputError(
-                        f"arms.{name} takes tables {', '.join(_TABLES)}, got {table!r}"
+                        f"arms.{name} may have tables {', '.join(_TABLES)}, got {table!r}"
                     )
             settings[name] = self.setting(name)
             try:
@@ -91,17 +93,17 @@ class StudyConfig(JobConfig):
             except InputError as error:
                 raise InputError(f"arms.{name}: {error}") from None
         first, *others = settings
-        wanted = _alike(settings[first])
+        expected = _common_values(settings[first])
         for name in others:
-            for what, mine in _alike(settings[name]).items():
-                if mine != wanted[what]:
+            for key, value in _common_values(settings[name]).items():
+                if value != expected[key]:
                     raise InputError(
-                        f"arms must be alike in {what}: "
-                        f"{first} has {wanted[what]}, {name} has {mine}"
+                        f"arms must have the same {key}, but {first} has {expected[key]} and "
+                        f"{name} has {value}"
                     )
 
     def setting(self, name: str, seed: int | None = None) -> JobConfig:
-        """What arm `name` is made from, with a seed of the study in place of its own."""
+        """The settings of arm `name`, with its seed replaced by `seed` if given."""
         tables: dict[str, Any] = {}
         for table in _TABLES:
             common = getattr(self, table)
@@ -116,7 +118,7 @@ class StudyConfig(JobConfig):
         return JobConfig(self.teacher, self.corpus, **tables)
 
     def scaled(self, share: float) -> StudyConfig:
-        """The same study with `share` of the steps of both stages."""
+        """This study with the steps of both stages multiplied by `share`."""
         if not share > 0:
             raise InputError(f"scale must be above 0, got {share}")
 
@@ -144,12 +146,12 @@ class StudyConfig(JobConfig):
 
 
 def _pieces(setting: JobConfig, step: int) -> int:
-    """Pieces that Stage II has seen at `step`."""
+    """Number of pieces that Stage II has seen at `step`."""
     return step * setting.stage2.rows * setting.row.length
 
 
-def _alike(setting: JobConfig) -> dict[str, int]:
-    """What must be the same in all arms of a study."""
+def _common_values(setting: JobConfig) -> dict[str, int]:
+    """Values that must be the same in all arms of a study."""
     stage2 = setting.stage2
     return {
         "pieces": _pieces(setting, stage2.steps),
@@ -159,17 +161,17 @@ def _alike(setting: JobConfig) -> dict[str, int]:
 
 
 def run_study(config: StudyConfig) -> dict[str, Json]:
-    """Runs what is not done yet, measures it, and writes results, table and curves.
+    """Runs and measures all arms that are not complete yet; writes results, table and curves.
 
     Returns:
-        The folder, the number of runs and of results, and each arm's mean at the last point.
+        The folder, the number of runs and of results, and each arm's means at the last step.
 
     Raises:
-        InputError: wrong input, `config.out` holds another study, or there are several processes.
-        Interrupted: asked to stop; a checkpoint was saved first.
+        InputError: bad input, `config.out` holds another study, or there are several processes.
+        Interrupted: stopped by a signal; a checkpoint was saved first.
     """
     if join_ranks().count > 1:
-        raise InputError("a study runs in one process: start it without torchrun")
+        raise InputError("a study runs in one process; start it without torchrun")
     started = time.perf_counter()
     progress = Progress("study")
     out = Path(config.out)
@@ -197,7 +199,7 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
 
 
 class _Work:
-    """The steps of a study, each made once."""
+    """Runs the parts of a study, each once."""
 
     def __init__(self, config: StudyConfig, out: Path, progress: Progress) -> None:
         self._config, self._out, self._progress = config, out, progress
@@ -218,11 +220,11 @@ class _Work:
         self._dtype = decide_for_job(out, [stage for stage, _ in runs], products)
 
     def arm(self, name: str, seed: int) -> None:
-        """Trains and measures one student, unless that is done."""
+        """Trains and measures one student, unless it is complete."""
         setting = self._config.setting(name, seed)
         folder = run_folder(self._out, name, seed)
         points = _points_every(setting.stage2)
-        # A checkpoint for every held-out point, to be measured; those of interruptions come on top.
+        # A checkpoint per evaluation, to be measured; interruptions add further ones.
         stage2 = replace(setting.stage2, save_every=setting.stage2.eval_every, keep_last=10**6)
         stage1_dir = self._stage1(setting)
         run_stage2(
@@ -238,15 +240,15 @@ class _Work:
             shutil.rmtree(old)
 
     def _stage1(self, setting: JobConfig) -> Path:
-        """Stage I as this setting wants it; arms that want the same one share it."""
+        """Runs Stage I for this setting; arms with the same settings share it."""
         size = setting.vocab.size
         vocab_dir = self._out / "vocabs" / _key(size, to_dict(setting.vocab))
         make_vocab(
             setting.vocab, vocab_dir, self._corpus.folder, self._teacher, self._progress,
             setting.stage1.cased,
         )  # fmt: skip
-        made_from = (to_dict(setting.vocab), to_dict(setting.row), setting.stage1.described())
-        folder = self._out / "stage1" / _key(size, *made_from)
+        inputs = (to_dict(setting.vocab), to_dict(setting.row), setting.stage1.described())
+        folder = self._out / "stage1" / _key(size, *inputs)
         run_stage1(
             setting.stage1, setting.row, self._corpus, self._teacher, vocab_dir / VOCAB_FILE,
             folder, deadline=setting.stage1.deadline(self._started), dtype=self._dtype,
@@ -256,10 +258,10 @@ class _Work:
     def _measure(
         self, name: str, seed: int, setting: JobConfig, folder: Path, points: list[int]
     ) -> list[Json]:
-        """The records of one run, a line for each held-out point."""
-        began = dtype_of_run(folder)
-        assert began is not None  # the run is complete
-        where = Device.of(choose_device(setting.stage2.device), *began)
+        """The records of one run, one per held-out evaluation."""
+        recorded = dtype_of_run(folder)
+        assert recorded is not None  # the run is complete
+        device = Device.of(choose_device(setting.stage2.device), *recorded)
         logged = read_log(folder)
         heldout = {r["step"]: r["heldout"] for r in logged if "heldout" in r}
         trained = [r for r in logged if "heldout" not in r]
@@ -268,7 +270,7 @@ class _Work:
         words = None
         if self._config.measure.words:
             places = choose_words(self._corpus.heldout, self._config.measure.words)
-            words = ask(
+            words = make_questions(
                 self._corpus.heldout, cut, places, self._config.measure.context, setting.row.length
             )
         rows = student_rows(self._corpus.train, cut, setting.row, setting.stage2.seed)
@@ -292,35 +294,37 @@ class _Work:
                 "words": round(_pieces(setting, step) / lengths),
                 "loss": heldout[step]["loss"],
                 "accuracy": heldout[step]["accuracy"],
-                **self._asked(folder, step, vocab, words, where),
+                **self._bits_per_word(folder, step, vocab, words, device),
             }
             records.append(record)
-        records[-1] |= self._probed(folder, vocab, setting, where)  # type: ignore[operator]
+        records[-1] |= self._probe(folder, vocab, setting, device)  # type: ignore[operator]
         return records
 
-    def _asked(
-        self, folder: Path, step: int, vocab: Vocab, words: MeasuredWords | None, where: Device
+    def _bits_per_word(
+        self, folder: Path, step: int, vocab: Vocab, words: MeasuredWords | None, device: Device
     ) -> dict[str, Json]:
         if words is None:
             return {}
         checkpoint = folder / "checkpoints" / f"step-{step:08d}"
         model, _ = huggingface.load_masked_lm(checkpoint, complete=True)
-        found = bits_per_word(model.to(where.device), vocab.pad, words, where)
-        self._progress.note(f"{folder.parent.name} step {step}: {found['bits_per_word']:.3f} bits")
-        return {**found, **words.facts()}
+        bits = bits_per_word(model.to(device.device), vocab.pad, words, device)
+        self._progress.note(
+            f"{folder.parent.name} step {step}: {bits['bits_per_word']:.3f} bits per word"
+        )
+        return {**bits, **words.facts()}
 
-    def _probed(
-        self, folder: Path, vocab: Vocab, setting: JobConfig, where: Device
+    def _probe(
+        self, folder: Path, vocab: Vocab, setting: JobConfig, device: Device
     ) -> dict[str, Json]:
         if self._sst2 is None:
             return {}
         model, _ = huggingface.load_masked_lm(folder / "model", complete=True)
         accuracy = linear_probe(
-            model.to(where.device), vocab, *self._sst2, where,
+            model.to(device.device), vocab, *self._sst2, device,
             length=setting.row.length, count=self._config.measure.sentences,
             seed=setting.stage2.seed,
         )  # fmt: skip
-        self._progress.note(f"{folder.parent.name}: SST-2, linear probe {accuracy:.1%}")
+        self._progress.note(f"{folder.parent.name}: SST-2 linear probe: accuracy {accuracy:.1%}")
         return {"sst2": accuracy}
 
 
@@ -329,18 +333,18 @@ def run_folder(out: Path, arm: str, seed: int) -> Path:
 
 
 def _points_every(stage2: Stage2Config) -> list[int]:
-    """Steps with a held-out evaluation."""
+    """Steps at which the student is evaluated."""
     return sorted({*range(0, stage2.steps, stage2.eval_every), stage2.steps})
 
 
 def _key(size: int, *settings: dict[str, Any]) -> str:
-    """A short name for what is made from these settings."""
+    """A short folder name for these settings."""
     text = json.dumps(settings, sort_keys=True)
     return f"{size}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _rows_id(rows: Rows, stage2: Stage2Config) -> str:
-    """A checksum of the first and the last step's rows: what two runs must share to be compared."""
+    """Checksum of the first and the last step's rows, which comparable runs share."""
     digest = hashlib.sha256()
     for step in (0, stage2.steps - 1):
         batch = rows.read(step * stage2.rows, stage2.rows, student_prob=1.0, threads=1)
@@ -350,7 +354,7 @@ def _rows_id(rows: Rows, stage2: Stage2Config) -> str:
 
 
 def _write_results(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
-    """All records that there are, in the order of seeds and arms, to results.jsonl."""
+    """Writes all records so far to results.jsonl, in the order of seeds and arms."""
     records: list[dict[str, Any]] = []
     for seed in config.seeds:
         for name in config.arms:

@@ -1,4 +1,4 @@
-"""What a study found, for people: a table in Markdown and curves."""
+"""The report of a study: a table in Markdown and plotted curves."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from mvbert.progress import Progress
 
 Records = list[dict[str, Any]]
 
-# Key of a record, heading, how it is written.
+# Key of a record, column heading, format.
 _COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
-    ("bits_per_word", "bits a word", "{:.3f}".format),
-    ("loss", "nats a masked piece", "{:.3f}".format),
-    ("accuracy", "pieces right", "{:.1%}".format),
-    ("word_accuracy", "words right", "{:.1%}".format),
-    ("sst2", "SST-2, linear probe", "{:.1%}".format),
+    ("bits_per_word", "bits per word", "{:.3f}".format),
+    ("loss", "held-out loss", "{:.3f}".format),
+    ("accuracy", "accuracy", "{:.1%}".format),
+    ("word_accuracy", "word accuracy", "{:.1%}".format),
+    ("sst2", "SST-2 linear probe", "{:.1%}".format),
 ]
 
 
 def write_report(out: Path, records: Records, baseline: str) -> dict[str, Json]:
-    """Writes table.md and, where matplotlib is installed, curves.svg and curves.png.
+    """Writes table.md and, if matplotlib is installed, curves.svg and curves.png.
 
     Returns:
-        Each arm's means over seeds at the last held-out point.
+        Each arm's means over seeds at the last step.
     """
     last = last_points(records)
     atomic_write(out / "table.md", table(last, baseline))
     if importlib.util.find_spec("matplotlib") is None:
-        Progress("study").note("no curves: they need matplotlib (pip install 'mvbert[study]')")
+        Progress("study").note(
+            "skipping curves: they need matplotlib (pip install 'mvbert[study]')"
+        )
     else:
         draw_curves(out, records)
     return {
@@ -45,7 +47,7 @@ def write_report(out: Path, records: Records, baseline: str) -> dict[str, Json]:
 
 
 def last_points(records: Records) -> dict[str, Records]:
-    """Each arm's record of the last step, one for each seed."""
+    """Each arm's records of the last step, one per seed."""
     step = max((r["step"] for r in records), default=0)
     out: dict[str, Records] = {}
     for record in records:
@@ -64,26 +66,27 @@ def table(last: dict[str, Records], baseline: str) -> str:
     base = {point["seed"]: point[key] for point in last.get(baseline, [])}
     lines = [
         f"After {everything[0]['pieces'] / 1e6:.2f} M pieces; mean over seeds (lowest to highest). "
-        f"Difference: {columns[0][1]} less those of `{baseline}` with the same seed. "
-        "MFLOP a piece: student (forward and backward) + teacher (forward).",
+        f"Difference: {columns[0][1]} minus that of `{baseline}` with the same seed. "
+        "Loss: nats per masked piece. "
+        "MFLOP per piece: student (forward and backward) + teacher (forward).",
         "",
         "| arm | seeds | vocabulary | "
         + " | ".join([columns[0][1], "difference", *(c[1] for c in columns[1:])])
-        + " | MFLOP a piece |",
+        + " | MFLOP per piece |",
         "|" + " --- |" * (5 + len(columns)),
     ]
     for arm, points in last.items():
         cells = [arm, str(len(points)), f"{points[0]['vocab']:,}"]
-        for name, _, write in columns:
+        for name, _, text in columns:
             values = [point[name] for point in points]
-            cell = write(_mean(points, name))
+            cell = text(_mean(points, name))
             if len(values) > 1:
-                cell += f" ({write(min(values))} to {write(max(values))})"
+                cell += f" ({text(min(values))} to {text(max(values))})"
             cells.append(cell)
             if name == key:
                 paired = [p[key] - base[p["seed"]] for p in points if p["seed"] in base]
                 cells.append(f"{sum(paired) / len(paired):+.3f}" if paired else "-")
-        student, teacher = (points[0].get(f"{who}_mflop") for who in ("student", "teacher"))
+        student, teacher = (points[0].get(f"{model}_mflop") for model in ("student", "teacher"))
         cost = "-" if student is None else f"{student:.1f}"
         cells.append(cost + (f" + {teacher:.1f}" if teacher else ""))
         lines.append("| " + " | ".join(cells) + " |")
@@ -92,29 +95,31 @@ def table(last: dict[str, Records], baseline: str) -> str:
 
 
 def _fairness(points: Records) -> list[str]:
-    """Whether runs of one vocabulary and seed saw the same rows; what else a reader must know."""
+    """Notes under the table: whether runs are comparable, and the error of bits per word."""
     rows: dict[tuple[int, int], set[str]] = {}
     for point in points:
         rows.setdefault((point["vocab"], point["seed"]), set()).add(point["rows"])
     if all(len(ids) == 1 for ids in rows.values()):
-        said = "Arms of one vocabulary and seed saw the same rows (checksums agree)."
+        note = "Arms with the same vocabulary and seed saw the same rows (checksums agree)."
     else:
-        said = "Not all arms of one vocabulary and seed saw the same rows (checksums differ)."
-    asked = sorted({point["words_asked"] for point in points if "words_asked" in point})
-    if asked:
-        count = " to ".join(f"{n:,}" for n in {asked[0]: 0, asked[-1]: 0})
-        error = max(point["bits_error"] for point in points)
-        said += (
-            f" Bits a word: over {count} held-out words, standard error up to {error:.3f}; arms are"
-            " asked for the same words, so that differences are surer than that."
+        note = (
+            "Not all arms with the same vocabulary and seed saw the same rows (checksums differ)."
         )
-    return [said]
+    counts = sorted({point["words_asked"] for point in points if "words_asked" in point})
+    if counts:
+        count = " to ".join(f"{n:,}" for n in {counts[0]: 0, counts[-1]: 0})
+        error = max(point["bits_error"] for point in points)
+        note += (
+            f" Bits per word: over {count} held-out words, standard error at most {error:.3f}; all"
+            " arms predict the same words, so differences are more precise than that."
+        )
+    return [note]
 
 
 def draw_curves(out: Path, records: Records) -> None:
-    """Bits a word (or, without them, the held-out loss) against pieces seen; a line for each arm.
+    """Plots bits per word (or, without them, held-out loss) against pieces seen, a line per arm.
 
-    Lines are means over the seeds that an arm has at a point, bands the range.
+    Lines are means over seeds, bands the range.
     """
     import matplotlib
 
@@ -122,7 +127,7 @@ def draw_curves(out: Path, records: Records) -> None:
     from matplotlib.figure import Figure
 
     key = "bits_per_word" if all("bits_per_word" in r for r in records) else "loss"
-    name = {"bits_per_word": "held-out bits a word", "loss": "held-out nats a masked piece"}[key]
+    name = {"bits_per_word": "held-out bits per word", "loss": "held-out loss, nats"}[key]
     arms: dict[str, dict[int, list[float]]] = {}
     for record in records:
         if record["step"]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvbert.config import RowConfig, Stage1Config
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.text import row_reference
@@ -26,10 +27,10 @@ T_RANGE = (8, 65535)
 class Batch:
     """B rows of T pieces, at most M of a row masked.
 
-    4 bytes a piece for its id, 1 for its type, and 8 a masked piece: 5 + 8 M / T bytes a piece go
-    to a device, 6.2 for T = 128 and a mask_prob of 0.15. The embedding's backward needs no sort
-    order from here: its kernel sums frequent ids in registers, and torch sorts on the device where
-    the order of additions must be fixed.
+    4 bytes per piece for its id, 1 for its type, and 8 per masked piece: 5 + 8 M / T bytes per
+    piece go to a device, 6.2 for T = 128 and a mask_prob of 0.15. The embedding's backward needs no
+    sort order from here: its kernel sums frequent ids in registers, and torch sorts on the device
+    where the order of additions must be fixed.
 
     Attributes:
         input_ids: [B, T] int32, joint ids: below teacher_size a teacher piece, teacher_size + i
@@ -51,15 +52,15 @@ class Batch:
 
     @staticmethod
     def empty(B: int, T: int, M: int) -> Batch:
-        """Arrays that nobody has written yet, for `Rows.read(out=)`."""
+        """Uninitialised arrays for `Rows.read(out=)`."""
         return Batch.over(np.empty(Batch.size(B, T, M), np.uint8), B, T, M)
 
     @staticmethod
     def over(buffer: Any, B: int, T: int, M: int) -> Batch:
-        """The arrays end to end in memory of the caller's, for `Rows.read(out=)`.
+        """Arrays in one buffer of the caller, for `Rows.read(out=)`.
 
-        So a batch goes to a device in one copy, or to another process in none. First input_ids,
-        then masked_positions, labels and token_type_ids.
+        So a batch can be copied to a device at once, or shared with another process. The order is
+        input_ids, masked_positions, labels, token_type_ids.
 
         Args:
             buffer: `Batch.size(B, T, M)` writable bytes, aligned to 4: a torch tensor on the CPU
@@ -93,7 +94,7 @@ class Batch:
 
 
 class Rows:
-    """All rows of a word stream, by number: an epoch of them after the other, without end.
+    """The rows of a word stream, numbered through all epochs.
 
     Row n is a pure function of the seed, n and the arguments (`row_reference.row_reference` is that
     function in plain Python): there is no state to save, any row can be made again, and neither
@@ -103,19 +104,19 @@ class Rows:
         stream: [L] uint32 word ids, 0 for the end of a document; may be a memory map.
         teacher, student: `Segmentation`s of the stream's lexicon, or None for one of the two. With
             one there is no coin, and ids are its vocabulary's own.
-        T: pieces a row, 8 to 65535.
+        T: pieces per row, 8 to 65535.
         mask_prob: share of a row's pieces that is masked, 0 (nothing) to 0.5.
         pair_prob: share of rows with a second [SEP] and token type 1 behind it.
-        student_prob: chance that a word is cut by the student vocabulary. Here it fixes how many
-            words lie between row starts, so that an epoch reads each word about once; it is also
+        student_prob: probability that a word is tokenized with the student vocabulary. Here it sets
+            the distance between row starts, so that an epoch reads each word about once; it is also
             the default of `read`.
         seed: 0 to 2^64 - 1.
-        threads: of `read` and of the one look at the whole stream here; 0 for all available cores.
+        threads: for `read`, and for the scan of the stream here; 0 for all available cores.
 
     Attributes:
         count: R, rows in an epoch.
-        capacity: M, masked pieces that a row has room for.
-        stride: S, words from one row start to the next.
+        capacity: M, the maximum number of masked pieces per row.
+        stride: S, words between row starts.
     """
 
     def __init__(
@@ -124,10 +125,10 @@ class Rows:
         *,
         teacher: Segmentation | None = None,
         student: Segmentation | None = None,
-        T: int = 128,
-        mask_prob: float = 0.15,
-        pair_prob: float = 0.5,
-        student_prob: float = 0.5,
+        T: int = RowConfig.length,
+        mask_prob: float = RowConfig.mask_prob,
+        pair_prob: float = RowConfig.pair_prob,
+        student_prob: float = Stage1Config.student_prob,
         seed: int = 0,
         threads: int = 0,
     ):
@@ -220,10 +221,9 @@ class Rows:
         Args:
             start: global number of the first row: epoch = number // R, position = number % R.
             count: B; 0 is legal.
-            student_prob: chance that a word is cut by the student vocabulary; 0 and 1 give the pure
-                tokenisations. None for that of the constructor.
-            threads: 0 for all available cores; None for that of the constructor. The rows do not
-                depend on it.
+            student_prob: probability that a word is tokenized with the student vocabulary; 0 and 1
+                give pure tokenisations. None: the constructor's.
+            threads: 0 for all available cores; None: the constructor's. Rows do not depend on it.
             out: where to write (`Batch.over` makes it of any memory); None for new arrays.
                 Returned.
         """
@@ -256,7 +256,7 @@ class Rows:
         return out
 
     def describe(self) -> dict:
-        """What was decided and measured, ready for JSON."""
+        """Settings and statistics, for JSON."""
         return {
             "rows_per_epoch": self.count,
             "T": self.T,
@@ -287,7 +287,7 @@ def _check_out(name: str, array: np.ndarray, shape: tuple[int, int], dtype: type
 
 
 def _segments(segmentation: Segmentation | None, masked: bool) -> tuple[Any, ...] | None:
-    """A `Segmentation` as the tuple that `_core.PieceTable` takes; without [MASK] if need be."""
+    """Converts a `Segmentation` to the tuple for `_core.PieceTable`; [MASK] may be missing."""
     if segmentation is None:
         return None
     vocab = segmentation.vocab

@@ -1,11 +1,11 @@
-"""Text, read once: a stream of word ids, and the lexicon of its distinct words with their counts.
+"""A corpus: text as a stream of word ids, and the lexicon of distinct words with their counts.
 
-Everything later works on these: a vocabulary is learnt from the lexicon, a vocabulary cuts the
-lexicon (`Corpus.segment`), rows are gathered from the stream.
+Text is read once. Vocabularies are learned from the lexicon and tokenize it (`Corpus.segment`);
+rows are gathered from the stream.
 
 A corpus is a folder:
 
-    manifest.json    what it was made from and with, counts, and size and SHA-256 of the other files
+    manifest.json    sources, settings, counts, and size and SHA-256 of the other files
     train.u32        word ids, little-endian; id 0 ends a document
     heldout.u32      the same for the held-out documents
     lexicon.bytes    the normalised words, UTF-8, end to end, by word id

@@ -1,8 +1,8 @@
-"""Text files, or corpora, into a corpus folder: whole, or not there.
+"""Builds a corpus folder, atomically, from text files or from other corpora.
 
-A build works in a hidden folder beside its place, `.<name>.partial-corpus`. Now and then it forces
-what it has to the disk and notes how far it is; the same command after an interruption goes on from
-there. The last thing written is the manifest; then the folder is renamed into place.
+A build works in a hidden folder beside its target, `.<name>.partial-corpus`. At intervals it syncs
+its files and writes a checkpoint, from which the same command resumes after an interruption. The
+manifest is written last; then the folder is renamed into place.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mvbert import _core
+from mvbert.config import CorpusConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import (
@@ -62,41 +63,41 @@ def build_corpus(
     *,
     lowercase: bool = True,
     strip_accents: bool | None = None,
-    heldout_share: float = 0.01,
+    heldout_share: float = CorpusConfig.heldout_share,
     heldout_texts: Iterable[str | Path] = (),
-    field: str = "text",
-    errors: str = "strict",
+    field: str = CorpusConfig.field,
+    errors: str = CorpusConfig.errors,
     threads: int = 0,
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Reads text files into a corpus folder, which appears at `out` when it is whole.
+    """Reads text files into a corpus folder, which appears at `out` when it is complete.
 
     Args:
-        texts: files and folders (mvbert.text.readers says which).
-        out: the folder. One that already holds the corpus of the same texts and settings is kept.
-        lowercase: lower-case, as for BERT's uncased vocabularies.
-        strip_accents: whether lower-cased text loses its accents; None: as those of BERT's.
-        heldout_share: of the documents, in [0, 1). A document is held out by a draw for (seed,
-            its number) alone. If none is drawn, the one nearest to it is; of a single document,
-            the last share of its words.
-        heldout_texts: held-out files and folders; then none of `texts` is held out.
-        field: the field of .jsonl objects, the column of .parquet files.
-        errors: "strict" refuses text that is not UTF-8, "replace" goes on without those bytes.
-        threads: that split text; 0 is one for each available core. Does not change the corpus.
-        seed: of the held-out draw.
-        overwrite: replace what is at `out`.
-        resume: go on where the same build was killed or interrupted. The corpus is the same.
-        progress: called with (bytes read, bytes in all), of files as they are on the disk.
+        texts: files and folders (mvbert.text.readers lists the supported kinds).
+        out: the folder. An existing corpus of the same texts and settings is kept.
+        lowercase: lower-case the text, as for BERT's uncased vocabularies.
+        strip_accents: remove accents from lower-cased text; None: the same as `lowercase`.
+        heldout_share: share of documents to hold out, in [0, 1). The draw of a document depends
+            only on (seed, its number). If none is drawn, the one with the smallest draw is held
+            out; of a single document, the last share of its words.
+        heldout_texts: files and folders to hold out; then none of `texts` is held out.
+        field: field of .jsonl objects, column of .parquet files.
+        errors: "strict" refuses invalid UTF-8, "replace" skips the invalid bytes.
+        threads: threads that split text (0: all available cores). Does not change the corpus.
+        seed: seed of the held-out draw.
+        overwrite: replace an existing folder.
+        resume: resume an interrupted build. Does not change the corpus.
+        progress: called with (bytes read, total bytes), in file sizes.
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: text or folder that cannot be used; nothing is left behind then but a
-            checkpoint, if there is one, from which the same command continues.
+        InputError: a text or the folder cannot be used; only a checkpoint remains, if one was
+            written, from which the same command resumes.
     """
     if errors not in ("strict", "replace"):
         raise InputError(f'errors must be "strict" or "replace", got {errors!r}')
@@ -105,12 +106,12 @@ def build_corpus(
     threads = cores(threads)
     if not 0 <= seed < 2**64:
         raise InputError(f"seed must lie in [0, 2^64), got {seed}")
-    train_found, heldout_found = find_texts(texts), find_texts(heldout_texts)
-    train_files, heldout_files = train_found.files, heldout_found.files
+    train, heldout = find_texts(texts), find_texts(heldout_texts)
+    train_files, heldout_files = train.files, heldout.files
     if not train_files:
-        raise InputError("no text given: name at least one file or folder")
+        raise InputError("no text given; give at least one file or folder")
     _check_apart(train_files, heldout_files)
-    left_out = Counter(train_found.left_out) + Counter(heldout_found.left_out)
+    left_out = Counter(train.left_out) + Counter(heldout.left_out)
     settings: dict[str, Any] = {
         **_casing(lowercase, strip_accents),
         "field": field,
@@ -133,23 +134,22 @@ def merge_corpora(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Joins corpora without their texts: the train streams one after the other, and the held-out.
+    """Joins corpora without reading their texts, by concatenating their streams.
 
-    All of every corpus is compared with its manifest first. Memory is the merged lexicon and four
-    bytes for each word of the parts' lexicons.
+    Verifies the checksums of every corpus first. Memory is the merged lexicon and four bytes per
+    word of the parts' lexicons.
 
     Args:
         corpora: folders of at least two corpora, all cased or all uncased, of different texts.
-        out: the folder to make.
-        overwrite: replace what is at `out`.
-        progress: called with (bytes of streams written, in all).
+        out: the output folder.
+        overwrite: replace an existing folder.
+        progress: called with (bytes of streams written, total bytes).
 
     Returns:
         The manifest.
 
     Raises:
-        InputError: corpora that do not fit together or that are damaged; a folder that cannot be
-            used.
+        InputError: corpora do not match or are corrupt, or the folder cannot be used.
     """
     if len(corpora) < 2:
         raise InputError(f"merging needs at least two corpora, got {len(corpora)}")
@@ -160,18 +160,18 @@ def merge_corpora(
             if part.manifest.get(name) != first.manifest.get(name):
                 raise InputError(
                     f"{part.folder} has {name} {part.manifest.get(name)} but {first.folder} has "
-                    f"{first.manifest.get(name)}; build them alike to merge them"
+                    f"{first.manifest.get(name)}; build them with the same settings to merge them"
                 )
     if len({part.folder.resolve() for part in parts}) < len(parts):
-        raise InputError("a corpus is named twice; a merge counts each once")
+        raise InputError("the same corpus was given twice")
     owner: dict[str, Path] = {}
     for part in parts:
         for source in part.manifest["sources"]:
             known = owner.setdefault(source["sha256"], part.folder)
             if known != part.folder:
                 raise InputError(
-                    f"{known} and {part.folder} both hold the text {source['name']}; "
-                    "a merge counts each text once"
+                    f"{known} and {part.folder} both contain the text {source['name']}; "
+                    "merge corpora of different texts"
                 )
     out = Path(out)
     with _partial_folder(out, overwrite, resume=False) as folder:
@@ -219,14 +219,14 @@ def merge_corpora(
 
 @contextlib.contextmanager
 def _partial_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
-    """A hidden folder to fill that becomes `out` when the block ends.
+    """Makes a hidden folder to fill that becomes `out` when the block ends.
 
-    With a checkpoint in it, it stays where it is when the process is killed, interrupted or meets
-    an error: the same command continues from there.
+    If it contains a checkpoint, it is kept when the process is killed, interrupted or fails, and
+    the same command resumes from it.
     """
     check_new_folder(out, overwrite)
     folder = out.parent / partial_prefix(out, "corpus")
-    ours = not folder.exists()  # to remove: nobody else's, and no checkpoint in it
+    remove = not folder.exists()  # not while another process uses it or it has a checkpoint
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -237,11 +237,11 @@ def _partial_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                ours = False
+                remove = False
                 raise InputError(
-                    f"another process is building {out}; wait for it or end it"
+                    f"another process is building {out}; wait until it finishes, or stop it"
                 ) from None
-            ours = True
+            remove = True
             if not resume:
                 _clear(folder)
             try:
@@ -250,20 +250,20 @@ def _partial_folder(out: Path, overwrite: bool, resume: bool) -> Iterator[Path]:
                 (folder / LOCK).unlink()
                 sync_folder(folder)
                 move_folder(folder, out)
-                ours = False
+                remove = False
             except OSError as error:
                 raise write_error(out, error) from error
     except BaseException as error:
-        if ours and (folder / CHECKPOINT).is_file():
-            ours = False
+        if remove and (folder / CHECKPOINT).is_file():
+            remove = False
             if isinstance(error, InputError):
                 raise InputError(
-                    f"{error}; what was read before is kept, and the same command continues "
-                    "there if those texts are unchanged"
+                    f"{error}; text read before that is kept, and the same command resumes there "
+                    "if those files are unchanged"
                 ) from error
         raise
     finally:
-        if ours:
+        if remove:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -274,7 +274,7 @@ def _clear(folder: Path, keep: set[str] | frozenset[str] = frozenset()) -> None:
 
 
 class _Writer:
-    """A file being written, with its size and its SHA-256; an error names the file."""
+    """A file being written, with its size and SHA-256; errors give its path."""
 
     def __init__(self, path: Path, mode: str = "wb", hashed: bool = True):
         self.path = path
@@ -303,7 +303,7 @@ class _Writer:
             self._file.close()
 
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of the file."""
+        """The file's entry in the manifest."""
         assert self._digest is not None, "the file was to be hashed"
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
@@ -317,7 +317,7 @@ class _Writer:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[_Writer]:
-    """A file to write, forced to the disk at the end."""
+    """Opens a file to write that is synced to disk at the end."""
     with _closing(_Writer(path)) as writer:
         yield writer
         writer.sync()
@@ -328,17 +328,17 @@ def _closing(writer: _Writer) -> Iterator[_Writer]:
     try:
         yield writer
     except BaseException:
-        with contextlib.suppress(InputError):  # the first error is the one to tell
+        with contextlib.suppress(InputError):  # report the first error
             writer.close()
         raise
     writer.close()
 
 
 def _casing(lowercase: bool, strip_accents: bool | None) -> dict[str, bool]:
-    """How text is normalised; of accents only what is unusual."""
+    """The manifest's header: format and normalisation; strip_accents only if not the default."""
     unusual = lowercase and strip_accents is False
     if strip_accents and not lowercase:
-        raise InputError("strip_accents needs lowercase: accents stay in cased text")
+        raise InputError("strip_accents needs lowercase; cased text keeps its accents")
     return {"lowercase": lowercase, **({"strip_accents": False} if unusual else {})}
 
 
@@ -357,7 +357,7 @@ def _renumbered(stream: np.ndarray, final_ids: np.ndarray) -> Iterator[np.ndarra
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The items, none of them None; while one is used, another thread makes the next."""
+    """Yields the items (none may be None) while another thread makes the next one."""
     with ThreadPoolExecutor(1) as worker:
         coming = worker.submit(next, items, None)
         while (item := coming.result()) is not None:
@@ -368,7 +368,7 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 def _write_lexicon(
     folder: Path, data: np.ndarray, ends: np.ndarray, counts: np.ndarray
 ) -> dict[str, Any]:
-    """Writes the three files; returns what the manifest says of them."""
+    """Writes the three files of the lexicon; returns their entries in the manifest."""
     files = {}
     for name, array in zip(LEXICON, (data, ends, counts), strict=True):
         with _writing(folder / name) as file:
@@ -380,7 +380,7 @@ def _write_lexicon(
 def _same_corpus(
     out: Path, train: list[Path], heldout: list[Path], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """The manifest of the corpus at `out`, if it was made from these texts with these settings."""
+    """The manifest of the corpus at `out` if it has the same texts and settings, else None."""
     manifest = Corpus.open(out).manifest
     theirs = {
         **_casing(manifest["lowercase"], manifest.get("strip_accents")),
@@ -405,7 +405,7 @@ def _same_corpus(
             other = ["texts"]
     if other:
         raise InputError(
-            f"{out} holds another corpus (other {', '.join(other)}); "
+            f"{out} holds another corpus (different {', '.join(other)}); "
             "give another folder or allow overwriting"
         )
     return manifest
@@ -419,17 +419,17 @@ def _is_corpus(folder: Path) -> bool:
 
 
 def _check_apart(train: list[Path], heldout: list[Path]) -> None:
-    """Refuses a text that is held out and not: the same file, or a copy of it."""
+    """Refuses a file, or a copy of it, in both the text and the held-out text."""
     by_size: dict[int, list[Path]] = {}
     for path in train if heldout else ():
         by_size.setdefault(path.stat().st_size, []).append(path)
     for held in heldout:
         for path in by_size.get(held.stat().st_size, ()):
             if path.samefile(held):
-                raise InputError(f"{held}: given as text and as held-out text; choose one")
+                raise InputError(f"{held} is given both as text and as held-out text; choose one")
             if filecmp.cmp(path, held, shallow=False):
                 raise InputError(
-                    f"{held} is held out, but {path} has the same bytes; leave one of them out"
+                    f"{held} is held out, but {path} has the same content; remove one of them"
                 )
 
 
@@ -487,7 +487,7 @@ class _Build:
     # ---- reading -------------------------------------------------------------------------
 
     def read_texts(self) -> None:
-        """All text to word ids, as they come, in `<stream>.provisional`."""
+        """Converts all text to provisional word ids, in `<stream>.provisional`."""
         if not self._restore():
             _clear(self.folder)
         total = sum(path.stat().st_size for path in self.paths)
@@ -534,7 +534,7 @@ class _Build:
             self._drain(streams)
 
     def _feed(self, file: TextFile, skip: int) -> Iterator[None]:
-        """Hands a file to the builder piece by piece, but for what is in already."""
+        """Feeds a file to the builder in blocks, skipping what a checkpoint already covers."""
         if file.is_plain:
             for text in _ahead(file.chunks()):
                 if skip < len(text):
@@ -566,12 +566,12 @@ class _Build:
             for ids in pieces:
                 stream.write(ids)
 
-    # ---- going on after an interruption --------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------
 
     def _checkpoint(
         self, streams: Sequence[_Writer], new_words: _Writer, plain: bool, before: int
     ) -> bool:
-        """Notes how far the build is, all of it on the disk; False inside a very long document."""
+        """Syncs all files and writes a checkpoint; returns False inside a very long document."""
         paused = self.builder.pause()
         if paused is None:
             return False
@@ -592,11 +592,11 @@ class _Build:
         return True
 
     def _restore(self) -> bool:
-        """Goes back to the checkpoint in the folder, if it is one of this very build."""
+        """Restores the checkpoint in the folder, if it belongs to the same build."""
         if not (self.folder / CHECKPOINT).is_file():
             return False
         state: dict[str, Any] = read_json_object(self.folder / CHECKPOINT)
-        # What was not read yet may have been mended since.
+        # Files not read yet may have been repaired since.
         read = len(state["sources"]) + (state["skip"] > 0)
         ours, theirs = ({**s, "texts": s["texts"][:read]} for s in (self.state, state))
         if any(theirs.get(name) != value for name, value in ours.items()):
@@ -616,14 +616,14 @@ class _Build:
     # ---- finishing -----------------------------------------------------------------------
 
     def finish(self, left_out: Counter[str]) -> dict[str, Any]:
-        """The corpus files from the provisional ones; the manifest comes last."""
+        """Writes the corpus files from the provisional ones, and the manifest last."""
         totals = self.builder.totals()
         if totals["train_words"] + totals["heldout_words"] == 0:
-            raise InputError(f"there is no word in {_some(self.paths)}")
+            raise InputError(f"{_some(self.paths)}: no words found")
         train, heldout = (open_stream(self.provisional(name)) for name in STREAMS)
         by_draw = self.first_heldout == len(self.paths)
         if by_draw and totals["train_words"] == 0 and totals["heldout_documents"] == 1:
-            # The one document was drawn: it is cut like one that was not.
+            # The single document was drawn; hold out its tail instead.
             train, heldout = heldout, train
             totals["train_documents"], totals["heldout_documents"] = 1, 0
             self.builder.count(train)
@@ -634,7 +634,7 @@ class _Build:
             )
         begin, end, by = self._move(train, len(heldout), totals["train_documents"])
         moved = train[begin:end]
-        # The tail of a single document leaves the document, and so a mark, in the train part.
+        # If the tail of a single document is held out, its train part also needs an end mark.
         mark = train[end - 1 : end] if by == "tail" else train[:0]
         data, ends, counts, final_ids = self.builder.lexicon(moved[: len(moved) - len(mark)])
         files = {}
@@ -677,10 +677,10 @@ class _Build:
         return sum(source.get(name, 0) for source in self.sources)
 
     def _move(self, train: np.ndarray, heldout: int, documents: int) -> tuple[int, int, str]:
-        """What of the provisional train stream is to be held out too: [begin, end), why.
+        """The range [begin, end) of the provisional train stream to hold out, and how.
 
-        The reason, or how documents were held out where nothing is to be done: "texts" (files of
-        their own), "draw", "document" (the smallest draw), "tail" (of the one document), "none".
+        How documents are held out: "texts" (separate files), "draw", "document" (the smallest
+        draw), "tail" (of a single document), "none".
         """
         if self.first_heldout < len(self.paths):
             return 0, 0, "texts"

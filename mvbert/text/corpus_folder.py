@@ -1,4 +1,4 @@
-"""The folder that holds a corpus: what is in it, and what is checked when it is opened."""
+"""Opens a corpus folder and checks it against its manifest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_stream(path: Path) -> np.ndarray:
 
 
 class Corpus:
-    """A corpus folder, opened: streams and lexicon are memory maps, nothing is read in."""
+    """An open corpus folder; streams and lexicon are memory-mapped."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         """Use `Corpus.open`."""
@@ -47,7 +47,7 @@ class Corpus:
 
     @property
     def strip_accents(self) -> bool:
-        """Whether text lost its accents."""
+        """Whether accents were removed."""
         return self.manifest.get("strip_accents", self.lowercase)
 
     def __repr__(self) -> str:
@@ -61,13 +61,13 @@ class Corpus:
         """Opens a corpus folder.
 
         Args:
-            folder: as build_corpus made it.
-            verify: "sizes" compares the sizes of the files with the manifest, "sha256" their bytes
-                too (reads all of them).
+            folder: a folder made by build_corpus.
+            verify: "sizes" compares file sizes with the manifest; "sha256" also checksums, which
+                reads all files.
 
         Raises:
-            InputError: not a corpus, of another format version, or a file that is missing or not
-                the one the manifest describes, by name.
+            InputError: not a corpus, another format version, or a file is missing or does not match
+                the manifest.
         """
         if verify not in ("sizes", "sha256"):
             raise InputError(f'verify must be "sizes" or "sha256", got {verify!r}')
@@ -90,20 +90,21 @@ class Corpus:
         return cls(folder, manifest)
 
     def check_casing(self, vocab: Vocab, what: str = "the vocabulary") -> None:
-        """Raises InputError unless a vocabulary is for text normalised as this corpus's was."""
+        """Raises InputError unless a vocabulary normalises text as this corpus does."""
         if (vocab.lowercase, vocab.strip_accents) == (self.lowercase, self.strip_accents):
             return
         option = "without --cased" if vocab.lowercase else "with --cased"
         if vocab.lowercase and not vocab.strip_accents:
             option = "with --keep-accents"
+        source = f" {vocab.source}" * (vocab.source != what)
         other = ", or read the vocabulary with --cased" * (vocab.assumed and not self.lowercase)
         raise InputError(
-            f"{what} {vocab.source} is {vocab.casing} but the corpus {self.folder} is "
+            f"{what}{source} is {vocab.casing} but the corpus {self.folder} is "
             f"{case_name(self.lowercase, self.strip_accents)}; build the corpus {option}{other}"
         )
 
     def segment(self, vocab: Vocab, threads: int = 0) -> Segmentation:
-        """Cuts every word of the lexicon with a vocabulary; takes milliseconds to seconds.
+        """Tokenizes every word of the lexicon with a vocabulary; takes milliseconds to seconds.
 
         Raises:
             InputError: a cased vocabulary for an uncased corpus, or the other way round.
@@ -117,7 +118,7 @@ class Corpus:
 
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuses a manifest whose values are not of the kinds that a corpus has."""
+    """Refuses a manifest with missing values or values of the wrong type."""
 
     def is_count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
@@ -145,7 +146,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     ):
         bad.append("files")
     if bad:
-        raise InputError(f"{path} is damaged: {', '.join(bad)} missing or of the wrong kind")
+        raise InputError(f"{path} is corrupt: {', '.join(bad)} missing or of the wrong type")
     W = manifest["distinct"] + 1
     sizes = {
         "train.u32": 4 * (manifest["words"] + manifest["documents"]),
@@ -156,7 +157,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     for name, size in sizes.items():
         if files[name]["bytes"] != size:
             raise InputError(
-                f"{path} is damaged: by its counts {name} has {size} bytes, "
+                f"{path} is corrupt: by its counts {name} has {size} bytes, "
                 f"by its list of files {files[name]['bytes']}"
             )
 
@@ -171,5 +172,5 @@ def _check_file(path: Path, entry: dict[str, Any], verify: str) -> None:
         )
     if verify == "sha256" and sha256_file(path) != entry["sha256"]:
         raise InputError(
-            f"{path} is not the file of its manifest (another SHA-256); build the corpus again"
+            f"{path} does not match the SHA-256 in its manifest; build the corpus again"
         )

@@ -1,4 +1,4 @@
-"""What a person and a program are told of a corpus: counts, and how vocabularies cut it."""
+"""Corpus statistics, as a table and as JSON: counts, and how vocabularies tokenize the text."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run_corpus(
     """`build_corpus` with a progress bar, then the report: what `mvbert corpus` does.
 
     Args:
-        texts, out, options: as build_corpus takes them.
-        vocabs: vocabularies by name, for pieces per word and unknown rate in each.
+        texts, out, options: arguments of build_corpus.
+        vocabs: vocabularies by name, for pieces per word and unknown rate of each.
 
     Raises:
         InputError: as build_corpus raises it.
@@ -40,8 +40,8 @@ def run_corpus(
             build_corpus(texts, out, progress=progress, **options)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"interrupted; {out} was not made; the same command goes on from the last "
-                f"checkpoint, if there is one (every {CHECKPOINT_BYTES >> 20} MiB of text)"
+                f"interrupted; {out} is not complete; run the same command again to resume from "
+                f"the last checkpoint, if any (every {CHECKPOINT_BYTES >> 20} MiB of text)"
             ) from None
     corpus = Corpus.open(out)
     report = corpus_report(corpus, vocabs or {})
@@ -65,31 +65,31 @@ def run_merge(
 
 
 def run_corpus_info(folder: str | Path) -> dict[str, Any]:
-    """Reads all of a corpus and compares it with its manifest, then the report.
+    """Verifies a corpus against its manifest, then reports on it.
 
     Raises:
-        InputError: not a corpus, or a file is not the one that was written, by name.
+        InputError: not a corpus, or a file does not match the manifest.
     """
     corpus = Corpus.open(folder, verify="sha256")
     report = corpus_report(corpus, {})
     print_corpus_report(report)
-    print("every file has the SHA-256 of the manifest", file=sys.stderr)
+    print("all files match the manifest", file=sys.stderr)
     return report
 
 
 def load_vocabs(
     paths: Iterable[str | Path], lowercase: bool, strip_accents: bool
 ) -> dict[str, Vocab]:
-    """Vocabularies by their paths, to report on.
+    """Loads vocabularies to report on, by path.
 
     Raises:
-        InputError: no vocabulary, or its own configuration says that it is of the other case.
+        InputError: not a vocabulary, or its configuration has the other casing.
     """
     from mvbert.text.vocab import Vocab
 
     vocabs = {}
     for path in map(Path, paths):
-        # A bare vocab.txt does not say of which case it is.
+        # A bare vocab.txt does not say whether it is cased.
         casing = () if path.is_dir() else (lowercase, strip_accents)
         vocab = Vocab.load(path, *casing)
         if (vocab.lowercase, vocab.strip_accents) != (lowercase, strip_accents):
@@ -102,11 +102,11 @@ def load_vocabs(
 
 
 def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]:
-    """Counts of a corpus, and of its train part how each vocabulary cuts it.
+    """Counts of a corpus, and statistics of its train text in each vocabulary.
 
-    Pieces per word and the unknown rate are over the words of the train stream, each as often as it
-    is there; `unknown` is the share of words with an unknown piece. `shared` is the share of a
-    vocabulary's pieces that are in each of the others.
+    Pieces per word and the unknown rate are over all word occurrences of the train stream;
+    `unknown` is the share of words with an unknown piece, `shared` the share of a vocabulary's
+    pieces that are also in each other one.
     """
     manifest = corpus.manifest
     report: dict[str, Any] = {
@@ -123,7 +123,7 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]
         counts = corpus.counts[1:].astype(np.float64)
         lengths = cut.lengths[1:]
         words = max(counts.sum(), 1.0)
-        # A word that cannot be cut is the one unknown piece.
+        # A word that cannot be tokenized is the single unknown piece.
         first = cut.ids[cut.ends[:-1]]
         report["vocabularies"][name] = {
             "size": vocab.size,
@@ -140,7 +140,7 @@ def corpus_report(corpus: Corpus, vocabs: Mapping[str, Vocab]) -> dict[str, Any]
 
 
 def print_corpus_report(report: dict[str, Any]) -> None:
-    """The report as a table, to stderr (stdout is for the JSON)."""
+    """Prints the report as a table to stderr (stdout is for the JSON)."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -169,36 +169,36 @@ def print_corpus_report(report: dict[str, Any]) -> None:
                 console.print(f"{share:.1%} of the pieces of {name} are in {other}", markup=False)
     share = heldout.get("share", 0.0)
     by = {
-        "texts": "texts of their own",
+        "texts": "separate files",
         "draw": f"a draw of {share:g} of the documents, seed {heldout.get('seed')}",
-        "document": "the one document nearest to being drawn",
-        "tail": f"the last {share:g} of the one document",
-        "merge": "what was held out of the merged corpora",
+        "document": "the document with the smallest draw",
+        "tail": f"the last {share:g} of the single document",
+        "merge": "the held-out text of the merged corpora",
         "none": "nothing",
     }
     console.print(f"held out: {by[heldout['by']]}", markup=False)
     reasons = {
-        "repeated": "files or folders given twice, or by a link",
+        "repeated": "repeated files or folders",
         "empty": "empty files",
-        "unsupported": "files of other kinds",
+        "unsupported": "files of unsupported kinds",
         "not_regular": "pipes, sockets and devices",
         "nulls": "records whose text is null",
     }
     left_out = [f"{reasons[why]} ({count:,})" for why, count in report["left_out"].items() if count]
     if report["not_utf8"]:
-        left_out.append(f"runs of bytes that are not UTF-8 ({report['not_utf8']:,})")
+        left_out.append(f"invalid UTF-8 sequences ({report['not_utf8']:,})")
     if left_out:
-        console.print(f"left out: {', '.join(left_out)}", markup=False)
+        console.print(f"skipped: {', '.join(left_out)}", markup=False)
     if report["copies"]:
         console.print(
-            f"files with the same bytes as another one: {report['copies']:,}; their documents are "
-            "in the corpus as often, and may be held out and not"
+            f"files that are copies of another one: {report['copies']:,}; their documents are in "
+            "the corpus repeatedly, possibly both in train and held-out text"
         )
 
 
 @contextlib.contextmanager
 def _progress_bar(title: str) -> Iterator[Progress | None]:
-    """A bar over bytes on stderr, where that is a terminal."""
+    """Shows a progress bar over bytes, if stderr is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

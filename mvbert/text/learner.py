@@ -1,4 +1,4 @@
-"""Learns a student vocabulary from a lexicon's (word, count) pairs, and says how good it is.
+"""Learns a student vocabulary from a lexicon's (word, count) pairs, and scores it.
 
 `topdown` is the C++ learner: csrc/vocab_learner.h has the algorithm, learner_reference.py the plain
 definition. `bpe` and `unigram` are sentencepiece's (learner_sentencepiece.py).
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mvbert import _core
+from mvbert.config import VocabConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json
@@ -27,7 +28,7 @@ LEARNERS = ("topdown", "bpe", "unigram")
 # are 239 (412 pieces of 4,928) and leave 0.018 % of held-out words unknown, where BERT's own
 # vocabulary leaves 0.011 %. 0.99999 spends 2,938 pieces to reach 0.006 %; all 5,005 characters do
 # not fit. docs/log.md has the table.
-COVERAGE = 0.9999
+COVERAGE = VocabConfig.coverage
 
 # The words of a corpus; or a list of UTF-8 words; or all bytes and where each word ends, u64 [W].
 WordSource = WordList | Sequence[bytes] | tuple[bytes, np.ndarray]
@@ -48,15 +49,15 @@ def learn_vocab(
     unigram also on the version of sentencepiece.
 
     Args:
-        words: W words as BERT's splitter makes them; the empty word (a lexicon's document mark),
-            words of count 0 and words over 100 characters (always [UNK]) take no part.
+        words: W words from BERT's splitter; the empty word (a lexicon's document mark), words of
+            count 0 and words over 100 characters (always [UNK]) are ignored.
         counts: [W], integers.
-        size: pieces wanted, the five special tokens included.
+        size: vocabulary size, the five special tokens included.
         learner: one of LEARNERS.
         coverage: share of character occurrences that single characters must cover, in (0, 1]; words
             with other characters become [UNK]. Below 1 it keeps rare foreign letters from filling a
             small vocabulary.
-        threads: 0 is one for each available core.
+        threads: 0 uses all available cores.
 
     Returns:
         [PAD] [UNK] [CLS] [SEP] [MASK], then pieces by descending use, ties in byte order. All words
@@ -64,8 +65,8 @@ def learn_vocab(
         more.
 
     Raises:
-        InputError: `size` is below the alphabet or above what the words give, an argument is out of
-            range, or a word is not one that the splitter makes.
+        InputError: `size` is smaller than the alphabet or larger than the words allow, an argument
+            is out of range, or a word cannot come from the splitter.
         MissingExtra: `learner` needs sentencepiece, which is not installed.
     """
     if learner not in LEARNERS:
@@ -97,7 +98,7 @@ def vocab_report(
     *,
     threads: int = 0,
 ) -> dict[str, Any]:
-    """How a vocabulary cuts a lexicon, beside a teacher's vocabulary.
+    """Statistics of a vocabulary on a lexicon, compared with a teacher's vocabulary.
 
     Returns:
         `size`; `alphabet`, pieces of one character; and over all words, each as often as it occurs,
@@ -112,7 +113,7 @@ def vocab_report(
     """
     data, ends = flat_words(words)
     check_utf8(data, ends)
-    # The document mark is no word.
+    # Ignores the document mark.
     numbers = np.where(word_lengths(ends) > 0, check_counts(counts, len(ends)), np.uint64(0))
     report: dict[str, Any] = {
         "words": int(numbers.sum()),
@@ -145,7 +146,7 @@ def _cut_report(
     lengths = word_lengths(piece_ends)
     # Sums of whole numbers in float64: exact up to 2^53.
     uses = np.bincount(ids, weights=np.repeat(counts, lengths), minlength=len(pieces))
-    # A word that cannot be cut is the one piece [UNK].
+    # A word that cannot be tokenized is the single piece [UNK].
     whole = counts[lengths == 1].sum() - uses[unk]
     total = max(int(counts.sum()), 1)
     used = {pieces[id] for id in np.flatnonzero(uses)}
@@ -160,7 +161,7 @@ def _cut_report(
 
 
 def print_vocab_report(report: dict[str, Any]) -> None:
-    """The report as a table, to stderr (stdout is for the JSON)."""
+    """Prints the report as a table to stderr (stdout is for the JSON)."""
     from rich.console import Console
     from rich.table import Table
 
@@ -169,7 +170,7 @@ def print_vocab_report(report: dict[str, Any]) -> None:
     columns = [report, report["teacher"]] if report["teacher"] else [report]
     for name, key, form in (
         ("pieces", "size", ","),
-        ("of one character", "alphabet", ","),
+        ("single characters", "alphabet", ","),
         ("pieces per word", "pieces_per_word", ".4f"),
         ("whole words", "whole_words", ".2%"),
         ("unknown words", "unknown", ".4%"),
@@ -196,23 +197,23 @@ def run_vocab(
     threads: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Json]:
-    """Learns a vocabulary from a corpus folder and writes its vocab.txt: what `mvbert vocab` does.
+    """Learns a vocabulary from a corpus and writes its vocab.txt; implements `mvbert vocab`.
 
     Args:
-        corpus_dir: a folder that build_corpus made.
-        out_path: the vocab.txt to write, whole or not at all; its folder is made if need be.
-        size, learner, coverage, threads: as learn_vocab takes them.
-        teacher: a folder or file with the teacher's vocabulary, for the report; pieces added to it
-            become pieces of the student's, after the special ones.
-        cased: the teacher's vocabulary is cased whatever its folder says or leaves out.
-        overwrite: replace another vocabulary that is already there.
+        corpus_dir: a folder made by build_corpus.
+        out_path: the vocab.txt to write, atomically; its folder is made if missing.
+        size, learner, coverage, threads: arguments of learn_vocab.
+        teacher: a folder or file with the teacher's vocabulary, for the report; its added pieces
+            also become pieces of the student, after the special ones.
+        cased: treat the teacher's vocabulary as cased, whatever its folder says.
+        overwrite: replace an existing vocabulary.
 
     Returns:
         What vocab_report returns, with `output`, `sha256`, `learner`, `coverage` and `seconds`.
 
     Raises:
-        InputError: wrong arguments, the teacher is cased and the corpus not or the other way round,
-            or `out_path` holds another vocabulary.
+        InputError: bad arguments, only one of teacher and corpus is cased, or `out_path` holds
+            another vocabulary.
     """
     out_path = Path(out_path)
     corpus = Corpus.open(corpus_dir)
@@ -246,19 +247,20 @@ def _learn_beside(
 ) -> list[str]:
     """`size` pieces: the special ones, those of `added`, and others that are learned."""
     least = max(size - len(added), 0)
-    # Some of `added` may be among the learned ones: then as many more are learned.
-    for wanted in range(least, size + 1):
-        pieces = learn_vocab(corpus.words, corpus.counts, wanted, **options)
+    # Learned pieces may include some of `added`; then more must be learned.
+    for count in range(least, size + 1):
+        pieces = learn_vocab(corpus.words, corpus.counts, count, **options)
         learned = [piece for piece in pieces if piece not in added]
         if len(learned) == least:
             return [*learned[: len(SPECIAL_PIECES)], *added, *learned[len(SPECIAL_PIECES) :]]
     raise InputError(
-        f"no {size} pieces with the teacher's {len(added)} added ones among them; give another size"
+        f"cannot learn {size} pieces that include the teacher's {len(added)} added ones; give "
+        "another size"
     )
 
 
 def _save(vocab: Vocab, path: Path, overwrite: bool) -> None:
-    """Writes the vocabulary unless it is there already; another one is replaced only if asked."""
+    """Writes the vocabulary, unless it exists already; replaces another one if `overwrite`."""
     text = "".join(f"{piece}\n" for piece in vocab.pieces).encode()
     try:
         if path.exists():
@@ -289,7 +291,7 @@ def flat_words(words: WordSource) -> tuple[Any, np.ndarray]:
 
 
 def word_lengths(ends: np.ndarray) -> np.ndarray:
-    """How long each of the parts is that end at `ends`."""
+    """The lengths of parts that end at `ends`."""
     return np.diff(ends, prepend=ends.dtype.type(0))
 
 
@@ -297,7 +299,7 @@ def check_counts(counts: Sequence[int] | np.ndarray, words: int) -> np.ndarray:
     """Counts as u64 [W]."""
     array = np.asarray(counts)
     if array.shape != (words,):
-        raise InputError(f"counts must have one number a word: {words} words, got {array.shape}")
+        raise InputError(f"counts must have one number per word: {words} words, got {array.shape}")
     if words and not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"counts must be integers, got {array.dtype}")
     if words and array.min() < 0:

@@ -1,8 +1,8 @@
-"""Learning WordPiece pieces top-down, in plain Python: the definition of csrc/vocab_learner.
+"""Reference implementation of csrc/vocab_learner in plain Python, used in tests.
 
-To read, and to test the C++ learner against: the same pieces in the same order, a thousand times
-slower. The rule is that of TensorFlow Text's `wordpiece_vocab` tool (described, with one difference
-that csrc/vocab_learner.h explains, in its guide "Subword tokenizers"):
+It learns the same WordPiece pieces in the same order, a thousand times slower. The
+rule is that of TensorFlow Text's `wordpiece_vocab` tool (described, with one difference that
+csrc/vocab_learner.h explains, in its guide "Subword tokenizers"):
 
     round 0     count every suffix of every word, weighted by the word's count; a proper suffix
                 counts as a "##" piece

@@ -32,8 +32,8 @@ def learn_with_sentencepiece(
         characters = len({piece.removeprefix("##") for piece in alphabet})
         raise InputError(
             f"size {size} is below the alphabet of {characters} characters ({len(alphabet)} "
-            f"pieces: alone or first, and inside words): ask for at least "
-            f"{len(SPECIAL_PIECES) + len(alphabet)}, or lower coverage"
+            f"pieces: alone or first, and inside words); use at least "
+            f"{len(SPECIAL_PIECES) + len(alphabet)}, or a lower coverage"
         )
     spare = need // 8 + 16  # for pieces that greedy matching never uses
     candidates = [
@@ -44,7 +44,7 @@ def learn_with_sentencepiece(
         if len(chosen) < need:
             raise InputError(
                 f"size {size} is above the {len(chosen) + len(alphabet) + len(SPECIAL_PIECES)} "
-                f"pieces that {model_type} finds for these words: ask for fewer, or bring more text"
+                f"pieces that {model_type} finds in these words; use a smaller size, or more text"
             )
         uses = piece_uses(words, alphabet | set(chosen))
         unused = {piece for piece in chosen if not uses[piece]}

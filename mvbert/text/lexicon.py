@@ -1,4 +1,4 @@
-"""A lexicon's words, and how a vocabulary cuts them."""
+"""The words of a lexicon, and their pieces in a vocabulary."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ class Segmentation:
 
     @property
     def lengths(self) -> np.ndarray:
-        """uint32 [W]: how many pieces each word has."""
+        """uint32 [W]: number of pieces per word."""
         return np.diff(self.ends, prepend=np.uint32(0))

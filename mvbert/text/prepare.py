@@ -1,4 +1,4 @@
-"""The first steps of a job: its text becomes a corpus, the corpus a student vocabulary."""
+"""The first parts of a job: builds the corpus and learns the student vocabulary."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mvbert.text.corpus import run_corpus
 from mvbert.text.learner import run_vocab
 from mvbert.text.vocab import Vocab
 
-VOCAB_FILE = Path("student") / "vocab.txt"  # in the folder of the run
+VOCAB_FILE = Path("student") / "vocab.txt"  # in the run folder
 DOCSTRINGS = "docstrings"  # the embedded text, see mvbert.text.docstrings
 
 
 def make_corpus(config: CorpusConfig, out: Path, vocab: Vocab, progress: Progress) -> Path:
-    """Reads the text, or finds that a corpus of just this text is there; returns its folder.
+    """Builds the corpus, unless it exists already; returns its folder.
 
-    Text is normalised as the teacher's vocabulary asks.
+    Normalises text as the teacher's vocabulary does.
     """
     folder = out / "corpus"
     if folder.exists():
@@ -32,9 +32,9 @@ def make_corpus(config: CorpusConfig, out: Path, vocab: Vocab, progress: Progres
         texts.append(out / "text" / "docstrings.txt")
         if not texts[-1].exists():
             texts[-1].parent.mkdir(parents=True, exist_ok=True)
-            found = docstrings.docstring_corpus(texts[-1])
-            megabytes = found["bytes"] / 1e6
-            progress.note(f"text: docstrings of the installed packages, {megabytes:.1f} MB")
+            stats = docstrings.docstring_corpus(texts[-1])
+            megabytes = stats["bytes"] / 1e6
+            progress.note(f"text: docstrings of installed packages, {megabytes:.1f} MB")
     run_corpus(
         texts,
         folder,
@@ -56,7 +56,7 @@ def make_vocab(
     progress: Progress,
     cased: bool = False,
 ) -> dict[str, Json]:
-    """Learns the vocabulary `out`/VOCAB_FILE, unless that is done; returns its report."""
+    """Learns the vocabulary `out`/VOCAB_FILE, unless it exists already; returns its report."""
     vocab_file = out / VOCAB_FILE
     report_file = out / "student" / "report.json"  # written after the vocabulary
     if report_file.is_file():

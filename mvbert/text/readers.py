@@ -1,4 +1,4 @@
-"""Text files: which there are, what they are packed in, and where a document ends.
+"""Finds and reads text files: formats, compression, document boundaries.
 
 | file | a document is |
 | --- | --- |
@@ -6,8 +6,8 @@
 | .jsonl | the string in one field of a line's object |
 | .parquet | the string in one column of a row |
 
-.txt and .jsonl may be packed as .gz, .xz or .zst. Everything is read as a stream: memory does not
-depend on the size of a file, but for the longest line of a .jsonl and the row groups of a .parquet.
+.txt and .jsonl may be compressed as .gz, .xz or .zst. Everything is read as a stream: memory does
+not depend on file size, except for the longest line of a .jsonl and the row groups of a .parquet.
 """
 
 import codecs
@@ -41,13 +41,13 @@ RECORDS_BYTES = 1 << 18  # of records handed on at a time
 
 @dataclass(frozen=True)
 class FoundTexts:
-    """Which files are read, and what was left out on the way to them.
+    """The text files to read, and counts of what was skipped.
 
     Attributes:
         files: each once, in the order of the paths given, sorted within a folder.
-        left_out: how many, by why: "repeated" (a file or folder met before, by another path or
-            through a link), "empty" (files of no bytes), "unsupported" (files of another kind),
-            "not_regular" (pipes, sockets, devices). Hidden ones are not counted.
+        left_out: counts by reason: "repeated" (the same file or folder by another path or a link),
+            "empty", "unsupported" (another kind of file), "not_regular" (pipes, sockets, devices).
+            Hidden files are not counted.
     """
 
     files: list[Path]
@@ -55,15 +55,14 @@ class FoundTexts:
 
 
 def find_texts(paths: Iterable[str | Path]) -> FoundTexts:
-    """The text files behind a list of files and folders; each can be read when this returns.
+    """Finds the text files in a list of files and folders, and checks that each can be read.
 
-    A folder stands for every supported file in it and below, links followed, hidden ones left out.
+    A folder means every supported file in it, recursively, following links, skipping hidden ones.
     `data:NAME`: see mvbert.files.data_path.
 
     Raises:
-        InputError: a path that is missing, no regular file, an empty file or of an unsupported
-            kind; a folder that holds no text; a file or folder that cannot be read, or a link that
-            leads nowhere, in a folder too.
+        InputError: a path is missing, not a regular file, empty or of an unsupported kind; a folder
+            has no text; or, also within a folder, a file cannot be read or a link is broken.
     """
     search = _Search()
     for path in [paths] if isinstance(paths, str | Path) else paths:
@@ -72,7 +71,7 @@ def find_texts(paths: Iterable[str | Path]) -> FoundTexts:
 
 
 class _Search:
-    """Files found so far, and what is known of the way there."""
+    """Collects text files and counts what is skipped."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
@@ -80,7 +79,7 @@ class _Search:
         self._seen: set[tuple[int, int]] = set()  # device and inode of files and folders
 
     def add(self, path: Path) -> None:
-        """A path that the user named."""
+        """Adds a path given by the user."""
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
             before = len(self.files), dict(self.left_out)
@@ -90,20 +89,20 @@ class _Search:
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is {_kind_of(status)}, expected a file or a folder")
         if file_kind(path) is None:
-            raise InputError(f"{path}: unsupported kind of file; supported are {SUPPORTED}")
+            raise InputError(f"{path}: unsupported kind of file; supported: {SUPPORTED}")
         if status.st_size == 0:
             raise InputError(f"{path} is empty")
         self._file(path, status)
 
     def _check_folder(self, path: Path, files: int, before: dict[str, int]) -> None:
-        """Refuses a folder in which no text was found."""
+        """Refuses a folder without text files."""
         if len(self.files) > files or self.left_out["repeated"] > before["repeated"]:
             return
         empty = self.left_out["empty"] - before["empty"]
         raise InputError(
-            f"the folder {path} holds no text; "
-            + (f"files of no bytes: {empty}; " if empty else "")
-            + f"supported are {SUPPORTED}"
+            f"the folder {path} has no text files; "
+            + (f"empty files: {empty}; " if empty else "")
+            + f"supported: {SUPPORTED}"
         )
 
     def _folder(self, folder: Path, status: os.stat_result) -> None:
@@ -135,7 +134,7 @@ class _Search:
 
     def _file(self, path: Path, status: os.stat_result) -> None:
         if not self._is_repeated(status):
-            with _open(path) as file:  # found out now, not hours later
+            with _open(path) as file:  # fail now, not hours later
                 if status.st_size < 1 << 10 and file.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise InputError(
                         f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs "
@@ -152,10 +151,10 @@ class _Search:
 
 
 def _status(path: Path) -> os.stat_result:
-    """What a path leads to.
+    """The status of a path, following links.
 
     Raises:
-        InputError: nothing, or it cannot be found out.
+        InputError: it does not exist or cannot be read.
     """
     try:
         return path.stat()
@@ -170,7 +169,7 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _kind_of(status: os.stat_result) -> str:
-    """What is neither a file nor a folder."""
+    """The kind of something that is neither a file nor a folder, for messages."""
     kinds = (
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),
@@ -200,24 +199,24 @@ def file_kind(path: str | Path) -> tuple[str, str] | None:
 
 
 class TextFile:
-    """One file being read: its documents, and what was read of it so far.
+    """Reads one file: its documents, and counts of what was read so far.
 
     Exactly one of `chunks` and `records` may be called, once.
 
     Attributes:
-        bytes_read: bytes on the disk, packed where the file is.
-        nulls: records left out because they have no text, null.
-        replaced: runs of bytes in .jsonl that are not UTF-8 and were left out.
+        bytes_read: bytes read from the file, compressed if it is.
+        nulls: records skipped because their text is null.
+        replaced: invalid UTF-8 sequences skipped in .jsonl.
     """
 
     def __init__(self, path: str | Path, field: str = "text", errors: str = "strict"):
         """Args:
-        field: the field of .jsonl objects, the column of .parquet files.
-        errors: "strict" raises InputError for what is not UTF-8 in .jsonl, "replace" leaves it out.
+        field: field of .jsonl objects, column of .parquet files.
+        errors: for invalid UTF-8 in .jsonl, "strict" raises InputError, "replace" skips it.
         """
         kind = file_kind(path)
         if kind is None:
-            raise InputError(f"{path}: unsupported kind of file; supported are {SUPPORTED}")
+            raise InputError(f"{path}: unsupported kind of file; supported: {SUPPORTED}")
         self.path = Path(path)
         self.kind, self.packing = kind
         self.field = field
@@ -235,11 +234,11 @@ class TextFile:
 
     @property
     def sha256(self) -> str:
-        """Of the bytes on the disk. Precondition: everything has been read."""
+        """SHA-256 of the file. Precondition: everything has been read."""
         return self._sha256 or self._digest.hexdigest()
 
     def chunks(self) -> Iterator[bytes]:
-        """The text of a .txt file, unpacked, in pieces that end anywhere."""
+        """The decompressed text of a .txt file, in blocks that end anywhere."""
         with _open(self.path) as raw:
             yield from self._checked(self._unpack(raw))
 
@@ -263,7 +262,7 @@ class TextFile:
         return data
 
     def _unpack(self, raw: BinaryIO) -> Iterator[bytes]:
-        """Unpacked bytes; every packing may be several packed parts one after the other."""
+        """Decompressed bytes; a file may be several compressed streams, concatenated."""
         if not self.packing:
             while data := self._read(raw, CHUNK_BYTES):
                 yield data
@@ -287,17 +286,17 @@ class TextFile:
                         data, unpacker = unpacker.unused_data, None
         except _unpacking_errors() as error:
             raise InputError(
-                f"{self.path} is not {self.packing}, or damaged near byte {self.bytes_read}: "
+                f"{self.path} is not {self.packing}, or corrupt near byte {self.bytes_read}: "
                 f"{error}"
             ) from error
         if unpacker is not None:
             raise InputError(
-                f"{self.path} is cut off: it ends after {self.bytes_read} bytes, in the middle of "
-                "the packed text; was the download complete?"
+                f"{self.path} is truncated: it ends after {self.bytes_read} bytes, inside the "
+                "compressed text; was the download complete?"
             )
 
     def _checked(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """Text as it comes, unless its first bytes or its zeros show that it is something else."""
+        """Passes text through, unless its first bytes or its zeros show that it is not text."""
         done = 0
         for piece in _with_head(pieces):
             check_is_text(self.path, piece, done, packed=bool(self.packing))
@@ -305,7 +304,7 @@ class TextFile:
             yield piece
 
     def advice(self, offset: int) -> str:
-        """What to do about text that is not UTF-8 at byte `offset` of a file, read anew."""
+        """Advice about text that is not UTF-8 at byte `offset` of a file."""
         if not self.is_plain:
             return REPLACE
         file = TextFile(self.path, self.field, self.errors)
@@ -341,7 +340,7 @@ class TextFile:
                 offset += len(line)
 
     def _field_of(self, line: bytes, where: str, offset: int) -> bytes | None:
-        """The text of a record; None where it is null."""
+        """The text of a record; None if it is null."""
         if self.errors == "replace":
             line, replaced = _replace_errors(line)
             self.replaced += replaced
@@ -356,7 +355,7 @@ class TextFile:
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
         except RecursionError:
-            raise InputError(f"{where}: JSON that is nested too deeply") from None
+            raise InputError(f"{where}: JSON is nested too deeply") from None
         if not isinstance(record, dict):
             raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
         if self.field not in record:
@@ -414,13 +413,13 @@ class TextFile:
                         bytes_ = memoryview(text if text is not None else b"")
                         yield bytes_[ends[0] : ends[-1]], (ends[1:] - ends[0]).astype(np.uint64)
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{self.path} is not a whole .parquet file: {error}") from error
+            raise InputError(f"{self.path} is not a complete .parquet file: {error}") from error
         self.bytes_read = size
         self._sha256 = sha256_file(self.path)
 
 
 def documents(path: str | Path, field: str = "text", errors: str = "strict") -> Iterator[str]:
-    """The documents of a file, one at a time: the plain definition of what a corpus is made of."""
+    """The documents of a file, one at a time: the reference definition, used in tests."""
     file = TextFile(path, field, errors)
     if not file.is_plain:
         for text, ends in file.records():
@@ -460,11 +459,11 @@ BYTE_ORDER_MARKS = (  # UTF-32's begin like UTF-16's
     (codecs.BOM_UTF16_LE, "UTF-16LE"),
     (codecs.BOM_UTF16_BE, "UTF-16BE"),
 )
-REPLACE = 'errors="replace" (--errors replace) leaves such bytes out'
+REPLACE = 'errors="replace" (--errors replace) skips such bytes'
 
 
 def check_is_text(path: str | Path, piece: bytes, offset: int = 0, packed: bool = False) -> None:
-    """Refuses what its first bytes or its zeros show to be packed, binary, UTF-16 or UTF-32.
+    """Refuses text whose first bytes or zeros show it to be compressed, binary, UTF-16 or UTF-32.
 
     Args:
         piece: some of the file's text, from byte `offset` on; at 0 with HEAD_BYTES of it.
@@ -473,7 +472,7 @@ def check_is_text(path: str | Path, piece: bytes, offset: int = 0, packed: bool 
     for magic, name in MAGIC if offset == 0 else ():
         if piece.startswith(magic):
             raise InputError(
-                f"{path} is packed more than once: unpacked, it is {name} again; unpack it once"
+                f"{path} is compressed more than once: decompressed, it is {name} again"
                 if packed
                 else f"{path} is {name}, not text; its name should say so"
             )
@@ -527,7 +526,7 @@ def _of_zeros(text: bytes, offset: int) -> str | None:
 
 
 def _advice(sample: bytes) -> str:
-    """What to do about bytes that are not UTF-8, by what is around them."""
+    """Advice about bytes that are not UTF-8, from the bytes around them."""
     good, runs = _replace_errors(sample)
     several = sum(byte >= 0xC0 for byte in good) - good.count(REPLACEMENT)
     high = sum(byte >= 0x80 for byte in sample)
@@ -535,7 +534,7 @@ def _advice(sample: bytes) -> str:
     if controls * 40 > len(sample):
         return "it looks like a binary file"
     if several > runs:
-        return f"the rest is UTF-8, so it is damaged there; {REPLACE}"
+        return f"the rest is UTF-8, so it is corrupt there; {REPLACE}"
     if high * 5 < len(sample):
         return f"it looks like Latin-1; {_convert('WINDOWS-1252')}"
     return "it is in another encoding; convert it: iconv -f ENCODING -t UTF-8"
@@ -545,7 +544,7 @@ REPLACEMENT = "\ufffd".encode()
 
 
 def _replace_errors(text: bytes) -> tuple[bytes, int]:
-    """Puts U+FFFD in place of each run of bytes that is not UTF-8; the number of runs.
+    """Replaces each run of invalid bytes by U+FFFD; also returns the number of runs.
 
     A run is a byte that begins no character, with the continuation bytes after it, as the C++ core
     counts them.

@@ -1,4 +1,4 @@
-"""The definition of a training row in plain Python; csrc/mixer is tested against it.
+"""Reference implementation of csrc/mixer in plain Python, used in tests.
 
 A row is T pieces: [CLS], words of the stream, [SEP] last. Each word is cut by one of the two
 vocabularies, whole words are masked, and every choice is a number of Philox4x32-10 (Salmon et al.,
@@ -100,7 +100,7 @@ class _Side:
             vocab.size,
         )
         self.cls, self.sep, self.mask = base + vocab.cls, base + vocab.sep, base + vocab.mask
-        special = {vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad}
+        special = {vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad, *vocab.unread_ids}
         self.ordinary = [base + i for i in range(vocab.size) if i not in special]
 
     def pieces(self, word: int) -> list[int]:

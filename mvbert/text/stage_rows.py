@@ -1,4 +1,4 @@
-"""The rows of the stages: which words, masks and seeds training and evaluation read."""
+"""The rows of both stages, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def stage_rows(
     seed: int,
     student_prob: float,
 ) -> tuple[Rows, Rows]:
-    """Rows to train on, and held-out rows."""
+    """Training rows and held-out rows."""
     rows = _rows(corpus.train, teacher, student, row, seed, student_prob)
     return rows, _heldout(corpus, teacher, student, row, student_prob)
 
 
 def heldout_rows(corpus: Corpus, cut: Segmentation, row: RowConfig) -> Rows:
-    """The held-out rows of Stage II: the same ones for every student of a vocabulary."""
+    """The held-out rows of Stage II, the same for every student with a vocabulary."""
     return _heldout(corpus, None, cut, row, 1.0)
 
 

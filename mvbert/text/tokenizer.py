@@ -53,7 +53,7 @@ class FlatBatch:
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Rows padded to one length T, named as Hugging Face's models want them."""
+    """Rows padded to one length T, under the names of Hugging Face's model inputs."""
 
     input_ids: NDArray[Any]  # [B, T]
     token_type_ids: NDArray[Any]  # [B, T]
@@ -75,7 +75,7 @@ class MixedEncoding:
 class MixedBatch:
     """Texts cut by two vocabularies, one after another; batch[i] is the `MixedEncoding` of text i.
 
-    Where words begin and who cut them is found out when it is asked for.
+    Word boundaries and the vocabulary of each word are computed on first use.
 
     Attributes:
         ids: [N] int32; text i is ids[offsets[i] : offsets[i + 1]].
@@ -106,7 +106,7 @@ class MixedBatch:
 
     @cached_property
     def from_student(self) -> NDArray[np.bool_]:
-        """[words]: whether the student's vocabulary cut it."""
+        """[words]: whether the word is tokenized with the student's vocabulary."""
         return self.ids[self.word_starts] >= self._teacher_size
 
     def __len__(self) -> int:
@@ -134,7 +134,7 @@ class WordPieceTokenizer:
     `mvbert.text.corpus`, which does not.
 
     Args:
-        vocab: the vocabulary; it says how text is normalised.
+        vocab: the vocabulary, with its normalisation.
     """
 
     def __init__(self, vocab: Vocab) -> None:
@@ -181,7 +181,7 @@ class WordPieceTokenizer:
             add_special_tokens: [CLS] at the beginning, [SEP] after each text.
 
         Raises:
-            InputError: what is no text.
+            InputError: an argument is not text.
             ValueError: bytes that are not UTF-8; the message has the offset.
         """
         special = (self.vocab.cls, self.vocab.sep) if add_special_tokens else None
@@ -202,7 +202,7 @@ class WordPieceTokenizer:
             not in its span.
 
         Raises:
-            InputError: a text of 2^31 characters or more, whose places would not fit into int32.
+            InputError: a text of 2^31 characters or more, whose offsets would not fit into int32.
             ValueError: bytes that are not UTF-8.
         """
         _check_size(text)
@@ -247,7 +247,7 @@ class WordPieceTokenizer:
         cut = _truncation(truncation, max_length, pairs is not None)
         pad_to = _padding(padding, max_length)
         if max_length is not None and cut is None and pad_to != "max_length":
-            raise InputError("max_length needs truncation, which cuts to it, or padding to it")
+            raise InputError("max_length needs truncation or padding='max_length'")
         wide = _is_int64(dtype)
         if pad_to_multiple_of is not None:
             _check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
@@ -289,7 +289,7 @@ class WordPieceTokenizer:
         threads = cores(threads)
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
-                raise InputError(f"{path} is no regular file")
+                raise InputError(f"{path} is not a regular file")
             with open(path, "rb") as file:
                 if os.fstat(file.fileno()).st_size == 0:
                     return np.zeros(0, np.int32)
@@ -381,7 +381,7 @@ class MixedTokenizer:
         if casings[0] != casings[1]:
             raise InputError(
                 f"the teacher's vocabulary is {self.teacher.casing} and the student's "
-                f"{self.student.casing}; a word must be the same for both"
+                f"{self.student.casing}; both must normalise words alike"
             )
         if self.teacher.size + self.student.size > LIMIT:
             raise InputError("the two vocabularies have more than 2^31 - 1 pieces together")
@@ -482,8 +482,8 @@ def _list_of_texts(name: str, texts: Iterable[Text]) -> Sequence[Text]:
         return texts
     if isinstance(texts, Text):
         raise InputError(
-            f"{name}s is {type(texts).__name__}, expected a list of texts; for one text there is "
-            "encode"
+            f"{name}s is {type(texts).__name__}, expected a list of texts; use encode() for "
+            "a single text"
         )
     # A table, an array of rows or one value: iterating it would give columns, names or no text.
     dimensions = len(getattr(texts, "shape", (0,)))
@@ -509,7 +509,7 @@ def _check_texts(name: str, texts: Sequence[object]) -> None:
 
 def _check_text(name: str, text: object) -> None:
     if not _is_text(text):
-        several = "; for several there is encode_batch" if isinstance(text, list | tuple) else ""
+        several = "; use encode_batch() for several" if isinstance(text, list | tuple) else ""
         raise InputError(f"{name} is {_described(text)}, expected str or bytes{several}")
 
 
@@ -537,12 +537,12 @@ def _described(value: object) -> str:
 
 
 def _check_size(text: Text) -> None:
-    """Refuses what is no text, and a text whose places do not fit into int32."""
+    """Refuses a text whose offsets do not fit into int32, or an argument that is not text."""
     _check_text("text", text)
     if len(text) >= 2**31:
         raise InputError(
-            f"the text has {len(text)} characters or bytes; places are 32-bit, so at most "
-            f"{2**31 - 1}: cut it into several texts"
+            f"the text has {len(text)} characters or bytes; offsets are 32-bit, so at most "
+            f"{2**31 - 1}: split it into several texts"
         )
 
 
@@ -600,12 +600,12 @@ def _check_integer(name: str, value: object, least: int, end: int) -> None:
 
 def _is_int64(dtype: DTypeLike) -> bool:
     try:
-        found = np.dtype(dtype)
+        result = np.dtype(dtype)
     except TypeError:
-        found = None
-    if found not in (np.int32, np.int64):
-        raise InputError(f"dtype is {found or repr(dtype)}, expected int32 or int64")
-    return found == np.int64
+        result = None
+    if result not in (np.int32, np.int64):
+        raise InputError(f"dtype is {result or repr(dtype)}, expected int32 or int64")
+    return result == np.int64
 
 
 def save_tokenizer_files(
@@ -617,8 +617,8 @@ def save_tokenizer_files(
     config.json with `"model_type": "bert"` only where transformers asks for one.
 
     Args:
-        vocab: the vocabulary; it says how text is normalised.
-        folder: made if it is not there.
+        vocab: the vocabulary, with its normalisation.
+        folder: made if it does not exist.
         model_max_length: the longest row the model takes, in pieces.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What transformers keeps of a BERT tokenizer in a folder, read as it reads it.
+"""Reads the tokenizer files of a BERT folder as transformers does.
 
 The definition is BertTokenizer of transformers 4.57 and 5: tokenizer_config.json says how text is
 normalised (where it does not, text is lower-cased and loses its accents), and tokenizer.json, which
@@ -44,10 +44,10 @@ class AddedPiece:
 def read_tokenizer_files(
     path: Path, lowercase: bool | None, strip_accents: bool | None
 ) -> dict[str, Any]:
-    """The arguments of `Vocab` that a folder, a vocab.txt or a tokenizer.json gives.
+    """Reads the arguments of `Vocab` from a folder, a vocab.txt or a tokenizer.json.
 
     Args:
-        lowercase, strip_accents: instead of what the files say.
+        lowercase, strip_accents: override the files.
     """
     if not path.is_dir():
         return _read_file(path, lowercase, strip_accents)
@@ -59,7 +59,7 @@ def read_tokenizer_files(
         )
     lower, strip, assumed = files.casing(lowercase, strip_accents)
     return {
-        **_with_added(files.pieces(), files.added()),
+        **_with_added(files.pieces(), files.added(), files.source),
         "lowercase": lower,
         "strip_accents": strip,
         "assumed": assumed,
@@ -68,32 +68,36 @@ def read_tokenizer_files(
 
 
 def _read_file(path: Path, lowercase: bool | None, strip_accents: bool | None) -> dict[str, Any]:
-    """A tokenizer.json, or a vocab.txt, whose casing the folder's tokenizer_config.json tells."""
+    """Reads a tokenizer.json, or a vocab.txt with the casing in its tokenizer_config.json."""
     data = _read(path)
     strip: bool | None = None
     if path.suffix == ".json":
-        found = _TokenizerJson(path)
-        pieces = _with_added(found.pieces(), found.added())
-        said: bool | None = found.lowercase
-        strip = found.strip_accents
+        tokenizer = _TokenizerJson(path)
+        pieces = _with_added(tokenizer.pieces(), tokenizer.added(), path)
+        configured: bool | None = tokenizer.lowercase
+        strip = tokenizer.strip_accents
     else:
         pieces = {"pieces": _parse_vocab_txt(path, data)}
-        said, strip = _configured_casing(_json(path.parent / "tokenizer_config.json"), path.parent)
+        configured, strip = _configured_casing(
+            _json(path.parent / "tokenizer_config.json"), path.parent
+        )
     if lowercase is not None:
-        if strip_accents is None and lowercase and said is not False:
+        if strip_accents is None and lowercase and configured is not False:
             strip_accents = strip
-        said, strip = lowercase, strip_accents
+        configured, strip = lowercase, strip_accents
     return {
         **pieces,
-        "lowercase": True if said is None else said,
+        "lowercase": True if configured is None else configured,
         "strip_accents": strip,
-        "assumed": said is None,
+        "assumed": configured is None,
         "source": str(path),
     }
 
 
-def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[str, Any]:
-    """Pieces with the added ones that they lack, which follow on in the order of their ids."""
+def _with_added(
+    pieces: tuple[str, ...], entries: Iterable["_Entry"], source: Path
+) -> dict[str, Any]:
+    """Appends missing added pieces to the pieces of `source`, in the order of their ids."""
     ids = {piece: id for id, piece in enumerate(pieces)}
     merged: dict[str, _Entry] = {}
     for entry in entries:
@@ -103,7 +107,7 @@ def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[st
         elif entry.id not in (None, known.id):
             raise InputError(
                 f"{entry.source} gives {entry.content!r} the id {entry.id}, but {known.source} "
-                f"{known.id}; make both say the same"
+                f"gives {known.id}; make them agree"
             )
     past = len(pieces)
     more: list[str] = []
@@ -112,6 +116,11 @@ def _with_added(pieces: tuple[str, ...], entries: Iterable["_Entry"]) -> dict[st
     for entry in sorted(merged.values(), key=lambda e: (e.id is None, e.id or 0)):
         expected = ids.get(entry.content, past)
         if entry.id not in (None, expected):
+            if expected == past and entry.id is not None and entry.id < len(pieces):
+                raise InputError(
+                    f"{entry.source} gives {entry.content!r} the id {entry.id}, which is that of "
+                    f"{pieces[entry.id]!r} in {source}"
+                )
             raise InputError(
                 f"{entry.source} gives {entry.content!r} the id {entry.id}, expected {expected}: "
                 "the id of its piece, or the next one after the vocabulary"
@@ -221,21 +230,21 @@ class _Files:
         return lower, strip, assumed
 
     def _tokenizer_casing(self) -> tuple[bool, bool | None, bool]:
-        said, strip = _configured_casing(self._config, self._folder)
+        configured, strip = _configured_casing(self._config, self._folder)
         if self.json is None:
-            return said is not False, strip, said is None
+            return configured is not False, strip, configured is None
         of_json = (self.json.lowercase, self.json.strip_accents)
-        if self._class in _JSON_CLASSES and said is None:
+        if self._class in _JSON_CLASSES and configured is None:
             return *of_json, False
-        lower = said is not False
+        lower = configured is not False
         effective = (lower, lower if strip is None else strip)
         if of_json != effective:
             raise InputError(
                 f"{self.json.path}: normalizer has lowercase {_word(of_json[0])} and strip_accents "
                 f"{_word(of_json[1])}, but {self._config_path.name} makes it do_lower_case "
                 f"{_word(effective[0])} and strip_accents {_word(effective[1])}"
-                f"{' (the defaults)' if said is None else ''}, which transformers follows; make "
-                "both say the same, or give --cased if the vocabulary is cased"
+                f"{' (the defaults)' if configured is None else ''}, which transformers follows; "
+                "make them agree, or give --cased if the vocabulary is cased"
             )
         return *effective, False
 
@@ -286,7 +295,7 @@ def _entry(source: str, token: Json, id: int | None) -> _Entry:
     """An added piece that is written out as an object, or as its text alone."""
     content = _content(token)
     if content is None:
-        raise InputError(f"{source}: {token!r} is no added token")
+        raise InputError(f"{source}: {token!r} is not an added token")
     flags = token if isinstance(token, dict) else {}
     for flag in ("lstrip", "rstrip", "single_word"):
         if flags.get(flag):
@@ -313,19 +322,19 @@ def _json(path: Path) -> dict[str, Json]:
 
 def _configured_casing(config: dict[str, Json], folder: Path) -> tuple[bool | None, bool | None]:
     """do_lower_case and strip_accents of a tokenizer_config.json; None where it says nothing."""
-    found: list[bool | None] = []
+    values: list[bool | None] = []
     for key in ("do_lower_case", "strip_accents"):
         value = config.get(key)
         if value is not None and not isinstance(value, bool):
             path = folder / "tokenizer_config.json"
             raise InputError(f"{path}: {key} is {value!r}, expected true or false")
-        found.append(value)
-    if found == [False, True]:
+        values.append(value)
+    if values == [False, True]:
         raise InputError(
             f"{folder / 'tokenizer_config.json'}: strip_accents is true and do_lower_case false; "
             "accents are stripped of lower-cased text only"
         )
-    return found[0], found[1]
+    return values[0], values[1]
 
 
 # ---- tokenizer.json --------------------------------------------------------------------------
@@ -373,19 +382,19 @@ class _TokenizerJson:
 
     def pieces(self) -> tuple[str, ...]:
         """The pieces of its WordPiece model by their ids."""
-        found: dict[int, str] = {}
+        by_id: dict[int, str] = {}
         for piece, id in self._vocab.items():
             if not isinstance(id, int) or isinstance(id, bool) or not 0 <= id < len(self._vocab):
                 raise InputError(
                     f"{self.path}: piece {piece!r} has id {id!r}; expected every id from 0 to "
                     f"{len(self._vocab) - 1} once"
                 )
-            if id in found:
+            if id in by_id:
                 raise InputError(
-                    f"{self.path}: pieces {found[id]!r} and {piece!r} both have id {id}"
+                    f"{self.path}: pieces {by_id[id]!r} and {piece!r} both have id {id}"
                 )
-            found[id] = piece
-        pieces = tuple(found[id] for id in range(len(found)))
+            by_id[id] = piece
+        pieces = tuple(by_id[id] for id in range(len(by_id)))
         check_pieces(pieces, str(self.path), "id", 0)
         return pieces
 
@@ -443,7 +452,7 @@ def check_pieces(pieces: tuple[str, ...], source: str, unit: str, first_number: 
             )
         if piece in first and piece:
             raise InputError(
-                f"{source}: piece {piece!r} is there twice, at {place(first[piece])} and "
+                f"{source}: piece {piece!r} appears twice, at {place(first[piece])} and "
                 f"{place(id)}; remove one of them"
             )
         first[piece] = id
@@ -470,8 +479,8 @@ def _read(path: Path) -> bytes:
 
 
 def _parse_vocab_txt(path: Path, data: bytes) -> tuple[str, ...]:
-    """The pieces of a vocab.txt: one a line; line ends are \\n, \\r\\n or \\r."""
-    expected = "expected a vocab.txt: UTF-8 text, one piece a line"
+    """The pieces of a vocab.txt: one per line; line ends are \\n, \\r\\n or \\r."""
+    expected = "expected a vocab.txt: UTF-8 text, one piece per line"
     if not data:
         raise InputError(f"{path} is empty; {expected}")
     if data[:32].startswith(b"\n") and b"<unk>" in data[:64] and b"\x00" in data:

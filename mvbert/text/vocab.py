@@ -1,4 +1,4 @@
-"""A WordPiece vocabulary: pieces and their ids, how text is normalised for it, added pieces."""
+"""A WordPiece vocabulary: pieces and their ids, normalisation, added pieces."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ __all__ = ["LIMIT", "NEEDED_PIECES", "SPECIAL_PIECES", "AddedPiece", "Vocab", "c
 
 
 def case_name(lowercase: bool, strip_accents: bool) -> str:
-    """How text is normalised: cased, uncased, or uncased with accents."""
+    """Names a normalisation: cased, uncased, or uncased with accents."""
     if not lowercase:
         return "cased"
     return "uncased" if strip_accents else "uncased with accents"
@@ -36,17 +36,16 @@ class Vocab:
     Args:
         pieces: every piece once (but "", a blank line of a vocab.txt, which no text reaches), those
             of `NEEDED_PIECES` among them, none with a line break.
-        lowercase: whether its text is lower-cased.
-        strip_accents: whether its text loses its accents; None: where it is lower-cased.
-        added: pieces that are looked for in text beside the special ones.
-        base_size: words are cut into pieces [0, base_size); what comes after them is found in text
-            or not at all. None: all are of words.
-        assumed: whether nothing said that text is lower-cased.
-        source: where it is from, for messages.
+        lowercase: whether text is lower-cased.
+        strip_accents: whether accents are removed; None: the same as `lowercase`.
+        added: further pieces that are matched in text before it is split into words.
+        base_size: words are tokenized into pieces [0, base_size) only; None: all pieces.
+        assumed: whether `lowercase` is a default that no file states.
+        source: the path, for messages.
 
     Raises:
-        InputError: a piece is there twice, has a line break, a needed piece is missing, or accents
-            are stripped without lower-casing.
+        InputError: a piece appears twice or has a line break, a needed piece is missing, or accents
+            are removed without lower-casing.
     """
 
     pieces: tuple[str, ...] = field(repr=False)
@@ -73,8 +72,8 @@ class Vocab:
             )
         if self.strip_accents and not self.lowercase:
             raise InputError(
-                f"{self.source}: strip_accents is true although text is not lower-cased; only "
-                "together they are supported"
+                f"{self.source}: strip_accents is true although text is not lower-cased, which "
+                "is not supported"
             )
         for added in self.added:
             if added.piece not in self.ids:
@@ -110,12 +109,12 @@ class Vocab:
         return cls(**read_tokenizer_files(Path(path), lowercase, strip_accents))
 
     def with_added_of(self, other: "Vocab") -> "Vocab":
-        """The same, which looks for those of `other`'s added pieces that it has."""
+        """This vocabulary with those added pieces of `other` that it contains."""
         return replace(self, added=tuple(a for a in other.added if a.piece in self.ids))
 
     @cached_property
     def unreachable(self) -> int:
-        """How many pieces no text gives because it is lower-cased or loses its accents."""
+        """Number of pieces that never occur because text is lower-cased or loses its accents."""
         return sum(map(self._is_lost, self.pieces[: self.base_size]))
 
     def _is_lost(self, piece: str) -> bool:
@@ -132,15 +131,15 @@ class Vocab:
         """A warning that pieces are never used, perhaps because the vocabulary is cased, or ""."""
         if not self.unreachable:
             return ""
-        how = "assumed uncased, as nothing in its folder says so" if self.assumed else "uncased"
+        how = "assumed uncased, as no file in its folder says" if self.assumed else "uncased"
         return (
             f"{self.source} is {how}: {self.unreachable:,} of its {self.size:,} pieces have "
-            "capitals or accents and are never used; if it is cased, give --cased"
+            "capitals or accents and are never used; if it is cased, use --cased"
         )
 
     @property
     def casing(self) -> str:
-        """What `case_name` calls it; "assumed uncased" where nothing said so."""
+        """Its `case_name`; "assumed uncased" if no file states it."""
         name = case_name(self.lowercase, self.strip_accents)
         return f"assumed {name}" if self.assumed else name
 
@@ -172,7 +171,7 @@ class Vocab:
 
     @property
     def unread_ids(self) -> list[int]:
-        """Ids that no word is cut into, those of special pieces aside."""
+        """Ids that no word is tokenized into, without those of special pieces."""
         added = {piece.piece for piece in self.added}
         return [
             id
@@ -192,7 +191,7 @@ class Vocab:
 
     @property
     def special_pieces(self) -> tuple[str, ...]:
-        """Those of SPECIAL_PIECES that it has; [MASK] may be missing."""
+        """The SPECIAL_PIECES that it contains; [MASK] may be missing."""
         return tuple(piece for piece in SPECIAL_PIECES if piece in self.ids)
 
     @property
@@ -213,7 +212,7 @@ class Vocab:
 
     @property
     def mask(self) -> int:
-        """The id of [MASK]; InputError where the vocabulary has none."""
+        """The id of [MASK]; raises InputError if the vocabulary has none."""
         if "[MASK]" not in self.ids:
             raise InputError(f"{self.source} has no [MASK], which masked language modelling needs")
         return self.ids["[MASK]"]

@@ -1,4 +1,4 @@
-"""BERT's word splitting and WordPiece in plain Python: the definition, to read and to test against.
+"""Reference implementation of BERT's word splitting and WordPiece in plain Python.
 
 `basic_split` gives the words that Hugging Face's slow BertTokenizer (transformers 4.57, itself
 after google-research/bert's tokenization.py) hands to WordPiece, and `wordpiece` cuts one word as

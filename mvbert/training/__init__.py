@@ -1,1 +1,1 @@
-"""One run folder: the two stages, the loop, checkpoints, ranks."""
+"""Training: the two stages, the loop, checkpoints, run folders, ranks."""

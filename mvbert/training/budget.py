@@ -1,8 +1,8 @@
-"""Fits the steps of a job to the time that it may take on this machine.
+"""Scales the steps of a job to a time budget.
 
-The first steps of every run are timed before the job begins; if all steps would take too long, all
-runs get the same share of theirs, so that students stay comparable. The decision is kept: a job
-that is resumed, also on another machine, has the same steps.
+The first steps of every run are timed before the job starts. If all steps would take too long, all
+runs get the same share of theirs, so that students stay comparable. The share is saved: a resumed
+job has the same steps, on any machine.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from mvbert.training.step import WARM_UP, CudaGraph, Losses, Step
 from mvbert.training.task import Task
 from mvbert.training.train import heldout_means
 
-PLAN_FILE = "plan.json"  # in the folder of a job
-FLOOR = 0.05  # fewer steps than this share of them show nothing
-SLACK = 0.9  # of the time left: checkpoints, reports and a machine that slows down need the rest
-TIMED_STEPS = 3  # at least, and as many as fit into TIMED_SECONDS
+PLAN_FILE = "plan.json"  # in the job's folder
+FLOOR = 0.05  # the smallest share of the steps: fewer train nothing useful
+SLACK = 0.9  # share of the time left to plan for; the rest is for checkpoints, reports and slowdown
+TIMED_STEPS = 3  # at least; more if they fit into TIMED_SECONDS
 TIMED_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs on this machine, in seconds."""
+    """Costs of a run on this machine, in seconds."""
 
     set_up: float
     step: float
     evaluation: float
 
     def fixed(self, config: TrainConfig) -> float:
-        """Seconds of set-up and of the evaluations of a run of `config`."""
+        """Seconds that a run of `config` spends on set-up and evaluations."""
         return self.set_up + self.evaluation * (1 + -(-config.steps // config.eval_every))
 
 
@@ -54,10 +54,10 @@ def measure_cost(
     device: Device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """Times a run's set-up, its first steps and an evaluation; all processes of a run call this.
+    """Times a run's set-up, its first steps and an evaluation; every rank must call it.
 
     Args:
-        make: builds the task, which is trained for the steps that are timed.
+        make: builds the task, which is trained during the timing.
     """
     start = clock()
     task = make()
@@ -73,23 +73,23 @@ def measure_cost(
 
     optimizer = make_optimizer(task.module.to(device.device), config, device.device)
     graph = CudaGraph() if choose_graph(config, device.device, ranks.count)[0] else None
-    unlike = WARM_UP + 1 if graph else 1  # the first steps, which prepare those that follow
+    warm_up = WARM_UP + 1 if graph else 1  # slower first steps, not counted
     seconds: list[float] = []
     with device.stream(), Feed(task, config, ranks, device.device, 0) as feed:
         losses = ranks.wrap(Losses(task))
         step = Step(task, losses, config, device, ranks, optimizer, {}, graph)
         for number in range(config.steps):
             seconds.append(timed(lambda number=number: step(feed, number)))  # type: ignore[misc]
-            done = seconds[unlike:]
+            done = seconds[warm_up:]
             enough = len(done) >= TIMED_STEPS and sum(done) >= TIMED_SECONDS
-            if ranks.any(enough)[0]:  # all processes make the same steps
+            if ranks.any(enough)[0]:  # all ranks must run the same number of steps
                 break
         evaluation = timed(lambda: heldout_means(task, config, device, ranks))
-    return Cost(set_up, statistics.median(seconds[unlike:] or seconds), evaluation)
+    return Cost(set_up, statistics.median(seconds[warm_up:] or seconds), evaluation)
 
 
 def fitting_share(runs: Mapping[str, tuple[TrainConfig, Cost]], seconds: float) -> float:
-    """The share of their steps, from FLOOR to 1, that all runs together make in `seconds`."""
+    """The share of steps, in [FLOOR, 1], with which all runs together take `seconds`."""
     fixed = sum(cost.fixed(config) for config, cost in runs.values())
     steps = sum(cost.step * config.steps for config, cost in runs.values())
     return min(1.0, max(FLOOR, (seconds - fixed) / steps))
@@ -103,22 +103,21 @@ def share_of_steps(
     measure: Callable[[], Mapping[str, tuple[TrainConfig, Cost]]],
     note: Callable[[str], None],
 ) -> float:
-    """The share of their steps that all runs of the job in `out` make; all processes call this.
+    """The share of steps that all runs of the job in `out` train; every rank must call it.
 
-    A job that has begun keeps its share: what PLAN_FILE says, or 1 where there is none.
+    A job that has started keeps its share: the one in PLAN_FILE, or 1 without that file.
 
     Args:
-        minutes: the budget, 0: none.
-        left: seconds that are left of it.
-        measure: the settings and costs of all runs by name; called only if there is a decision to
-            take.
+        minutes: the budget (0: none).
+        left: returns the seconds left of the budget.
+        measure: returns settings and costs of all runs by name; called only for a new job.
 
     Raises:
-        InputError: PLAN_FILE holds something else.
+        InputError: PLAN_FILE is invalid.
     """
     ranks = join_ranks()
 
-    def begun() -> float | None:
+    def saved_share() -> float | None:
         path = out / PLAN_FILE
         if path.exists():
             share: Any = read_json_object(path).get("share")
@@ -126,16 +125,16 @@ def share_of_steps(
             if not number or not 0 < share <= 1:
                 raise InputError(f"{path}: share must lie in (0, 1], got {share!r}")
             if share < 1:
-                note(f"{share:.0%} of the steps, as {path} says")
+                note(f"training {share:.0%} of the steps (from {path})")
             return float(share)
         if not minutes:
             return 1.0
         if any(out.rglob("run.json")):
-            note(f"the job in {out} began without a time budget: all steps are made")
+            note(f"the job in {out} started without a time budget: training all steps")
             return 1.0
         return None
 
-    share = ranks.first(begun)
+    share = ranks.first(saved_share)
     if share is not None:
         return share
     runs = measure()
@@ -154,7 +153,7 @@ def share_of_steps(
 
 
 def _verdict(runs: Mapping[str, tuple[TrainConfig, Cost]], share: float, budget: str) -> str:
-    """One sentence: how long the steps take, and how many of them are made."""
+    """One sentence: how long the steps take, and how many will be trained."""
 
     def total(share: float) -> str:
         return duration(
@@ -168,5 +167,5 @@ def _verdict(runs: Mapping[str, tuple[TrainConfig, Cost]], share: float, budget:
         return f"all steps would take {total(1.0)}; {share:.0%} of them fit {budget}: {steps}"
     return (
         f"even {share:.0%} of the steps take {total(share)}, more than {budget}, "
-        f"but fewer would show nothing: {steps}"
+        f"but fewer would train nothing useful: {steps}"
     )

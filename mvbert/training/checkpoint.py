@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are whole or not there, and state that resumes a run bit for bit.
+"""Checkpoints: folders written atomically, from which a run resumes bit for bit.
 
-A checkpoint is a Hugging Face folder with the training state beside the model:
+A checkpoint is a Hugging Face folder that also holds the training state:
 
-    step-00000200/   config.json, model.safetensors, vocab.txt ...   the model, usable as it is
+    step-00000200/   config.json, model.safetensors, vocab.txt ...   the model, usable directly
                      training.safetensors   optimiser moments and parameters outside the model
                      training.json          step, held-out loss, running sums of the log
                      manifest.json          size and SHA-256 of every other file, written last
@@ -40,7 +40,7 @@ _STEP = re.compile(r"step-(\d{8})")
 
 
 def write_manifest(folder: Path) -> None:
-    """Lists size and SHA-256 of every file in `folder`; a folder without it does not count."""
+    """Writes the size and SHA-256 of every file in `folder`; without it a folder is incomplete."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.iterdir())
@@ -50,7 +50,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def check_manifest(folder: Path, needed: Iterable[str] = ()) -> str | None:
-    """What is wrong with a folder that write_manifest finished, or None if it is whole.
+    """Compares a folder with its manifest; returns the first problem, or None if it is complete.
 
     Args:
         needed: files that must be listed.
@@ -61,20 +61,20 @@ def check_manifest(folder: Path, needed: Iterable[str] = ()) -> str | None:
         return str(error)
     files = manifest.get("files")
     if not isinstance(files, dict):
-        return f"{folder / MANIFEST} lists no files"
+        return f"{folder / MANIFEST} does not list any files"
     for name in needed:
         if name not in files:
             return f"{folder / MANIFEST} does not list {name}"
     for name, entry in files.items():
         if Path(name).name != name or name in ("", ".", ".."):
-            return f"{folder / MANIFEST} names {name!r}, which leaves the folder"
+            return f"{folder / MANIFEST} lists {name!r}, which is outside the folder"
         path = folder / name
         if path.is_symlink() or not path.is_file():
             return f"{path} is missing"
         if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            return f"{path} has {path.stat().st_size} bytes, not what the manifest says"
+            return f"{path} has {path.stat().st_size} bytes, which differs from the manifest"
         if sha256_file(path) != entry.get("sha256"):
-            return f"{path} does not have the manifest's SHA-256"
+            return f"{path} does not match the SHA-256 in the manifest"
     return None
 
 
@@ -91,15 +91,15 @@ def save(
     keep_last: int,
     keep_best: int,
 ) -> None:
-    """Writes a checkpoint and then removes all but the newest and the best ones.
+    """Writes a checkpoint, then removes all but the newest and the best ones.
 
-    Later ones go too: they are damaged, or the run would have gone on from them.
+    Also removes later ones: they are corrupt, or the run would have resumed from them.
 
     Args:
-        keep_last: how many of the newest to keep.
-        keep_best: how many to keep besides, those of the lowest held-out loss.
-        state: what training.json holds: the step, its held-out loss if there is one, and what else
-            the loop needs to go on.
+        keep_last: number of newest checkpoints to keep.
+        keep_best: number of further checkpoints to keep, those with the lowest held-out loss.
+        state: contents of training.json: the step, its held-out loss if evaluated, and the rest of
+            the loop's state.
     """
     step = int(state["step"])  # type: ignore[arg-type]
     with atomic_folder(step_folder(checkpoints, step), overwrite=True) as partial:
@@ -117,14 +117,14 @@ def save(
 
 
 def drop_after(checkpoints: Path, step: int) -> None:
-    """Removes checkpoints later than the one that a run goes on from: they are damaged."""
+    """Removes checkpoints later than the one that a run resumes from: they are corrupt."""
     for later in _steps(checkpoints):
         if later > step:
             shutil.rmtree(step_folder(checkpoints, later), ignore_errors=True)
 
 
 def is_best(checkpoints: Path, heldout: float | None, keep_best: int) -> bool:
-    """Whether a model of this held-out loss is one of the best, so that it should be saved."""
+    """Whether a model with this held-out loss is among the `keep_best` best checkpoints."""
     if heldout is None or not keep_best:
         return False
     losses = {step: _heldout(checkpoints, step) for step in _steps(checkpoints)}
@@ -134,17 +134,17 @@ def is_best(checkpoints: Path, heldout: float | None, keep_best: int) -> bool:
 
 def best(checkpoints: Path) -> str | None:
     """The name of the checkpoint with the lowest held-out loss."""
-    found = _best({step: _heldout(checkpoints, step) for step in _steps(checkpoints)})
-    return step_folder(checkpoints, found[0]).name if found else None
+    steps = _best({step: _heldout(checkpoints, step) for step in _steps(checkpoints)})
+    return step_folder(checkpoints, steps[0]).name if steps else None
 
 
 def _best(losses: dict[int, float]) -> list[int]:
-    """Steps by their held-out loss, lowest first; those without one are left out."""
+    """Steps sorted by held-out loss, lowest first, without those that have none."""
     return sorted((s for s, loss in losses.items() if loss < math.inf), key=lambda s: losses[s])
 
 
 def _heldout(checkpoints: Path, step: int) -> float:
-    """Held-out loss of a checkpoint, infinite where it has none."""
+    """Held-out loss of a checkpoint, or infinity if it has none."""
     try:
         loss = read_json_object(step_folder(checkpoints, step) / STATE).get("heldout")
     except InputError:
@@ -153,13 +153,13 @@ def _heldout(checkpoints: Path, step: int) -> float:
 
 
 def newest_name(checkpoints: Path, warn: Callable[[str], None]) -> str | None:
-    """The name of the newest whole checkpoint."""
+    """The name of the newest complete checkpoint, or None."""
     folder = newest(checkpoints, warn)
     return None if folder is None else folder.name
 
 
 def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; damaged ones are named through `warn` and passed over."""
+    """The newest complete checkpoint, or None; skips corrupt ones and reports them to `warn`."""
     for stale in checkpoints.glob(f".*{PARTIAL}*"):
         shutil.rmtree(stale, ignore_errors=True)
     for step in reversed(_steps(checkpoints)):
@@ -167,17 +167,17 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
         problem = check_manifest(folder, (WEIGHTS, TRAINING, STATE))
         if problem is None:
             return folder
-        warn(f"skipping damaged checkpoint {folder.name}: {problem}")
+        warn(f"skipping corrupt checkpoint {folder.name}: {problem}")
     return None
 
 
 def load(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, Json]]:
-    """Puts the training state back (the task has loaded the model); returns step and state."""
+    """Restores the training state (the task loads the model); returns step and state."""
     state = read_json_object(folder / STATE)
     if not isinstance(state.get("step"), int) or not isinstance(state.get("window"), dict):
-        raise InputError(f"{folder / STATE}: no step and window in it")
+        raise InputError(f"{folder / STATE} has no step or no window")
     tensors = read_tensors(folder / TRAINING)
     with torch.no_grad():
         for name, parameter in optim.trained_parameters(module):
@@ -186,7 +186,7 @@ def load(
             slot = optimizer.state[parameter]
             for key in optim.STATE:
                 if f"{key}.{name}" not in tensors:
-                    raise InputError(f"{folder / TRAINING}: no {key} of {name} in it")
+                    raise InputError(f"{folder / TRAINING} has no {key} of {name}")
                 value = tensors[f"{key}.{name}"]
                 slot[key] = (
                     value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
@@ -195,12 +195,12 @@ def load(
 
 
 def _training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimiser moments by parameter name, and the parameters that the model files do not hold."""
+    """Optimiser moments by parameter name, and parameters that are not in the model files."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in optim.trained_parameters(module):
         if not name.startswith("model."):
             tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
-        # A parameter that has had no update yet (a run saved at step 0) has zero moments.
+        # Before the first update (a run saved at step 0) moments are zero.
         slot = optimizer.state.get(parameter) or {
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
@@ -212,8 +212,8 @@ def _training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _steps(checkpoints: Path) -> list[int]:
-    """Steps of all checkpoint folders, ascending, whole or not."""
+    """Steps of all checkpoint folders, complete or not, ascending."""
     if not checkpoints.is_dir():
         return []
-    found = (_STEP.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (_STEP.fullmatch(path.name) for path in checkpoints.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)

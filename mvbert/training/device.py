@@ -21,7 +21,7 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16}  # name -> what autocast 
 
 Choice = tuple[str, str]  # the name of a dtype, and the reason for it
 
-# How much faster bfloat16 products must be: casts to and from it take time of their own.
+# How much faster bfloat16 products must be to be chosen: casts to and from it take time too.
 MARGIN = 1.2
 
 
@@ -39,7 +39,7 @@ class Device:
 
     @staticmethod
     def of(device: torch.device, dtype: str, reason: str) -> Device:
-        """The device with what `choose_dtype` returned."""
+        """Builds a Device from the result of `choose_dtype`."""
         return Device(device, DTYPES[dtype], reason)
 
     @property
@@ -52,23 +52,23 @@ class Device:
         return f"{self.device}, {self.dtype} products{weights}: {self.reason}"
 
     def cast(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside it, matrix products have the run's dtype."""
+        """A context in which matrix products use the run's dtype."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
     def stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside it, a GPU works on a stream of its own, as capturing a graph demands."""
+        """A context that uses a separate CUDA stream, which graph capture requires."""
         if self.device.type != "cuda":
             return contextlib.nullcontext()
         torch.cuda.set_device(self.device)
         stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())  # on which the weights came
+        stream.wait_stream(torch.cuda.current_stream())  # weights were copied on that one
         return torch.cuda.stream(stream)
 
 
 def choose_graph(config: TrainConfig, device: torch.device, processes: int) -> tuple[bool, str]:
-    """Whether a step is captured as a CUDA graph, and why (or why not)."""
+    """Whether to capture each step as a CUDA graph, and the reason."""
     obstacle = ""
     if device.type != "cuda":
         obstacle = "there is no GPU"
@@ -76,19 +76,19 @@ def choose_graph(config: TrainConfig, device: torch.device, processes: int) -> t
         obstacle = "gradients of several processes are summed outside of graphs"
     if config.cuda_graph == "on":
         if obstacle:
-            raise InputError(f"cuda_graph is on, but {obstacle}: make it auto")
-        return True, "each step is one CUDA graph: asked for"
+            raise InputError(f"cuda_graph is on, but {obstacle}; set it to auto")
+        return True, "each step is one CUDA graph (cuda_graph is on)"
     if config.cuda_graph == "off":
-        return False, "steps run eagerly: asked for"
+        return False, "steps run eagerly (cuda_graph is off)"
     if obstacle:
         return False, f"steps run eagerly: {obstacle}"
     return True, "each step is one CUDA graph"
 
 
 def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch.device:
-    """What `device` means on this machine; auto is CUDA if there is a GPU.
+    """Resolves `device` on this machine; auto is CUDA if available.
 
-    Of several processes on a machine each takes the GPU of its number.
+    With several processes on a machine, each takes the GPU of its local rank.
     """
     chosen = name
     if chosen == "auto":
@@ -102,30 +102,29 @@ def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device must be auto, cpu or cuda[:N], got {name!r}")
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device wants a number
+        device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device needs an index
         if device.index >= torch.cuda.device_count():
-            raise InputError(
-                f"device {chosen}: this torch sees {torch.cuda.device_count()} CUDA devices"
-            )
+            count = torch.cuda.device_count()
+            raise InputError(f"device {chosen} does not exist: torch sees {count} CUDA devices")
     return device
 
 
 def choose_dtype(
     dtype: str, device: torch.device, rates: Callable[[], dict[torch.dtype, float]]
 ) -> Choice:
-    """What `dtype` means on this machine, and why.
+    """Resolves `dtype` on this machine; returns it with the reason.
 
     Args:
-        dtype: of matrix products; auto is bfloat16 on GPUs that have it, and on a CPU if its
-            products are faster by `MARGIN`.
-        rates: measures FLOP/s by dtype on a CPU, see mvbert.speed.product_rates.
+        dtype: dtype of matrix products; auto is bfloat16 on GPUs that support it, and on a CPU if
+            its products are faster by `MARGIN`.
+        rates: measures FLOP/s by dtype on a CPU, see mvbert.model.flops.product_rates.
     """
     if dtype != "auto":
         return dtype, "as set"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the GPU has them"
-        return "float32", "the GPU has no bfloat16 products"
+            return "bfloat16", "supported by the GPU"
+        return "float32", "the GPU does not support bfloat16"
     measured = rates()
     float32, bfloat16 = measured[torch.float32], measured[torch.bfloat16]
     chosen = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
@@ -134,23 +133,23 @@ def choose_dtype(
 
 
 def keep_memory() -> None:
-    """Tells glibc's malloc to keep what this process frees, for its next tensors.
+    """Makes glibc's malloc keep freed memory for later tensors.
 
-    As it comes, malloc gives large blocks back to the system at once, and the same step of a
-    training meets them again as page faults, tens of thousands a step: a fifth of a student's step,
-    more than half of the step of transformers' BertForMaskedLM. Nothing happens where malloc is
-    not glibc's. The process stays as large as it once was, until `give_memory_back`.
+    By default malloc returns large blocks to the system at once, so every training step takes tens
+    of thousands of page faults: a fifth of a student's step, more than half of a step of
+    transformers' BertForMaskedLM. Does nothing with another malloc. The process keeps its peak size
+    until `give_memory_back`.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # An older glibc refuses more than 32 MiB.
+        # Older glibc allows at most 32 MiB.
         if not mallopt(_M_MMAP_THRESHOLD, 2**31 - 1):
             mallopt(_M_MMAP_THRESHOLD, 2**25)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def give_memory_back() -> None:
-    """Gives the system what glibc's malloc has kept and nobody uses."""
+    """Returns unused memory that glibc's malloc kept to the system."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)

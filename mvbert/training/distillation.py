@@ -1,8 +1,8 @@
-"""What a student learns from the Stage I teacher, which reads the very same rows.
+"""Distillation losses between the student and the Stage I teacher, on the same rows.
 
-After Stage I the teacher reads student pieces: with the projected student table in place of its own
-it is an ordinary BERT of the student's vocabulary. So the classic losses hold position by position,
-though teacher and student had different vocabularies:
+After Stage I the teacher reads student pieces: with the projected student table as its word table
+it is an ordinary BERT with the student's vocabulary. So the usual losses apply position by
+position, although teacher and student had different vocabularies:
 
     logits      tau^2 KL(teacher || student) over the student's vocabulary
                 (Hinton, Vinyals, Dean 2015, arXiv 1503.02531)
@@ -13,7 +13,7 @@ though teacher and student had different vocabularies:
                 (MiniLMv2: Wang et al. 2021, arXiv 2012.15828)
 
 Nothing here waits for the device and every shape is fixed, so a step with a teacher can be one CUDA
-graph. Letters: B rows, T pieces a row, H width (H_s student, H_t teacher), R relation heads.
+graph. Letters: B rows, T pieces per row, H width (H_s student, H_t teacher), R relation heads.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from mvbert.model.encoder import Taps
 from mvbert.model.flops import encoder_flops, head_flops
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM
 
-DEEP = 12  # layers above which the best teacher layer for relations is below the last
+DEEP = 12  # in teachers with more layers, the best layer for relations is not the last
 
 
 class Teacher:
-    """A Stage I teacher that reads student pieces: frozen, on the device, in the products' dtype.
+    """A Stage I teacher that reads student pieces: frozen, on the device, in the run's dtype.
 
     Args:
-        autocast: the dtype of the run's matrix products, None for float32. The matrices are rounded
-            once; autocast, which remembers only what takes gradients, would do so at every pass.
+        autocast: the dtype of the run's matrix products, None for float32. Matrices are cast once;
+            autocast caches casts only of tensors that need gradients, so it would repeat them.
 
     Attributes:
-        microseconds: time of a pass for one piece, see `measure`; None before.
+        microseconds: forward time per piece, set by `measure`; None before.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Teacher:
 
 @torch.no_grad()
 def reader(mixed: MixedMaskedLM) -> MaskedLM:
-    """The teacher as a BERT of the student's vocabulary: its word table is the projected one."""
+    """Makes the teacher a BERT with the student's vocabulary and the projected table."""
     model = MaskedLM(
         replace(
             mixed.config,
@@ -100,12 +100,10 @@ def reader(mixed: MixedMaskedLM) -> MaskedLM:
 
 
 class Distillation(nn.Module):
-    """The losses of `config.distill` and what they train beside the student: the maps of `hidden`.
+    """The losses of `config.distill`, with the trained linear maps of the hidden loss.
 
     Args:
-        config: which losses, of what.
         student: the student's shape.
-        teacher: its teacher.
     """
 
     def __init__(self, config: Stage2Config, student: ModelConfig, teacher: Teacher) -> None:
@@ -133,11 +131,12 @@ class Distillation(nn.Module):
         self._last = student.num_hidden_layers
 
     def student_taps(self) -> Taps:
-        """What the student must keep of its pass."""
+        """Taps of the student's forward pass that the losses need."""
         relations = "relations" in self.config.distill
         return Taps(hidden=self.pairs, qkv=[self._last] if relations else [])
 
     def teacher_taps(self) -> Taps:
+        """Taps of the teacher's forward pass that the losses need."""
         relations = "relations" in self.config.distill
         return Taps(
             hidden=self.pairs.values(),
@@ -155,14 +154,14 @@ class Distillation(nn.Module):
         masked_hidden: Tensor,
         taps: Taps,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The losses of a batch, not yet weighted, and sums to report.
+        """The unweighted losses of a batch, and sums for the log.
 
         Args:
-            masked: masked pieces of the whole step, of which this batch may be a part.
+            masked: number of masked pieces in the whole step, of which this batch may be a part.
             share: this batch's share of the step's rows.
             hidden: [B, T, H_s], the student's last hidden states.
-            masked_hidden: [N, H_s], transformed, at the masked pieces.
-            taps: filled by the student's pass.
+            masked_hidden: [N, H_s], the head's states at the masked pieces.
+            taps: filled by the student's forward pass.
         """
         config = self.config
         teacher_taps = self.teacher_taps()
@@ -184,8 +183,8 @@ class Distillation(nn.Module):
             sums["logits_sum"] = total.detach()
         if "hidden" in config.distill:
             errors = [
-                hidden_error(self.maps[str(own)](taps.hidden[own]), teacher_taps.hidden[other])
-                for own, other in self.pairs.items()
+                hidden_error(self.maps[str(s)](taps.hidden[s]), teacher_taps.hidden[t])
+                for s, t in self.pairs.items()
             ]
             losses["hidden"] = torch.stack(errors).mean() * share
             sums["hidden_sum"] = losses["hidden"].detach()
@@ -204,21 +203,21 @@ class Distillation(nn.Module):
         index: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """The sum of tau^2 KL over the rows that count."""
+        """The sum of tau^2 KL over the rows of `mask`."""
         config, teacher = self.config, self.teacher.model
-        own = (student.embeddings.word.weight, student.head.bias)
-        table, bias = teacher.embeddings.word.weight, teacher.head.bias
+        student_head = (student.embeddings.word.weight, student.head.bias)
+        teacher_head = (teacher.embeddings.word.weight, teacher.head.bias)
         with torch.no_grad():
             if index is None:
                 index = torch.arange(len(rows), device=rows.device)
             target = teacher.masked_hidden(teacher_hidden, index)
         return functional.linear_kl(
-            rows, *own, target, table, bias,
+            rows, *student_head, target, *teacher_head,
             temperature=config.temperature, mask=mask, reduction="sum",
         )  # fmt: skip
 
     def teacher_flops(self, T: int, mask_prob: float) -> float:
-        """Floating-point operations of the teacher's products for one piece in a row of T."""
+        """Forward FLOPs of the teacher per piece, in a row of T."""
         shape = self.teacher.model.config
         L = shape.num_hidden_layers
         flops = encoder_flops(shape, T) * self.teacher_taps().depth(L) / L
@@ -230,9 +229,9 @@ class Distillation(nn.Module):
         return flops
 
     def map_flops(self) -> float:
-        """Floating-point operations of the maps of the hidden loss for one piece, forward.
+        """Forward FLOPs of the hidden loss's maps per piece.
 
-        The student's relations are left out: under 1 % of its work at rows of 128.
+        The student's relations are not counted: under 1 % of its FLOPs in rows of 128.
         """
         return sum(2.0 * p.numel() for p in self.maps.parameters() if p.ndim == 2)
 
@@ -243,9 +242,9 @@ class Distillation(nn.Module):
 def hidden_pairs(
     config: Stage2Config, student: ModelConfig, teacher: ModelConfig
 ) -> dict[int, int]:
-    """Student layers of the hidden loss -> the teacher's layers at the same relative depth.
+    """Maps student layers of the hidden loss to teacher layers at the same relative depth.
 
-    Layers count from 1; 0 is what the embeddings give.
+    Layers count from 1; 0 is the output of the embeddings.
     """
     L_s, L_t = student.num_hidden_layers, teacher.num_hidden_layers
     chosen = config.hidden_layers or (L_s,)
@@ -256,9 +255,9 @@ def hidden_pairs(
 
 
 def relations_layer(config: Stage2Config, teacher: ModelConfig) -> int:
-    """The teacher's layer whose relations are learned.
+    """The teacher layer of the relations loss.
 
-    By default the last one, of deep teachers the one at 7/8 of the depth: the 21st of 24, as
+    By default the last; in deep teachers the one at 7/8 of the depth, e.g. the 21st of 24, as
     MiniLMv2 found for BERT-large (section 4.2 there: upper-middle beats last).
     """
     L = teacher.num_hidden_layers
@@ -274,8 +273,8 @@ def relations_layer(config: Stage2Config, teacher: ModelConfig) -> int:
 def hidden_error(mapped: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error against the teacher's states, each normalised to mean 0, variance 1.
 
-    Normalised, because a LayerNorm's scale says how much later layers make of a direction, and a
-    few directions with huge scales would be all that the error sees. [B, T, H_t] twice -> []
+    Normalised, because a few directions with huge LayerNorm scales would dominate the error.
+    [B, T, H_t] twice -> []
     """
     target = F.layer_norm(teacher.float(), teacher.shape[-1:])
     return (mapped.float() - target).square().mean()

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, device, command, commit."""
+"""The environment of a run: versions, device, command, commit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mvbert.training.device import Device
 
 
 def environment(device: Device, processes: int = 1) -> dict[str, Json]:
-    """Facts that tell a reader of a run folder, or of a result, what made it."""
+    """The environment to record with a run or a result."""
     facts: dict[str, Json] = {
         "mvbert": __version__,
         "commit": commit(),
@@ -37,7 +37,7 @@ def environment(device: Device, processes: int = 1) -> dict[str, Json]:
 
 
 def commit() -> str | None:
-    """The git commit of the source tree that runs, with + if it has changes; None outside git."""
+    """The git commit of the running source tree, with + if it has changes; None outside git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -49,7 +49,7 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name from the system."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

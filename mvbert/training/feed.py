@@ -1,4 +1,4 @@
-"""Rows of the coming steps, made ahead of time by threads, on their way to the device."""
+"""Prefetches the rows of the next steps in a background thread and copies them to the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from mvbert.text.batches import Batch
 from mvbert.training.ranks import Ranks
 from mvbert.training.task import Task
 
-SLOTS = 3  # batches in host memory: one on its way to the device, two in the making
+SLOTS = 3  # batches in host memory: one being copied to the device, two being made
 
 
 class Feed:
-    """This process's share of the rows of one step after the other.
+    """This rank's share of the rows of each step.
 
-    The rows are a function of the seed and the step alone. On a GPU they are written into pinned
-    memory, from which the device fetches them by itself: 4 bytes a piece, 1 for its type, and 8 a
-    masked piece.
+    Rows are a function of the seed and the step. For a GPU they are written to pinned memory and
+    copied asynchronously: 5 bytes per piece and 8 per masked piece.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class Feed:
     ) -> None:
         self._task, self._config, self._cuda = task, config, device.type == "cuda"
         self._share = ranks.share(config.rows)
-        # On a CPU the model needs the cores.
+        # When training on the CPU, the model needs the cores.
         self._threads = max(1, torch.get_num_threads() // 2) if self._cuda else 1
         shape = (len(self._share), task.rows.T, task.rows.capacity)
         self._slots = [
@@ -38,7 +37,7 @@ class Feed:
         ]
         if self._cuda:
             self._slots = [{n: t.pin_memory() for n, t in slot.items()} for slot in self._slots]
-        # The same memory as arrays, for the reader to write into.
+        # The same memory as numpy arrays, for `Rows.read`.
         self._buffers = [Batch(**{n: t.numpy() for n, t in slot.items()}) for slot in self._slots]
         self._fetched: list[torch.cuda.Event | None] = [None] * SLOTS
         self.device = {n: torch.empty_like(t, device=device) for n, t in self._slots[0].items()}
@@ -50,7 +49,7 @@ class Feed:
             self._submit(later)
 
     def fetch(self) -> None:
-        """Brings the rows of the next step into `device`, tensors by the names in Batch."""
+        """Copies the rows of the next step to `device`, tensors by the names in Batch."""
         before = time.perf_counter()
         self._ahead.popleft().result()
         self._waited += time.perf_counter() - before
@@ -64,7 +63,7 @@ class Feed:
         self._step += 1
 
     def take_waited(self) -> float:
-        """Seconds that `fetch` has waited for rows since this was last asked."""
+        """Seconds that `fetch` has waited for rows since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -75,7 +74,7 @@ class Feed:
     def _make(self, step: int) -> None:
         slot = step % SLOTS
         if (event := self._fetched[slot]) is not None:
-            event.synchronize()  # the device may still be reading what is to be overwritten
+            event.synchronize()  # the device may still be reading this slot
         self._task.rows.read(
             step * self._config.rows + self._share.start,
             len(self._share),

@@ -1,4 +1,4 @@
-"""Where a run stands: its stage, steps and losses, and their curves."""
+"""Progress of a run: stage, steps and losses, and plots of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mvbert.training.runs import read_log
 
 
 def run_info(folder: Path) -> dict[str, Json]:
-    """Where a run stands: its stage, steps done and losses; of a job or study, every run in it.
+    """Progress of a run (stage, steps, losses), or of every run of a job or study.
 
     Raises:
-        InputError: `folder` is not the folder of a run, or a file of the run is damaged.
+        InputError: `folder` is not a run folder, or a file of the run is corrupt.
     """
     if not folder.exists():
         raise InputError(f"{folder} does not exist")
@@ -38,21 +38,19 @@ def run_info(folder: Path) -> dict[str, Json]:
             "environment": run["environment"],
         }
     except (KeyError, TypeError):
-        raise InputError(
-            f"{folder / 'run.json'} does not say what the run is: was it changed?"
-        ) from None
-    # A run that has only just started has neither.
+        raise InputError(f"{folder / 'run.json'} does not describe a run; was it edited?") from None
+    # A run that has just started has neither.
     started = (folder / "log.jsonl").exists() or (folder / "checkpoints").exists()
     records = read_log(folder) if started else []
     trained = [r for r in records if "heldout" not in r]
     evaluated = [r for r in records if "heldout" in r]
     step = max((r["step"] for r in records), default=0)
-    # A model may be there of fewer steps than the run is to have now.
-    whole = (folder / "model" / "manifest.json").is_file() and step >= facts["steps"]
+    # The model may be of fewer steps than the run has now.
+    complete = (folder / "model" / "manifest.json").is_file() and step >= facts["steps"]
     return {
         **facts,
         "step": step,
-        "complete": whole,
+        "complete": complete,
         "last": trained[-1] if trained else None,
         "heldout_first": evaluated[0]["heldout"] if evaluated else None,
         "heldout_last": evaluated[-1]["heldout"] if evaluated else None,
@@ -62,10 +60,10 @@ def run_info(folder: Path) -> dict[str, Json]:
 
 
 def plot_run(folder: Path, image: Path) -> None:
-    """Draws a run's loss curves, training and held out, over the pieces seen.
+    """Plots a run's training and held-out losses against the pieces seen.
 
     Raises:
-        InputError: `folder` is not the folder of a run, or has nothing to draw.
+        InputError: `folder` is not a run folder, or its log has no losses.
         MissingExtra: matplotlib is not installed.
     """
     try:
@@ -85,13 +83,14 @@ def plot_run(folder: Path, image: Path) -> None:
                 pieces.append(record["pieces"] / 1e6)
                 values.append(value)
     if not curves:
-        raise InputError(f"{folder / 'log.jsonl'} has no losses to draw yet")
+        raise InputError(f"{folder / 'log.jsonl'} has no losses to plot yet")
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, (pieces, values) in curves.items():
-        held = name.endswith("held out")
-        axes.plot(pieces, values, label=name, marker="o" if held else None, linewidth=1 + held)
+        heldout = name.endswith("held out")
+        marker = "o" if heldout else None
+        axes.plot(pieces, values, label=name, marker=marker, linewidth=1 + heldout)
     axes.set(xlabel="pieces seen, millions", ylabel="nats", title=str(folder))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,4 +1,4 @@
-"""The training log: a line is begun when a step is launched and written when its numbers arrive."""
+"""The training log: a line is started when a step is launched and written when its sums arrive."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mvbert.training.task import Task
 # Updates skipped in a row (loss or gradient not finite) after which a run stops.
 MAX_SKIPPED = 10
 
-LONG = 60.0  # seconds of training that are worth a forecast
+LONG = 60.0  # seconds of training from which on the remaining time is printed
 
 
 class Journal:
     """The log of a run.
 
-    pieces_per_second    real pieces (rows have no padding), evaluations and checkpoints not counted
+    pieces_per_second    pieces (rows have no padding), without evaluations and checkpoints
     mfu                  model FLOPs utilisation, see mvbert.model.flops
     data_wait            share of the time that this process waited for rows
 
     Args:
-        log: None in processes that do not write.
+        log: None on ranks that do not write.
         peak: FLOP/s of all devices together.
-        step: steps done before.
+        step: steps done so far.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Journal:
         self._feed, self._stepper, self._peak = feed, stepper, peak
         self._pieces = config.rows * task.rows.T
         self._step = step  # of the last line
-        self._clock = time.perf_counter()  # since when the next line counts
+        self._clock = time.perf_counter()  # start of the next line's time
         self._line: Callable[[], None] | None = None
         self._lines = 0
 
     def begin(self, step: int) -> None:
-        """Begins the line of `step`, the last one launched; on a CPU, writes it too."""
+        """Starts the line of `step`, the last one launched; on a CPU, also writes it."""
         pending, steps = self._stepper.take(), step - self._step
         self._step = step
         self._line = lambda: self._trained(step, steps, *pending.wait())
@@ -63,10 +63,10 @@ class Journal:
             self.finish()
 
     def finish(self) -> None:
-        """Writes the line that was begun, if there is one; waits for the device to have come to it.
+        """Writes the pending line, if any, after waiting for its sums.
 
         Raises:
-            InputError: loss or gradient was not finite too often in a row.
+            InputError: loss or gradient was not finite for MAX_SKIPPED steps in a row.
         """
         line, self._line = self._line, None
         if line is not None:
@@ -90,18 +90,18 @@ class Journal:
         self._progress.trained(record)
         self._lines += 1
         left = (self._config.steps - step) * seconds / steps
-        # The steps of the first line are slower: kernels are compiled, memory is allocated.
+        # The first line's steps are slower: they compile kernels and allocate memory.
         if self._lines == 2 and left >= LONG:
             self._progress.note(
                 f"{record['pieces_per_second']:,} pieces/s: {duration(left)} for the "
-                f"{self._config.steps - step:,} steps left, evaluations and checkpoints not counted"
+                f"{self._config.steps - step:,} steps left, without evaluations and checkpoints"
             )
         if sums["skipped"]:
             self._progress.note(f"update skipped: {self._rows_of(skipped, skipped + 1)}")
         if in_a_row >= MAX_SKIPPED:
             raise InputError(
                 f"loss or gradient was not finite in {in_a_row} steps in a row, "
-                f"{self._rows_of(step - in_a_row, step)}; all of these updates were left out, "
+                f"{self._rows_of(step - in_a_row, step)}; all of these updates were skipped, "
                 f"and checkpoints before step {step - in_a_row} are good: try a lower lr"
             )
 
@@ -112,7 +112,7 @@ class Journal:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training's."""
+        """Excludes the time of the block from the log's speed."""
         before = time.perf_counter()
         yield
         self._clock += time.perf_counter() - before
@@ -126,7 +126,7 @@ class Journal:
             self._log.write(record)
 
     def _rows_of(self, start: int, end: int) -> str:
-        """Names the rows of steps [start, end), so that they can be made again."""
+        """Identifies the rows of steps [start, end), so that they can be reproduced."""
         first, config = start * self._config.rows, self._config
         return (
             f"steps {start} to {end} (seed {config.seed}, epoch {first // self._task.rows.count}, "

@@ -1,7 +1,7 @@
-"""What a run computes with on this machine: threads, device, and the dtype of matrix products.
+"""Sets up a run on this machine: threads, device, and the dtype of matrix products.
 
-`dtype = auto` is decided by measuring, once: a run keeps what its run.json records, and all runs of
-a job share one decision, so that its students differ in nothing but what their settings name.
+`dtype = auto` is decided by one measurement: a run keeps the dtype in its run.json, and all runs of
+a job share one decision, so that its students differ only in their settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mvbert.training.device import (
 from mvbert.training.ranks import join_ranks
 from mvbert.training.runs import dtype_of_run
 
-JOB_FILE = "dtype.json"  # in the folder of a job
+JOB_FILE = "dtype.json"  # in the job's folder
 
 
 def set_up(
@@ -35,11 +35,12 @@ def set_up(
 ) -> Device:
     """Sets threads and malloc of this process; chooses device and dtype of the run in `out`.
 
-    All processes of a run call this alike, and rank 0 decides for all.
+    Every rank must call it; rank 0 decides for all.
 
     Args:
-        products: what `dtype = auto` measures, see mvbert.model.flops.encoder_products.
-        job: what `dtype = auto` means on a CPU in the job that the run belongs to.
+        products: matrix products that `dtype = auto` measures, see
+            mvbert.model.flops.encoder_products.
+        job: the job's decision for `dtype = auto` on a CPU, see `decide_for_job`.
     """
     set_threads(config)
     device = choose_device(config.device, join_ranks().local_rank, join_ranks().local_count)
@@ -50,8 +51,8 @@ def set_up(
 
     def decide() -> Choice:
         if config.dtype == "auto":
-            if (began := dtype_of_run(out)) is not None:
-                return began
+            if (recorded := dtype_of_run(out)) is not None:
+                return recorded
             if job is not None and device.type == "cpu":
                 return job
         return choose_dtype(config.dtype, device, lambda: product_rates(products, gradients=True))
@@ -60,37 +61,37 @@ def set_up(
 
 
 def pass_products(config: TrainConfig, row: RowConfig, teacher: ModelConfig) -> list[Product]:
-    """The matrix products of the encoders in one pass over a micro batch of a process.
+    """Matrix products of the encoders in one forward pass of a process.
 
-    Stage I: of the teacher. Stage II: of the student, and of the teacher if it is distilled.
+    Stage I: the teacher's. Stage II: the student's, and with distillation also the teacher's.
     """
     shapes = [teacher]
     if isinstance(config, Stage2Config):
-        student = student_shape(config.shape, teacher.vocab_size)  # its layers alone count
+        student = student_shape(config.shape, teacher.vocab_size)  # only its layers matter here
         shapes = [student, teacher] if config.distill else [student]
     pieces = pass_rows(config) * row.length
     return [product for shape in shapes for product in encoder_products(shape, pieces)]
 
 
 def pass_rows(config: TrainConfig) -> int:
-    """Rows of one pass of a process."""
+    """Rows per forward pass of a process."""
     return config.micro_rows or max(1, config.rows // join_ranks().count)
 
 
 def decide_for_job(
     out: Path, configs: Sequence[TrainConfig], products: Sequence[Product]
 ) -> Choice | None:
-    """What `dtype = auto` means on the CPU for all runs of the job in `out`, kept in JOB_FILE.
+    """Decides `dtype = auto` on the CPU for all runs of the job in `out`; saves it in JOB_FILE.
 
     Args:
-        configs: the settings of these runs.
-        products: those of all of them.
+        configs: the settings of the runs.
+        products: the matrix products of all runs.
 
     Returns:
-        None if `auto` is in none of the settings, or they all compute on a GPU.
+        The dtype and the reason; None if no run has `auto` on a CPU.
 
     Raises:
-        InputError: JOB_FILE holds something else.
+        InputError: JOB_FILE is invalid.
     """
     auto = [c for c in configs if c.dtype == "auto" and choose_device(c.device).type == "cpu"]
     if not auto:
@@ -107,9 +108,9 @@ def decide_for_job(
                     "remove the file to measure again"
                 )
             return str(kept["dtype"]), str(kept["reason"])
-        # A job that an earlier version began keeps what its runs have.
-        begun = [dtype_of_run(run.parent, auto=True) for run in sorted(out.rglob("run.json"))]
-        dtype, reason = next(filter(None, begun), None) or choose_dtype(
+        # A job started by an earlier version keeps the dtype of its runs.
+        recorded = [dtype_of_run(run.parent, auto=True) for run in sorted(out.rglob("run.json"))]
+        dtype, reason = next(filter(None, recorded), None) or choose_dtype(
             "auto", torch.device("cpu"), lambda: product_rates(products, gradients=True)
         )
         write_json(path, {"dtype": dtype, "reason": reason})
@@ -120,5 +121,5 @@ def decide_for_job(
 
 
 def set_threads(config: TrainConfig) -> None:
-    """Gives torch `config.threads` threads, or this process's share of the cores."""
+    """Sets torch's threads to `config.threads`, or to this process's share of the cores."""
     torch.set_num_threads(config.threads or max(1, cores(0) // join_ranks().local_count))

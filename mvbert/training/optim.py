@@ -9,7 +9,7 @@ from torch import nn
 
 from mvbert.config import TrainConfig
 
-# The optimiser's state of a parameter; a checkpoint holds it.
+# The optimiser's state per parameter, saved in checkpoints.
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -18,9 +18,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused.
 
-    No weight decay on biases and LayerNorm, as in BERT. Learning rate and step count live on the
-    device, and an update whose `found_inf` is 1 leaves everything as it was: nothing in a step
-    waits for the device.
+    No weight decay on biases and LayerNorm, as in BERT. Learning rate and step count are on the
+    device, and an update with `found_inf` 1 changes nothing, so a step never waits for the device.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -37,12 +36,12 @@ def make_optimizer(
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that take gradients, in a fixed order."""
+    """Names and parameters that require gradients, in a fixed order."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Rate of update number `step` (from 0): linear warm-up, then linear decay to final_lr."""
+    """Learning rate of `step` (from 0): linear warm-up, then linear decay to final_lr."""
     warmup = round(config.warmup * config.steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

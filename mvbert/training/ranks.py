@@ -1,7 +1,7 @@
-"""The processes of one run: which one this is, and what they tell each other.
+"""The processes (ranks) of a run, and how they communicate.
 
-Started by `torchrun --nproc-per-node N -m mvbert ...`, a run has N of them; the rows of a step are
-dealt out among them by number. Rank 0 alone writes: the log, the checkpoints, what people read.
+`torchrun --nproc-per-node N -m mvbert ...` starts N ranks, which share the rows of each step. Only
+rank 0 writes the log, the checkpoints and messages.
 """
 
 import functools
@@ -21,38 +21,39 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from mvbert.errors import FailedElsewhere, InputError
+from mvbert.progress import several_processes
 
-J = TypeVar("J")  # something that JSON holds
+J = TypeVar("J")  # a JSON value
 
-# How long a collective waits for a process that does not come before this one gives up. A process
-# that dies is noticed at once: by the others' connections, and by torchrun, which stops them all.
+# How long a collective waits for a rank that does not take part. A rank that dies is noticed at
+# once: its connections close, and torchrun stops all others.
 TIMEOUT = timedelta(minutes=10)
-# What rank 0 does alone (reading the text, writing a checkpoint) takes as long as it takes.
-PATIENCE = timedelta(days=30)
+# For work that rank 0 does alone and that may take hours (reading text, writing a checkpoint).
+LONG_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run; of one process unless torchrun started it."""
+    """Rank of this process and number of processes; one process unless torchrun started it."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0  # among those of this machine
+    local_rank: int = 0  # on this machine
     local_count: int = 1
-    patient: "dist.ProcessGroup | None" = None  # of all processes, for what may take long
+    slow_group: "dist.ProcessGroup | None" = None  # all ranks, with LONG_TIMEOUT
 
     @property
     def lead(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, which writes."""
         return self.rank == 0
 
     def share(self, rows: int) -> range:
-        """Which of `rows` numbered rows are this process's: all shares together are all rows."""
+        """This rank's part of `rows` rows; the parts of all ranks make up all rows."""
         return range(self.rank * rows // self.count, (self.rank + 1) * rows // self.count)
 
     def first(self, work: Callable[[], J]) -> J:
-        """Rank 0 works, all others wait for it and get its result, or fail as it did."""
-        if self.patient is None:
+        """Calls `work` on rank 0 alone; all ranks return its result, or raise if it failed."""
+        if self.slow_group is None:
             return work()
         failed, text = None, b""
         if self.lead:
@@ -60,22 +61,22 @@ class Ranks:
                 text = json.dumps({"value": work()}).encode()
             except InputError as error:
                 failed, text = error, json.dumps({"error": str(error)}).encode()
-        answer = json.loads(self._of_lead(text))
+        answer = json.loads(self._broadcast(text))
         if failed is not None:
             raise failed
         if "error" in answer:
             raise FailedElsewhere(answer["error"])
         return answer["value"]
 
-    def _of_lead(self, text: bytes) -> bytes:
-        """What rank 0 has passed; fails at once in all others when it dies instead."""
+    def _broadcast(self, text: bytes) -> bytes:
+        """Sends rank 0's `text` to all ranks; fails at once on the others if rank 0 dies."""
         size = torch.tensor(len(text))
-        dist.broadcast(size, 0, self.patient)
-        letters = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(size, 0, self.slow_group)
+        data = torch.empty(int(size), dtype=torch.uint8)
         if self.lead:
-            letters = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        dist.broadcast(letters, 0, self.patient)
-        return letters.numpy().tobytes()
+            data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(data, 0, self.slow_group)
+        return data.numpy().tobytes()
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over all processes, in place."""
@@ -84,7 +85,7 @@ class Ranks:
         return tensor
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Which of the flags hold in some process: the same answer in all of them."""
+        """Logical or of each flag over all ranks."""
         if self.count == 1:
             return flags
         return tuple(
@@ -92,7 +93,7 @@ class Ranks:
         )
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients summed over all processes as backward makes them."""
+        """Wraps a module so that backward sums its gradients over all ranks."""
         if self.count == 1:
             return module
         wrapped = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
@@ -100,26 +101,26 @@ class Ranks:
         return wrapped
 
 
-# DDP looks at these annotations, so this module keeps them as objects.
+# DDP inspects these annotations, so this module does not postpone their evaluation.
 def _sum_hook(
     _: object,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """Sums where DDP would take the mean: losses are divided by global counts already."""
+    """Sums gradients where DDP would average: losses are already divided by global counts."""
     future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return future.then(lambda done: done.value()[0])
 
 
 @functools.cache
 def join_ranks() -> Ranks:
-    """This process's place, by the variables that torchrun sets; joins the others once.
+    """Joins the ranks that torchrun started, once; `Ranks()` without torchrun.
 
-    CPU tensors travel by gloo, CUDA tensors by NCCL.
+    Uses gloo for CPU tensors and NCCL for CUDA tensors.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not several_processes():
         return Ranks()
     store, rank, count = next(rendezvous("env://", timeout=TIMEOUT))
-    store = _unused(store, rank, count)
+    store = _fresh_store(store, rank, count)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
     return Ranks(
@@ -127,44 +128,45 @@ def join_ranks() -> Ranks:
         count,
         int(os.environ.get("LOCAL_RANK", rank)),
         int(os.environ.get("LOCAL_WORLD_SIZE", count)),
-        dist.new_group(backend="gloo", timeout=PATIENCE),
+        dist.new_group(backend="gloo", timeout=LONG_TIMEOUT),
     )
 
 
-def _unused(store: "dist.Store", rank: int, count: int) -> "dist.Store":  # type: ignore[name-defined]
-    """A part of torchrun's store that only the processes of this start know of.
+def _fresh_store(store: "dist.Store", rank: int, count: int) -> "dist.Store":  # type: ignore[name-defined]
+    """A part of torchrun's store under a prefix that only the processes of this start use.
 
-    The store outlives a restart, with addresses of processes that are gone, and machines may count
-    the restarts differently. So rank 0 tells a new name to whoever asks, until all others use it.
+    The store survives a restart with addresses of dead processes, and machines may count restarts
+    differently. So rank 0 answers requests for a new prefix until all other ranks use it.
     """
     name = uuid.uuid4().hex
     deadline = time.monotonic() + TIMEOUT.total_seconds()
 
     def nap() -> None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"not all of {count} processes have come within {TIMEOUT}")
+            raise TimeoutError(f"not all of {count} processes joined within {TIMEOUT}")
         time.sleep(0.05)
 
     if rank:
-        store.set(f"asks/{rank}", name)
-        while not store.check([f"told/{name}"]):
+        store.set(f"request/{rank}", name)
+        while not store.check([f"reply/{name}"]):
             nap()
-        name = store.get(f"told/{name}").decode()
+        name = store.get(f"reply/{name}").decode()
     part = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    part.set(f"here/{rank}", "")
-    while missing := [r for r in range(count) if not part.check([f"here/{r}"])]:
-        for asking in () if rank else missing:
-            if store.check([f"asks/{asking}"]):  # perhaps one that is gone: then it asks anew
-                store.set(f"told/{store.get(f'asks/{asking}').decode()}", name)
+    part.set(f"joined/{rank}", "")
+    while missing := [r for r in range(count) if not part.check([f"joined/{r}"])]:
+        for other in () if rank else missing:
+            # The request may be a dead process's; the live one then sends its own.
+            if store.check([f"request/{other}"]):
+                store.set(f"reply/{store.get(f'request/{other}').decode()}", name)
         nap()
     return part
 
 
-def leave(code: int) -> None:
-    """Ends a process that has joined others; does nothing in one that has not.
+def leave_ranks(code: int) -> None:
+    """Exits a process that has joined other ranks; does nothing in one that has not.
 
-    Without tearing Python down: threads of torch.distributed that let go of Python objects only
-    then would end a run that is done with SIGABRT.
+    Skips interpreter shutdown: threads of torch.distributed that release Python objects there would
+    end a finished run with SIGABRT.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

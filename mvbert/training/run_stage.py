@@ -1,4 +1,4 @@
-"""One stage in its run folder: described, refused where it is another run, trained, reported."""
+"""Runs one stage in its run folder: checks the folder, trains, reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mvbert.training.train import RunReport, finished, train
 
 
 def checked_corpus(folder: Path) -> Corpus:
-    """A corpus of which rank 0 has compared every byte with the manifest."""
+    """Opens a corpus after rank 0 has verified its checksums."""
 
     def check() -> None:
         Corpus.open(folder, verify="sha256")
@@ -50,11 +50,11 @@ def run_stage1(
     deadline: float | None = None,
     dtype: Choice | None = None,
 ) -> RunReport:
-    """Stage I in the run folder `out`; returns its report.
+    """Runs Stage I in the run folder `out`; returns its report.
 
     Args:
         deadline: see mvbert.training.train.train.
-        dtype: what `dtype = auto` means in the job that this is part of, see decide_for_job.
+        dtype: the job's decision for `dtype = auto`, see decide_for_job.
     """
     progress = Progress("stage 1")
     config = config.counted(row.length)
@@ -90,7 +90,7 @@ def run_stage2(
     deadline: float | None = None,
     dtype: Choice | None = None,
 ) -> RunReport:
-    """Stage II in the run folder `out`, from the result of Stage I; returns its report.
+    """Runs Stage II in the run folder `out`, from a result of Stage I; returns its report.
 
     Args:
         deadline, dtype: as for run_stage1.
@@ -124,7 +124,7 @@ def _run(
     deadline: float | None,
     dtype: Choice | None,
 ) -> RunReport:
-    """Trains, unless the run folder holds the whole result already."""
+    """Trains, unless the run folder already holds the complete result."""
     ranks = join_ranks()
     description = ranks.first(describe)
 
@@ -141,13 +141,13 @@ def _run(
 
 
 def corpus_id(folder: Path) -> str:
-    """The SHA-256 of a corpus's manifest, which holds those of all its files."""
+    """SHA-256 of a corpus's manifest, which covers all its files."""
     return sha256_file(folder / "manifest.json")
 
 
 def stage1_id(folder: Path) -> str:
-    """The SHA-256 of a Stage I result's manifest, which holds those of all its files; checked."""
+    """SHA-256 of a Stage I result's manifest, after checking the files against it."""
     problem = checkpoint.check_manifest(folder)
     if problem is not None:
-        raise InputError(f"not the whole result of Stage I: {problem}")
+        raise InputError(f"not a complete result of Stage I: {problem}")
     return sha256_file(folder / checkpoint.MANIFEST)

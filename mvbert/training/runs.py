@@ -30,9 +30,9 @@ def make_folder(out: Path) -> None:
         raise write_error(out, error) from error
 
 
-# Settings that earlier versions had, and the value at which each did nothing; None: its value did
-# nothing once the one beside it had that value.
-RETIRED: dict[str, Json] = {
+# Settings that not every version has, each with the value at which it has no effect (None: none at
+# any value if its companion setting has none): a run without the setting is the same run.
+NEUTRAL: dict[str, Json] = {
     "row.late_length": 0,
     "row.late_share": None,
     "train.optimizer": "adamw",
@@ -44,33 +44,35 @@ RETIRED: dict[str, Json] = {
     "train.logits_weight_end": -1.0,
     "train.hidden_weight_end": -1.0,
     "train.relations_weight_end": -1.0,
+    "train.cased": False,
+    "teacher_shape.tie_word_embeddings": True,
 }
 
 
-def _without_retired(description: dict[str, Any]) -> dict[str, Any]:
-    """The description without settings that no longer exist and did nothing.
+def _without_neutral(description: dict[str, Any]) -> dict[str, Any]:
+    """Removes settings without effect that other versions lack from a description.
 
-    Tables are those of run.json (row, train) and of distill.json (row, stage1).
+    Its tables are those of run.json (row, train, teacher_shape) or distill.json (row, stage1).
     """
     kept = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
-    for setting, idle in RETIRED.items():
+    for setting, neutral in NEUTRAL.items():
         table, name = setting.split(".")
         for values in (kept.get(t) for t in ((table, "stage1") if table == "train" else (table,))):
-            if isinstance(values, dict) and name in values and idle in (None, values[name]):
+            if isinstance(values, dict) and name in values and neutral in (None, values[name]):
                 del values[name]
     return kept
 
 
 def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> int | None:
-    """Writes what a run is at its first start; afterwards refuses any other in the same folder.
+    """Writes a run's description at its first start; later refuses another run in the folder.
 
     Args:
         path: the file, run.json or distill.json.
-        description: settings and checksums of inputs: what must be the same to resume.
-        facts: written beside it, not compared.
+        description: settings and checksums of inputs, which must be the same to resume.
+        facts: written next to the description, not compared.
 
     Returns:
-        As check_run, after that of run.json was changed.
+        The result of check_run; if the run has more steps now, `path` is updated.
     """
     if not path.exists():
         write_json(path, {"description": description, **facts})
@@ -82,27 +84,29 @@ def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> int
 
 
 def check_run(path: Path, description: dict[str, Json]) -> int | None:
-    """Refuses a run other than the one that `path` describes, but for more steps.
+    """Refuses a run that differs from the one in `path` in anything but more steps.
 
     Returns:
-        The steps that a run had which now is to have more; None where all is the same.
+        The earlier number of steps if it is higher now; None if nothing differs.
     """
-    found = read_json_object(path).get("description")
-    wanted: Any = _without_retired(json.loads(json.dumps(description)))
-    if isinstance(found, dict):
-        found = _without_retired(found)
-    if found == wanted:
+    recorded = read_json_object(path).get("description")
+    wanted: Any = _without_neutral(json.loads(json.dumps(description)))
+    if isinstance(recorded, dict):
+        recorded = _without_neutral(recorded)
+    if recorded == wanted:
         return None
-    if isinstance(found, dict):
-        before, now = (x["train"].get("steps") if "train" in x else None for x in (found, wanted))
+    if isinstance(recorded, dict):
+        before, now = (
+            x["train"].get("steps") if "train" in x else None for x in (recorded, wanted)
+        )
         if (
             isinstance(before, int)
             and isinstance(now, int)
             and before < now
-            and {**found, "train": {**found["train"], "steps": now}} == wanted
+            and {**recorded, "train": {**recorded["train"], "steps": now}} == wanted
         ):
             return before
-    names = _differences(found, wanted) if isinstance(found, dict) else ["description"]
+    names = _differences(recorded, wanted) if isinstance(recorded, dict) else ["description"]
     raise InputError(
         f"{path.parent} holds a run with other settings ({', '.join(names[:4])}); "
         "give another --out, or remove that folder"
@@ -110,7 +114,7 @@ def check_run(path: Path, description: dict[str, Json]) -> int | None:
 
 
 def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None:
-    """Adds to run.json that the run resumes from `step`, and what differs from its start."""
+    """Records in run.json that the run resumes from `step`, and changes of the environment."""
     run = read_json_object(path)
     first: Any = run.get("environment")
     resumed: Any = run.setdefault("resumed", [])
@@ -120,13 +124,13 @@ def describe_resume(path: Path, step: int, environment: dict[str, Json]) -> None
 
 
 def dtype_of_run(out: Path, auto: bool = False) -> tuple[str, str] | None:
-    """The dtype of the matrix products of the run in `out`, and why it has it.
+    """The dtype recorded for the run in `out`, and the reason for it.
 
     Args:
-        auto: look only at runs whose settings leave the dtype to the machine.
+        auto: consider only runs with `dtype = auto`.
 
     Returns:
-        None if no run has begun there.
+        None if no run has started there.
     """
     path = out / "run.json"
     if not path.is_file():
@@ -134,22 +138,20 @@ def dtype_of_run(out: Path, auto: bool = False) -> tuple[str, str] | None:
     run: Any = read_json_object(path)
     try:
         facts = run["environment"]
-        # Up to version 0.1 both were one text: "float32: asked for".
+        # Up to version 0.1 one string held both: "float32: asked for".
         dtype, _, reason = str(facts["dtype"]).partition(": ")
         dtype = dtype.partition(" ")[0]
         if auto and run["description"]["train"]["dtype"] != "auto":
             return None
     except (KeyError, TypeError):
-        raise InputError(
-            f"{path} does not record the dtype that the run began with: was it changed?"
-        ) from None
+        raise InputError(f"{path} does not record the dtype of the run; was it edited?") from None
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"{path}: dtype must be float32 or bfloat16, got {facts['dtype']!r}")
     return dtype, str(facts.get("dtype_reason", reason))
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the settings in which two nested objects differ."""
+    """Settings that differ between two nested objects, with both values."""
     names: list[str] = []
     for key in sorted({*a, *b}):
         if a.get(key) == b.get(key):
@@ -163,7 +165,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """One process a run folder."""
+    """Locks a run folder, so that only one process at a time trains in it."""
     try:
         file = open(out / ".lock", "w")  # noqa: SIM115 (the with-block below closes it)
     except OSError as error:
@@ -177,26 +179,26 @@ def lock(out: Path) -> Iterator[None]:
 
 
 class Stop:
-    """Whether SIGINT or SIGTERM has asked the run to stop."""
+    """Set when SIGINT or SIGTERM requests the run to stop."""
 
     requested = False
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turns SIGINT and SIGTERM into a request that the loop sees after the running step."""
+    """Turns SIGINT and SIGTERM into a request that the loop handles after the current step."""
     stop = Stop()
-    # torchrun passes on a Ctrl-C that the terminal has sent to all of its group already.
-    told_twice = "TORCHELASTIC_RUN_ID" in os.environ
+    # torchrun forwards a Ctrl-C that the terminal has already sent to the whole process group.
+    repeated_by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.requested and number == signal.SIGINT and not told_twice:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        if stop.requested and number == signal.SIGINT and not repeated_by_torchrun:
+            raise KeyboardInterrupt  # a second Ctrl-C stops at once
         stop.requested = True
 
     try:
-        old = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller deals with signals
+        old = {n: signal.signal(n, request_stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller handles signals
         yield stop
         return
     try:
@@ -207,14 +209,14 @@ def stop_signals() -> Iterator[Stop]:
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:
-    """All records of a run's log, oldest first; a last line that a kill cut off is not one.
+    """All records of a run's log, oldest first, without a last line that a kill truncated.
 
     Raises:
-        InputError: there is no log, or a line is no record.
+        InputError: the log is missing, or a line is not a record.
     """
     path = out / "log.jsonl"
     if not path.exists():
-        raise InputError(f"{path} does not exist: is {out} the folder of a run?")
+        raise InputError(f"{path} does not exist; is {out} a run folder?")
     records = []
     *lines, rest = _lines(path)
     for number, line in enumerate([*lines, rest] if rest else lines, 1):
@@ -223,14 +225,14 @@ def read_log(out: Path) -> list[dict[str, Any]]:
             records.append(record)
         elif number <= len(lines) or not rest.startswith("{"):
             raise InputError(
-                f"{path} is damaged at line {number}, which is no record of a step; "
+                f"{path} is corrupt at line {number}, which is not a record of a step; "
                 "restore the file, or delete that line"
             )
     return records
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a log, and what follows the last line end: nothing, or a line cut off."""
+    """The lines of a log, then the text after the last newline: empty, or a truncated line."""
     try:
         return path.read_bytes().decode("utf-8", "replace").split("\n")
     except OSError as error:
@@ -238,25 +240,25 @@ def _lines(path: Path) -> list[str]:
 
 
 def _record(line: str) -> dict[str, Any] | None:
-    """What a line of a log says; None if it is none of ours."""
+    """Parses a line of the log; None if it is not a record."""
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError):
         return None
-    ours = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if ours and isinstance(record.get("heldout", {}), dict) else None
+    valid = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if valid and isinstance(record.get("heldout", {}), dict) else None
 
 
 class Log:
-    """log.jsonl, and TensorBoard's events beside it where tensorboard is installed.
+    """Writes log.jsonl, and TensorBoard events if tensorboard is installed.
 
-    On resume, records after the checkpoint's step are dropped first.
+    On resume, drops records after the checkpoint's step.
     """
 
     def __init__(self, path: Path, keep_until: int) -> None:
         kept = []
         if keep_until >= 0 and path.exists():
-            # What a kill or a full disk cut off comes after the checkpoint.
+            # A line truncated by a kill or a full disk comes after the checkpoint.
             records = ((line, _record(line)) for line in _lines(path))
             kept = [line for line, record in records if record and record["step"] <= keep_until]
         atomic_write(path, "".join(line + "\n" for line in kept))
@@ -265,7 +267,7 @@ class Log:
         self._board = _tensorboard(path.parent / "tensorboard", keep_until + 1)
 
     def write(self, record: dict[str, Json]) -> None:
-        with self._told_of():
+        with self._write_errors():
             self._file.write(json.dumps(record, allow_nan=True) + "\n")
             self._file.flush()
             if self._board is not None:
@@ -277,17 +279,17 @@ class Log:
                         self._board.add_scalar(f"{prefix}/{name}", value, record["step"])
 
     def flush(self) -> None:
-        """Forces to the disk what is written: a checkpoint's log must be there as it is."""
-        with self._told_of():
+        """Syncs the log to disk, as a checkpoint requires."""
+        with self._write_errors():
             os.fsync(self._file.fileno())
             if self._board is not None:
                 self._board.flush()
 
     @contextlib.contextmanager
-    def _told_of(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # TensorBoard raises what its thread met in an earlier call
+        except OSError as error:  # TensorBoard raises errors of its thread in a later call
             raise write_error(self._path, error) from error
 
     def __enter__(self) -> Log:
@@ -296,12 +298,12 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self._file.close()
         if self._board is not None:
-            with contextlib.suppress(OSError):  # all that a checkpoint needs has been flushed
+            with contextlib.suppress(OSError):  # checkpoints have flushed what they need
                 self._board.close()
 
 
 def _tensorboard(folder: Path, purge_step: int) -> Any:
-    """A writer of TensorBoard events that hides those from `purge_step` on; None without it."""
+    """A TensorBoard writer that discards events from `purge_step` on; None if not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter

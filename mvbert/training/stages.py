@@ -1,8 +1,8 @@
 """The two stages as tasks for the loop in mvbert.training.train.
 
-Stage I: a teacher reads and predicts text cut with both vocabularies. Stage II: a student trains on
-student pieces alone, from the Stage I table, and, beyond the paper, from what the Stage I teacher
-makes of the very same rows.
+Stage I: a teacher reads and predicts text tokenized with both vocabularies. Stage II: a student
+trains on student pieces alone, starting from the Stage I embeddings, and, beyond the paper, is
+distilled from the Stage I teacher on the same rows.
 
 Source: Zhao, Gupta, Song, Zhou, "Extremely Small BERT Models from Mixed-Vocabulary Training",
 EACL 2021, arXiv 1909.11687.
@@ -66,9 +66,7 @@ class Stage1:
         weights = huggingface.read_weights(teacher)
         _, missing = huggingface.load_masked_lm(teacher, model, weights=weights, seed=config.seed)
         if missing:
-            progress.note(
-                f"not in the teacher's folder, so trained from the start: {', '.join(missing)}"
-            )
+            progress.note(f"missing from the teacher, initialised randomly: {', '.join(missing)}")
         if weights.unread():
             progress.note(weights.unread())
         table = model.embeddings.word.weight.detach()
@@ -82,10 +80,10 @@ class Stage1:
         if config.warm_start:
             kept = warm_start(model.student, rows)
             progress.note(
-                f"warm start: {config.embedding_size} directions keep {kept:.1%} of the variance"
+                f"warm start: {config.embedding_size} dimensions keep {kept:.1%} of the variance"
             )
         else:
-            # Projected rows then have the spread of BERT's initial rows.
+            # So that projected rows have the standard deviation of BERT's initial rows.
             generator = torch.Generator().manual_seed(config.seed + 1)
             with torch.no_grad():
                 model.student.projection.weight.normal_(
@@ -93,7 +91,7 @@ class Stage1:
                 )
         self.model = model
         self.module = nn.ModuleDict({"model": model})
-        model.pooler.requires_grad_(False)  # no masked-language-model loss reaches it
+        model.pooler.requires_grad_(False)  # the masked-language-model loss has no gradient for it
         self.teacher_size = shape.vocab_size
         masks = (self.teacher_vocab.mask, self.teacher_size + student_vocab.mask)
         model.embeddings.frequent_ids = masks
@@ -140,7 +138,7 @@ class Stage1:
         return 3.0 * forward
 
     def write_model(self, folder: Path) -> None:
-        """The teacher as a Hugging Face folder, the student's table and vocabulary beside it."""
+        """Writes the teacher as a Hugging Face folder, with the student's table and vocabulary."""
         huggingface.write_model(
             folder, self.model, self.teacher_vocab, model_card("stage1", self.model.config)
         )
@@ -153,7 +151,7 @@ class Stage1:
 
 
 def read_mixed(folder: Path, model: MixedMaskedLM) -> None:
-    """Loads a folder that Stage1.write_model wrote into a model of its shape."""
+    """Loads a folder written by Stage1.write_model into a model of its shape."""
     huggingface.load_masked_lm(folder, model, complete=True)
     tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
     with torch.no_grad():
@@ -167,14 +165,14 @@ def read_mixed(folder: Path, model: MixedMaskedLM) -> None:
 
 
 def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
-    """The Stage I teacher and the student's vocabulary out of the folder of its result."""
+    """Loads the Stage I teacher and the student's vocabulary from a Stage I result."""
     if not (folder / STUDENT_TABLE).is_file():
         raise InputError(
-            f"{folder}: no {STUDENT_TABLE} in it; expected the model/ folder of a Stage I run"
+            f"{folder} has no {STUDENT_TABLE}; expected the model/ folder of a Stage I run"
         )
     tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
     if "table" not in tensors or tensors["table"].ndim != 2:
-        raise InputError(f"{folder / STUDENT_TABLE}: no student table in it")
+        raise InputError(f"{folder / STUDENT_TABLE} has no student table")
     V, E = tensors["table"].shape
     shape, teacher_vocab = huggingface.read_shape(folder)
     vocab = Vocab.load(
@@ -190,11 +188,11 @@ def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
 
 
 class Stage2:
-    """Training of the student on student pieces, with or without the Stage I teacher.
+    """Trains the student on student pieces, with or without the Stage I teacher.
 
     Args:
-        stage1: what `load_stage1` returns.
-        device: that of the run; the teacher is there, in the dtype of the run's products.
+        stage1: the result of `load_stage1`.
+        device: the run's device and dtype, which the teacher uses too.
     """
 
     def __init__(
@@ -243,7 +241,7 @@ class Stage2:
         self.student_prob = 1.0
         self.rows, self.heldout = stage_rows(corpus, None, cut, row, config.seed, 1.0)
         if self.distillation is not None:
-            progress.note(f"the Stage I teacher reads the same rows: {' + '.join(config.distill)}")
+            progress.note(f"distilling from the Stage I teacher: {' + '.join(config.distill)}")
             batch = self.rows.read(0, pass_rows(config))
             with device.cast():
                 self.distillation.teacher.measure(
@@ -251,9 +249,9 @@ class Stage2:
                 )
             costs = self._costs()
             progress.note(
-                f"MFLOP a piece: student {costs['student_mflop']:.1f} (forward and backward), "
+                f"MFLOP per piece: student {costs['student_mflop']:.1f} (forward and backward), "
                 f"teacher {costs['teacher_mflop']:.1f} (forward); "
-                f"the teacher takes {costs['teacher_us_per_piece']:.3g} us a piece"
+                f"the teacher takes {costs['teacher_us_per_piece']:.3g} us per piece"
             )
 
     def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -266,7 +264,7 @@ class Stage2:
         losses = {"mlm": mlm / masked}
         if distillation is not None:
             assert taps is not None
-            # The mean over a part of the step's pieces counts for that part's share of them.
+            # Means over a part of the step's pieces are weighted by its share of them.
             share = batch.input_ids.numel() / self._pieces
             more, more_sums = distillation(
                 batch, masked, share, self.model, hidden, masked_hidden, taps
@@ -294,8 +292,8 @@ class Stage2:
         return {**out, **_step_means(sums)}
 
     def _costs(self) -> dict[str, float | None]:
-        """What a piece costs the student and, if there is one, the teacher."""
-        student, teacher = self._flops_of_a_piece()
+        """Costs per piece of the student and, if there is one, the teacher."""
+        student, teacher = self._flops_per_piece()
         costs: dict[str, float | None] = {"student_mflop": round(student / 1e6, 3)}
         if self.distillation is not None:
             costs["teacher_mflop"] = round(teacher / 1e6, 3)
@@ -303,13 +301,13 @@ class Stage2:
         return costs
 
     def flops(self) -> float:
-        each = sum(self._flops_of_a_piece())
+        per_piece = sum(self._flops_per_piece())
         if self.distillation is not None:
-            each += 3.0 * self.distillation.map_flops()
-        return self._pieces * each
+            per_piece += 3.0 * self.distillation.map_flops()
+        return self._pieces * per_piece
 
-    def _flops_of_a_piece(self) -> tuple[float, float]:
-        """Of the student, forward and backward, and of its teacher, forward."""
+    def _flops_per_piece(self) -> tuple[float, float]:
+        """FLOPs of the student (forward and backward) and of its teacher (forward)."""
         T, mask_prob = self.rows.T, self._row.mask_prob
         head = mask_prob * head_flops(self.model.config, self.vocab.size)
         student = 3.0 * (encoder_flops(self.model.config, T) + head)
@@ -332,21 +330,23 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def _step_means(sums: dict[str, float]) -> dict[str, float | None]:
-    """What the loop itself adds to the sums of a training window."""
+    """The loop's means of a training window: gradient norm and skipped updates."""
     if "steps" not in sums:
         return {}
     return {"grad_norm": _mean(sums["grad_norm"], sums["updates"]), "skipped": sums["skipped"]}
 
 
 def check_lengths(row: RowConfig, shape: ModelConfig) -> None:
-    """Refuses rows that a model of this shape cannot read."""
+    """Refuses rows that are too long, or have too many segments, for the model."""
     if row.length > shape.max_position_embeddings:
         raise InputError(
             f"rows of {row.length} pieces do not fit the model's "
-            f"{shape.max_position_embeddings} positions: choose a smaller row length"
+            f"{shape.max_position_embeddings} positions; choose a smaller row length"
         )
     if row.pair_prob > 0 and shape.type_vocab_size < 2:
-        raise InputError("the model has one token type, so rows cannot be pairs: make pair_prob 0")
+        raise InputError(
+            "the model has one token type, so rows cannot be pairs; set pair_prob to 0"
+        )
 
 
 def _with_dropout(shape: ModelConfig, dropout: float) -> ModelConfig:

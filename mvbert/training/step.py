@@ -1,7 +1,7 @@
-"""One optimiser step, from rows on the device to changed weights, with nothing read back.
+"""One optimiser step, from rows on the device to updated weights, without device synchronisation.
 
-On a GPU the whole of it can be captured once as a CUDA graph and replayed: at small widths a GPU
-is through with a kernel before Python has launched the next one.
+On a GPU the step can be captured once as a CUDA graph and replayed: at small widths a GPU finishes
+a kernel before Python has launched the next one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mvbert.training.optim import learning_rate, set_learning_rate
 from mvbert.training.ranks import Ranks
 from mvbert.training.task import Task
 
-WARM_UP = 3  # steps before the capture: kernels are compiled, memory is found, moments are made
+WARM_UP = 3  # steps before the capture, which compile kernels and allocate memory and moments
 
 
 class CudaGraph:
@@ -32,11 +32,11 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Records what `work` launches on the current stream; runs none of it."""
+        """Records the kernels that `work` launches on the current stream, without running them."""
         current = torch.cuda.current_stream()
-        # On the default stream nothing can be captured: None is one that torch keeps for that.
+        # The default stream cannot capture; with None torch uses a stream it keeps for captures.
         stream = None if current == torch.cuda.default_stream() else current
-        # Threads that make rows go on talking to the device meanwhile.
+        # The threads of the feed may call CUDA during the capture.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
             work()
 
@@ -53,7 +53,7 @@ class Sums:
         self.vector = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
 
     def add(self, parts: dict[str, Tensor]) -> None:
-        """Adds to the sums of these names, which are the same at every call."""
+        """Adds `parts` to the sums; names must be the same in every call."""
         more = torch.stack([parts[name].detach().double() for name in sorted(parts)])
         if self.names != tuple(sorted(parts)):
             assert not self.names, (self.names, sorted(parts))
@@ -61,15 +61,15 @@ class Sums:
         self.vector += more
 
     def dict(self, vector: Tensor) -> dict[str, float]:
-        """A copy of the vector by names; waits for the device."""
+        """The values of `vector` by name; waits for the device."""
         return dict(zip(self.names, vector.tolist(), strict=True))
 
 
 class PendingSums:
-    """Numbers on their way from the device.
+    """Sums being copied from the device.
 
     Attributes:
-        ready: whether they have arrived.
+        ready: whether they need no waiting (on a CPU).
     """
 
     def __init__(self, vector: Tensor, names: tuple[str, ...]) -> None:
@@ -82,7 +82,7 @@ class PendingSums:
             self._event.record()
 
     def wait(self) -> tuple[dict[str, float], int, int]:
-        """Sums by name, updates skipped in a row up to now, the last step that was skipped."""
+        """Sums by name, the current number of skipped updates in a row, the last skipped step."""
         if not self.ready:
             self._event.synchronize()
         *sums, in_a_row, last = self._host.tolist()
@@ -90,7 +90,7 @@ class PendingSums:
 
 
 class Losses(nn.Module):
-    """A task's losses as a module, which is what DistributedDataParallel wraps."""
+    """A task's losses as a module, for DistributedDataParallel to wrap."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -105,9 +105,9 @@ class Step:
     """Forward, backward and update, eager or as a CUDA graph.
 
     Args:
-        losses: `ranks.wrap(Losses(task))`, one for all steps of a run.
-        state: what `state()` gave when the run was saved, or {}.
-        graph: what captures and replays the step; None: it runs eagerly.
+        losses: `ranks.wrap(Losses(task))`.
+        state: the result of `state()` when the run was saved, or {}.
+        graph: captures and replays the step; None runs it eagerly.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class Step:
         window: dict[str, float] = state.get("window", {}) if ranks.lead else {}  # type: ignore[assignment]
         self._sums = Sums(device.device, window)
         self._ran = 0
-        # Updates skipped in a row up to now, and the last step that was skipped.
+        # The current number of skipped updates in a row, and the last skipped step.
         skipped = [state.get("skipped_in_a_row", 0), state.get("skipped_last", -1)]
         self._skipped = torch.tensor(skipped, dtype=torch.float64, device=device.device)
         self._number = torch.zeros((), dtype=torch.float64, device=device.device)
 
     def __call__(self, feed: Feed, step: int) -> None:
-        """Makes step number `step` (from 0); on a GPU it is on its way when this returns."""
+        """Runs step `step` (from 0); on a GPU, returns when it has been launched."""
         feed.fetch()
         self._number.fill_(step)
         set_learning_rate(self._optimizer, learning_rate(step, self._config))
@@ -146,13 +146,13 @@ class Step:
                 self._capturable(True)
                 self._graph.capture(lambda: self._update(feed.device))
                 self._capturable(False)
-            # A replay draws dropout from the generator as it stands now.
+            # A replay draws dropout from the generator's current state.
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._graph.replay()
         self._ran += 1
 
     def _capturable(self, on: bool) -> None:
-        """Torch's optimisers want to be told; ours are anyway, and warn if they run uncaptured."""
+        """Sets torch's flag for captured updates, which warns if set for eager ones."""
         for group in self._optimizer.param_groups:
             group["capturable"] = on
 
@@ -176,7 +176,7 @@ class Step:
         self._optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        # A skipped step counts as skipped and nowhere else; what all processes share counts once.
+        # A skipped step only counts as skipped; values that all ranks share count once.
         one = torch.full_like(norm, float(self._ranks.lead))
         parts |= {"grad_norm": norm * one, "updates": one}
         self._sums.add(
@@ -189,20 +189,20 @@ class Step:
         )
 
     def _synced(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Between processes, gradients travel with the last part of a batch only."""
+        """Limits the gradient all-reduce to the last micro batch of a step."""
         if last or self._ranks.count == 1:
             return contextlib.nullcontext()
         assert isinstance(self._losses, nn.parallel.DistributedDataParallel)
         return self._losses.no_sync()  # type: ignore[no-any-return]
 
     def take(self) -> PendingSums:
-        """Starts reading the sums and sets them to 0."""
+        """Starts copying the sums from the device and resets them to 0."""
         pending = PendingSums(torch.cat([self._summed(), self._skipped]), self._sums.names)
         self._sums.vector.zero_()
         return pending
 
     def state(self) -> dict[str, Json]:
-        """What a checkpoint must hold for the log to go on as if nothing had happened."""
+        """State for a checkpoint, so that the log of a resumed run continues unchanged."""
         in_a_row, last = self._skipped.tolist()
         return {
             "window": self._sums.dict(self._summed()),
@@ -215,5 +215,5 @@ class Step:
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """32 bits of (seed, step, rank): all that torch's generator on a CPU takes in."""
+    """A 32-bit hash of (seed, step, rank); torch's CPU generator uses no more bits of a seed."""
     return philox4x32((step, rank, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))[0]

@@ -1,7 +1,7 @@
-"""The loop, the same for both stages; they differ in the task handed to it.
+"""The training loop, the same for both stages, which are tasks (mvbert.training.task).
 
-Each step is followed by what is due: log, evaluate, save, stop. A run lives in a folder
-(mvbert.training.runs) and resumes from its newest whole checkpoint.
+After each step: log, evaluate, save or stop, where due. A run has a folder (mvbert.training.runs)
+and resumes from its newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ def train(
     progress: Progress,
     deadline: float | None = None,
 ) -> RunReport:
-    """Trains a task to its last step, resuming from the newest whole checkpoint in `out`.
+    """Trains a task to its last step, resuming from the newest complete checkpoint in `out`.
 
-    Started by torchrun, each process calls this alike; rank 0 writes, all return the report.
+    Under torchrun every rank must call it; rank 0 writes, all return the report.
 
     Args:
-        device: what mvbert.training.machine.set_up chose.
-        deadline: when to save and end, on the clock of time.monotonic; None: `config.max_hours`
-            from now. A command of several runs gives all of them the same.
-        description: what the run is (inputs and their checksums, settings); a run folder that was
-            made with another description is refused.
+        device: the result of mvbert.training.machine.set_up.
+        description: identifies the run (settings, inputs and their checksums); a run folder with
+            another description is refused.
+        deadline: when to save and stop, on the clock of time.monotonic; None: `config.max_hours`
+            from now. A command with several runs passes the same deadline to all.
 
     Returns:
         The report, the same in all processes.
 
     Raises:
         InputError: `out` holds another run, or a file cannot be written.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved first.
         OutOfTime: the deadline has passed; a checkpoint was saved first.
     """
     ranks = join_ranks()
@@ -98,10 +98,10 @@ def train(
             with journal.paused():
                 run.save(step, run.evaluate(step, journal), stepper, journal)
         while step < config.steps:
-            stepper(feed, step)  # launched; nothing below waits for a GPU unless it is due
+            stepper(feed, step)  # asynchronous on a GPU
             step += 1
-            journal.finish()  # the line begun earlier, while the device works on this step
-            # Asked once: a signal that comes later is seen after the next step, which is saved.
+            journal.finish()  # writes the pending line while the device runs this step
+            # Read once: a signal that arrives later is handled after the next step.
             interrupted, out_of_time = ranks.any(stop.requested, time.monotonic() >= deadline)
             after = due(step, config, leaving=interrupted or out_of_time)
             if after.log:
@@ -123,13 +123,13 @@ def train(
                 )
         ranks.first(run.write_result)
         if ranks.any(stop.requested)[0]:
-            raise Interrupted(f"{out} is complete; run the same command again for what follows it")
+            raise Interrupted(f"{out} is complete; run the same command again to continue")
         return RunReport(**ranks.first(lambda: asdict(_report(out, config, run.pieces_per_step))))
 
 
 @dataclass(frozen=True)
 class Due:
-    """What follows a step."""
+    """Actions due after a step."""
 
     log: bool
     evaluate: bool
@@ -137,7 +137,7 @@ class Due:
 
 
 def due(step: int, config: TrainConfig, leaving: bool) -> Due:
-    """What follows step number `step`, counted from 1, the last one or one that is left after."""
+    """The actions due after `step` (from 1); `leaving`: the run stops after it."""
     last = step == config.steps
     return Due(
         log=last or step % config.log_every == 0,
@@ -146,7 +146,7 @@ def due(step: int, config: TrainConfig, leaving: bool) -> Due:
     )
 
 
-# ---- a run: what its steps are made with, and what it writes -------------------------------------
+# ---- a run and its folder ------------------------------------------------------------------------
 
 
 def _prepare(
@@ -158,7 +158,7 @@ def _prepare(
     progress: Progress,
     ranks: Ranks,
 ) -> _Run:
-    """Makes the optimiser, describes the run in its folder, reports what was chosen."""
+    """Builds the optimiser, describes the run in its folder, prints the choices made."""
     _check_shares(config, ranks)
     facts = environment(device, ranks.count)
     before = ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
@@ -192,30 +192,30 @@ def _prepare(
     )
     if before is not None:
         progress.note(
-            f"steps raised from {before} to {config.steps}: the learning rate of the steps to come "
-            f"is that of a run of {config.steps} steps"
+            f"steps raised from {before} to {config.steps}: from here on the learning rate follows "
+            f"the schedule of {config.steps} steps"
         )
     if config.eval_rows > task.heldout.count:
         progress.note(
-            f"eval_rows {config.eval_rows}: the held-out text has {task.heldout.count} rows"
+            f"eval_rows is {config.eval_rows}, but the held-out text has {task.heldout.count} rows"
         )
     return run
 
 
 def _check_shares(config: TrainConfig, ranks: Ranks) -> None:
-    """Each process must have the same number of rows, in whole parts, and something to evaluate."""
+    """Checks that ranks get equal numbers of rows, in whole micro batches, and held-out rows."""
     if config.rows % (ranks.count * (config.micro_rows or 1)):
         raise InputError(
             f"rows {config.rows} cannot be divided among {ranks.count} processes "
-            f"in parts of micro_rows {config.micro_rows or 1}"
+            f"in micro batches of {config.micro_rows or 1}"
         )
     if config.eval_rows < ranks.count:
-        raise InputError(f"eval_rows must be at least {ranks.count}, one for each process")
+        raise InputError(f"eval_rows must be at least {ranks.count}, one per process")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the steps of a run are made with, and its folder."""
+    """The objects of a run and its folder."""
 
     task: Task
     config: TrainConfig
@@ -238,7 +238,7 @@ class _Run:
         return self.config.rows * self.task.rows.T
 
     def resume(self) -> tuple[int, dict[str, Json]]:
-        """Loads the newest whole checkpoint; its step and state, or 0 and {}."""
+        """Loads the newest complete checkpoint; returns its step and state, or 0 and {}."""
         note, first = self.progress.note, self.ranks.first
         newest = first(lambda: checkpoint.newest_name(self.checkpoints, note))
         if newest is None:
@@ -247,14 +247,14 @@ class _Run:
         self.task.read_model(folder)
         step, state = checkpoint.load(folder, self.module, self.optimizer)
         note(f"resuming from {newest}")
-        # Before the next one is saved, which would be counted among them.
+        # Before the next checkpoint is saved, which would count as one of them.
         first(lambda: checkpoint.drop_after(self.checkpoints, step))
         if step < self.config.steps:
             first(lambda: describe_resume(self.out / "run.json", step, self.facts))
         return step, state
 
     def evaluate(self, step: int, journal: Journal) -> float | None:
-        """Held-out means, written to the log; returns the loss."""
+        """Evaluates on held-out rows and logs the result; returns the loss."""
         result = heldout_means(self.task, self.config, self.device, self.ranks)
         for name, value in result.items():
             if value is not None and not math.isfinite(value):
@@ -277,9 +277,9 @@ class _Run:
         journal: Journal,
         leaving: bool = False,
     ) -> None:
-        """Writes a checkpoint, unless updates are being skipped and no evaluation has passed.
+        """Writes a checkpoint, unless updates are being skipped and no evaluation has succeeded.
 
-        The weights may then be what makes the losses infinite, and earlier ones are to be kept.
+        The weights may then be the cause of the infinite losses, so earlier checkpoints stay.
         """
         state = stepper.state()
         if state["skipped_in_a_row"] and heldout is None and not leaving:
@@ -300,7 +300,7 @@ class _Run:
 def heldout_means(
     task: Task, config: TrainConfig, device: Device, ranks: Ranks
 ) -> dict[str, float | None]:
-    """Held-out means by the names of the log, over the same rows every time."""
+    """Held-out means by the names of the log, always over the same rows."""
     task.module.eval()
     sums = Sums(device.device)
     share = ranks.share(min(config.eval_rows, task.heldout.count))
@@ -341,7 +341,7 @@ class RunReport:
 def _report(out: Path, config: TrainConfig, pieces_per_step: int) -> RunReport:
     evaluations = [line for line in read_log(out) if "heldout" in line]
     if not evaluations:
-        raise InputError(f"{out / 'log.jsonl'} holds no evaluation; restore it, or remove {out}")
+        raise InputError(f"{out / 'log.jsonl'} has no evaluation; restore it, or remove {out}")
     return RunReport(
         output=str(out / "model"),
         steps=config.steps,
@@ -358,7 +358,7 @@ def finished(
     if not (out / "model" / checkpoint.MANIFEST).is_file() or not (out / "run.json").is_file():
         return None
     if check_run(out / "run.json", description) is not None:
-        return None  # it is to have more steps now
+        return None  # the run has more steps now
     if checkpoint.check_manifest(out / "model") is not None:
         return None
     if max((record["step"] for record in read_log(out)), default=0) < config.steps:

@@ -1,6 +1,6 @@
-// Runs text through corpus builder, lexicon, vocabulary learner and segmentation without Python, for
-// sanitizers: with many workers, small blocks, text in small steps, pauses and restored builders, all
-// must come out as with one worker and one block. Exit status 0 if all is well.
+// Runs text through corpus builder, lexicon, vocabulary learner and segmentation without Python,
+// for sanitizers: with many workers, small blocks, text in small steps, pauses and restored
+// builders, all must come out as with one worker and one block. Exit status 0 if all is well.
 //
 // What a corpus must be is tested against the plain Python definition in test_lexicon.py and
 // ../test_corpus.py, what a vocabulary must be in test_vocab_learner.py.
@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,9 +30,11 @@ void Require(bool good, const std::string& what) {
   std::exit(1);
 }
 
-// Documents of words of all lengths and some alphabets, awkward white space, one very long document.
+// Documents of words of all lengths and some alphabets, awkward white space, one very long
+// document.
 std::string MakeText(std::uint32_t documents) {
-  static const char* const kLetters[] = {"a", "e", "s", "t", "n", "\u00e9", "\u4e2d", "9", "\u0301"};
+  static const char* const kLetters[] = {"a",      "e",      "s", "t",     "n",
+                                         "\u00e9", "\u4e2d", "9", "\u0301"};
   static const char* const kSpaces[] = {" ", "\n", "\t", "\r\n", "  ", ", ", "\u00a0", "\u200b "};
   std::string text = "\ufeff";
   for (std::uint32_t d = 0; d < documents; ++d) {
@@ -84,17 +88,12 @@ void Take(mvbert::CorpusBuilder* builder, Corpus* corpus) {
 void Finish(mvbert::CorpusBuilder* builder, Corpus* corpus) {
   builder->Flush();
   Take(builder, corpus);
-  const mvbert::Lexicon& lexicon = builder->lexicon();
-  const std::vector<std::uint32_t> order = lexicon.Order();
-  std::vector<std::uint32_t> final_ids(order.size());
-  for (std::uint32_t i = 0; i < order.size(); ++i) {
-    final_ids[order[i]] = i;
-    corpus->bytes += lexicon.word(order[i]);
-    corpus->ends.push_back(corpus->bytes.size());
-    corpus->counts.push_back(lexicon.count(order[i]));
-  }
+  const mvbert::FinalLexicon lexicon(builder->lexicon());
+  corpus->bytes.assign(lexicon.bytes.begin(), lexicon.bytes.end());
+  corpus->ends = lexicon.ends;
+  corpus->counts = lexicon.counts;
   for (auto* ids : {&corpus->train, &corpus->heldout}) {
-    for (std::uint32_t& id : *ids) id = final_ids[id];
+    for (std::uint32_t& id : *ids) id = lexicon.final_ids[id];
   }
   corpus->totals = builder->totals();
 }
@@ -150,11 +149,7 @@ Corpus BuildInParts(std::string_view text, int threads, std::size_t part, int* p
     totals = builder.totals();
     totals.documents = point.documents;
     totals.bytes = point.bytes;
-    words.clear();
-    for (std::uint32_t id = 1; id < builder.lexicon().size(); ++id) {
-      words += builder.lexicon().word(id);
-      words += '\n';
-    }
+    words = builder.lexicon().Lines(1);
   }
 }
 
@@ -176,13 +171,66 @@ void CheckErrors(const std::string& text) {
   builder.AddText(text);
 }
 
+// Merging, against adding up by hand.
+void CheckLexicons(const Corpus& corpus) {
+  const auto view = [&](std::size_t words) {
+    return mvbert::LexiconView{std::string_view(corpus.bytes).substr(0, corpus.ends[words - 1]),
+                               corpus.ends.data(), corpus.counts.data(), words};
+  };
+  const std::size_t words = corpus.ends.size(), half = words / 2;
+  const mvbert::MergedLexicon merged = mvbert::MergeLexicons({view(half), view(words)});
+  Require(merged.lexicon.ends.size() == words, "a union has another number of words");
+  Require(merged.final_ids.size() == 2 && merged.final_ids[0].size() == half &&
+              merged.final_ids[1].size() == words,
+          "a part has another number of words");
+  for (std::size_t w = 0; w < words; ++w) {
+    const std::uint32_t id = merged.final_ids[1][w];
+    const auto begin = [&](const std::vector<std::uint64_t>& ends, std::size_t i) {
+      return i == 0 ? 0 : ends[i - 1];
+    };
+    const auto& bytes = merged.lexicon.bytes;
+    Require(std::string(bytes.begin() + begin(merged.lexicon.ends, id),
+                        bytes.begin() + merged.lexicon.ends[id]) ==
+                corpus.bytes.substr(begin(corpus.ends, w), corpus.ends[w] - begin(corpus.ends, w)),
+            "another word");
+    Require(merged.lexicon.counts[id] == (w < half ? 2 : 1) * corpus.counts[w], "another count");
+    Require(w >= half || merged.final_ids[0][w] == id, "another id of the same word");
+    Require(id == 0 || id == 1 || merged.lexicon.counts[id - 1] >= merged.lexicon.counts[id],
+            "counts that do not descend");
+  }
+  const auto refused = [](const std::function<void()>& call) {
+    try {
+      call();
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  std::vector<std::uint64_t> ends = corpus.ends;
+  std::swap(ends[1], ends[2]);
+  mvbert::LexiconView bad = view(words);
+  bad.ends = ends.data();
+  Require(refused([&] { mvbert::MergeLexicons({bad}); }), "ends that descend were taken");
+
+  mvbert::Lexicon lexicon;
+  lexicon.Intern("word", mvbert::HashWord("word"));
+  const std::uint32_t stream[] = {1, 0, 1}, outside[] = {2};
+  lexicon.CountStream(stream, 3);
+  lexicon.UncountStream(stream, 1);
+  Require(lexicon.count(0) == 1 && lexicon.count(1) == 1, "wrong counts of a stream");
+  Require(refused([&] { lexicon.CountStream(outside, 1); }), "an id outside was counted");
+  Require(refused([&] { lexicon.UncountStream(outside, 1); }), "an id outside was taken back");
+  Require(refused([&] { lexicon.UncountStream(stream, 3); }), "more was taken back than counted");
+  Require(lexicon.Lines(0) == "\nword\n" && lexicon.Lines(1) == "word\n", "wrong lines");
+}
+
 void CheckLearnerAndSegmentation(const Corpus& corpus) {
   mvbert::LearnOptions options;
   options.size = 120;
   options.threads = 1;
   const std::size_t words = corpus.ends.size();
-  const mvbert::LearnedVocab one = mvbert::LearnVocab(corpus.bytes, corpus.ends.data(),
-                                                      corpus.counts.data(), words, options);
+  const mvbert::LearnedVocab one =
+      mvbert::LearnVocab(corpus.bytes, corpus.ends.data(), corpus.counts.data(), words, options);
   Require(one.pieces.size() == options.size, "the size must be exact");
   const mvbert::WordPiece wordpiece(one.pieces, 1);
   const mvbert::Segmentation cut =
@@ -190,8 +238,8 @@ void CheckLearnerAndSegmentation(const Corpus& corpus) {
   Require(cut.ends.size() == words && cut.ends.back() == cut.ids.size(), "every word has an end");
   for (const int threads : {2, 5, 16}) {
     options.threads = threads;
-    const mvbert::LearnedVocab many = mvbert::LearnVocab(corpus.bytes, corpus.ends.data(),
-                                                         corpus.counts.data(), words, options);
+    const mvbert::LearnedVocab many =
+        mvbert::LearnVocab(corpus.bytes, corpus.ends.data(), corpus.counts.data(), words, options);
     Require(many.pieces == one.pieces && many.uses == one.uses, "learning depends on threads");
     const mvbert::Segmentation again =
         mvbert::SegmentLexicon(corpus.bytes, corpus.ends.data(), words, wordpiece, threads);
@@ -216,6 +264,7 @@ int main() {
             "a corpus depends on pauses");
   }
   CheckErrors(text);
+  CheckLexicons(whole);
   CheckLearnerAndSegmentation(whole);
   std::puts("corpus_check: all corpora agree");
 }

@@ -1,5 +1,5 @@
-// libFuzzer: the word stream and the lexicon do not depend on blocks, calls and threads, and hold the
-// words that the splitter finds.
+// libFuzzer: the word stream and the lexicon do not depend on blocks, calls and threads, and hold
+// the words that the splitter finds.
 
 #include <algorithm>
 #include <cstddef>
@@ -43,11 +43,10 @@ Built Build(std::string_view text, const CorpusOptions& options, std::size_t ste
     }
     builder.Flush();
     take();
-    const std::vector<std::uint32_t> order = builder.lexicon().Order();
-    std::vector<std::uint32_t> final_ids(order.size());
-    for (std::size_t i = 0; i < order.size(); ++i) {
-      final_ids[order[i]] = static_cast<std::uint32_t>(i);
-      built.words.emplace_back(builder.lexicon().word(order[i]));
+    const std::vector<std::uint32_t> final_ids = FinalLexicon(builder.lexicon()).final_ids;
+    built.words.resize(final_ids.size());
+    for (std::uint32_t id = 0; id < final_ids.size(); ++id) {
+      built.words[final_ids[id]] = builder.lexicon().word(id);
     }
     for (const auto& piece : all.train) {
       for (const std::uint32_t id : piece) built.train.push_back(final_ids[id]);
@@ -97,8 +96,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     if (id == kDocumentMark) continue;
     Require(w < words.ends.size(), "too many words");
     const std::uint32_t begin = w == 0 ? 0 : words.ends[w - 1];
-    Require(whole.words[id] == CutWord(std::string_view(words.bytes)
-                                           .substr(begin, words.ends[w] - begin)),
+    Require(whole.words[id] ==
+                CutWord(std::string_view(words.bytes).substr(begin, words.ends[w] - begin)),
             "another word");
     ++w;
   }

@@ -1,5 +1,5 @@
-// What the fuzz targets share: bytes as numbers and as texts with long runs, a failure that stops the
-// fuzzer, and a limit on the time that an input may take.
+// What the fuzz targets share: bytes as numbers and as texts with long runs, a failure that stops
+// the fuzzer, and a limit on the time that an input may take.
 
 #ifndef MVBERT_TESTS_FUZZ_INPUT_H_
 #define MVBERT_TESTS_FUZZ_INPUT_H_
@@ -72,9 +72,9 @@ class FuzzInput {
   std::string_view bytes_;
 };
 
-// Stops the fuzzer if the processor time of this process between construction and destruction is out of
-// proportion to the size of a text. The factor is several times what the slowest text was seen to take
-// with sanitizers; a text of 256 KiB whose time is quadratic takes far more.
+// Stops the fuzzer if the processor time of this process between construction and destruction is
+// out of proportion to the size of a text. The factor is several times what the slowest text was
+// seen to take with sanitizers; a text of 256 KiB whose time is quadratic takes far more.
 class TimeLimit {
  public:
   explicit TimeLimit(std::size_t bytes) : limit_(1.0 + 10e-6 * static_cast<double>(bytes)) {}

@@ -2,7 +2,7 @@
 
     python tests/csrc/fuzz_seeds.py words build/fuzz/words-seeds
 
-Most seeds are in the short form that FuzzInput::Text in fuzz_input.h expands, a few written out.
+Most are in the short form that FuzzInput::Text in fuzz_input.h expands; a few are written out.
 """
 
 import sys

@@ -78,8 +78,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   Require(again.pieces == vocab.pieces && again.uses == vocab.uses, "the order of words matters");
   Require(vocab.pieces.size() == options.size && vocab.uses.size() == options.size, "another size");
   const WordPiece wordpiece(vocab.pieces, 1);  // throws if a piece is there twice
-  const Segmentation cut = SegmentLexicon(forward.bytes, forward.ends.data(), forward.ends.size(),
-                                          wordpiece, 2);
+  const Segmentation cut =
+      SegmentLexicon(forward.bytes, forward.ends.data(), forward.ends.size(), wordpiece, 2);
   if (options.coverage < 1) return 0;  // words that are not covered count for nothing
   std::vector<std::uint64_t> uses(options.size, 0);
   std::uint32_t first = 0;

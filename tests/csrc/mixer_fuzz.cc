@@ -1,5 +1,5 @@
-// libFuzzer: rows of any stream, segmentations and options stay inside their bounds and do not depend
-// on threads or on how many are read at once.
+// libFuzzer: rows of any stream, segmentations and options stay inside their bounds and do not
+// depend on threads or on how many are read at once.
 
 #include <cstddef>
 #include <cstdint>
@@ -28,8 +28,15 @@ void Fill(FuzzInput* input, std::uint32_t words, Side* side) {
     }
     side->ends.push_back(static_cast<std::uint32_t>(side->ids.size()));
   }
-  side->segments = {side->ends.data(), side->ids.data(), words, side->ids.size(),
-                    static_cast<std::int32_t>(vocabulary), 2, 3, 4, {0, 1, 2, 3, 4}};
+  side->segments = {side->ends.data(),
+                    side->ids.data(),
+                    words,
+                    side->ids.size(),
+                    static_cast<std::int32_t>(vocabulary),
+                    2,
+                    3,
+                    4,
+                    {0, 1, 2, 3, 4}};
 }
 
 struct Batch {

@@ -1,4 +1,5 @@
-// libFuzzer: batches of texts and pairs become the same rows flat, padded, cut short and one by one.
+// libFuzzer: batches of texts and pairs become the same rows flat, padded, cut short and one by
+// one.
 
 #include <algorithm>
 #include <cstddef>
@@ -59,15 +60,9 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
     row.insert(row.end(), second.begin(), second.end());
     if (options.special && pairs != nullptr) row.push_back(options.sep);
   }
-  TextOptions text_options;
-  text_options.find_special = true;
-  text_options.limit = TokenRows::Limit(options);
-  std::vector<Encoding> first, second;
-  tokenizer.EncodeParts(texts, text_options, 0, threads, &first);
-  if (pairs != nullptr) tokenizer.EncodeParts(*pairs, text_options, 0, threads, &second);
   std::optional<TokenRows> made;
   try {
-    made.emplace(first, pairs != nullptr ? &second : nullptr, options);
+    made.emplace(tokenizer, texts, pairs, options, threads);
   } catch (const std::invalid_argument&) {
     Require(!possible, "rows were refused");
     return;
@@ -79,7 +74,8 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
   std::vector<std::uint8_t> types(total);
   made->FillFlat(threads, ids.data(), types.data());
   // (Padded, many short rows beside a long one are more memory than there is.)
-  std::size_t width = made->longest() + 3;
+  std::size_t width = made->Width(made->longest() + 1, 3);
+  Require(width % 3 == 0 && width > made->longest() && width <= made->longest() + 3, "the width");
   if (width > (std::size_t{1} << 22) / rows.size()) width = 0;
   std::vector<std::int64_t> padded(texts.size() * width), padded_types(padded), mask(padded);
   if (width > 0) {
@@ -100,8 +96,11 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
       Require(mask[i * width + j] == inside, "another mask");
     }
   }
-  tokenizer.Recycle(&first);
-  tokenizer.Recycle(&second);
+  if (options.truncation == Truncation::kNone) {
+    IdBuffer row;
+    EncodeRow(tokenizer, texts[0], pairs != nullptr ? &(*pairs)[0] : nullptr, options, &row);
+    Require(std::vector<std::int32_t>(row.data(), row.end()) == rows[0], "another row by itself");
+  }
 }
 
 }  // namespace

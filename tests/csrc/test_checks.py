@@ -69,7 +69,7 @@ def test_check(plain, check):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-# ---- counted work: unlike time, the same on a busy machine -------------------------------------
+# ---- counted work, which unlike time is the same on a busy machine ----------------------------
 
 
 def test_work_grows_as_the_text_does(root, tmp_path):

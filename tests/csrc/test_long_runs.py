@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from mvbert.tokenizer import MixedTokenizer, WordPieceTokenizer
-from mvbert.vocab import SPECIAL_PIECES, Vocab
-from mvbert.wordpiece import basic_split
 
 from mvbert import _core
+from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
+from mvbert.text.wordpiece import basic_split
 
 PIECES = (*SPECIAL_PIECES, "a", "##a", "!", "\u4e2d", "[", "word")
 UNK, CLS, SEP, MASK, A, MORE_A, MARK, IDEOGRAPH, BRACKET, WORD = range(1, 11)

@@ -21,10 +21,15 @@ class FakeVocab:
     cls: int = 2
     sep: int = 3
     mask: int = 4
+    unread_ids: tuple[int, ...] = ()
+
+    @property
+    def ids(self) -> dict[str, int]:
+        return {"[MASK]": self.mask}
 
     @property
     def special(self) -> set[int]:
-        return {self.pad, self.unk, self.cls, self.sep, self.mask}
+        return {self.pad, self.unk, self.cls, self.sep, self.mask, *self.unread_ids}
 
 
 def segmentation(rng: random.Random, words: int, vocab: FakeVocab, longest: int):
@@ -44,9 +49,8 @@ def make_stream(rng: random.Random, length: int, words: int, mark_share: float) 
     return np.array(stream, np.uint32)
 
 
-SCATTERED = FakeVocab(
-    size=40, pad=39, unk=0, cls=7, sep=8, mask=20
-)  # special ids need not be first
+# Special ids need not be first; a piece that no text is cut into replaces no masked one.
+SCATTERED = FakeVocab(size=40, pad=39, unk=0, cls=7, sep=8, mask=20, unread_ids=(11,))
 
 # Each case: what it is there for, T, words, longest word, share of marks, mask, pair, student.
 CASES = {

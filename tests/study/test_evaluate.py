@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mvbert.model.huggingface import load_masked_lm, read_shape
 from mvbert.study import evaluate
-from mvbert.study.measures import ask, bits_per_word, choose_words
+from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.text.corpus import Corpus
 from mvbert.training import runs
 from mvbert.training.device import Device
@@ -44,14 +44,14 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
     model, _ = load_masked_lm(out / "model")
     _, vocab = read_shape(out / "model")
     cut, places = opened.segment(vocab), choose_words(opened.heldout, 20)
-    words = ask(opened.heldout, cut, places, 3, 16)
+    words = make_questions(opened.heldout, cut, places, 3, 16)
     cpu = Device(torch.device("cpu"), None, "")
     wanted = bits_per_word(model, vocab.pad, words, cpu)["bits_per_word"]
     report, said = verb(
         "eval", out / "model", "--corpus", corpus, *ROWS, "--words", 20, "--context", 3,
         "--dtype", "float32", "--row.length", 12,
     )  # fmt: skip
-    assert "rows of 12 pieces; in training they had 16" in said
+    assert "rows of 12 pieces; trained with 16" in said
     report = run_eval(out / "model", corpus, "--words", 20, "--context", 3, "--dtype", "float32")
     assert report["bits_per_word"] == pytest.approx(wanted, rel=1e-5)
     assert report["words_asked"] == words.count
@@ -59,20 +59,20 @@ def test_it_says_what_the_run_said(training_inputs, tmp_path, run_eval, verb):
 
 def test_rows_are_no_more_than_the_held_out_text_has(training_inputs, tmp_path, run_eval, verb):
     teacher, corpus = training_inputs / "teacher", training_inputs / "corpus"
-    command = ("eval", teacher, "--corpus", corpus, *ROWS, "--words", 0)
+    command = ("eval", teacher, "--corpus", corpus, *ROWS, "--words", 0, "--dtype", "float32")
     report, said = verb(*command, "--eval-rows", 10**6)
     count = report["rows"]
     assert 8 < count < 1000
-    assert f"eval_rows 1000000: the held-out text has {count} rows" in said
+    assert f"eval_rows is 1000000, but the held-out text has {count} rows" in said
     exact, said = verb(*command, "--eval-rows", count)
     assert "the held-out text has" not in said
     assert {**exact, "seconds": 0} == {**report, "seconds": 0}
     run, said = verb(
         "train", "--stage", 2, "--corpus", corpus, "--stage1", training_inputs / "stage1",
         "-o", tmp_path / "run", "--shape", "1x64", "--steps", 1, "--rows", 4, *ROWS,
-        "--eval-rows", 10**6,
+        "--eval-rows", 10**6, "--dtype", "float32",
     )  # fmt: skip
-    count = int(re.search(r"eval_rows 1000000: the held-out text has (\d+) rows", said)[1])
+    count = int(re.search(r"eval_rows is 1000000, but the held-out text has (\d+) rows", said)[1])
     report = run_eval(tmp_path / "run", corpus, "--words", 0, "--eval-rows", 10**6)
     assert report["rows"] == count
     assert report["loss"] == pytest.approx(run["heldout_last"]["loss"], rel=1e-6)

@@ -19,9 +19,11 @@ FIELDS = tuple(field.name for field in fields(Batch))
 
 class Vocab:
     pad, unk, cls, sep, mask = range(5)
+    unread_ids = ()
 
     def __init__(self, size):
         self.size = size
+        self.ids = {"[MASK]": self.mask}
 
 
 def cut(ends, ids, size: int) -> Segmentation:

@@ -20,6 +20,7 @@ from mvbert.errors import InputError, Interrupted
 from mvbert.text import corpus_build, readers
 from mvbert.text.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
 from mvbert.text.readers import documents, find_texts
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.text.wordpiece import basic_split, wordpiece
 
 AWKWARD = (
@@ -258,8 +259,8 @@ def test_a_text_cannot_be_held_out_and_not(awkward, tmp_path):
     (tmp_path / "sub").mkdir()
     os.link(awkward, tmp_path / "sub" / "hard.txt")
     for held, message in (
-        (tmp_path / "sub", r"hard\.txt: given as text and as held-out text"),
-        (tmp_path / "copy.txt", r"copy\.txt is held out, but .*awkward\.txt has the same bytes"),
+        (tmp_path / "sub", r"hard\.txt is given both as text and as held-out text"),
+        (tmp_path / "copy.txt", r"copy\.txt is held out, but .*awkward\.txt has the same content"),
     ):
         (tmp_path / "copy.txt").write_bytes(awkward.read_bytes())
         with pytest.raises(InputError, match=message):
@@ -290,7 +291,10 @@ def test_a_share_that_holds_out_everything_is_refused(tmp_path):
         ({"threads": -1}, "threads must be 0"),
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 2**64}, "seed must lie in"),
-        ({"heldout_texts": ["awkward.txt"]}, r"awkward\.txt: given as text and as held-out text"),
+        (
+            {"heldout_texts": ["awkward.txt"]},
+            r"awkward\.txt is given both as text and as held-out text",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -325,7 +329,7 @@ def test_ahead_hands_on_items_errors_and_the_end():
 @pytest.mark.parametrize("data", [b" \n\t\r\n", b"\x00\x01", b"\xef\xbf\xbd"])
 def test_a_text_without_a_word_is_refused(tmp_path, data):
     (tmp_path / "a.txt").write_bytes(data)
-    with pytest.raises(InputError, match=r"there is no word in .*a\.txt"):
+    with pytest.raises(InputError, match=r"a\.txt: no words found"):
         build_corpus([tmp_path / "a.txt"], tmp_path / "c")
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -366,7 +370,7 @@ def test_a_truncated_file_leaves_nothing(tmp_path):
     import gzip
 
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text " * 1000)[:-20])
-    with pytest.raises(InputError, match=r"a\.txt\.gz is cut off"):
+    with pytest.raises(InputError, match=r"a\.txt\.gz is truncated"):
         build_corpus([tmp_path / "a.txt.gz"], tmp_path / "c")
     assert os.listdir(tmp_path) == ["a.txt.gz"]
 
@@ -392,11 +396,11 @@ def test_what_was_left_out_is_in_manifest_and_report(tmp_path, verb):
     assert report["left_out"] == left_out
     assert (report["not_utf8"], report["copies"]) == (3, 1)
     assert (
-        "left out: files or folders given twice, or by a link (2), empty files (2), files of other "
-        "kinds (1), pipes, sockets and devices (1), records whose text is null (1), runs of bytes "
-        "that are not UTF-8 (3)"
+        "skipped: repeated files or folders (2), empty files (2), files of unsupported kinds (1), "
+        "pipes, sockets and devices (1), records whose text is null (1), invalid UTF-8 "
+        "sequences (3)"
     ) in printed
-    assert "files with the same bytes as another one: 1" in printed
+    assert "files that are copies of another one: 1" in printed
     merged = tmp_path / "m"
     (tmp_path / "e.jsonl").write_bytes(b'{"text": null}\n{"text": "e"}\n')
     build_corpus([tmp_path / "e.jsonl"], tmp_path / "e")
@@ -438,11 +442,15 @@ def test_the_same_corpus_is_kept_and_another_refused(awkward, tmp_path):
     before = (out / "manifest.json").stat().st_ino
     assert build_corpus([awkward], out) == manifest
     assert (out / "manifest.json").stat().st_ino == before
-    with pytest.raises(InputError, match=r"c holds another corpus \(other lowercase, heldout\)"):
+    with pytest.raises(
+        InputError, match=r"c holds another corpus \(different lowercase, heldout\)"
+    ):
         build_corpus([awkward], out, lowercase=False, seed=5)
     with awkward.open("r+b") as file:
         file.write(b"S")  # same size
-    with pytest.raises(InputError, match=r"c holds another corpus \(other texts\); give another"):
+    with pytest.raises(
+        InputError, match=r"c holds another corpus \(different texts\); give another"
+    ):
         build_corpus([awkward], out)
     assert (out / "manifest.json").stat().st_ino == before
     assert build_corpus([awkward], out, overwrite=True) != manifest
@@ -522,7 +530,7 @@ def test_open_refuses_by_name_what_the_manifest_does_not_describe(built, tmp_pat
     data[len(data) // 2] ^= 1
     (bad / name).write_bytes(data)
     Corpus.open(bad)  # sizes alone do not tell
-    with pytest.raises(InputError, match=rf"{escaped} is not the file of its manifest"):
+    with pytest.raises(InputError, match=rf"{escaped} does not match the SHA-256 in its manifest"):
         Corpus.open(bad, verify="sha256")
 
 
@@ -531,14 +539,14 @@ def test_open_refuses_by_name_what_the_manifest_does_not_describe(built, tmp_pat
     [
         ({"version": 2}, r"format version 2, this program reads version 1"),
         ({"format": "zip"}, r"manifest\.json is not the manifest of a corpus"),
-        ({"words": -1}, r"is damaged: words missing or of the wrong kind"),
-        ({"words": True}, r"is damaged: words missing or of the wrong kind"),
-        ({"words": 7}, r"is damaged: by its counts train\.u32 has \d+ bytes"),
-        ({"distinct": 7}, r"is damaged: by its counts lexicon\.ends has 64 bytes"),
-        ({"lowercase": 1}, r"is damaged: lowercase missing"),
-        ({"heldout": {}}, r"is damaged: heldout missing"),
-        ({"sources": [1]}, r"is damaged: sources missing"),
-        ({"files": {"../../etc/passwd": {}}}, r"is damaged: files missing"),
+        ({"words": -1}, r"is corrupt: words missing or of the wrong type"),
+        ({"words": True}, r"is corrupt: words missing or of the wrong type"),
+        ({"words": 7}, r"is corrupt: by its counts train\.u32 has \d+ bytes"),
+        ({"distinct": 7}, r"is corrupt: by its counts lexicon\.ends has 64 bytes"),
+        ({"lowercase": 1}, r"is corrupt: lowercase missing"),
+        ({"heldout": {}}, r"is corrupt: heldout missing"),
+        ({"sources": [1]}, r"is corrupt: sources missing"),
+        ({"files": {"../../etc/passwd": {}}}, r"is corrupt: files missing"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value)),
 )
@@ -697,7 +705,7 @@ def test_a_file_that_is_bad_in_the_middle_of_a_build_does_not_cost_what_was_read
     texts = make_texts(tmp_path)
     bad = tmp_path / "z.txt"
     bad.write_bytes(b"some words \xff\n")
-    with pytest.raises(InputError, match=r"z\.txt: not UTF-8.* continues there if those texts"):
+    with pytest.raises(InputError, match=r"z\.txt: not UTF-8.* resumes there if those files"):
         build_corpus([*texts, bad], tmp_path / "c")
     assert (tmp_path / ".c.partial-corpus" / "checkpoint.json").exists()
     bad.write_bytes(b"some words again\n")
@@ -719,7 +727,7 @@ def test_run_corpus_turns_ctrl_c_into_interrupted(awkward, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(corpus_build._Build, "finish", interrupted)
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="the same command again to resume"):
         run_corpus([awkward], tmp_path / "c")
     assert os.listdir(tmp_path) == ["awkward.txt"]
 
@@ -793,11 +801,11 @@ def test_the_verb_merges_and_reports(awkward, tmp_path, verb, refused, student_v
 
     report, printed = verb("info", m)
     assert report == corpus_report(corpus, {})
-    assert "every file has the SHA-256" in printed
+    assert "all files match the manifest" in printed
     refused(["info", m, "--plot", "loss.png"])
     for wrong, message in (
-        (["--merge", a, b, "--field", "body"], "--field is about reading text"),
-        (["--merge", a, b, "--no-resume"], "--resume is about reading text"),
+        (["--merge", a, b, "--field", "body"], "--field applies to reading text"),
+        (["--merge", a, b, "--no-resume"], "--resume applies to reading text"),
         (["--merge", a], "at least two corpora, got 1"),
         (["--merge"], "at least two corpora, got 0"),
         ([awkward, "--vocab", tmp_path / "none"], "none"),
@@ -812,10 +820,10 @@ def test_a_damaged_corpus_is_not_merged_and_info_names_its_file(awkward, tmp_pat
     stream = np.memmap(tmp_path / "b" / "train.u32", np.uint32, "r+")
     stream[3] = 2 if stream[3] == 1 else 1
     stream.flush()
-    with pytest.raises(InputError, match=r"train\.u32 is not the file of its manifest"):
+    with pytest.raises(InputError, match=r"train\.u32 does not match the SHA-256 in its manifest"):
         merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
     assert not (tmp_path / "m").exists()
-    refused(["info", tmp_path / "b"], "train.u32 is not the file of its manifest")
+    refused(["info", tmp_path / "b"], "train.u32 does not match the SHA-256 in its manifest")
     (tmp_path / "a" / "lexicon.bytes").unlink()
     refused(["info", tmp_path / "a"], "lexicon.bytes is missing")
 
@@ -826,8 +834,8 @@ def test_corpora_that_do_not_fit_together(awkward, tmp_path):
     build_corpus([texts_of(tmp_path, 3)], tmp_path / "cased", lowercase=False)
     for others, message in (
         ([], "at least two corpora, got 1"),
-        (["a"], "named twice"),
-        (["same"], r"both hold the text awkward\.txt"),
+        (["a"], "given twice"),
+        (["same"], r"both contain the text awkward\.txt"),
         (["cased"], r"cased has lowercase False but .*a has True"),
         (["missing"], "missing is not a corpus"),
     ):
@@ -854,7 +862,6 @@ def test_segmentation_is_wordpiece_of_every_word(built, student_vocab):
 
 
 def test_segmentation_does_not_depend_on_threads(shared_file, tmp_path):
-    from mvbert.text.vocab import Vocab
 
     vocab = Vocab.load(shared_file("vocab.txt"), lowercase=True)
     build_corpus([shared_file("small-ccby.txt")], tmp_path / "c")
@@ -867,10 +874,46 @@ def test_segmentation_does_not_depend_on_threads(shared_file, tmp_path):
 
 
 def test_a_cased_vocabulary_does_not_fit_an_uncased_corpus(built, student_vocab):
-    from dataclasses import replace
+    pieces, corpus = student_vocab.pieces, Corpus.open(built)
+    for vocab, message in [
+        (Vocab(pieces, False), r"is cased but the corpus .* is uncased; .* with --cased"),
+        (Vocab(pieces, strip_accents=False), r"is uncased with accents but .* with --keep-accents"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            corpus.segment(vocab)
 
-    with pytest.raises(InputError, match=r"the vocabulary is cased but the corpus .* is uncased"):
-        Corpus.open(built).segment(replace(student_vocab, lowercase=False))
+
+def test_accents_stay_in_a_corpus_that_keeps_them(tmp_path, command_line, verb, refused):
+    text = tmp_path / "de.txt"
+    text.write_text("Ärger über die Öfen, E\u0301COLE\n\nNoch ein Satz für die Übung.\n" * 9)
+    out = tmp_path / "corpus"
+    verb("corpus", text, "-o", out, "--keep-accents")
+    corpus = Corpus.open(out, verify="sha256")
+    assert (corpus.lowercase, corpus.strip_accents) == (True, False)
+    assert {"ärger", "über", "école"} <= {word.decode() for word in corpus.words}
+    verb("corpus", text, "-o", out, "--keep-accents")  # it is there already
+    refused(["corpus", text, "-o", out], "different strip_accents")
+    pieces = (*SPECIAL_PIECES, "ärger", "über")
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(pieces) + "\n")
+    cut = corpus.segment(Vocab.load(vocab, True, False))
+    assert {5, 6} <= set(cut.ids.tolist())
+    with pytest.raises(InputError, match=r"assumed uncased but the corpus .* uncased with accents"):
+        corpus.segment(Vocab.load(vocab))
+    verb("corpus", text, "-o", tmp_path / "plain")
+    refused(
+        ["corpus", "--merge", out, tmp_path / "plain", "-o", tmp_path / "both"], "strip_accents"
+    )
+    verb("vocab", out, "-o", tmp_path / "learned.txt", "--size", 40)
+    assert "ä" in (tmp_path / "learned.txt").read_text()
+
+
+def test_a_vocabulary_that_was_assumed_uncased_is_called_so(student_vocab, tmp_path):
+    student_vocab.save(tmp_path / "vocab.txt")
+    (tmp_path / "t.txt").write_text("One word.\n\nTwo Words.\n" * 5)
+    build_corpus([tmp_path / "t.txt"], tmp_path / "c", lowercase=False)
+    with pytest.raises(InputError, match=r"assumed uncased .* or read the vocabulary with --cased"):
+        Corpus.open(tmp_path / "c").segment(Vocab.load(tmp_path / "vocab.txt"))
 
 
 def test_the_report_counts_pieces_and_unknown_words(built, student_vocab):

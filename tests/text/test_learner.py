@@ -123,7 +123,7 @@ def test_refuses_words(learner, words, counts, size, message):
         ({"size": 5}, "size must be above the 5 special tokens, got 5"),
         ({"size": -1}, "size must be above the 5 special tokens, got -1"),
         ({"threads": -1}, "threads must be 0 .*, got -1"),
-        ({"counts": [1, 2]}, r"one number a word: 1 words, got \(2,\)"),
+        ({"counts": [1, 2]}, r"one number per word: 1 words, got \(2,\)"),
         ({"counts": [0.5]}, "counts must be integers, got float64"),
         ({"counts": [-3]}, "counts must be 0 or more, got -3"),
     ],

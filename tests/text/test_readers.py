@@ -94,8 +94,8 @@ def test_paths_that_are_no_text(tmp_path):
     for name, message in (
         ("missing.txt", r"missing\.txt does not exist"),
         ("empty.txt", r"empty\.txt is empty"),
-        ("a.pdf", r"a\.pdf: unsupported kind of file; supported are \*\.txt"),
-        ("folder", r"the folder .*folder holds no text"),
+        ("a.pdf", r"a\.pdf: unsupported kind of file; supported: \*\.txt"),
+        ("folder", r"the folder .*folder has no text files"),
     ):
         with pytest.raises(InputError, match=message):
             find_texts([tmp_path / name])
@@ -192,7 +192,7 @@ def test_a_folder_or_file_without_permission_is_named_before_anything_is_read(op
 def test_an_empty_file_among_others_is_left_out(tmp_path):
     for name in ("a.txt", "b.jsonl"):
         (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds no text; files of no bytes: 2; supported"):
+    with pytest.raises(InputError, match=r"has no text files; empty files: 2; supported"):
         find_texts([tmp_path])
     (tmp_path / "c.txt").write_bytes(b"x")
     found = find_texts([tmp_path])
@@ -305,7 +305,7 @@ def test_a_packed_file_that_is_cut_off_is_named(tmp_path, packing, kept):
     data = pack(os.urandom(300) + TEXT.encode(), packing)
     path = tmp_path / f"a.txt{packing}"
     path.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(InputError, match=rf"a\.txt{packing} is cut off: it ends after \d+ bytes"):
+    with pytest.raises(InputError, match=rf"a\.txt{packing} is truncated: it ends after \d+ bytes"):
         list(TextFile(path).chunks())
 
 
@@ -323,7 +323,7 @@ def test_a_damaged_byte_is_noticed(tmp_path, packing):
     data[150] ^= 0xFF
     path = tmp_path / f"a.txt{packing}"
     path.write_bytes(data)
-    with pytest.raises(InputError, match=rf"a\.txt{packing} is not {packing}, or damaged near"):
+    with pytest.raises(InputError, match=rf"a\.txt{packing} is not {packing}, or corrupt near"):
         list(TextFile(path).chunks())
 
 
@@ -339,7 +339,7 @@ def test_a_damaged_byte_is_noticed(tmp_path, packing):
         (b"{}", r"a\.jsonl:3: no field 'text' in this line; its fields: none"),
         (b'{"text": 7}', r"a\.jsonl:3: field 'text' holds int, expected a string"),
         (b'{"text": "\xff"}', r"a\.jsonl:3: not UTF-8 at byte 26; .*iconv -f WINDOWS-1252"),
-        (b"[" * 100_000, r"a\.jsonl:3: (JSON that is nested too deeply|not JSON)"),
+        (b"[" * 100_000, r"a\.jsonl:3: (JSON is nested too deeply|not JSON)"),
     ],
     ids=["not JSON", "a list", "no field", "empty", "a number", "not UTF-8", "deep"],
 )
@@ -399,7 +399,7 @@ def test_wide_encodings_are_named_and_never_patched(
         ("Съешь же ещё этих мягких".encode("koi8-r"), "another encoding; convert it: iconv"),
         ("今日は良い天気です".encode("shift_jis"), "another encoding; convert it: iconv"),
         ("今日は良い天気です".encode("gb18030"), "another encoding; convert it: iconv"),
-        ("naïve 今日は\xff".encode() + b"\xe4\xb8 x", "damaged there; errors=.replace"),
+        ("naïve 今日は\xff".encode() + b"\xe4\xb8 x", "corrupt there; errors=.replace"),
         (random.Random(1).randbytes(256), "it looks like a binary file"),
     ],
     ids=["Latin-1", "Windows-1252", "KOI8-R", "Shift JIS", "GB 18030", "damaged", "binary"],
@@ -435,7 +435,9 @@ def test_text_packed_more_often_than_its_name_says(tmp_path, inside, outside):
     path.write_bytes(pack(pack(TEXT.encode(), inside), outside))
     kind = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}[inside]
     message = (
-        rf"is packed more than once: unpacked, it is {kind}" if outside else rf"is {kind}, not"
+        rf"is compressed more than once: decompressed, it is {kind}"
+        if outside
+        else rf"is {kind}, not"
     )
     with pytest.raises(InputError, match=message):
         list(documents(path))
@@ -455,7 +457,7 @@ def test_a_parquet_file_that_is_cut_off_is_named(tmp_path):
     write_parquet(tmp_path / "whole.parquet", text=["a" * 100] * 100)
     data = (tmp_path / "whole.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=r"a\.parquet is not a whole \.parquet file"):
+    with pytest.raises(InputError, match=r"a\.parquet is not a complete \.parquet file"):
         list(documents(tmp_path / "a.parquet"))
 
 

@@ -220,7 +220,7 @@ class Table:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("hello", "is str, expected a list of texts; for one text there is encode"),
+        ("hello", r"is str, expected a list of texts; use encode\(\) for a single text"),
         (b"hello", "is bytes, expected a list of texts"),
         (memoryview(b"hello"), "is memoryview, expected a list of texts"),
         ({"a": "hello"}, "is dict, expected a list of texts"),
@@ -276,9 +276,7 @@ def test_one_text_that_is_none_is_refused(tokenizer, mixed):
     for encode in (tokenizer.encode, tokenizer.offsets, mixed.encode, mixed.offsets):
         with pytest.raises(InputError, match=r"text is None \(NoneType\), expected str or bytes$"):
             encode(None)
-        with pytest.raises(
-            InputError, match=r"text is .*list.*; for several there is encode_batch"
-        ):
+        with pytest.raises(InputError, match=r"text is .*list.*; use encode_batch\(\) for several"):
             encode(["a", "b"])
     with pytest.raises(InputError, match=r"pair is 7 \(int\), expected str or bytes"):
         tokenizer.encode("a", 7)
@@ -392,7 +390,7 @@ def test_files(tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"text\.txt looks like UTF-16LE, not UTF-8; convert it"):
         tokenizer.encode_file(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="pipe is no regular file"):
+    with pytest.raises(InputError, match="pipe is not a regular file"):
         tokenizer.encode_file(tmp_path / "pipe")
 
 

@@ -68,7 +68,7 @@ def test_folder(tmp_path, lowercase):
 
 WRONG_TEXT = [
     ("", "is empty"),
-    ("[PAD]\n[UNK]\n[CLS]\na\na\n[SEP]\n", "piece 'a' is there twice, at line 4 and line 5"),
+    ("[PAD]\n[UNK]\n[CLS]\na\na\n[SEP]\n", "piece 'a' appears twice, at line 4 and line 5"),
     ("[PAD]\n[CLS]\n[MASK]\na\n", r"has no \[UNK\], \[SEP\]"),
     (b"\xef\xbb\xbf" + "\n".join(PIECES).encode(), "byte order mark"),
     ("\n".join(PIECES).encode("latin-1", "replace"), r"not UTF-8 \(byte 0xe9 at offset"),
@@ -186,7 +186,7 @@ def test_wrong_config(tmp_path):
 
 def test_wrong_pieces():
     for pieces, message in [
-        ((*PIECES, "a"), "piece 'a' is there twice, at id 5 and id 9"),
+        ((*PIECES, "a"), "piece 'a' appears twice, at id 5 and id 9"),
         ((*PIECES, "x\ny"), "line break"),
         ((*PIECES, "\ud800"), "lone surrogate"),
         ((*PIECES, b"x"), "expected a string"),
@@ -352,7 +352,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path):
     for files, message in [
         ({"tokenizer.json": cased}, "lowercase false .* do_lower_case true .*the defaults"),
         ({"tokenizer.json": cased, "vocab.txt": None}, "lowercase false .* do_lower_case true"),
-        ({"tokenizer.json": cased, "tokenizer_config.json": {"do_lower_case": True}}, "both say"),
+        ({"tokenizer.json": cased, "tokenizer_config.json": {"do_lower_case": True}}, "them agree"),
         (
             {"tokenizer.json": tokenizer_json(tmp_path),
              "tokenizer_config.json": {"do_lower_case": False}},

@@ -103,7 +103,7 @@ def test_a_resumed_job_keeps_its_steps_on_any_machine(tmp_path, slower):
         again = Job(tmp_path, 50.0, minutes)
         assert (again.share, again.measured) == (began.share, 0)
         assert again.notes == (
-            [] if slower == 1 else [f"36% of the steps, as {tmp_path}/plan.json says"]
+            [] if slower == 1 else [f"training 36% of the steps (from {tmp_path}/plan.json)"]
         )
 
 
@@ -118,7 +118,7 @@ def test_a_job_that_began_without_a_budget_makes_all_steps(tmp_path):
     (tmp_path / "stage1" / "run.json").write_text("{}")
     job = Job(tmp_path, 50.0)
     assert (job.share, job.measured) == (1.0, 0)
-    assert "began without a time budget" in job.notes[0]
+    assert "started without a time budget" in job.notes[0]
 
 
 @pytest.mark.parametrize("share", ['"half"', "0", "1.5", "true", "null"])

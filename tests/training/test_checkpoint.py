@@ -129,7 +129,7 @@ def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path, name):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = manifest["files"]["a"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "leaves the folder" in checkpoint.check_manifest(folder)
+    assert "outside the folder" in checkpoint.check_manifest(folder)
 
 
 def test_a_link_in_place_of_a_file_is_refused(tmp_path):

@@ -265,8 +265,8 @@ def test_a_job_of_an_earlier_version_keeps_what_its_runs_have(tmp_path, rates):
 def test_all_processes_take_what_rank_0_decides(tmp_path, rates, monkeypatch):
     """This one is rank 1, measures nothing and hears of it from the others."""
     heard = json.dumps({"value": ["bfloat16", "measured there"]}).encode()
-    second = ranks.Ranks(1, 2, 1, 2, patient=object())
-    monkeypatch.setattr(ranks.Ranks, "_of_lead", lambda self, text: heard)
+    second = ranks.Ranks(1, 2, 1, 2, slow_group=object())
+    monkeypatch.setattr(ranks.Ranks, "_broadcast", lambda self, text: heard)
     monkeypatch.setattr(machine, "join_ranks", lambda: second)
     measured = rates(SLOW)
     where = machine.set_up(TrainConfig(device="cpu", threads=1), tmp_path, [])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mvbert.training import checkpoint
-from mvbert.training.ranks import Ranks, _unused
+from mvbert.training.ranks import Ranks, _fresh_store
 
 SETTINGS = [
     "--steps", 6, "--rows", 8, "--eval-rows", 10, "--eval-every", 3, "--save-every", 2,
@@ -203,10 +203,10 @@ def test_one_process_needs_no_other():
 def test_what_an_earlier_start_left_in_the_store_is_not_read():
     """Machines may count restarts differently, and torchrun's store outlives all of them."""
     store, found = torch.distributed.HashStore(), []
-    store.set("asks/1", "a process that is gone")
+    store.set("request/1", "a process that is gone")
     for start in range(3):
         with ThreadPoolExecutor(3) as pool:
-            parts = list(pool.map(lambda rank: _unused(store, rank, 3), range(3)))
+            parts = list(pool.map(lambda rank: _fresh_store(store, rank, 3), range(3)))
         assert not parts[start].check(["key"])
         parts[start].set("key", str(start))
         found += [part.get("key") for part in parts]

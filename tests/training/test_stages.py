@@ -107,13 +107,13 @@ def test_a_feed_brings_its_rows_of_each_step_and_says_how_long_it_waited(stage2)
 def test_the_card_says_how_a_student_began():
     shape = student_shape("6x256", 4928)
     card = model_card("stage2", shape, replace(STAGE2, start="random", positions="random"), 32)
-    assert "Its embeddings started at random." in card
-    assert "started at random, the encoder" in card
+    assert "Its word embeddings were initialised randomly." in card
+    assert "initialised randomly, the encoder" in card
     assert "trained with masked language modelling\nfor 4 steps of 6 rows of 32 pieces" in card
     config = replace(STAGE2, positions="sinusoidal", distill=("logits", "hidden"))
     card = model_card("stage2", shape, config, 32)
-    assert "started from the table that Stage I made" in card
-    assert "started at sine waves" in card
+    assert "word embeddings were initialised from Stage I" in card
+    assert "initialised as sinusoids" in card
     assert "and distillation (logits + hidden) from the Stage I teacher" in card
     assert "6 layers, hidden size 256" in card
     assert "6.20 M parameters" in card

@@ -489,12 +489,12 @@ def test_info_in_every_state_of_a_run(tmp_path):
     assert info.run_info(run)["last"]["loss"] == 2.0
     assert info.run_info(tmp_path)["runs"]["job/stage1"]["step"] == 5
     (run / "log.jsonl").write_bytes(line + b'7\n\xff\x00\n{"step": 6, "pie')
-    with pytest.raises(InputError, match=r"log\.jsonl is damaged at line 2"):
+    with pytest.raises(InputError, match=r"log\.jsonl is corrupt at line 2"):
         info.run_info(run)
     with runs.Log(run / "log.jsonl", 5):  # goes on
         assert (run / "log.jsonl").read_bytes() == line
     (run / "run.json").write_text("{}")
-    with pytest.raises(InputError, match="does not say what the run is"):
+    with pytest.raises(InputError, match="does not describe a run"):
         info.run_info(run)
 
 
@@ -504,7 +504,7 @@ def test_loss_curves_are_drawn(stage2, tmp_path):
     assert cli.main(["info", str(tmp_path / "run"), "--plot", str(tmp_path / "loss.png")]) == 0
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "run" / "log.jsonl").write_text("")
-    with pytest.raises(InputError, match="no losses to draw yet"):
+    with pytest.raises(InputError, match="no losses to plot yet"):
         info.plot_run(tmp_path / "run", tmp_path / "loss.png")
 
 

@@ -1,0 +1,161 @@
+// What the bindings share: Python's texts, buffers and arrays as the core takes and gives them. A
+// binding converts, releases the GIL and calls; what is to be decided is decided in the core.
+
+#ifndef MVBERT_BINDINGS_H_
+#define MVBERT_BINDINGS_H_
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "unicode.h"
+
+namespace mvbert::python {
+
+namespace py = pybind11;
+
+// One function a subject: each adds its names to the module.
+void BindVocab(py::module_& m);
+void BindTokenizer(py::module_& m);
+void BindCorpus(py::module_& m);
+void BindRows(py::module_& m);
+
+// The bytes of a contiguous buffer, valid while this object lives: every buffer comes in through
+// here. Made and destroyed with the GIL held.
+class BytesView {
+ public:
+  explicit BytesView(const py::buffer& buffer) : info_(buffer.request()) {
+    if (info_.ndim != 1 || info_.itemsize != 1 || (info_.size > 1 && info_.strides[0] != 1)) {
+      throw py::type_error("expected contiguous bytes, got a buffer of another shape");
+    }
+  }
+  std::string_view get() const {
+    return {static_cast<const char*>(info_.ptr), static_cast<std::size_t>(info_.size)};
+  }
+
+ private:
+  py::buffer_info info_;
+};
+
+// The UTF-8 of a str, bytes or other contiguous buffer, valid while this object lives. Lone
+// surrogates of a str, which have no UTF-8, become U+FFFD (the splitter deletes both alike). Bytes
+// must be UTF-8: std::invalid_argument otherwise, now or from Check(). Made and destroyed with the
+// GIL held; the view may be read and checked without it.
+class TextView {
+ public:
+  explicit TextView(const py::handle& text) : TextView(text, kUnchecked) { Check(); }
+
+  enum Unchecked { kUnchecked };
+  TextView(const py::handle& text, Unchecked) {
+    if (PyUnicode_Check(text.ptr())) {
+      Py_ssize_t size = 0;
+      const char* utf8 = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+      if (utf8 != nullptr) {
+        keep_ = py::reinterpret_borrow<py::object>(text);
+        view_ = {utf8, static_cast<std::size_t>(size)};
+        return;
+      }
+      if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
+      PyErr_Clear();
+      keep_ = py::reinterpret_steal<py::object>(
+          PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+      if (!keep_) throw py::error_already_set();
+      char* data = PyBytes_AS_STRING(keep_.ptr());
+      const auto bytes = static_cast<std::size_t>(PyBytes_GET_SIZE(keep_.ptr()));
+      for (std::size_t i = 0; i + 2 < bytes; ++i) {  // ours alone, so it may be changed
+        if (data[i] == '\xED' && static_cast<unsigned char>(data[i + 1]) >= 0xA0) {
+          std::memcpy(data + i, "\xEF\xBF\xBD", 3);
+        }
+      }
+      view_ = {data, bytes};
+      return;
+    }
+    if (!PyObject_CheckBuffer(text.ptr())) {
+      throw py::type_error("expected str or bytes, got " +
+                           std::string(py::str(py::type::of(text).attr("__name__"))));
+    }
+    bytes_.emplace(py::reinterpret_borrow<py::buffer>(text));
+    view_ = bytes_->get();
+    checked_ = false;
+  }
+
+  std::string_view get() const { return view_; }
+  bool checked() const { return checked_; }
+  void Check() const {
+    if (!checked_) CheckUtf8(view_);
+  }
+
+ private:
+  bool checked_ = true;
+  py::object keep_;
+  std::optional<BytesView> bytes_;
+  std::string_view view_;
+};
+
+// The UTF-8 of several texts, valid while this object lives. Made and destroyed with the GIL held.
+class TextViews {
+ public:
+  explicit TextViews(const py::iterable& texts)
+      : keep_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(texts.ptr()))) {
+    if (!keep_) throw py::error_already_set();
+    views_.reserve(keep_.size());
+    for (const py::handle text : keep_) {
+      Py_ssize_t size = 0;
+      const char* utf8 =
+          PyUnicode_Check(text.ptr()) ? PyUnicode_AsUTF8AndSize(text.ptr(), &size) : nullptr;
+      if (utf8 != nullptr) {  // nearly always; the tuple keeps it
+        views_.emplace_back(utf8, static_cast<std::size_t>(size));
+        continue;
+      }
+      PyErr_Clear();
+      others_.emplace_back(views_.size(), std::make_unique<TextView>(text, TextView::kUnchecked));
+      views_.push_back(others_.back().second->get());
+    }
+  }
+
+  const std::vector<std::string_view>& get() const { return views_; }
+
+  // Throws std::invalid_argument for the first that is not UTF-8. Needs no GIL.
+  void Check(const char* what) const {
+    for (const auto& [number, view] : others_) {
+      try {
+        view->Check();
+      } catch (const std::invalid_argument& error) {
+        throw std::invalid_argument(std::string(what) + " " + std::to_string(number) + " is " +
+                                    error.what());
+      }
+    }
+  }
+
+ private:
+  py::tuple keep_;
+  std::vector<std::pair<std::size_t, std::unique_ptr<TextView>>> others_;  // with their numbers
+  std::vector<std::string_view> views_;
+};
+
+// A vector as a numpy array that owns it: no copy.
+template <typename T>
+py::array_t<T> Own(std::vector<T> values) {
+  auto* kept = new std::vector<T>(std::move(values));
+  const py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+}
+
+// A one-dimensional C-contiguous array of exactly this type.
+template <typename T>
+using Flat = py::array_t<T, py::array::c_style>;
+
+}  // namespace mvbert::python
+
+#endif  // MVBERT_BINDINGS_H_

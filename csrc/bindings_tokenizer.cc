@@ -1,0 +1,284 @@
+// Python: texts to words and to ids.
+
+#include <algorithm>
+#include <cstdlib>
+#include <tuple>
+
+#include "ascii_run.h"
+#include "bindings.h"
+#include "token_rows.h"
+#include "tokenizer.h"
+#include "wordpiece.h"
+#include "words.h"
+
+namespace mvbert::python {
+namespace {
+
+const AsciiRunChoice& AsciiRunNamed(const std::string& name) {
+  for (const auto& choice : AsciiRunChoices()) {
+    if (name == choice.name) return choice;
+  }
+  throw std::invalid_argument("this machine has no instruction set '" + name + "'");
+}
+
+std::vector<std::string> InstructionSets() {
+  std::vector<std::string> names;
+  for (const auto& choice : AsciiRunChoices()) names.emplace_back(choice.name);
+  return names;
+}
+
+py::list Split(const py::object& text, bool lowercase,
+               const std::optional<std::string>& instruction_set, bool strip_accents) {
+  const WordSplitter splitter({lowercase, strip_accents}, instruction_set
+                                                              ? AsciiRunNamed(*instruction_set)
+                                                              : FastestAsciiRun());
+  const TextView view(text);
+  Words words;
+  {
+    py::gil_scoped_release release;
+    splitter.Split(view.get(), &words);
+  }
+  py::list result(words.ends.size());
+  std::uint32_t begin = 0;
+  for (std::size_t i = 0; i < words.ends.size(); ++i) {
+    result[i] = py::str(words.bytes.data() + begin, words.ends[i] - begin);
+    begin = words.ends[i];
+  }
+  return result;
+}
+
+py::object Utf8Error(const py::buffer& data) {
+  const BytesView view(data);
+  std::size_t at = 0;
+  {
+    py::gil_scoped_release release;
+    at = Utf8ErrorOffset(view.get());
+  }
+  if (at == kNoError) return py::none();
+  return py::int_(at);
+}
+
+// A numpy array that owns the buffer's memory.
+py::array_t<std::int32_t> TakeIds(IdBuffer* ids) {
+  const auto size = static_cast<py::ssize_t>(ids->size());
+  std::int32_t* data = ids->Release();
+  const py::capsule owner(data == nullptr ? std::malloc(1) : data, &std::free);
+  return py::array_t<std::int32_t>({size}, {sizeof(std::int32_t)}, data, owner);
+}
+
+template <typename T, typename From>
+py::array_t<T> CopyArray(const std::vector<From>& values) {
+  py::array_t<T> array(static_cast<py::ssize_t>(values.size()));
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
+}
+
+TextOptions MakeTextOptions(bool find_special, std::uint64_t threshold = 0,
+                            std::uint64_t seed = 0) {
+  TextOptions options;
+  options.find_special = find_special;
+  options.coin = {threshold, seed};
+  return options;
+}
+
+std::unique_ptr<Tokenizer> MakeTokenizer(
+    bool lowercase, bool strip_accents, std::shared_ptr<WordPiece> teacher,
+    std::shared_ptr<WordPiece> student,
+    const std::vector<std::tuple<std::string, std::int32_t, bool>>& special) {
+  std::vector<SpecialPiece> pieces;
+  for (const auto& [piece, id, normalized] : special) pieces.push_back({piece, id, normalized});
+  return std::make_unique<Tokenizer>(SplitOptions{lowercase, strip_accents}, std::move(teacher),
+                                     std::move(student), pieces);
+}
+
+// The ids of texts, flat, and offsets: text i has ids[offsets[i] : offsets[i + 1]].
+py::tuple EncodeTexts(const Tokenizer& tokenizer, const py::iterable& texts, bool find_special,
+                      std::uint64_t threshold, std::uint64_t seed, std::uint64_t first_number,
+                      int threads) {
+  const TextViews views(texts);
+  Encoding encoding;
+  {
+    py::gil_scoped_release release;
+    views.Check("text");
+    tokenizer.Encode(views.get(), MakeTextOptions(find_special, threshold, seed), first_number,
+                     threads, &encoding);
+  }
+  py::array_t<std::int64_t> offsets(static_cast<py::ssize_t>(encoding.ends.size() + 1));
+  offsets.mutable_data()[0] = 0;
+  std::copy(encoding.ends.begin(), encoding.ends.end(), offsets.mutable_data() + 1);
+  return py::make_tuple(TakeIds(&encoding.ids), offsets);
+}
+
+Truncation TruncationNamed(const std::optional<std::string>& name) {
+  if (!name) return Truncation::kNone;
+  if (*name == "longest_first") return Truncation::kLongestFirst;
+  if (*name == "only_first") return Truncation::kOnlyFirst;
+  if (*name == "only_second") return Truncation::kOnlySecond;
+  throw std::invalid_argument("there is no truncation '" + *name + "'");
+}
+
+template <typename T>
+py::tuple PaddedArrays(const TokenRows& rows, std::size_t width, int threads) {
+  const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(rows.size()),
+                                          static_cast<py::ssize_t>(width)};
+  py::array_t<T> ids(shape), types(shape), mask(shape);
+  T *ids_data = ids.mutable_data(), *types_data = types.mutable_data(),
+    *mask_data = mask.mutable_data();
+  {
+    py::gil_scoped_release release;
+    rows.FillPadded(threads, width, ids_data, types_data, mask_data);
+  }
+  return py::make_tuple(ids, types, mask);
+}
+
+// [CLS] and [SEP], or neither.
+using ClsSep = std::optional<std::pair<std::int32_t, std::int32_t>>;
+
+RowOptions MakeRowOptions(const ClsSep& cls_sep) {
+  RowOptions options;
+  options.special = cls_sep.has_value();
+  if (cls_sep) std::tie(options.cls, options.sep) = *cls_sep;
+  return options;
+}
+
+// Rows of texts or of pairs. Without `padded`: ids, offsets, token types, flat. With it: input ids,
+// token types, attention mask, [B, TokenRows::Width(width, multiple)].
+py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
+                     const std::optional<py::iterable>& pairs, const ClsSep& cls_sep,
+                     std::int32_t pad, const std::optional<std::string>& truncation,
+                     std::uint64_t max_length, bool padded, std::optional<std::size_t> width,
+                     std::size_t multiple, bool wide, int threads) {
+  RowOptions options = MakeRowOptions(cls_sep);
+  options.pad = pad;
+  options.truncation = TruncationNamed(truncation);
+  options.max_length = max_length;
+  const TextViews first(texts);
+  std::optional<TextViews> second;
+  if (pairs) second.emplace(*pairs);
+  std::optional<TokenRows> rows;
+  std::size_t columns = 0;
+  {
+    py::gil_scoped_release release;
+    first.Check("text");
+    if (second) second->Check("pair");
+    rows.emplace(tokenizer, first.get(), second ? &second->get() : nullptr, options, threads);
+    if (padded) columns = rows->Width(width, multiple);
+  }
+  if (padded) {
+    return wide ? PaddedArrays<std::int64_t>(*rows, columns, threads)
+                : PaddedArrays<std::int32_t>(*rows, columns, threads);
+  }
+  const auto total = static_cast<py::ssize_t>(rows->offsets().back());
+  py::array_t<std::int32_t> ids(total);
+  py::array_t<std::uint8_t> types(total);
+  std::int32_t* const ids_data = ids.mutable_data();
+  std::uint8_t* const types_data = types.mutable_data();
+  {
+    py::gil_scoped_release release;
+    rows->FillFlat(threads, ids_data, types_data);
+  }
+  return py::make_tuple(ids, CopyArray<std::int64_t>(rows->offsets()), types);
+}
+
+// The ids of one row as a list.
+py::list EncodeList(const Tokenizer& tokenizer, const py::object& text,
+                    const std::optional<py::object>& pair, const ClsSep& cls_sep) {
+  const TextView first(text, TextView::kUnchecked);
+  std::optional<TextView> second;
+  if (pair) second.emplace(*pair, TextView::kUnchecked);
+  IdBuffer ids;
+  {
+    py::gil_scoped_release release;
+    first.Check();
+    if (second) second->Check();
+    const std::string_view second_text = second ? second->get() : std::string_view();
+    EncodeRow(tokenizer, first.get(), second ? &second_text : nullptr, MakeRowOptions(cls_sep),
+              &ids);
+  }
+  py::list list(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    PyObject* id = PyLong_FromLong(ids.data()[i]);
+    if (id == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), id);
+  }
+  return list;
+}
+
+py::array_t<std::int32_t> EncodeLong(const Tokenizer& tokenizer, const py::buffer& data,
+                                     bool find_special, int threads) {
+  const BytesView view(data);
+  IdBuffer ids;
+  {
+    py::gil_scoped_release release;
+    CheckUtf8(view.get());
+    tokenizer.EncodeLong(view.get(), find_special, threads, &ids);
+  }
+  return TakeIds(&ids);
+}
+
+// ids, where each word's ids begin, whether the student cut it.
+py::tuple EncodeWords(const Tokenizer& tokenizer, const py::object& text, bool find_special,
+                      std::uint64_t threshold, std::uint64_t seed, std::uint64_t number) {
+  const TextView view(text, TextView::kUnchecked);
+  IdBuffer ids;
+  WordMap words;
+  {
+    py::gil_scoped_release release;
+    view.Check();
+    tokenizer.EncodeWords(view.get(), MakeTextOptions(find_special, threshold, seed), number, &ids,
+                          &words);
+  }
+  return py::make_tuple(TakeIds(&ids), CopyArray<std::int32_t>(words.starts),
+                        CopyArray<bool>(words.from_student));
+}
+
+// ids, and spans [n, 2] in characters of the text.
+py::tuple EncodeSpans(const Tokenizer& tokenizer, const py::object& text, bool find_special) {
+  const TextView view(text, TextView::kUnchecked);
+  IdBuffer ids;
+  std::vector<Span> spans;
+  {
+    py::gil_scoped_release release;
+    view.Check();
+    tokenizer.EncodeSpans(view.get(), find_special, &ids, &spans);
+  }
+  py::array_t<std::int32_t> array({static_cast<py::ssize_t>(spans.size()), py::ssize_t{2}});
+  std::int32_t* out = array.mutable_data();
+  for (const Span& span : spans) {
+    *out++ = static_cast<std::int32_t>(span.begin);
+    *out++ = static_cast<std::int32_t>(span.end);
+  }
+  return py::make_tuple(TakeIds(&ids), array);
+}
+
+}  // namespace
+
+void BindTokenizer(py::module_& m) {
+  m.def("split", &Split, py::arg("text"), py::arg("lowercase") = true,
+        py::arg("instruction_set") = py::none(), py::arg("strip_accents") = true,
+        "The normalised words of a str or of UTF-8 bytes.");
+  m.def("instruction_sets", &InstructionSets,
+        "The ways to read ASCII that this machine has; the last is used unless another is named.");
+  m.def("utf8_error", &Utf8Error, py::arg("data"),
+        "Offset of the first byte that is not well-formed UTF-8, or None.");
+  py::class_<Tokenizer>(m, "Tokenizer")
+      .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"),
+           py::arg("strip_accents") = true, py::arg("teacher"), py::arg("student") = nullptr,
+           py::arg("special") = std::vector<std::tuple<std::string, std::int32_t, bool>>())
+      .def("encode_list", &EncodeList, py::arg("text"), py::arg("pair"), py::arg("cls_sep"))
+      .def("encode_rows", &EncodeRows, py::arg("texts"), py::arg("pairs"), py::kw_only(),
+           py::arg("cls_sep"), py::arg("pad"), py::arg("truncation"), py::arg("max_length"),
+           py::arg("padded"), py::arg("width"), py::arg("multiple"), py::arg("wide"),
+           py::arg("threads"))
+      .def("encode_texts", &EncodeTexts, py::arg("texts"), py::arg("find_special"),
+           py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("first_number") = 0,
+           py::arg("threads") = 1)
+      .def("encode_long", &EncodeLong, py::arg("data"), py::arg("find_special"),
+           py::arg("threads") = 1)
+      .def("encode_words", &EncodeWords, py::arg("text"), py::arg("find_special"),
+           py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("number") = 0)
+      .def("encode_spans", &EncodeSpans, py::arg("text"), py::arg("find_special"))
+      .def("forget_words", &Tokenizer::ForgetWords);
+}
+
+}  // namespace mvbert::python
