@@ -7,7 +7,8 @@
 
 namespace mvbert {
 
-SpecialPieces::SpecialPieces(const std::vector<SpecialPiece>& pieces, const WordSplitter& splitter)
+SpecialPieces::SpecialPieces(const std::vector<SpecialPiece>& pieces, const WordSplitter& splitter,
+                             std::size_t vocabulary_size)
     : options_(splitter.options()) {
   std::vector<std::pair<std::string, std::int32_t>> normalized;
   for (const auto& [piece, id, is_normalized] : pieces) {
@@ -15,8 +16,9 @@ SpecialPieces::SpecialPieces(const std::vector<SpecialPiece>& pieces, const Word
       throw std::invalid_argument("a special piece must have letters and no space, got '" + piece +
                                   "'");
     }
-    if (id < 0) {
-      throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id));
+    if (id < 0 || static_cast<std::size_t>(id) >= vocabulary_size) {
+      throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id) +
+                                  ", outside the vocabulary");
     }
     std::string text = piece;
     if (is_normalized) {

@@ -30,8 +30,9 @@ struct SpecialPiece {
 class SpecialPieces {
  public:
   // Of equal pieces the first counts. Throws std::invalid_argument if a piece is empty or has a
-  // space.
-  SpecialPieces(const std::vector<SpecialPiece>& pieces, const WordSplitter& splitter);
+  // space, or if an id is not in [0, vocabulary_size).
+  SpecialPieces(const std::vector<SpecialPiece>& pieces, const WordSplitter& splitter,
+                std::size_t vocabulary_size);
 
   // Calls found(text, -1) for stretches between special pieces, never empty, and found(text, id)
   // for these, until it gives false or `text`, well-formed UTF-8, ends.

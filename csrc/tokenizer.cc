@@ -188,18 +188,12 @@ Tokenizer::Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teac
     : splitter_(options),
       teacher_(std::move(teacher)),
       student_(std::move(student)),
-      special_(special, splitter_) {
+      special_(special, splitter_, teacher_ == nullptr ? 0 : teacher_->size()) {
   if (teacher_ == nullptr) throw std::invalid_argument("a tokenizer needs a vocabulary");
   if (student_ != nullptr &&
       teacher_->size() + student_->size() >
           static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
     throw std::invalid_argument("the two vocabularies have more than 2^31 - 1 pieces together");
-  }
-  for (const auto& [piece, id, normalized] : special) {
-    if (id < 0 || static_cast<std::size_t>(id) >= teacher_->size()) {
-      throw std::invalid_argument("special piece '" + piece + "' has id " + std::to_string(id) +
-                                  ", outside the vocabulary");
-    }
   }
   seeds_ = std::make_unique<const PieceCache>(*teacher_, student_.get());
 }

@@ -96,26 +96,28 @@ Found Split(const SpecialPieces& pieces, std::string_view text) {
 void CheckSpecialPieces() {
   const WordSplitter uncased({true, true}), cased({false, true});
   const SpecialPieces written(
-      {{"[A]", 1, false}, {"[A]]", 2, false}, {"<b>", 3, false}, {"[A]", 4, false}}, uncased);
+      {{"[A]", 1, false}, {"[A]]", 2, false}, {"<b>", 3, false}, {"[A]", 4, false}}, uncased, 9);
   Require(Split(written, "x[A]]y[A]<b>[A") ==
               Found{{"x", -1}, {"[A]]", 2}, {"y", -1}, {"[A]", 1}, {"<b>", 3}, {"[A", -1}},
           "not the leftmost and longest special pieces");
   Require(Split(written, "").empty(), "a stretch of an empty text");
-  const SpecialPieces cleaned({{"[A]", 1, false}}, cased);
+  const SpecialPieces cleaned({{"[A]", 1, false}}, cased, 9);
   Require(Split(cleaned, "[\u200BA] [A\u200B]x") == Found{{"[\u200BA]", 1}, {" [A\u200B]x", -1}},
           "not the special pieces that cleaning makes");
   const SpecialPieces normalized(
-      {{"[A]", 1, false}, {"\u00C9a", 2, true}, {"eab", 3, true}, {"\u0301", 4, true}}, uncased);
+      {{"[A]", 1, false}, {"\u00C9a", 2, true}, {"eab", 3, true}, {"\u0301", 4, true}}, uncased, 9);
   Require(
       Split(normalized, "xE\u0301AbEa[A]\u00E9a\u0301") ==
           Found{{"x", -1}, {"E\u0301Ab", 3}, {"Ea", 2}, {"[A]", 1}, {"\u00E9a", 2}, {"\u0301", -1}},
       "not the normalised pieces");
   Require(Split(normalized, "\u0301ea e") == Found{{"\u0301", -1}, {"ea", 2}, {" e", -1}},
           "a normalised piece begins with a deleted character");
-  Require(Split(SpecialPieces({}, cased), "[A]") == Found{{"[A]", -1}},
+  Require(Split(SpecialPieces({}, cased, 0), "[A]") == Found{{"[A]", -1}},
           "a piece that there is not");
-  Require(!Refusal([&] { SpecialPieces({{"a b", 1, false}}, cased); }).empty() &&
-              !Refusal([&] { SpecialPieces({{"", 1, false}}, cased); }).empty(),
+  Require(!Refusal([&] { SpecialPieces({{"a b", 1, false}}, cased, 9); }).empty() &&
+              !Refusal([&] { SpecialPieces({{"", 1, false}}, cased, 9); }).empty() &&
+              !Refusal([&] { SpecialPieces({{"a", 9, false}}, cased, 9); }).empty() &&
+              !Refusal([&] { SpecialPieces({{"a", -1, false}}, cased, 9); }).empty(),
           "a special piece that cannot be was taken");
 }
 
