@@ -366,7 +366,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path):
         (
             {"added_tokens.json": {"<ent>": NEW},
              "tokenizer_config.json": {"added_tokens_decoder": {str(NEW + 1): added("<ent>")}}},
-            f"the id {NEW}, but .*added_tokens_decoder.{NEW + 1} {NEW + 1}",
+            f"the id {NEW}, but .*added_tokens_decoder.{NEW + 1} gives {NEW + 1}",
         ),
         ({"config.json": {"tokenizer_class": "BertJapaneseTokenizer"}}, "BertJapaneseTokenizer"),
         ({"special_tokens_map.json": {"cls_token": "<s>"}}, "special_tokens_map.json: cls_token"),
