@@ -108,7 +108,7 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace mvbert;
-  static const FuzzTokenizers uncased(true), cased(false);
+  static const FuzzTokenizers uncased({true, true}), cased({false, false}), accented({true, false});
   FuzzInput input(data, size);
   const std::uint8_t flags = input.Byte();
   RowOptions options;
@@ -129,7 +129,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::vector<std::string_view> pairs(texts.rbegin(), texts.rend());
   const bool with_pairs = (flags & 8) != 0;
   if (!with_pairs && options.truncation == Truncation::kOnlySecond) return 0;
-  CheckRows((flags & 16) != 0 ? uncased.mixed : cased.mixed, texts, with_pairs ? &pairs : nullptr,
-            options, (flags & 32) != 0 ? 2 : 1);
+  const FuzzTokenizers& all = (flags & 64) != 0 ? accented : (flags & 16) != 0 ? uncased : cased;
+  CheckRows(all.mixed, texts, with_pairs ? &pairs : nullptr, options, (flags & 32) != 0 ? 2 : 1);
   return 0;
 }
