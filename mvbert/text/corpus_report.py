@@ -6,16 +6,14 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mvbert.errors import InputError, Interrupted
 from mvbert.text.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, merge_corpora
 from mvbert.text.corpus_folder import Corpus
-
-if TYPE_CHECKING:
-    from mvbert.text.vocab import Vocab, case_name
+from mvbert.text.vocab import Vocab, case_name
 
 
 def run_corpus(
@@ -85,8 +83,6 @@ def load_vocabs(
     Raises:
         InputError: not a vocabulary, or its configuration has the other casing.
     """
-    from mvbert.text.vocab import Vocab
-
     vocabs = {}
     for path in map(Path, paths):
         # A bare vocab.txt does not say whether it is cased.

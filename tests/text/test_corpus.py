@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from mvbert.errors import InputError, Interrupted
 from mvbert.text import corpus_build, readers
 from mvbert.text.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
 from mvbert.text.readers import documents, find_texts
+from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.text.wordpiece import basic_split, wordpiece
 
@@ -940,3 +942,15 @@ def test_run_corpus_prints_a_table_and_returns_it(awkward, tmp_path, capsys, stu
     assert printed.out == ""
     for text in ("distinct words", "pieces per word", f"{report['words']:,}", "seed 0"):
         assert text in printed.err
+
+
+def test_a_vocabulary_to_report_on_must_read_text_as_the_corpus_does(
+    tmp_path, text, student_vocab, refused
+):
+    (tmp_path / "text.txt").write_text(text)
+    cased = replace(student_vocab, lowercase=False, strip_accents=False)
+    (tmp_path / "cased").mkdir()
+    save_tokenizer_files(cased, tmp_path / "cased")
+    command = ["corpus", tmp_path / "text.txt", "-o", tmp_path / "c", "--vocab", tmp_path / "cased"]
+    refused(command, f"the vocabulary {tmp_path / 'cased'} is cased but the corpus is uncased")
+    assert not (tmp_path / "c").exists()
