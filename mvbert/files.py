@@ -21,7 +21,7 @@ from mvbert.errors import InputError
 # A JSON value as json.loads gives it; spelled out because recursive aliases need Python 3.12.
 Json = dict | list | str | int | float | bool | None
 
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
 
 PARTIAL = ".partial-"  # in the name of every unfinished file or folder
 NAME_BYTES = 255  # the longest file name that file systems allow
@@ -87,7 +87,7 @@ def check_readable(path: str | Path) -> None:
     """Raises InputError unless a file can be opened and is not a Git LFS pointer."""
     try:
         with open(path, "rb") as file:
-            start = file.read(len(_LFS_POINTER))
+            start = file.read(len(LFS_POINTER))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
@@ -97,7 +97,7 @@ def check_readable(path: str | Path) -> None:
 
 def refuse_pointer(path: str | Path, start: bytes) -> None:
     """Raises InputError if a file that begins with `start` is a Git LFS pointer."""
-    if start.startswith(_LFS_POINTER):
+    if start.startswith(LFS_POINTER):
         raise InputError(
             f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its folder"
         )

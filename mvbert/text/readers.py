@@ -27,11 +27,10 @@ import numpy as np
 
 from mvbert import _core
 from mvbert.errors import InputError, MissingExtra
-from mvbert.files import data_path, sha256_file
+from mvbert.files import LFS_POINTER, data_path, refuse_pointer, sha256_file
 
 KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".xz", ".zst")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SUPPORTED = "*.txt, *.jsonl (each also .gz, .xz, .zst) and *.parquet"
 
 CHUNK_BYTES = 1 << 20  # of plain text handed on at a time
@@ -135,11 +134,8 @@ class _Search:
     def _file(self, path: Path, status: os.stat_result) -> None:
         if not self._is_repeated(status):
             with _open(path) as file:  # fail now, not hours later
-                if status.st_size < 1 << 10 and file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise InputError(
-                        f"{path} is a Git LFS pointer, not the file itself; fetch it with git lfs "
-                        "pull"
-                    )
+                if status.st_size < 1 << 10:
+                    refuse_pointer(path, file.read(len(LFS_POINTER)))
             self.files.append(path)
 
     def _is_repeated(self, status: os.stat_result) -> bool:
