@@ -27,6 +27,7 @@ from mvbert.training.device import Device, choose_graph, give_memory_back
 from mvbert.training.environment import environment
 from mvbert.training.feed import Feed
 from mvbert.training.journal import Journal
+from mvbert.training.machine import pass_rows
 from mvbert.training.optim import make_optimizer
 from mvbert.training.ranks import Ranks, join_ranks
 from mvbert.training.runs import (
@@ -304,9 +305,9 @@ def heldout_means(
     task.module.eval()
     sums = Sums(device.device)
     share = ranks.share(min(config.eval_rows, task.heldout.count))
-    micro = config.micro_rows or config.rows // ranks.count
-    for first in range(share.start, share.stop, micro):
-        count = min(micro, share.stop - first)
+    each = pass_rows(config)
+    for first in range(share.start, share.stop, each):
+        count = min(each, share.stop - first)
         rows = task.heldout.read(first, count, student_prob=task.student_prob, threads=1)
         with device.cast():
             sums.add(task.evaluate(DeviceBatch.of(rows, device.device)))
