@@ -21,6 +21,7 @@ from mvbert.config import DistillConfig, Stage1Config, Stage2Config, TrainConfig
 from mvbert.files import Json, write_json
 from mvbert.model import huggingface
 from mvbert.model.fill import fill_masks
+from mvbert.model.weights import WEIGHTS, weight_files
 from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
@@ -152,9 +153,9 @@ def _report(
         "output": str(best_folder),
         "best": best,
         "student_parameters": student.config.encoder_parameters,
-        "student_bytes": (best_folder / huggingface.WEIGHTS).stat().st_size,
+        "student_bytes": (best_folder / WEIGHTS).stat().st_size,
         "teacher_parameters": _parameters(teacher),
-        "teacher_bytes": sum(path.stat().st_size for path in huggingface.weight_files(teacher)),
+        "teacher_bytes": sum(path.stat().st_size for path in weight_files(teacher)),
         "vocab": vocab_report,
         "stage1_student_loss": _before_after(stage1, "student_loss"),
         "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),

@@ -22,33 +22,9 @@ from mvbert.config import ModelConfig, to_dict
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import atomic_write, read_json_object, sync_file, write_error, write_json
 from mvbert.model.masked_lm import LabelHead, MaskedLM
-from mvbert.model.weights import (
-    WEIGHTS,
-    Weights,
-    read_tensors,
-    read_weights,
-    weight_files,
-    weights_id,
-)
+from mvbert.model.weights import WEIGHTS, Weights, read_weights
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
-
-__all__ = [
-    "WEIGHTS",
-    "Weights",
-    "find_model",
-    "load_label_head",
-    "load_masked_lm",
-    "read_model_config",
-    "read_shape",
-    "read_tensors",
-    "read_weights",
-    "to_hugging_face",
-    "weight_files",
-    "weights_id",
-    "write_model",
-    "write_tensors",
-]
 
 # Our name -> transformers', without the trailing .weight / .bias.
 _GLOBAL_NAMES = {

@@ -32,6 +32,7 @@ from mvbert.files import (
 )
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch, LabelHead, MaskedLM
+from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
 from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, load_onnx, to_onnx
 from mvbert.publish.pooling import Pooling, read_pooling
@@ -278,7 +279,7 @@ def run_export(
         if path is not None and path.resolve().is_relative_to(out.resolve()):
             raise InputError(f"{out} contains the input {path}; give another path")
     shape, vocab = huggingface.read_shape(folder, cased=cased)
-    weights = huggingface.read_weights(folder)
+    weights = read_weights(folder)
     model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
     head = not any(part.startswith("cls.") for part in missing)
     explicit = bool(heads) and "logits" not in heads

@@ -22,6 +22,7 @@ from mvbert.files import Json, read_json_object
 from mvbert.model import huggingface
 from mvbert.model.flops import Product, encoder_products, product_rates
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, masked_sums
+from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
 from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.study.probe import linear_probe, read_sst2
@@ -71,7 +72,7 @@ def run_eval(
     sst2 = read_sst2(Path(measure.sst2)) if measure.sst2 else None
     folder = huggingface.find_model(name)
     shape, vocab = huggingface.read_shape(folder, cased=cased)
-    weights = huggingface.read_weights(folder)
+    weights = read_weights(folder)
     model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
     for note in (vocab.doubt, weights.unread()):
         if note:

@@ -30,7 +30,8 @@ from mvbert.files import (
     sha256_file,
     write_json,
 )
-from mvbert.model.huggingface import WEIGHTS, read_tensors, write_tensors
+from mvbert.model.huggingface import write_tensors
+from mvbert.model.weights import WEIGHTS, read_tensors
 from mvbert.training import optim
 
 MANIFEST = "manifest.json"

@@ -11,6 +11,7 @@ from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig, to
 from mvbert.errors import InputError
 from mvbert.files import Json, sha256_file
 from mvbert.model import huggingface
+from mvbert.model.weights import weights_id
 from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
@@ -65,7 +66,7 @@ def run_stage1(
         return {
             "stage": 1,
             "corpus": corpus_id(corpus.folder),
-            "teacher": huggingface.weights_id(teacher),
+            "teacher": weights_id(teacher),
             "teacher_vocab": teacher_vocab.sha256,
             "teacher_shape": to_dict(shape),
             "student_vocab": vocab.sha256,

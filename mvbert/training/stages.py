@@ -29,6 +29,7 @@ from mvbert.model.card import model_card
 from mvbert.model.embeddings import sinusoidal_start, spelled_rows, warm_start
 from mvbert.model.flops import encoder_flops, head_flops
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM, masked_sums
+from mvbert.model.weights import read_tensors, read_weights
 from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.stage_rows import stage_rows
@@ -63,7 +64,7 @@ class Stage1:
         shape = _with_dropout(shape, config.dropout)
         model = MixedMaskedLM(shape, student_vocab.size, config.embedding_size)
         model.init_weights(config.seed)
-        weights = huggingface.read_weights(teacher)
+        weights = read_weights(teacher)
         _, missing = huggingface.load_masked_lm(teacher, model, weights=weights, seed=config.seed)
         if missing:
             progress.note(f"missing from the teacher, initialised randomly: {', '.join(missing)}")
@@ -153,7 +154,7 @@ class Stage1:
 def read_mixed(folder: Path, model: MixedMaskedLM) -> None:
     """Loads a folder written by Stage1.write_model into a model of its shape."""
     huggingface.load_masked_lm(folder, model, complete=True)
-    tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
+    tensors = read_tensors(folder / STUDENT_TABLE)
     with torch.no_grad():
         for name, parameter in model.student.named_parameters():
             if name not in tensors or tensors[name].shape != parameter.shape:
@@ -170,7 +171,7 @@ def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
         raise InputError(
             f"{folder} has no {STUDENT_TABLE}; expected the model/ folder of a Stage I run"
         )
-    tensors = huggingface.read_tensors(folder / STUDENT_TABLE)
+    tensors = read_tensors(folder / STUDENT_TABLE)
     if "table" not in tensors or tensors["table"].ndim != 2:
         raise InputError(f"{folder / STUDENT_TABLE} has no student table")
     V, E = tensors["table"].shape

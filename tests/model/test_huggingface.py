@@ -17,6 +17,7 @@ from mvbert.errors import InputError, MissingExtra
 from mvbert.files import read_json_object, write_json
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
+from mvbert.model.weights import read_weights, weights_id
 
 
 @pytest.fixture
@@ -129,9 +130,9 @@ def test_weights_in_several_files_load(folder, model):
     loaded, missing = huggingface.load_masked_lm(folder, complete=True)
     assert missing == []
     assert torch.equal(loaded.head.bias, model.head.bias)
-    before = huggingface.weights_id(folder)
+    before = weights_id(folder)
     save_file({name: tensors[name] + 1 for name in part}, folder / file)
-    assert huggingface.weights_id(folder) != before  # of the last file, too
+    assert weights_id(folder) != before  # of the last file, too
 
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "../x.safetensors"}})
     with pytest.raises(InputError, match="which is outside its folder"):
@@ -452,11 +453,11 @@ def test_tensors_that_nothing_reads_are_named(folder):
 
     rewrite(folder, more)
     edit_config(folder, num_hidden_layers=1)
-    weights = huggingface.read_weights(folder)
+    weights = read_weights(folder)
     huggingface.load_masked_lm(folder, weights=weights)
     assert "17 tensors are not used: bert.encoder.layer.1." in weights.unread()
     edit_config(folder, num_hidden_layers=2)
-    weights = huggingface.read_weights(folder)
+    weights = read_weights(folder)
     huggingface.load_masked_lm(folder, weights=weights)
     assert weights.unread().endswith("1 tensor is not used: extra.weight")
 

@@ -11,6 +11,7 @@ from torch import nn
 from mvbert.config import TrainConfig
 from mvbert.errors import InputError
 from mvbert.model import huggingface
+from mvbert.model.weights import read_tensors
 from mvbert.training import checkpoint
 from mvbert.training.optim import make_optimizer
 
@@ -54,7 +55,7 @@ class Saved:
     def loaded(self, folder: Path) -> set[float]:
         """All numbers in a checkpoint; a whole one has a single one."""
         self.fill(-1)
-        self.module.load_state_dict(huggingface.read_tensors(folder / "model.safetensors"))
+        self.module.load_state_dict(read_tensors(folder / "model.safetensors"))
         step, state = checkpoint.load(folder, self.module, self.optimizer)
         assert step == int(folder.name[-8:])
         tensors = [p.detach() for p in self.module.parameters()]
