@@ -30,7 +30,7 @@ from mvbert.model.flops import encoder_flops, head_flops
 from mvbert.model.huggingface import to_hugging_face
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.training.device import Device, give_memory_back, keep_memory
-from mvbert.training.optim import make_optimizer
+from mvbert.training.optim import Optimizer
 from mvbert.training.ranks import Ranks
 from mvbert.training.step import CudaGraph, Losses, Step
 
@@ -285,7 +285,7 @@ def ours(
         compile_layers(task.module)
     module = task.module.to(where.device)
     settings = config(case)
-    optimizer = make_optimizer(module, settings, where.device)
+    optimizer = Optimizer(module, settings, where)
     step = Step(
         task, Losses(task), settings, where, Ranks(), optimizer, {}, CudaGraph() if graph else None
     )

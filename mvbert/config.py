@@ -144,6 +144,10 @@ class TrainConfig:
     """Rows per forward pass of a process; gradients accumulate over passes (0: all at once)."""
     lr: float = 5e-4
     """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimiser; muon: of the encoder's matrices, with AdamW for everything else."""
+    muon_lr_ratio: float = 3.0
+    """Learning rate of Muon's matrices, as a multiple of lr."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises from 0."""
     final_lr: float = 0.0
@@ -218,8 +222,9 @@ class TrainConfig:
         for name in ("warmup", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        if self.lr <= 0 or self.eps <= 0:
-            raise InputError(f"lr and eps must be positive, got {self.lr} and {self.eps}")
+        for name in ("lr", "eps", "muon_lr_ratio"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
@@ -242,7 +247,8 @@ class TrainConfig:
 
     def described(self) -> dict[str, Any]:
         """The settings that must be the same to resume a run."""
-        return {k: v for k, v in to_dict(self).items() if k not in NOT_IDENTITY}
+        unused = ("muon_lr_ratio",) if self.optimizer == "adamw" else ()
+        return {k: v for k, v in to_dict(self).items() if k not in (*NOT_IDENTITY, *unused)}
 
 
 @dataclass(frozen=True)
@@ -277,8 +283,9 @@ class Stage2Config(TrainConfig):
 
     shape: str = "6x256"
     """Student layers x hidden size."""
-    start: Literal["stage1", "random"] = "stage1"
-    """Initial word embeddings: from Stage I, or random."""
+    start: str = "stage1"
+    """Initial weights: word embeddings of Stage I (stage1), none (random), or those of a student of
+    the same shape and vocabulary: its model folder or run folder."""
     positions: Literal["sinusoidal", "random"] = "sinusoidal"
     """Initial position embeddings; they train either way."""
     distill: tuple[str, ...] = ("relations",)
@@ -307,6 +314,10 @@ class Stage2Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "distill", tuple(self.distill))
+        if self.start not in ("stage1", "random") and not Path(self.start).is_dir():
+            raise InputError(
+                f"start must be stage1, random or the folder of a student, got {self.start!r}"
+            )
         for name in self.distill:
             if name not in DISTILL_LOSSES:
                 raise InputError(f"distill must list {', '.join(DISTILL_LOSSES)}, got {name!r}")

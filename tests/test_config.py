@@ -46,7 +46,7 @@ def test_toml_is_read_with_types(tmp_path):
         ("[stage1]\nstudent_prob = 1.5\n", "student_prob must lie in [0, 1]"),
         ("[stage1]\nlr = nan\n", "must be finite"),
         ("[row]\nlength = 1\n", "row length must lie in [8, 65535]"),
-        ('[stage2]\nstart = "paper"\n', "must be one of stage1, random"),
+        ('[stage2]\nstart = "paper"\n', "start must be stage1, random or the folder"),
         ('[stage2]\ndistill = ["logit"]\n', "distill must list logits, hidden, relations"),
         ('[stage2]\ndistill = ["hidden", "hidden"]\n', "lists a loss twice: hidden, hidden"),
         ("[stage2]\nhidden_layers = [2, 2]\n", "hidden_layers must be different"),

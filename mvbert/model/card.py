@@ -49,9 +49,11 @@ embeddings, the affine map to this model's width and the bias of the student's s
         start = {
             "stage1": "Its word embeddings were initialised from Stage I.",
             "random": "Its word embeddings were initialised randomly.",
-        }[stage2.start]
+        }.get(stage2.start, "It continues an earlier student.")
         positions = "as sinusoids" if stage2.positions == "sinusoidal" else "randomly"
-        initial = f"Its position\nembeddings were initialised {positions}, the encoder randomly."
+        initial = f" Its position\nembeddings were initialised {positions}, the encoder randomly."
+        if stage2.start not in ("stage1", "random"):
+            initial = ""
         losses = "masked language modelling"
         if stage2.distill:
             losses += f" and distillation ({' + '.join(stage2.distill)}) from the Stage I teacher"
@@ -60,7 +62,7 @@ embeddings, the affine map to this model's width and the bias of the student's s
 
 {what}.
 
-{start} {initial} It was trained with {losses}
+{start}{initial} It was trained with {losses}
 for {stage2.steps} steps of {stage2.rows} rows of {length} pieces.
 """
     return f"""{_FRONT}

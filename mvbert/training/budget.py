@@ -22,7 +22,7 @@ from mvbert.files import Json, read_json_object, write_json
 from mvbert.progress import duration
 from mvbert.training.device import Device, choose_graph
 from mvbert.training.feed import Feed
-from mvbert.training.optim import make_optimizer
+from mvbert.training.optim import Optimizer
 from mvbert.training.ranks import join_ranks
 from mvbert.training.step import WARM_UP, CudaGraph, Losses, Step
 from mvbert.training.task import Task
@@ -71,7 +71,7 @@ def measure_cost(
             torch.cuda.synchronize(device.device)
         return clock() - start
 
-    optimizer = make_optimizer(task.module.to(device.device), config, device.device)
+    optimizer = Optimizer(task.module.to(device.device), config, device)
     graph = CudaGraph() if choose_graph(config, device.device, ranks.count)[0] else None
     warm_up = WARM_UP + 1 if graph else 1  # slower first steps, not counted
     seconds: list[float] = []

@@ -32,7 +32,7 @@ from mvbert.files import (
 )
 from mvbert.model.huggingface import write_tensors
 from mvbert.model.weights import WEIGHTS, read_tensors
-from mvbert.training import optim
+from mvbert.training.optim import Optimizer, trained_parameters
 
 MANIFEST = "manifest.json"
 TRAINING = "training.safetensors"
@@ -87,7 +87,7 @@ def save(
     checkpoints: Path,
     state: dict[str, Json],
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     write_model: Callable[[Path], None],
     keep_last: int,
     keep_best: int,
@@ -172,43 +172,31 @@ def newest(checkpoints: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load(
-    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Json]]:
+def load(folder: Path, module: nn.Module, optimizer: Optimizer) -> tuple[int, dict[str, Json]]:
     """Restores the training state (the task loads the model); returns step and state."""
     state = read_json_object(folder / STATE)
     if not isinstance(state.get("step"), int) or not isinstance(state.get("window"), dict):
         raise InputError(f"{folder / STATE} has no step or no window")
     tensors = read_tensors(folder / TRAINING)
     with torch.no_grad():
-        for name, parameter in optim.trained_parameters(module):
+        for name, parameter in trained_parameters(module):
             if f"parameter.{name}" in tensors:
                 parameter.copy_(tensors[f"parameter.{name}"])
-            slot = optimizer.state[parameter]
-            for key in optim.STATE:
+            for key, value in optimizer.state(parameter).items():
                 if f"{key}.{name}" not in tensors:
                     raise InputError(f"{folder / TRAINING} has no {key} of {name}")
-                value = tensors[f"{key}.{name}"]
-                slot[key] = (
-                    value if key == "step" and not parameter.is_cuda else value.to(parameter.device)
-                )
+                value.copy_(tensors[f"{key}.{name}"])
     return state["step"], state  # type: ignore[return-value]
 
 
-def _training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _training_tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Optimiser moments by parameter name, and parameters that are not in the model files."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in optim.trained_parameters(module):
+    for name, parameter in trained_parameters(module):
         if not name.startswith("model."):
             tensors[f"parameter.{name}"] = parameter.detach().cpu().contiguous()
-        # Before the first update (a run saved at step 0) moments are zero.
-        slot = optimizer.state.get(parameter) or {
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-            "step": torch.zeros(()),
-        }
-        for key in optim.STATE:
-            tensors[f"{key}.{name}"] = slot[key].detach().cpu().contiguous()
+        for key, value in optimizer.state(parameter).items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
     return tensors
 
 

@@ -1,43 +1,85 @@
-"""Parameter groups, the optimiser and the learning rate."""
+"""The optimiser, its groups of parameters, and the learning rate."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvbert.config import TrainConfig
+from mvbert.model.encoder import BertLayer
+from mvbert.training.device import Device
+from mvbert.training.muon import Muon
 
-# The optimiser's state per parameter, saved in checkpoints.
-STATE = ("exp_avg", "exp_avg_sq", "step")
 
+class Optimizer:
+    """AdamW, and Muon for an encoder's matrices if the config says so, as one optimiser.
 
-def make_optimizer(
-    model: nn.Module, config: TrainConfig, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused.
-
-    No weight decay on biases and LayerNorm, as in BERT. Learning rate and step count are on the
-    device, and an update with `found_inf` 1 changes nothing, so a step never waits for the device.
+    AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) is torch's, fused. No weight decay on
+    biases and LayerNorm, as in BERT. Learning rate and step count are on the device, and an update
+    can be left out there, so a step never waits for the device.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for _, parameter in trained_parameters(model):
-        (decayed if parameter.ndim >= 2 else plain).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    lr = torch.tensor(config.lr, device=device)
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
+
+    def __init__(self, module: nn.Module, config: TrainConfig, device: Device) -> None:
+        self._lr = torch.tensor(config.lr, device=device.device)
+        matrices = dict(_matrices(module)) if config.optimizer == "muon" else {}
+        rest = [p for _, p in trained_parameters(module) if p not in matrices]
+        decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay}
+        plain = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
+        groups: list[dict[str, Any]] = [group for group in (decayed, plain) if group["params"]]
+        betas = (config.beta1, config.beta2)
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=self._lr, betas=betas, eps=config.eps, fused=True)
+        ]
+        for parameter in rest:
+            self._parts[0].state[parameter] = {
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+                "step": torch.zeros((), device=device.device),
+            }
+        if matrices:
+            self._parts.append(
+                Muon(
+                    matrices.items(), self._lr, config.muon_lr_ratio, config.weight_decay,
+                    device.autocast or torch.float32,
+                )
+            )  # fmt: skip
+
+    def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What the optimiser keeps of a parameter, by name; it all goes into checkpoints."""
+        return next(part.state[parameter] for part in self._parts if parameter in part.state)
+
+    def set_learning_rate(self, value: float) -> None:
+        self._lr.fill_(value)
+
+    def set_capturable(self, on: bool) -> None:
+        """Sets torch's flag for captured updates, which warns if set for eager ones."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["capturable"] = on
+
+    def step(self, skip: Tensor) -> None:
+        """Updates all parameters that have a gradient; nothing changes if `skip` [] is true."""
+        for part in self._parts:
+            part.found_inf = skip.float()  # type: ignore[attr-defined]
+            part.step()
 
 
-def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _matrices(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """The encoder layers' trained matrices and how many of equal height are stacked in each."""
+    for layer in module.modules():
+        if isinstance(layer, BertLayer):
+            one_each = (layer.attention_output, layer.intermediate, layer.output)
+            for linear, count in ((layer.qkv, 3), *((linear, 1) for linear in one_each)):
+                if linear.weight.requires_grad:
+                    yield linear.weight, count
+
+
+def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that require gradients, in a fixed order."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -47,8 +89,3 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.lr * (step + 1) / warmup
     left = (config.steps - step) / max(config.steps - warmup, 1)
     return config.lr * (config.final_lr + (1 - config.final_lr) * left)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"].fill_(value)

@@ -100,10 +100,14 @@ def run_stage2(
     config = config.counted(row.length)
 
     def describe() -> dict[str, Json]:
+        start: dict[str, Json] = {}
+        if config.start not in ("stage1", "random"):
+            start["start"] = weights_id(huggingface.find_model(config.start, "start"))
         return {
             "stage": 2,
             "corpus": corpus_id(corpus.folder),
             "stage1": stage1_id(stage1),
+            **start,
             "row": to_dict(row),
             "train": config.described(),
         }

@@ -22,6 +22,7 @@ from mvbert.config import (
     Stage1Config,
     Stage2Config,
     student_shape,
+    to_dict,
 )
 from mvbert.errors import InputError
 from mvbert.model import huggingface
@@ -188,6 +189,26 @@ def load_stage1(folder: Path) -> tuple[MixedMaskedLM, Vocab]:
     return model, vocab
 
 
+def load_student(folder: Path, model: MaskedLM, vocab: Vocab) -> None:
+    """Loads a student that a Stage II run is to continue into a model of its shape.
+
+    Raises:
+        InputError: the folder's model has another shape or another vocabulary.
+    """
+    shape, its_vocab = huggingface.read_shape(folder)
+    ours, theirs = to_dict(model.config), to_dict(shape)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # the run's own
+        theirs[name] = ours[name]
+    differ = [
+        f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]
+    ]
+    if its_vocab.sha256 != vocab.sha256:
+        differ.append("another vocabulary")
+    if differ:
+        raise InputError(f"start {folder}: this student has {', '.join(differ)}")
+    huggingface.load_masked_lm(folder, model, complete=True)
+
+
 class Stage2:
     """Trains the student on student pieces, with or without the Stage I teacher.
 
@@ -213,7 +234,9 @@ class Stage2:
         self.model.init_weights(config.seed)
         self.model.embeddings.frequent_ids = (self.vocab.mask,)
         self.model.pooler.requires_grad_(False)
-        if config.start == "stage1":
+        if config.start not in ("stage1", "random"):
+            load_student(huggingface.find_model(config.start, "start"), self.model, self.vocab)
+        elif config.start == "stage1":
             E = teacher.student.table.shape[1]
             if shape.hidden_size != E:
                 raise InputError(
@@ -224,7 +247,7 @@ class Stage2:
             with torch.no_grad():
                 self.model.embeddings.word.weight.copy_(teacher.student.table)
                 self.model.head.bias.copy_(teacher.student.bias)
-        if config.positions == "sinusoidal":
+        if config.positions == "sinusoidal" and config.start in ("stage1", "random"):
             tables = self.model.embeddings
             sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
         self.module = nn.ModuleDict({"model": self.model})

@@ -18,7 +18,7 @@ from mvbert.model.masked_lm import DeviceBatch
 from mvbert.text.philox import philox4x32
 from mvbert.training.device import Device
 from mvbert.training.feed import Feed
-from mvbert.training.optim import learning_rate, set_learning_rate
+from mvbert.training.optim import Optimizer, learning_rate, trained_parameters
 from mvbert.training.ranks import Ranks
 from mvbert.training.task import Task
 
@@ -117,13 +117,13 @@ class Step:
         config: TrainConfig,
         device: Device,
         ranks: Ranks,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         state: dict[str, Json],
         graph: CudaGraph | None,
     ) -> None:
         self._task, self._config, self._device, self._ranks = task, config, device, ranks
         self._optimizer, self._graph = optimizer, graph
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._parameters = [p for _, p in trained_parameters(task.module)]
         self._losses = losses
         window: dict[str, float] = state.get("window", {}) if ranks.lead else {}  # type: ignore[assignment]
         self._sums = Sums(device.device, window)
@@ -137,24 +137,19 @@ class Step:
         """Runs step `step` (from 0); on a GPU, returns when it has been launched."""
         feed.fetch()
         self._number.fill_(step)
-        set_learning_rate(self._optimizer, learning_rate(step, self._config))
+        self._optimizer.set_learning_rate(learning_rate(step, self._config))
         if self._graph is None or self._ran < WARM_UP:
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._update(feed.device)
         else:
             if self._ran == WARM_UP:
-                self._capturable(True)
+                self._optimizer.set_capturable(True)
                 self._graph.capture(lambda: self._update(feed.device))
-                self._capturable(False)
+                self._optimizer.set_capturable(False)
             # A replay draws dropout from the generator's current state.
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._graph.replay()
         self._ran += 1
-
-    def _capturable(self, on: bool) -> None:
-        """Sets torch's flag for captured updates, which warns if set for eager ones."""
-        for group in self._optimizer.param_groups:
-            group["capturable"] = on
 
     def _update(self, rows: dict[str, Tensor]) -> None:
         self._task.module.train()
@@ -173,9 +168,9 @@ class Step:
         if self._config.grad_clip:
             nn.utils.clip_grads_with_norm_(self._parameters, self._config.grad_clip, norm)
         good = torch.isfinite(norm)
-        self._optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(skip=~good)
+        for p in self._parameters:
+            p.grad = None
         # A skipped step only counts as skipped; values that all ranks share count once.
         one = torch.full_like(norm, float(self._ranks.lead))
         parts |= {"grad_norm": norm * one, "updates": one}

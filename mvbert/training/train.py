@@ -28,7 +28,7 @@ from mvbert.training.environment import environment
 from mvbert.training.feed import Feed
 from mvbert.training.journal import Journal
 from mvbert.training.machine import pass_rows
-from mvbert.training.optim import make_optimizer
+from mvbert.training.optim import Optimizer
 from mvbert.training.ranks import Ranks, join_ranks
 from mvbert.training.runs import (
     Log,
@@ -181,7 +181,7 @@ def _prepare(
         ranks=ranks,
         device=device,
         module=module,
-        optimizer=make_optimizer(module, config, device.device),
+        optimizer=Optimizer(module, config, device),
         graph=CudaGraph() if graph else None,
         peak=peak * ranks.count,
         facts=facts,
@@ -225,7 +225,7 @@ class _Run:
     ranks: Ranks
     device: Device
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     graph: CudaGraph | None
     peak: float  # FLOP/s of all devices together
     facts: dict[str, Json]  # the environment

@@ -13,10 +13,11 @@ from mvbert.errors import InputError
 from mvbert.model import huggingface
 from mvbert.model.weights import read_tensors
 from mvbert.training import checkpoint
-from mvbert.training.optim import make_optimizer
+from mvbert.training.device import Device
+from mvbert.training.optim import Optimizer, trained_parameters
 
 CONFIG = TrainConfig(keep_last=1, keep_best=0)
-CPU = torch.device("cpu")
+CPU = Device(torch.device("cpu"), None, "set by the test")
 
 
 class Saved:
@@ -24,15 +25,15 @@ class Saved:
 
     def __init__(self) -> None:
         self.module = nn.Linear(3, 2)
-        self.optimizer = make_optimizer(self.module, CONFIG, CPU)
+        self.optimizer = Optimizer(self.module, CONFIG, CPU)
         for parameter in self.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
+        self.optimizer.step(skip=torch.tensor(False))
 
     def fill(self, number: float) -> None:
         with torch.no_grad():
             for parameter in self.module.parameters():
-                for tensor in (parameter, *self.optimizer.state[parameter].values()):
+                for tensor in (parameter, *self.optimizer.state(parameter).values()):
                     tensor.fill_(number)
 
     def save(
@@ -59,7 +60,8 @@ class Saved:
         step, state = checkpoint.load(folder, self.module, self.optimizer)
         assert step == int(folder.name[-8:])
         tensors = [p.detach() for p in self.module.parameters()]
-        tensors += [t for slot in self.optimizer.state.values() for t in slot.values()]
+        for _, parameter in trained_parameters(self.module):
+            tensors += self.optimizer.state(parameter).values()
         return {state["window"]["sum"], *(float(x) for t in tensors for x in t.flatten())}
 
 

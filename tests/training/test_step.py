@@ -137,8 +137,9 @@ def test_a_run_of_replayed_steps_is_the_eager_run(stage2_run, tmp_path, fixed_sh
     [
         {"logits_at": "all", "hidden_layers": (0, 1)},
         {"distill": ("relations",), "relations_layer": 1, "relations_weight": 2.0},
+        {"optimizer": "muon"},
     ],
-    ids=["all", "relations"],
+    ids=["all", "relations", "muon"],
 )
 def test_every_way_to_distil_fits_into_a_graph(stage2_run, tmp_path, fixed_shapes, request, change):
     eager = stage2_run(tmp_path / "eager", **change)

@@ -163,6 +163,35 @@ def test_a_student_starts_from_the_stage_one_table(corpus, stage1_model):
         assert torch.equal(a, b) == (name not in told_apart), name
 
 
+def test_a_student_is_continued_from_its_folder(stage2, corpus, stage1_model, tmp_path):
+    before, report, _ = stage2(tmp_path / "first")
+    config = replace(STAGE2, start=str(tmp_path / "first"))
+    after = Stage2(config, ROW, corpus, load_stage1(stage1_model), CPU, Quiet())
+    for (name, a), (_, b) in zip(
+        before.model.named_parameters(), after.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    _, more, _ = stage2(tmp_path / "second", config)
+    assert more.heldout_first["loss"] == report.heldout_last["loss"]
+
+
+def test_a_student_of_another_shape_or_vocabulary_cannot_be_continued(
+    stage2, corpus, stage1_model, tmp_path
+):
+    stage2(tmp_path / "first")
+    loaded = load_stage1(stage1_model)
+    start = str(tmp_path / "first")
+    with pytest.raises(InputError, match="num_hidden_layers 1, not 2"):
+        Stage2(replace(STAGE2, shape="2x64", start=start), ROW, corpus, loaded, CPU, Quiet())
+    (tmp_path / "first/model/tokenizer.json").unlink()
+    vocab = tmp_path / "first/model/vocab.txt"
+    pieces = vocab.read_text().splitlines()
+    pieces[-1], pieces[-2] = pieces[-2], pieces[-1]
+    vocab.write_text("\n".join(pieces) + "\n")
+    with pytest.raises(InputError, match="another vocabulary"):
+        Stage2(replace(STAGE2, start=start), ROW, corpus, loaded, CPU, Quiet())
+
+
 def test_a_student_of_another_width_cannot_start_from_stage_one(corpus, stage1_model):
     loaded = load_stage1(stage1_model)
     with pytest.raises(InputError, match="embedding_size 128, or choose start = random"):
@@ -234,13 +263,15 @@ def _terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_distillation_resumes_to_the_same_bits(stage2, tmp_path, assert_same_run):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_distillation_resumes_to_the_same_bits(stage2, tmp_path, optimizer, assert_same_run):
     config = replace(
         STAGE2,
         distill=("hidden", "logits", "relations"),
         hidden_layers=(0, 1),
         mlm_weight=0.2,
         logits_weight=0.5,
+        optimizer=optimizer,
     )
     stage2(tmp_path / "unbroken", config)
     with pytest.raises(Interrupted):
