@@ -567,6 +567,9 @@ def guarded(work: Callable[[], None]) -> int:
     except InputError as error:
         _print_message(f"error: {error}", all_ranks=True)
         return 2
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:  # e.g. a name that is too long or a folder without permission
         if error.filename is None or isinstance(error.filename, int):
             raise

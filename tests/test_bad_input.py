@@ -685,6 +685,19 @@ def test_a_result_that_cannot_be_printed(ground):
     assert "Traceback" not in done.stderr
 
 
+def test_a_reader_that_leaves_early_is_no_error(tmp_path):
+    """As in `mvbert corpus --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "mvbert", "corpus", "--help"]
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == ""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on_as_if_it_had_not(ground, sent, assert_same_run):
