@@ -37,7 +37,7 @@ from mvbert.config import (
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json, json_text
 
-DEMO = Path(__file__).parent / "presets" / "demo.toml"
+PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,11 @@ class DistillCommand:
     Example: mvbert distill settings.toml -o runs/mine
     """
 
-    config: Positional[Path] = DEMO
-    """Settings; default: a demonstration scaled to take ten minutes."""
+    config: Positional[Path | None] = None
+    """Settings; default: those of the preset."""
+    preset: Literal["demo", "english", "english-cpu"] = "demo"
+    """Settings that come with mvbert: a demonstration of ten minutes; a student of English for one
+    GPU; the same for two CPU cores."""
     text: tuple[str, ...] = ()
     """Files or folders to read; overrides the settings."""
     teacher: str | None = None
@@ -252,7 +255,9 @@ class DistillCommand:
         from mvbert.distill import print_distill_report, run_distill
         from mvbert.progress import leads
 
-        config = load_toml(DistillConfig, self.config)
+        if self.config is not None and self.preset != "demo":
+            raise InputError(f"give a file of settings or --preset {self.preset}, not both")
+        config = load_toml(DistillConfig, self.config or PRESETS / f"{self.preset}.toml")
         if self.text:
             config = replace(config, corpus=replace(config.corpus, text=self.text))
         if self.teacher is not None:

@@ -356,6 +356,13 @@ class CorpusConfig:
     errors: Literal["strict", "replace"] = "strict"
     """Invalid UTF-8: strict refuses it, replace skips the invalid bytes."""
 
+    def check_text(self) -> None:
+        """Checks that there is a text: a preset leaves it to the command line."""
+        if not self.text:
+            raise InputError(
+                "no text to read: name files or folders with --text, or as text in [corpus]"
+            )
+
 
 @dataclass(frozen=True)
 class VocabConfig:

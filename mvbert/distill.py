@@ -55,6 +55,7 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         Interrupted: stopped by a signal; a checkpoint was saved first.
     """
     started = time.monotonic()
+    config.corpus.check_text()
     progress = Progress("distill")
     out = Path(config.out)
     arms = config.arms or ("student",)  # without arms: one student, trained as stage2 says

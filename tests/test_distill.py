@@ -1,6 +1,7 @@
 """The whole job through the command line, on a tiny teacher and a page of text."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -215,15 +216,53 @@ def test_another_text_is_not_taken_for_the_first(job, whole, text, verb, refused
     assert said.count("is complete") == 6
 
 
-def test_the_packaged_settings_are_valid():
-    from mvbert.cli import DEMO
-
-    config = load_toml(DistillConfig, DEMO)
+def test_the_demo_trains_three_students_with_the_same_steps():
+    config = load_toml(DistillConfig, cli.PRESETS / "demo.toml")
     assert list(config.arms) == ["random", "paper", "distilled"]
     assert config.vocab.size == 4928
     assert config.arm("paper").distill == ()
     assert config.arm("distilled").distill == ("relations",)
     assert {config.arm(name).steps for name in config.arms} == {config.stage2.steps}
+
+
+@pytest.mark.parametrize("name", ["english", "english-cpu"])
+def test_a_preset_wants_a_text(tmp_path, refused, name, monkeypatch):
+    config = load_toml(DistillConfig, cli.PRESETS / f"{name}.toml")
+    assert not config.corpus.text
+    assert config.stage1.pieces < config.stage2.pieces
+    monkeypatch.chdir(tmp_path)
+    refused(["distill", "--preset", name, "-o", "out"], "no text to read: name files or folders")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_trains_what_it_says_of_a_given_text_and_teacher(job, tmp_path, verb, monkeypatch):
+    monkeypatch.chdir(job)
+    small = (cli.PRESETS / "english-cpu.toml").read_text()
+    for name, value in {"pieces": 512, "rows": 8, "size": 90, "length": 16, "eval_rows": 8}.items():
+        small = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value}", small)
+    small = small.replace('"6x256"', '"1x64"').replace("[stage1]", "[stage1]\nembedding_size = 64")
+    (tmp_path / "english-cpu.toml").write_text(
+        small.replace("[stage2]", "[stage2]\nrelation_heads = 8")
+    )
+    monkeypatch.setattr(cli, "PRESETS", tmp_path)
+    out = str(tmp_path / "out")
+    verb(
+        "distill",
+        "--preset",
+        "english-cpu",
+        "--text",
+        "text.txt",
+        "--teacher",
+        "teacher",
+        "-o",
+        out,
+    )
+    assert (tmp_path / "out/arms/student/model/config.json").is_file()
+
+
+def test_settings_and_a_preset_are_not_given_together(job, refused, monkeypatch):
+    monkeypatch.chdir(job)
+    refused(["distill", "job.toml", "--preset", "english"], "not both")
 
 
 def test_help_version_and_what_is_said_without_a_verb(tmp_path):

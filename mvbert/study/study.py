@@ -172,6 +172,7 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
     """
     if join_ranks().count > 1:
         raise InputError("a study runs in one process; start it without torchrun")
+    config.corpus.check_text()
     started = time.perf_counter()
     progress = Progress("study")
     out = Path(config.out)
