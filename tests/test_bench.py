@@ -408,6 +408,45 @@ def test_targets_are_passed_and_missed(bench_path, tmp_path):
     assert found["stage 1: pieces/s"].row()[-2:] == ["-", "-"]
 
 
+@pytest.fixture
+def gpu_train(root, training_inputs, tmp_path):
+    """A function that runs bench/gpu_train.sh --dry-run and returns OUT and what was said."""
+
+    def run(name: str, *more):
+        out = tmp_path / name
+        done = subprocess.run(
+            ["bench/gpu_train.sh", out, "--teacher", training_inputs / "teacher",
+             "--text", training_inputs / "text.txt", "--dry-run", *more],
+            cwd=root, capture_output=True, text=True, timeout=600, check=False,
+            env={**os.environ, "PYTHON": sys.executable},
+        )  # fmt: skip
+        return out, done
+
+    return run
+
+
+def test_a_student_trained_in_one_call_is_continued_in_the_next(gpu_train):
+    first, done = gpu_train("first")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {file.name: file.stat().st_size for file in first.iterdir()}
+    assert {"student.tar.00", "SHA256SUMS", "report.json", "stage2.jsonl"} <= made.keys()
+    assert len(made) <= 8
+    assert max(made.values()) < 16 << 20
+    second, done = gpu_train("second", "--start", first)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [
+        [json.loads(line)["heldout"]["loss"] for line in lines if "heldout" in line]
+        for lines in ((out / "stage2.jsonl").read_text().splitlines() for out in (first, second))
+    ]
+    assert losses[1][0] == losses[0][-1]
+
+    part = first / "student.tar.00"
+    part.write_bytes(part.read_bytes()[:-1])
+    _, done = gpu_train("third", "--start", first)
+    assert done.returncode != 0
+    assert "student.tar.00 is missing or damaged" in done.stderr
+
+
 def test_dry_run(root, tmp_path):
     """Every part runs at toy size, here where there may be no GPU."""
     draw = random.Random(0)

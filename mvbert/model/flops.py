@@ -68,13 +68,14 @@ def product_rates(
     products: Sequence[Product],
     gradients: bool,
     seconds: float = 0.2,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.thread_time,
 ) -> dict[torch.dtype, float]:
-    """FLOP/s of these matrix products on the CPU, in float32 and in bfloat16.
+    """FLOP/s of these matrix products on one core of the CPU, in float32 and in bfloat16.
 
-    The dtypes take turns, and the best time of each product counts, so that a busy neighbour does
-    not decide between them. Gradients are measured separately because a library may have fast
-    code for one order of the operands only.
+    The dtypes take turns, the best time of each product counts, and time is that of this thread, so
+    that a busy neighbour does not decide between them: on several threads, each waits for all.
+    Gradients are measured separately because a library may have fast code for one order of the
+    operands only.
 
     Args:
         gradients: measure the two products of the backward pass too.
@@ -94,8 +95,10 @@ def product_rates(
         call()
         return clock() - start
 
-    end = clock() + seconds
     best: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    end = clock() + seconds
     for _, work in works:
         for dtype in dtypes:
             # The first call also prepares code and memory.
@@ -110,6 +113,7 @@ def product_rates(
                 for dtype in dtypes:
                     best[dtype][i] = min(best[dtype][i], timed(work[dtype]))
             made += 1
+    torch.set_num_threads(threads)
     flops = sum(flops for flops, _ in works[: len(best[torch.float32])])
     return {dtype: flops / sum(best[dtype]) for dtype in dtypes}
 

@@ -128,7 +128,7 @@ def choose_dtype(
     measured = rates()
     float32, bfloat16 = measured[torch.float32], measured[torch.bfloat16]
     chosen = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
-    figures = f"float32 {float32 / 1e9:.3g}, bfloat16 {bfloat16 / 1e9:.3g} GFLOP/s"
+    figures = f"float32 {float32 / 1e9:.3g}, bfloat16 {bfloat16 / 1e9:.3g} GFLOP/s a core"
     return chosen, f"measured {figures}"
 
 

@@ -106,7 +106,10 @@ def test_a_model_is_measured_in_the_dtype_of_its_run_others_in_the_faster_one(
     assert "device cpu, float32 products: as set" in said
     assert measured == []
     _, said = verb("eval", training_inputs / "teacher", *options)
-    assert "bfloat16 products, float32 weights: measured float32 50, bfloat16 100 GFLOP/s" in said
+    assert (
+        "bfloat16 products, float32 weights: measured float32 50, bfloat16 100 GFLOP/s a core"
+        in said
+    )
     pieces = 32 * 16
     layer = [(pieces, 32, 96), (pieces, 32, 32), (pieces, 32, 64), (pieces, 64, 32)]
     assert measured == [(layer, False)]

@@ -4,6 +4,8 @@ Nothing here depends on the processor: rates are scripted, or the clock that mea
 """
 
 import json
+import time
+from functools import partial
 
 import pytest
 
@@ -51,7 +53,7 @@ def test_auto_takes_bfloat16_where_it_is_clearly_faster(float32, bfloat16, dtype
     found = {torch.float32: float32, torch.bfloat16: bfloat16}
     chosen, reason = choose_dtype("auto", CPU, lambda: found)
     assert chosen == dtype
-    figures = f"float32 {float32 / 1e9:.0f}, bfloat16 {bfloat16 / 1e9:.0f} GFLOP/s"
+    figures = f"float32 {float32 / 1e9:.0f}, bfloat16 {bfloat16 / 1e9:.0f} GFLOP/s a core"
     assert reason == f"measured {figures}"
     assert figures in str(device.Device.of(CPU, chosen, reason))
 
@@ -100,6 +102,33 @@ def test_a_rate_is_that_of_the_best_of_interleaved_rounds(monkeypatch):
     }
     turns = [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
     assert [dtype for dtype, *_ in clock.calls] == turns + turns[1:3] * (flops.ROUNDS - 1)
+
+
+def test_rates_are_of_one_core_and_the_threads_stay_as_they_were(monkeypatch):
+    before, seen = torch.get_num_threads(), set()
+
+    def seconds(*_) -> float:
+        seen.add(torch.get_num_threads())
+        return 0.01
+
+    flops.product_rates([(8, 4, 6)], False, seconds=0.0, clock=Clock(monkeypatch, seconds))
+    assert seen == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_time_that_a_neighbour_takes_is_not_counted(monkeypatch):
+    calls = flops._product_calls
+
+    def interrupted(m, k, n, dtype, gradients):
+        def call(work):
+            time.sleep(0.02 if dtype == torch.float32 else 0.0)  # the processor went elsewhere
+            work()
+
+        return [partial(call, work) for work in calls(m, k, n, dtype, gradients)]
+
+    monkeypatch.setattr(flops, "_product_calls", interrupted)
+    found = flops.product_rates([(64, 256, 256)], False, seconds=0.0)
+    assert 2 * 64 * 256 * 256 / found[torch.float32] < 0.02
 
 
 def test_it_measures_for_as_long_as_it_may(monkeypatch):
@@ -200,7 +229,7 @@ def test_a_stopped_run_goes_on_in_its_dtype_on_another_machine(
     measured = rates(FAST)
     report, said = verb(*command, "--max-hours", 1e-9)
     assert report == {"complete": False, "step": 1}
-    figures = "measured float32 100, bfloat16 215 GFLOP/s"
+    figures = "measured float32 100, bfloat16 215 GFLOP/s a core"
     assert f"device cpu, bfloat16 products, float32 weights: {figures}" in said
     assert len(measured) == 1
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -231,7 +260,7 @@ def test_a_job_decides_once_for_all_of_its_runs(tmp_path, rates):
     products = [(8, 4, 6)]
     measured = rates(FAST)
     job = machine.decide_for_job(tmp_path, [as_set, auto], products)
-    assert job == ("bfloat16", "measured float32 100, bfloat16 215 GFLOP/s")
+    assert job == ("bfloat16", "measured float32 100, bfloat16 215 GFLOP/s a core")
     measured = rates(SLOW)
     assert machine.decide_for_job(tmp_path, [as_set, auto], products) == job
     assert machine.set_up(auto, tmp_path / "a", [(1, 1, 1)], job).dtype == "bfloat16"
