@@ -1,7 +1,9 @@
-"""Differential fuzz: C++ against transformers' slow BertTokenizer (4.x), by random strings.
+"""Differential fuzz: C++ against transformers' BertTokenizer (4.x), by random strings.
 
     python tests/fuzz_tokenizer.py --vocab data:vocab.txt --count 1000000 --seed 1
     python tests/fuzz_tokenizer.py --vocab data:vocab-cased.txt --cased --count 1000000
+    python tests/fuzz_tokenizer.py --vocab data:vocab.txt --keep-accents --count 1000000
+    python tests/fuzz_tokenizer.py --vocab data:vocab.txt --added --count 1000000
 
 Strings are short and mean: characters that normal forms, cleaning and special pieces turn on. One
 in a thousand is longer, and one in a thousand has a run of one character that fills buffers.
@@ -9,17 +11,27 @@ All strings' ids are compared in batches; of some also those of encode and of of
 pairs, and (--plain) the definition in plain Python. A seed names its strings, whatever the number
 of processes. Prints counts, and strings that differ; exits with 1 if one did. Needs Python 3.11,
 whose unicodedata is the pinned 14.0.0.
+
+The slow tokenizer is the measure, but for added pieces the fast one is (docs/models.md). Its words
+are others than the slow one's in some strings; --added counts those and leaves them out: strings
+of which, or of a character of which, tokenizers without added pieces give other ids already.
 """
 
 import argparse
 import multiprocessing
 import random
+import re
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 
+from mvbert.text.vocab import SPECIAL_PIECES
+
 BATCH = 1000  # strings of one seed
+# With --added: (piece, normalized). One is a word of the vocabulary, one a part of another.
+ADDED = [("<ent>", False), ("[ENT]", False), ("covid-19", True), ("covid", True), ("Éa", True),
+         ("中h", True), ("ing", True), ("=\u0338", False), ("the", False)]  # fmt: skip
 MOST_PRINTED = 20  # strings that differ
 
 
@@ -49,6 +61,23 @@ def alphabets() -> list[list[str]]:
     ]
 
 
+def added_parts() -> list[str]:
+    """Added pieces as they may stand in text: in other cases, in parts, with marks between."""
+    found = [variant for piece, _ in ADDED for variant in (piece, piece.upper(), piece.lower())]
+    found += [
+        "<en",
+        "t>",
+        "covid-",
+        "-19",
+        "E\u0301a",
+        "e\u0301A",
+        "cov\u200bid",
+        "中 h",
+        "[EN\u200bT]",
+    ]
+    return [*found, " ", "a", "-", "\u0301", "x"]
+
+
 def strings(pools: list[list[str]], seed: int) -> Iterator[str]:
     """The BATCH strings of a seed."""
     random_ = random.Random(seed)
@@ -67,19 +96,21 @@ def strings(pools: list[list[str]], seed: int) -> Iterator[str]:
 class Comparison:
     """Both tokenizers of one vocabulary."""
 
-    def __init__(self, vocab: str, lowercase: bool, plain: bool) -> None:
+    def __init__(self, vocab: str, lowercase: bool, accents: bool, plain: bool) -> None:
         from transformers import BertTokenizer, logging
 
         from mvbert.text.tokenizer import WordPieceTokenizer
+        from mvbert.text.vocab import Vocab
 
         logging.set_verbosity_error()  # about overflowing tokens, a line a pair
-        self.ours = WordPieceTokenizer.from_pretrained(vocab, lowercase)
-        self.slow = BertTokenizer(vocab, do_lower_case=lowercase)
+        strip = lowercase and not accents
+        self.ours = WordPieceTokenizer(Vocab.load(vocab, lowercase, strip))
+        self.slow = BertTokenizer(vocab, do_lower_case=lowercase, strip_accents=strip)
         self.plain = plain
         self.pools = alphabets()
 
-    def differences(self, seed: int) -> list[str]:
-        """What differs among the strings of a seed, in words."""
+    def differences(self, seed: int) -> tuple[list[str], int]:
+        """What differs among the strings of a seed, in words; how many were left out."""
         texts = list(strings(self.pools, seed))
         slow = self.slow
         expected = [
@@ -99,7 +130,7 @@ class Comparison:
                 found += self._pair(text, texts[i - 1], 3 + seed % 20)
             if self.plain and i % 8 == 3:
                 found += self._definition(text)
-        return found
+        return found, 0
 
     def _pair(self, text: str, pair: str, max_length: int) -> list[str]:
         options = {"max_length": max_length, "truncation": True, "padding": "max_length"}
@@ -114,22 +145,79 @@ class Comparison:
         vocab = self.ours.vocab
         if "[" in text:
             return []  # special pieces are not special there
-        words = basic_split(text, vocab.lowercase)
+        words = basic_split(text, vocab.lowercase, vocab.strip_accents)
         ids = [vocab.ids[piece] for word in words for piece in wordpiece(word, vocab.ids)]
         if ids == self.ours.encode(text, add_special_tokens=False):
             return []
         return [f"plain definition: {text!a}"]
 
 
-_comparison: Comparison
+class AddedComparison:
+    """Our tokenizer and the fast one, each with and without ADDED."""
+
+    def __init__(self, vocab: str, lowercase: bool, accents: bool, plain: bool) -> None:
+        from transformers import AddedToken, BertTokenizerFast
+
+        from mvbert.text.tokenizer import WordPieceTokenizer
+        from mvbert.text.vocab import AddedPiece, Vocab
+
+        strip = lowercase and not accents
+        base = Vocab.load(vocab, lowercase, strip)
+        new = [piece for piece, _ in ADDED if piece not in base.ids]
+        added = tuple(AddedPiece(piece, normalized, False) for piece, normalized in ADDED)
+        whole = Vocab((*base.pieces, *new), lowercase, strip, added, base.size)
+        self.ours = [WordPieceTokenizer(base), WordPieceTokenizer(whole)]
+        self.fast = [
+            BertTokenizerFast(vocab, do_lower_case=lowercase, strip_accents=strip) for _ in range(2)
+        ]
+        self.fast[1].add_tokens([AddedToken(p, normalized=normalized) for p, normalized in ADDED])
+        self.pools = [added_parts() for _ in range(5)] + alphabets()
+
+    def differences(self, seed: int) -> tuple[list[str], int]:
+        """What differs among the strings of a seed, in words; how many were left out."""
+        # (The fast tokenizer takes no lone surrogates.)
+        texts = [re.sub("[\ud800-\udfff]", "", text) for text in strings(self.pools, seed)]
+        letters = sorted(set().union(*texts))
+        probes = [probe for letter in letters for probe in (letter, f"a{letter}a")]
+        other = {
+            letters[i // 2]
+            for i, (a, b) in enumerate(zip(*self._both(0, probes), strict=True))
+            if a != b
+        }
+        plain, whole = (zip(*self._both(side, texts), strict=True) for side in (0, 1))
+        found, left_out = [], 0
+        for text, (a, b), (ids, expected) in zip(texts, plain, whole, strict=True):
+            if a != b or not other.isdisjoint(text) or self._found_when_cleaned(text):
+                left_out += 1
+            elif ids != expected:
+                found.append(f"ids in a batch: {text!a}")
+            elif self.ours[1].offsets(text)[0].tolist() != expected[1:-1]:
+                found.append(f"ids with offsets: {text!a}")
+        return found, left_out
+
+    def _found_when_cleaned(self, text: str) -> bool:
+        """Whether cleaning makes a piece of cased text, which is found as by the slow tokenizer."""
+        if self.ours[0].vocab.lowercase:
+            return False
+        kept = "".join(c for c in text if unicodedata.category(c)[0] != "C")
+        cleaned = unicodedata.normalize("NFC", kept)
+        pieces = [*SPECIAL_PIECES, *(piece for piece, normalized in ADDED if not normalized)]
+        return any(cleaned.count(piece) != text.count(piece) for piece in pieces)
+
+    def _both(self, side: int, texts: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        ours = self.ours[side].encode_batch(texts, threads=1)
+        return [row.tolist() for row in ours], self.fast[side](texts)["input_ids"]
 
 
-def _start(*arguments) -> None:
+_comparison: Comparison | AddedComparison
+
+
+def _start(added: bool, *arguments) -> None:
     global _comparison
-    _comparison = Comparison(*arguments)
+    _comparison = (AddedComparison if added else Comparison)(*arguments)
 
 
-def _compare(seed: int) -> list[str]:
+def _compare(seed: int) -> tuple[list[str], int]:
     return _comparison.differences(seed)
 
 
@@ -137,6 +225,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--vocab", required=True)
     parser.add_argument("--cased", action="store_true")
+    parser.add_argument("--keep-accents", action="store_true", help="under lower case")
+    parser.add_argument("--added", action="store_true", help="with added pieces, as the fast one")
     parser.add_argument("--plain", action="store_true", help="also the plain definition (slow)")
     parser.add_argument("--count", type=int, default=100_000, help=f"rounded up to {BATCH}")
     parser.add_argument("--seed", type=int, default=0)
@@ -148,12 +238,14 @@ def main() -> int:
     seeds = [options.seed << 32 | i for i in range(batches)]
     from mvbert.files import data_path
 
-    arguments = (str(data_path(options.vocab)), not options.cased, options.plain)
+    vocab = str(data_path(options.vocab))
+    arguments = (options.added, vocab, not options.cased, options.keep_accents, options.plain)
     begin = shown = time.monotonic()
-    compared = differences = 0
+    compared = differences = left_out = 0
     with multiprocessing.get_context("spawn").Pool(options.processes, _start, arguments) as pool:
-        for found in pool.imap(_compare, seeds):
-            compared += BATCH
+        for found, skipped in pool.imap(_compare, seeds):
+            compared += BATCH - skipped
+            left_out += skipped
             for what in found[: max(MOST_PRINTED - differences, 0)]:
                 print(f"differs: {what}", flush=True)
             differences += len(found)
@@ -161,7 +253,11 @@ def main() -> int:
                 shown = time.monotonic()
                 rate = compared / (shown - begin)
                 print(f"{compared} strings, {differences} differences, {rate:.0f}/s", flush=True)
-    print(f"{compared} strings, {differences} differences, seed {options.seed}, {options.vocab}")
+    skipped = f" ({left_out} left out)" if options.added else ""
+    print(
+        f"{compared} strings{skipped}, {differences} differences, seed {options.seed}, "
+        f"{options.vocab}"
+    )
     return 1 if differences else 0
 
 
