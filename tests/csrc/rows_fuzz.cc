@@ -108,7 +108,7 @@ void CheckRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& 
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace mvbert;
-  static const FuzzTokenizers uncased({true, true}), cased({false, false}), accented({true, false});
+  const auto& [uncased, cased, accented] = AllFuzzTokenizers();
   FuzzInput input(data, size);
   const std::uint8_t flags = input.Byte();
   RowOptions options;

@@ -9,6 +9,7 @@
 #include "fuzz_input.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  mvbert::AllFuzzTokenizers();
   const std::string text = mvbert::FuzzInput(data, size).Text();
   const mvbert::TimeLimit limit(text.size());
   mvbert::CheckText(text);
