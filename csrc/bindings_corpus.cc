@@ -125,31 +125,6 @@ py::tuple LexiconArrays(CorpusBuilder& builder, const Flat<std::uint32_t>& moved
                         Own(std::move(result->counts)), Own(std::move(result->final_ids)));
 }
 
-// The union of lexicons given as (bytes, ends, counts), and the final ids of each one's words.
-py::tuple MergeLexicons(
-    const std::vector<std::tuple<py::buffer, Flat<std::uint64_t>, Flat<std::uint64_t>>>& lexicons) {
-  std::vector<BytesView> views;  // the arguments hold the arrays
-  std::vector<LexiconView> parts;
-  for (const auto& [bytes, ends, counts] : lexicons) {
-    if (ends.size() != counts.size()) {
-      throw std::invalid_argument("a lexicon has as many counts as words");
-    }
-    views.emplace_back(bytes);
-    parts.push_back(
-        {views.back().get(), ends.data(), counts.data(), static_cast<std::size_t>(ends.size())});
-  }
-  std::optional<MergedLexicon> merged;
-  {
-    const py::gil_scoped_release release;
-    merged.emplace(mvbert::MergeLexicons(parts));
-  }
-  py::list final_ids;
-  for (auto& ids : merged->final_ids) final_ids.append(Own(std::move(ids)));
-  FinalLexicon& lexicon = merged->lexicon;
-  return py::make_tuple(Own(std::move(lexicon.bytes)), Own(std::move(lexicon.ends)),
-                        Own(std::move(lexicon.counts)), final_ids);
-}
-
 py::array_t<std::uint32_t> HeldoutDraws(std::uint64_t seed, std::uint64_t documents) {
   std::vector<std::uint32_t> draws;
   {
@@ -186,7 +161,6 @@ void BindCorpus(py::module_& m) {
       .def("totals", &Totals)
       .def("count", &CountIds, py::arg("ids"))
       .def("lexicon", &LexiconArrays, py::arg("moved"));
-  m.def("merge_lexicons", &MergeLexicons, py::arg("lexicons"));
   m.def("heldout_draws", &HeldoutDraws, py::arg("seed"), py::arg("documents"));
 }
 

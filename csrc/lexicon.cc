@@ -163,29 +163,4 @@ FinalLexicon::FinalLexicon(const Lexicon& lexicon) : final_ids(lexicon.size()) {
   }
 }
 
-MergedLexicon MergeLexicons(const std::vector<LexiconView>& parts) {
-  Lexicon merged;
-  std::vector<std::vector<std::uint32_t>> ids;
-  for (const LexiconView& part : parts) {
-    std::vector<std::uint32_t>& of_part = ids.emplace_back();
-    of_part.reserve(part.words);
-    std::uint64_t begin = 0;
-    for (std::size_t w = 0; w < part.words; ++w) {
-      const std::uint64_t end = part.ends[w];
-      if (end < begin || end > part.bytes.size() || (end == begin) != (w == 0)) {
-        throw std::invalid_argument("the words of a lexicon, but the first, must have bytes");
-      }
-      const std::string_view word = part.bytes.substr(begin, end - begin);
-      of_part.push_back(w == 0 ? kDocumentMark : merged.Intern(word, HashWord(word)));
-      merged.Count(of_part.back(), part.counts[w]);
-      begin = end;
-    }
-  }
-  MergedLexicon result{FinalLexicon(merged), std::move(ids)};
-  for (auto& of_part : result.final_ids) {
-    for (std::uint32_t& id : of_part) id = result.lexicon.final_ids[id];
-  }
-  return result;
-}
-
 }  // namespace mvbert

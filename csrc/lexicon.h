@@ -125,23 +125,6 @@ struct FinalLexicon {
   std::vector<std::uint32_t> final_ids;  // of each id in `lexicon`
 };
 
-// The arrays of a final lexicon, somewhere in memory.
-struct LexiconView {
-  std::string_view bytes;
-  const std::uint64_t* ends;
-  const std::uint64_t* counts;
-  std::size_t words;
-};
-
-struct MergedLexicon {
-  FinalLexicon lexicon;
-  std::vector<std::vector<std::uint32_t>> final_ids;  // of the words of each part, in `lexicon`
-};
-
-// The union of lexicons, its counts their sums. Throws std::invalid_argument if a part's ends do
-// not ascend within its bytes, or if a word other than the first, the document mark, is empty.
-MergedLexicon MergeLexicons(const std::vector<LexiconView>& parts);
-
 }  // namespace mvbert
 
 #endif  // MVBERT_LEXICON_H_

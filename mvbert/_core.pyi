@@ -120,10 +120,6 @@ class CorpusBuilder:
         self, moved: NDArray[np.uint32]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint32]]: ...
 
-# each bytes u8, ends u64 [W], counts u64 [W]; the same of the union, and final ids u32 [W] of each
-def merge_lexicons(
-    lexicons: Sequence[tuple[Buffer, NDArray[np.uint64], NDArray[np.uint64]]],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64], list[NDArray[np.uint32]]]: ...
 def heldout_draws(seed: int, documents: int) -> NDArray[np.uint32]: ...
 
 # ends u32 [W], ids i32

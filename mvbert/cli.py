@@ -46,8 +46,8 @@ class CorpusCommand:
 
     Example: mvbert corpus books/ articles.jsonl.gz -o corpus
 
-    Reads .txt and .jsonl (both also as .gz, .xz, .zst), .parquet and folders of them; with --merge,
-    joins corpora. If interrupted, run the same command again to resume.
+    Reads .txt and .jsonl (both also as .gz, .xz, .zst), .parquet and folders of them.
+    If interrupted, run the same command again to resume.
     """
 
     text: Positional[tuple[Path, ...]]
@@ -72,14 +72,10 @@ class CorpusCommand:
     """Replace an existing corpus."""
     resume: bool = True
     """Resume an interrupted build instead of starting over."""
-    merge: bool = False
-    """The inputs are corpora: join them into one, without reading their texts again."""
     vocab: tuple[Path, ...] = ()
     """Vocabularies to report on: pieces per word, unknown words, overlap."""
 
     def run(self) -> dict[str, Json]:
-        if self.merge:
-            return self._merge()
         from mvbert.text.corpus import load_vocabs, run_corpus
 
         lowercase, strip_accents = not self.cased, not (self.cased or self.keep_accents)
@@ -96,25 +92,6 @@ class CorpusCommand:
             threads=self.threads,
             overwrite=self.overwrite,
             resume=self.resume,
-        )
-
-    def _merge(self) -> dict[str, Json]:
-        from mvbert.text.corpus import Corpus, load_vocabs, run_merge
-
-        text_options = "cased keep_accents heldout_text heldout_share field errors threads resume"
-        for option in text_options.split():
-            if getattr(self, option) != getattr(CorpusCommand, option):
-                raise InputError(
-                    f"--{option.replace('_', '-')} applies to reading text, so it cannot be used "
-                    "with --merge"
-                )
-        first = Corpus.open(self.text[0]) if self.text else None
-        casing = (first.lowercase, first.strip_accents) if first is not None else (True, True)
-        return run_merge(
-            list(self.text),
-            self.out,
-            overwrite=self.overwrite,
-            vocabs=load_vocabs(self.vocab, *casing),
         )
 
 

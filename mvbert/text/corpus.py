@@ -16,7 +16,7 @@ Ids are sorted by (count, high to low; bytes, low to high), after id 0, the empt
 more than 100 characters, which WordPiece turns into [UNK], is kept cut to 101.
 """
 
-from mvbert.text.corpus_build import build_corpus, merge_corpora
+from mvbert.text.corpus_build import build_corpus
 from mvbert.text.corpus_folder import Corpus
 from mvbert.text.corpus_report import (
     corpus_report,
@@ -24,7 +24,6 @@ from mvbert.text.corpus_report import (
     print_corpus_report,
     run_corpus,
     run_corpus_info,
-    run_merge,
 )
 from mvbert.text.lexicon import Segmentation, WordList
 
@@ -35,9 +34,7 @@ __all__ = [
     "build_corpus",
     "corpus_report",
     "load_vocabs",
-    "merge_corpora",
     "print_corpus_report",
     "run_corpus",
     "run_corpus_info",
-    "run_merge",
 ]

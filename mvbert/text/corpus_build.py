@@ -1,4 +1,4 @@
-"""Builds a corpus folder, atomically, from text files or from other corpora.
+"""Builds a corpus folder, atomically, from text files.
 
 A build works in a hidden folder beside its target, `.<name>.partial-corpus`. At intervals it syncs
 its files and writes a checkpoint, from which the same command resumes after an interruption. The
@@ -127,93 +127,6 @@ def build_corpus(
         return build.finish(left_out)
 
 
-def merge_corpora(
-    corpora: Sequence[str | Path],
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Joins corpora without reading their texts, by concatenating their streams.
-
-    Verifies the checksums of every corpus first. Memory is the merged lexicon and four bytes per
-    word of the parts' lexicons.
-
-    Args:
-        corpora: folders of at least two corpora, all cased or all uncased, of different texts.
-        out: the output folder.
-        overwrite: replace an existing folder.
-        progress: called with (bytes of streams written, total bytes).
-
-    Returns:
-        The manifest.
-
-    Raises:
-        InputError: corpora do not match or are corrupt, or the folder cannot be used.
-    """
-    if len(corpora) < 2:
-        raise InputError(f"merging needs at least two corpora, got {len(corpora)}")
-    parts = [Corpus.open(folder, verify="sha256") for folder in corpora]
-    first = parts[0]
-    for part in parts[1:]:
-        for name in ("lowercase", "strip_accents", "unicode"):
-            if part.manifest.get(name) != first.manifest.get(name):
-                raise InputError(
-                    f"{part.folder} has {name} {part.manifest.get(name)} but {first.folder} has "
-                    f"{first.manifest.get(name)}; build them with the same settings to merge them"
-                )
-    if len({part.folder.resolve() for part in parts}) < len(parts):
-        raise InputError("the same corpus was given twice")
-    owner: dict[str, Path] = {}
-    for part in parts:
-        for source in part.manifest["sources"]:
-            known = owner.setdefault(source["sha256"], part.folder)
-            if known != part.folder:
-                raise InputError(
-                    f"{known} and {part.folder} both contain the text {source['name']}; "
-                    "merge corpora of different texts"
-                )
-    out = Path(out)
-    with _partial_folder(out, overwrite, resume=False) as folder:
-        data, ends, counts, maps = _core.merge_lexicons(
-            [(part.words.data, part.words.ends, part.counts) for part in parts]
-        )
-        total = sum(part.train.nbytes + part.heldout.nbytes for part in parts)
-        done = 0
-        files = {}
-        for name, streams in zip(
-            STREAMS, ([p.train for p in parts], [p.heldout for p in parts]), strict=True
-        ):
-            with _writing(folder / name) as file:
-                for stream, final_ids in zip(streams, maps, strict=True):
-                    for ids in _ahead(_renumbered(stream, final_ids)):
-                        file.write(ids)
-                        done += ids.nbytes
-                        if progress is not None:
-                            progress(done, total)
-            files[name] = file.entry()
-        files |= _write_lexicon(folder, data, ends, counts)
-        manifests = [part.manifest for part in parts]
-        manifest: dict[str, Any] = {
-            **_header(first.lowercase, first.strip_accents),
-            "documents": sum(m["documents"] for m in manifests),
-            "words": sum(m["words"] for m in manifests),
-            "distinct": len(counts) - 1,
-            "bytes": sum(m["bytes"] for m in manifests),
-            "not_utf8": sum(m["not_utf8"] for m in manifests),
-            "left_out": dict(sum((Counter(m.get("left_out")) for m in manifests), Counter())),
-            "heldout": {
-                "documents": sum(m["heldout"]["documents"] for m in manifests),
-                "words": sum(m["heldout"]["words"] for m in manifests),
-                "by": "merge",
-            },
-            "sources": [source for m in manifests for source in m["sources"]],
-            "files": files,
-        }
-        write_json(folder / MANIFEST, manifest)
-        return manifest
-
-
 # ---- the folder while it is made --------------------------------------------------------------
 
 
@@ -335,20 +248,11 @@ def _closing(writer: _Writer) -> Iterator[_Writer]:
 
 
 def _casing(lowercase: bool, strip_accents: bool | None) -> dict[str, bool]:
-    """The manifest's header: format and normalisation; strip_accents only if not the default."""
+    """The manifest's normalisation; strip_accents only if not the default."""
     unusual = lowercase and strip_accents is False
     if strip_accents and not lowercase:
         raise InputError("strip_accents needs lowercase; cased text keeps its accents")
     return {"lowercase": lowercase, **({"strip_accents": False} if unusual else {})}
-
-
-def _header(lowercase: bool, strip_accents: bool | None) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        **_casing(lowercase, strip_accents),
-        "unicode": _core.unicode_version,
-    }
 
 
 def _renumbered(stream: np.ndarray, final_ids: np.ndarray) -> Iterator[np.ndarray]:
@@ -363,18 +267,6 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := coming.result()) is not None:
             coming = worker.submit(next, items, None)
             yield item
-
-
-def _write_lexicon(
-    folder: Path, data: np.ndarray, ends: np.ndarray, counts: np.ndarray
-) -> dict[str, Any]:
-    """Writes the three files of the lexicon; returns their entries in the manifest."""
-    files = {}
-    for name, array in zip(LEXICON, (data, ends, counts), strict=True):
-        with _writing(folder / name) as file:
-            file.write(array)
-        files[name] = file.entry()
-    return files
 
 
 def _same_corpus(
@@ -647,12 +539,19 @@ class _Build:
                     for ids in _ahead(_renumbered(part, final_ids)):
                         file.write(ids)
             files[name] = file.entry()
-        files |= _write_lexicon(self.folder, data, ends, counts)
+        lexicon: tuple[np.ndarray, ...] = (data, ends, counts)
+        for name, array in zip(LEXICON, lexicon, strict=True):
+            with _writing(self.folder / name) as file:
+                file.write(array)
+            files[name] = file.entry()
 
         documents = int(counts[0])
         heldout_documents = totals["heldout_documents"] + (by in ("document", "tail"))
         manifest: dict[str, Any] = {
-            **_header(self.settings["lowercase"], self.settings.get("strip_accents")),
+            "format": FORMAT,
+            "version": VERSION,
+            **_casing(self.settings["lowercase"], self.settings.get("strip_accents")),
+            "unicode": _core.unicode_version,
             "documents": documents,
             "words": files["train.u32"]["bytes"] // 4 - documents,
             "distinct": len(counts) - 1,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mvbert.errors import InputError, Interrupted
-from mvbert.text.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus, merge_corpora
+from mvbert.text.corpus_build import CHECKPOINT_BYTES, Progress, build_corpus
 from mvbert.text.corpus_folder import Corpus
 from mvbert.text.vocab import Vocab, case_name
 
@@ -43,21 +43,6 @@ def run_corpus(
             ) from None
     corpus = Corpus.open(out)
     report = corpus_report(corpus, vocabs or {})
-    print_corpus_report(report)
-    return report
-
-
-def run_merge(
-    corpora: Sequence[str | Path],
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    vocabs: Mapping[str, Vocab] | None = None,
-) -> dict[str, Any]:
-    """`merge_corpora` with a progress bar, then the report."""
-    with _progress_bar("merge") as progress:
-        merge_corpora(corpora, out, overwrite=overwrite, progress=progress)
-    report = corpus_report(Corpus.open(out), vocabs or {})
     print_corpus_report(report)
     return report
 
@@ -169,10 +154,9 @@ def print_corpus_report(report: dict[str, Any]) -> None:
         "draw": f"a draw of {share:g} of the documents, seed {heldout.get('seed')}",
         "document": "the document with the smallest draw",
         "tail": f"the last {share:g} of the single document",
-        "merge": "the held-out text of the merged corpora",
         "none": "nothing",
     }
-    console.print(f"held out: {by[heldout['by']]}", markup=False)
+    console.print(f"held out: {by.get(heldout['by'], heldout['by'])}", markup=False)
     reasons = {
         "repeated": "repeated files or folders",
         "empty": "empty files",

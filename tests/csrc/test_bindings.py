@@ -45,7 +45,6 @@ TAKES_BYTES = {
     "add_text": lambda data: builder().add_text(data),
     "add_documents": lambda data: builder().add_documents(data, WORDS),
     "restore": lambda data: builder().restore(data, IDS, TOTALS),
-    "merge_lexicons": lambda data: _core.merge_lexicons([(data, WORDS, WORDS)]),
     "segment_lexicon": lambda data: _core.segment_lexicon(data, WORDS, WORDPIECE, 1),
     "learn_vocab": lambda data: _core.learn_vocab(data, WORDS + 1, WORDS + 1, 6, 1.0, 1),
 }

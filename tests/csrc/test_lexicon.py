@@ -257,23 +257,6 @@ def test_bad_arguments():
         build.add_text(np.zeros((2, 2), np.uint8))
 
 
-# ---- merging ---------------------------------------------------------------------------------
-
-
-def test_merged_lexicons_count_together():
-    one = arrays([("the", 5), ("a", 2), ("x", 0)])
-    two = arrays([("a", 4), ("b", 4), ("the", 1)])
-    data, ends, counts, maps = _core.merge_lexicons([one, two])
-    assert words_of(data, ends) == ["", "a", "the", "b", "x"]
-    assert counts.tolist() == [2, 6, 6, 4, 0]
-    assert [m.tolist() for m in maps] == [[0, 2, 1, 4], [0, 1, 3, 2]]
-
-
-def test_a_lexicon_with_an_empty_word_is_refused():
-    with pytest.raises(ValueError, match="must have bytes"):
-        _core.merge_lexicons([arrays([("a", 1), ("", 1)])])
-
-
 def test_segmenting_refuses_ends_outside_the_bytes():
     wordpiece = _core.WordPiece(["[UNK]", "a"], 0)
     with pytest.raises(ValueError, match="word 1 ends at 9"):

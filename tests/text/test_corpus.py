@@ -19,7 +19,7 @@ import pytest
 from mvbert import _core, files
 from mvbert.errors import InputError, Interrupted
 from mvbert.text import corpus_build, readers
-from mvbert.text.corpus import Corpus, build_corpus, corpus_report, merge_corpora, run_corpus
+from mvbert.text.corpus import Corpus, build_corpus, corpus_report, run_corpus
 from mvbert.text.readers import documents, find_texts
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import SPECIAL_PIECES, Vocab
@@ -403,11 +403,6 @@ def test_what_was_left_out_is_in_manifest_and_report(tmp_path, verb):
         "sequences (3)"
     ) in printed
     assert "files that are copies of another one: 1" in printed
-    merged = tmp_path / "m"
-    (tmp_path / "e.jsonl").write_bytes(b'{"text": null}\n{"text": "e"}\n')
-    build_corpus([tmp_path / "e.jsonl"], tmp_path / "e")
-    report, _ = verb("corpus", "--merge", tmp_path / "c", tmp_path / "e", "-o", merged)
-    assert report["left_out"] == {**left_out, "nulls": 2}
 
 
 def test_a_corpus_from_before_left_out_was_counted_still_opens(built, tmp_path, verb):
@@ -764,86 +759,41 @@ def test_a_file_that_cannot_grow_is_named_and_the_old_corpus_stays(root, built, 
     assert sorted(os.listdir(tmp_path)) == ["a.txt", "c"]
 
 
-# ---- merging ---------------------------------------------------------------------------------
+# ---- reports ---------------------------------------------------------------------------------
 
 
-def test_merged_corpora_are_the_corpus_of_all_texts(awkward, tmp_path):
-    more = texts_of(tmp_path, 30)
-    held = tmp_path / "held.txt"
-    held.write_text("held out words\n\nmore words")
-    build_corpus([awkward], tmp_path / "a", heldout_texts=[held])
-    build_corpus([more], tmp_path / "b", heldout_share=0)
-    whole = build_corpus([awkward, more], tmp_path / "whole", heldout_texts=[held])
-    merged = merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    assert merged["files"] == whole["files"]
-    for name in ("documents", "words", "distinct", "bytes", "not_utf8"):
-        assert merged[name] == whole[name]
-    corpus = Corpus.open(tmp_path / "m", verify="sha256")
-    check_lexicon(corpus)
-    assert corpus.manifest["heldout"] == {"documents": 2, "words": 5, "by": "merge"}
-    with pytest.raises(InputError, match="m holds another corpus"):
-        build_corpus([awkward], tmp_path / "m")
-
-
-def test_the_verb_merges_and_reports(awkward, tmp_path, verb, refused, student_vocab):
-    more = texts_of(tmp_path, 30)
-    vocab, other = tmp_path / "vocab.txt", tmp_path / "other.txt"
+def test_the_verb_reports_on_vocabularies_and_info_on_a_corpus(
+    awkward, tmp_path, verb, refused, student_vocab
+):
+    vocab, other, a = tmp_path / "vocab.txt", tmp_path / "other.txt", tmp_path / "a"
     student_vocab.save(vocab)
     other.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
-    a, b, m = (tmp_path / name for name in "abm")
-    verb("corpus", awkward, "-o", a, "--heldout-share", 0)
-    verb("corpus", more, "--out", b, "--no-resume")
-    report, printed = verb("corpus", "--merge", a, b, "-o", m, "--vocab", vocab, other)
-    corpus = Corpus.open(m, verify="sha256")
-    assert report["words"] == sum(Corpus.open(part).manifest["words"] for part in (a, b))
+    options = ["--heldout-share", 0, "--no-resume", "--vocab", vocab, other]
+    report, printed = verb("corpus", awkward, "--out", a, *options)
     assert report["vocabularies"][str(vocab)]["shared"] == {str(other): 5 / student_vocab.size}
     assert report["vocabularies"][str(other)]["shared"] == {str(vocab): 1.0}
     assert report["vocabularies"][str(other)]["unknown"] == 1.0
     assert f"100.0% of the pieces of {other} are in {vocab}" in printed
 
-    report, printed = verb("info", m)
+    corpus = Corpus.open(a, verify="sha256")
+    check_lexicon(corpus)
+    report, printed = verb("info", a)
     assert report == corpus_report(corpus, {})
     assert "all files match the manifest" in printed
-    refused(["info", m, "--plot", "loss.png"])
-    for wrong, message in (
-        (["--merge", a, b, "--field", "body"], "--field applies to reading text"),
-        (["--merge", a, b, "--no-resume"], "--resume applies to reading text"),
-        (["--merge", a], "at least two corpora, got 1"),
-        (["--merge"], "at least two corpora, got 0"),
-        ([awkward, "--vocab", tmp_path / "none"], "none"),
-    ):
-        refused(["corpus", *wrong, "-o", tmp_path / "x"], message)
-        assert not (tmp_path / "x").exists()
+    refused(["info", a, "--plot", "loss.png"])
+    refused(["corpus", awkward, "--vocab", tmp_path / "none", "-o", tmp_path / "x"], "none")
+    assert not (tmp_path / "x").exists()
 
 
-def test_a_damaged_corpus_is_not_merged_and_info_names_its_file(awkward, tmp_path, refused):
+def test_info_names_the_damaged_file(awkward, tmp_path, refused):
     build_corpus([awkward], tmp_path / "a")
-    build_corpus([texts_of(tmp_path, 5)], tmp_path / "b")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
     stream = np.memmap(tmp_path / "b" / "train.u32", np.uint32, "r+")
     stream[3] = 2 if stream[3] == 1 else 1
     stream.flush()
-    with pytest.raises(InputError, match=r"train\.u32 does not match the SHA-256 in its manifest"):
-        merge_corpora([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
-    assert not (tmp_path / "m").exists()
     refused(["info", tmp_path / "b"], "train.u32 does not match the SHA-256 in its manifest")
     (tmp_path / "a" / "lexicon.bytes").unlink()
     refused(["info", tmp_path / "a"], "lexicon.bytes is missing")
-
-
-def test_corpora_that_do_not_fit_together(awkward, tmp_path):
-    build_corpus([awkward], tmp_path / "a")
-    build_corpus([awkward], tmp_path / "same", seed=2)
-    build_corpus([texts_of(tmp_path, 3)], tmp_path / "cased", lowercase=False)
-    for others, message in (
-        ([], "at least two corpora, got 1"),
-        (["a"], "given twice"),
-        (["same"], r"both contain the text awkward\.txt"),
-        (["cased"], r"cased has lowercase False but .*a has True"),
-        (["missing"], "missing is not a corpus"),
-    ):
-        with pytest.raises(InputError, match=message):
-            merge_corpora([tmp_path / name for name in ["a", *others]], tmp_path / "m")
-    assert not (tmp_path / "m").exists()
 
 
 # ---- segmentation and report -----------------------------------------------------------------
@@ -903,9 +853,6 @@ def test_accents_stay_in_a_corpus_that_keeps_them(tmp_path, command_line, verb, 
     with pytest.raises(InputError, match=r"assumed uncased but the corpus .* uncased with accents"):
         corpus.segment(Vocab.load(vocab))
     verb("corpus", text, "-o", tmp_path / "plain")
-    refused(
-        ["corpus", "--merge", out, tmp_path / "plain", "-o", tmp_path / "both"], "strip_accents"
-    )
     verb("vocab", out, "-o", tmp_path / "learned.txt", "--size", 40)
     assert "ä" in (tmp_path / "learned.txt").read_text()
 
