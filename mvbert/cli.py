@@ -376,7 +376,7 @@ class ExportCommand:
     """Outputs: hidden states, the sentence embedding pooled from them, or logits over labels or
     pieces (default: logits if the BERT was fine-tuned for labels, else hidden states)."""
     corpus: Path | None = None
-    """Compare on this corpus's held-out text (default: on Python's docstrings)."""
+    """Compare on this corpus's held-out text (default: on passages of old books)."""
     overwrite: bool = False
     """Replace an existing folder."""
 

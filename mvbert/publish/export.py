@@ -38,7 +38,6 @@ from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, load_onnx, to_onnx
 from mvbert.publish.pooling import Pooling, read_pooling
 from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus
-from mvbert.text.docstrings import module_prose, module_sources
 from mvbert.text.stage_rows import heldout_rows
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
@@ -47,7 +46,8 @@ FLOAT, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
 ROWS, PIECES = 64, 128  # shape of the comparison's batch; timed rows have PIECES too
 CHECK_ROWS = 4  # rows per forward pass; few, because logits of all pieces are large
 BOUND = 1e-4  # maximum difference of float32 from torch, relative to the largest value
-TEXT_BYTES = 200_000  # docstrings to compare on if no corpus is given
+# Passages of eleven books of the public domain, to compare on if no corpus is given.
+SAMPLE = Path(__file__).with_name("sample.txt")
 
 
 # ---- running a graph -----------------------------------------------------------------------------
@@ -90,28 +90,14 @@ class Session:
 
 
 def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
-    """Masked rows of a corpus's held-out text, or of the Python standard library's docstrings."""
+    """Masked rows of a corpus's held-out text, or of SAMPLE."""
     pairs = 0.5 if config.type_vocab_size > 1 else 0.0
     row = RowConfig(length=min(PIECES, config.max_position_embeddings), pair_prob=pairs)
     with tempfile.TemporaryDirectory() as scratch:
         if corpus is None:
-            text, size = [], 0
-            for source in module_sources("stdlib"):
-                text.append("\n".join(module_prose(source)))
-                size += len(text[-1])
-                if size > TEXT_BYTES:
-                    break
-            atomic_write(Path(scratch, "text.txt"), "\n\n".join(text))
-            folder = Path(scratch, "corpus")
-            texts = [Path(scratch, "text.txt")]
-            build_corpus(
-                texts,
-                folder,
-                lowercase=vocab.lowercase,
-                strip_accents=vocab.strip_accents,
-                heldout_share=0.9,
-            )
-            opened = Corpus.open(folder)
+            casing = {"lowercase": vocab.lowercase, "strip_accents": vocab.strip_accents}
+            build_corpus([SAMPLE], Path(scratch, "corpus"), heldout_share=0.9, **casing)
+            opened = Corpus.open(Path(scratch, "corpus"))
         else:
             opened = Corpus.open(corpus, verify="sha256")
         cut = opened.segment(vocab)

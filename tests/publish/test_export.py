@@ -246,7 +246,7 @@ def test_spoiled_weights_are_refused(training_inputs, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_python_s_documentation_is_the_text_where_there_is_no_corpus(teacher_vocab):
+def test_the_sample_is_the_text_where_there_is_no_corpus(teacher_vocab):
     config = ModelConfig(teacher_vocab.size, 32, 2, 2, 64, max_position_embeddings=32)
     batch = export.real_rows(teacher_vocab, config, None)
     assert batch.input_ids.shape == (export.ROWS, 32)
