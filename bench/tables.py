@@ -67,8 +67,6 @@ class Results:
                 elif record["record"] == "end":
                     ended.add((record["run"], record["bench"]))
                 else:
-                    # As older records have it.
-                    record["case"] = record["case"].replace(" 1 threads", " 1 thread")
                     records.append(record)
         # Rather ended than cut short, rather whole than quick, rather later than earlier.
         last: dict[tuple[str, str], tuple] = {}
