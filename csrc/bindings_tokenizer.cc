@@ -141,20 +141,81 @@ RowOptions MakeRowOptions(const ClsSep& cls_sep) {
   return options;
 }
 
+// An array of whole 64-bit numbers, or none.
+using Ends = std::optional<Flat<std::int64_t>>;
+
+// The ends of the words of each sample, checked; empty for none.
+std::vector<std::uint64_t> WordEnds(const Ends& ends, std::size_t texts, const char* what) {
+  if (!ends) return {};
+  std::vector<std::uint64_t> values(ends->data(), ends->data() + ends->size());
+  if (!std::is_sorted(values.begin(), values.end()) ||
+      (values.empty() ? 0 : values.back()) != texts) {
+    throw std::invalid_argument(std::string(what) + " must ascend to the number of words");
+  }
+  return values;
+}
+
+// The sizes of one text of every row.
+py::array_t<std::int64_t> TextSizes(const TokenRows& rows, int which) {
+  py::array_t<std::int64_t> sizes(static_cast<py::ssize_t>(rows.size()));
+  std::int64_t* const data = sizes.mutable_data();
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    data[row] = static_cast<std::int64_t>(rows.text_size(row, which));
+  }
+  return sizes;
+}
+
+// Further columns, each None unless asked for: spans, special pieces, words. Padded ones are of
+// `shape` [B, width], flat ones of [N].
+template <typename T>
+py::tuple ColumnArrays(const TokenRows& rows, const std::vector<py::ssize_t>& shape, bool spans,
+                       bool special, bool words, int threads) {
+  std::vector<py::ssize_t> pairs = shape;
+  pairs.push_back(2);
+  py::object arrays[3] = {py::none(), py::none(), py::none()};
+  RowColumns<T> columns;
+  const auto make = [&](int place, auto made, auto** column) {
+    *column = made.mutable_data();
+    arrays[place] = std::move(made);
+  };
+  if (spans) make(0, py::array_t<T>(pairs), &columns.spans);
+  if (special) make(1, py::array_t<T>(shape), &columns.special);
+  if (words) make(2, py::array_t<std::int32_t>(shape), &columns.words);
+  if (spans || special || words) {
+    const auto width = shape.size() == 2 ? std::optional(static_cast<std::size_t>(shape[1]))
+                                         : std::optional<std::size_t>();
+    py::gil_scoped_release release;
+    rows.FillColumns(threads, width, columns);
+  }
+  return py::make_tuple(arrays[0], arrays[1], arrays[2]);
+}
+
 // Rows of texts or of pairs. Without `padded`: ids, offsets, token types, flat. With it: input ids,
-// token types, attention mask, [B, TokenRows::Width(width, multiple)].
+// token types, attention mask, [B, TokenRows::Width(width, multiple)]. With `layout` further: the
+// sample of each row if a stride makes samples overflow, the sizes of its first and second texts
+// (the latter only of pairs), and what ColumnArrays gives.
 py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
                      const std::optional<py::iterable>& pairs, const ClsSep& cls_sep,
                      std::int32_t pad, const std::optional<std::string>& truncation,
                      std::uint64_t max_length, bool padded, std::optional<std::size_t> width,
-                     std::size_t multiple, bool wide, int threads) {
+                     std::size_t multiple, bool wide, int threads, bool layout,
+                     std::optional<std::uint64_t> stride, const Ends& text_words,
+                     const Ends& pair_words, bool spans, bool special, bool words) {
   RowOptions options = MakeRowOptions(cls_sep);
   options.pad = pad;
   options.truncation = TruncationNamed(truncation);
   options.max_length = max_length;
+  options.overflow = stride.has_value();
+  options.stride = stride.value_or(0);
+  options.spans = spans;
   const TextViews first(texts);
   std::optional<TextViews> second;
   if (pairs) second.emplace(*pairs);
+  const std::vector<std::uint64_t> ends[2] = {
+      WordEnds(text_words, first.get().size(), "text_words"),
+      WordEnds(pair_words, second ? second->get().size() : 0, "pair_words")};
+  if (text_words) options.words[0] = &ends[0];
+  if (pair_words) options.words[1] = &ends[1];
   std::optional<TokenRows> rows;
   std::size_t columns = 0;
   {
@@ -164,20 +225,90 @@ py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
     rows.emplace(tokenizer, first.get(), second ? &second->get() : nullptr, options, threads);
     if (padded) columns = rows->Width(width, multiple);
   }
+  py::tuple arrays;
+  std::vector<py::ssize_t> shape;
   if (padded) {
-    return wide ? PaddedArrays<std::int64_t>(*rows, columns, threads)
-                : PaddedArrays<std::int32_t>(*rows, columns, threads);
+    shape = {static_cast<py::ssize_t>(rows->size()), static_cast<py::ssize_t>(columns)};
+    arrays = wide ? PaddedArrays<std::int64_t>(*rows, columns, threads)
+                  : PaddedArrays<std::int32_t>(*rows, columns, threads);
+  } else {
+    shape = {static_cast<py::ssize_t>(rows->offsets().back())};
+    py::array_t<std::int32_t> ids(shape);
+    py::array_t<std::uint8_t> types(shape);
+    std::int32_t* const ids_data = ids.mutable_data();
+    std::uint8_t* const types_data = types.mutable_data();
+    {
+      py::gil_scoped_release release;
+      rows->FillFlat(threads, ids_data, types_data);
+    }
+    arrays = py::make_tuple(ids, CopyArray<std::int64_t>(rows->offsets()), types);
   }
-  const auto total = static_cast<py::ssize_t>(rows->offsets().back());
-  py::array_t<std::int32_t> ids(total);
-  py::array_t<std::uint8_t> types(total);
-  std::int32_t* const ids_data = ids.mutable_data();
-  std::uint8_t* const types_data = types.mutable_data();
+  if (!layout) return arrays;
+  py::object samples = py::none();
+  if (stride) {
+    py::array_t<std::int64_t> made(static_cast<py::ssize_t>(rows->size()));
+    std::int64_t* const data = made.mutable_data();
+    for (std::size_t row = 0; row < rows->size(); ++row) {
+      data[row] = static_cast<std::int64_t>(rows->sample(row));
+    }
+    samples = made;
+  }
+  const py::tuple more =
+      wide ? ColumnArrays<std::int64_t>(*rows, shape, spans, special, words, threads)
+           : ColumnArrays<std::int32_t>(*rows, shape, spans, special, words, threads);
+  return py::make_tuple(arrays[0], arrays[1], arrays[2], samples, TextSizes(*rows, 0),
+                        pairs ? py::object(TextSizes(*rows, 1)) : py::none(), more[0], more[1],
+                        more[2]);
+}
+
+// FindWords: an array like `ids`, -1 where no word is.
+template <typename T>
+py::array_t<std::int32_t> WordNumbers(const Tokenizer& tokenizer, const Flat<T>& ids,
+                                      const Flat<std::int64_t>& starts, std::size_t lead,
+                                      const Flat<std::int64_t>& firsts, const Ends& seconds,
+                                      int threads) {
+  const auto size = static_cast<std::int64_t>(ids.size());
+  const auto rows = starts.size();
+  if (firsts.size() != rows || (seconds && seconds->size() != rows)) {
+    throw std::invalid_argument("every row needs the sizes of its texts");
+  }
+  for (py::ssize_t row = 0; row < rows; ++row) {
+    const std::int64_t second = seconds ? seconds->data()[row] : 0;
+    const std::int64_t first = firsts.data()[row], start = starts.data()[row];
+    const auto leads = static_cast<std::int64_t>(seconds ? 2 * lead : lead);
+    if (start < 0 || first < 0 || second < 0 || start + leads + first + second > size) {
+      throw std::invalid_argument("row " + std::to_string(row) + " is not within the ids");
+    }
+  }
+  const auto pieces = static_cast<std::int64_t>(tokenizer.begins_word().size());
+  for (py::ssize_t i = 0; i < ids.size(); ++i) {
+    if (ids.data()[i] < 0 || ids.data()[i] >= pieces) {
+      throw std::invalid_argument("id " + std::to_string(ids.data()[i]) + " is not in [0, " +
+                                  std::to_string(pieces) + ")");
+    }
+  }
+  py::array_t<std::int32_t> words(
+      std::vector<py::ssize_t>(ids.shape(), ids.shape() + ids.ndim()));
+  std::int32_t* const data = words.mutable_data();
   {
     py::gil_scoped_release release;
-    rows->FillFlat(threads, ids_data, types_data);
+    std::fill(data, data + size, -1);
+    FindWords(tokenizer, ids.data(), static_cast<std::size_t>(rows), starts.data(), lead,
+              firsts.data(), seconds ? seconds->data() : nullptr, threads, data);
   }
-  return py::make_tuple(ids, CopyArray<std::int64_t>(rows->offsets()), types);
+  return words;
+}
+
+// Numbers of words as a list, None where there is none.
+py::list WordList(const Flat<std::int32_t>& words) {
+  py::list list(static_cast<std::size_t>(words.size()));
+  for (py::ssize_t i = 0; i < words.size(); ++i) {
+    const std::int32_t word = words.data()[i];
+    PyObject* item = word < 0 ? py::none().release().ptr() : PyLong_FromLong(word);
+    if (item == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list.ptr(), i, item);
+  }
+  return list;
 }
 
 // The ids of one row as a list.
@@ -235,20 +366,13 @@ py::tuple EncodeWords(const Tokenizer& tokenizer, const py::object& text, bool f
 // ids, and spans [n, 2] in characters of the text.
 py::tuple EncodeSpans(const Tokenizer& tokenizer, const py::object& text, bool find_special) {
   const TextView view(text, TextView::kUnchecked);
-  IdBuffer ids;
-  std::vector<Span> spans;
+  IdBuffer ids, spans;
   {
     py::gil_scoped_release release;
     view.Check();
     tokenizer.EncodeSpans(view.get(), find_special, &ids, &spans);
   }
-  py::array_t<std::int32_t> array({static_cast<py::ssize_t>(spans.size()), py::ssize_t{2}});
-  std::int32_t* out = array.mutable_data();
-  for (const Span& span : spans) {
-    *out++ = static_cast<std::int32_t>(span.begin);
-    *out++ = static_cast<std::int32_t>(span.end);
-  }
-  return py::make_tuple(TakeIds(&ids), array);
+  return py::make_tuple(TakeIds(&ids), TakeIds(&spans).reshape({-1, 2}));
 }
 
 }  // namespace
@@ -261,6 +385,7 @@ void BindTokenizer(py::module_& m) {
         "The ways to read ASCII that this machine has; the last is used unless another is named.");
   m.def("utf8_error", &Utf8Error, py::arg("data"),
         "Offset of the first byte that is not well-formed UTF-8, or None.");
+  m.def("word_list", &WordList, py::arg("words"));
   py::class_<Tokenizer>(m, "Tokenizer")
       .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"),
            py::arg("strip_accents") = true, py::arg("teacher"), py::arg("student") = nullptr,
@@ -269,6 +394,14 @@ void BindTokenizer(py::module_& m) {
       .def("encode_rows", &EncodeRows, py::arg("texts"), py::arg("pairs"), py::kw_only(),
            py::arg("cls_sep"), py::arg("pad"), py::arg("truncation"), py::arg("max_length"),
            py::arg("padded"), py::arg("width"), py::arg("multiple"), py::arg("wide"),
+           py::arg("threads"), py::arg("layout") = false, py::arg("stride") = py::none(),
+           py::arg("text_words") = py::none(), py::arg("pair_words") = py::none(),
+           py::arg("spans") = false, py::arg("special") = false, py::arg("words") = false)
+      .def("word_numbers", &WordNumbers<std::int32_t>, py::arg("ids").noconvert(),
+           py::arg("starts"), py::arg("lead"), py::arg("firsts"), py::arg("seconds"),
+           py::arg("threads"))
+      .def("word_numbers", &WordNumbers<std::int64_t>, py::arg("ids").noconvert(),
+           py::arg("starts"), py::arg("lead"), py::arg("firsts"), py::arg("seconds"),
            py::arg("threads"))
       .def("encode_texts", &EncodeTexts, py::arg("texts"), py::arg("find_special"),
            py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("first_number") = 0,

@@ -21,7 +21,9 @@ class Tokenizer::Worker {
   // Words of several texts are looked up together, so short texts cost what long ones do.
   void Encode(const std::string_view* texts, std::size_t count, const TextOptions& options,
               std::uint64_t first_number, IdBuffer* ids, std::vector<std::uint64_t>* ends,
-              WordMap* words) {
+              WordMap* words, IdBuffer* spans = nullptr) {
+    spans_ = spans;
+    batch_.TrackSources(spans != nullptr);
     mixed_ = options.coin.threshold != 0;
     threshold_ = options.coin.threshold;
     if (key_seed_ != options.coin.seed) group_ = kNoGroup;
@@ -29,11 +31,12 @@ class Tokenizer::Worker {
     for (std::size_t i = 0; i < count; ++i) {
       number_ = first_number + i;
       word_ = 0;
+      batch_.RestartSources(0);
       tokenizer_.SplitAtSpecial(texts[i], options.find_special,
                                 [&](std::string_view part, std::int32_t id) {
                                   if (id < 0) return Read(part, options.limit, ids, ends, words);
                                   Look(ids, ends, words);
-                                  AddSpecial(id, ids, words);
+                                  AddSpecial(part, id, ids, words);
                                   return word_ < options.limit;
                                 });
       text_ends_.push_back(static_cast<std::uint32_t>(batch_.size()));
@@ -76,8 +79,12 @@ class Tokenizer::Worker {
         words->from_student.resize(after, 0);
         if (mixed_) std::copy_n(choices, batch_.size(), words->from_student.begin() + before);
         starts = words->starts.data() + before;
+      } else if (spans_ != nullptr) {
+        starts_.resize(std::max(starts_.size(), batch_.size()));
+        starts = starts_.data();
       }
       cache_->Look(batch_, choices, text_ends_, ids, ends, starts);
+      if (spans_ != nullptr) AddSpans(starts, *ids);
       if (cache_->overfull()) cache_ = std::make_unique<PieceCache>(*tokenizer_.seeds_);
     }
     batch_.Clear();
@@ -86,13 +93,40 @@ class Tokenizer::Worker {
   }
 
   // (The coin is not asked, but a special piece is a word of the text.)
-  void AddSpecial(std::int32_t id, IdBuffer* ids, WordMap* words) {
+  void AddSpecial(std::string_view piece, std::int32_t id, IdBuffer* ids, WordMap* words) {
     ++word_;
+    if (spans_ != nullptr) {
+      std::uint32_t end = batch_.source_at();
+      for (const char c : piece) end += (c & 0xC0) != 0x80;
+      const std::int32_t span[] = {static_cast<std::int32_t>(batch_.source_at()),
+                                   static_cast<std::int32_t>(end)};
+      spans_->Append(span, 2);
+      batch_.RestartSources(end);
+    }
     if (words != nullptr) {
       words->starts.push_back(static_cast<std::uint32_t>(ids->size()));
       words->from_student.push_back(false);
     }
     ids->Append(&id, 1);
+  }
+
+  // Where the pieces of the batch's words lie, whose ids begin at starts[w] of *ids.
+  void AddSpans(const std::uint32_t* starts, const IdBuffer& ids) {
+    spans_->Reserve(2 * ids.size() - spans_->size());
+    std::int32_t* out = spans_->end();
+    const std::uint32_t* const letters = tokenizer_.letters_.data();
+    for (std::size_t word = 0; word < batch_.size(); ++word) {
+      const std::size_t end = word + 1 < batch_.size() ? starts[word + 1] : ids.size();
+      std::uint32_t from = batch_.start(word);
+      for (std::size_t i = starts[word]; i < end; ++i) {
+        // (The last piece of a word takes the rest: of [UNK] that is all.)
+        const std::uint32_t to = i + 1 == end ? batch_.end(word) : from + letters[ids.data()[i]];
+        *out++ = static_cast<std::int32_t>(batch_.source_begin(from, to));
+        *out++ = static_cast<std::int32_t>(batch_.source_end(from, to));
+        from = to;
+      }
+    }
+    spans_->SetEnd(out);
   }
 
   // The coin's results for the next words of the text.
@@ -136,6 +170,8 @@ class Tokenizer::Worker {
   WordBatch batch_;
   std::vector<std::uint32_t> text_ends_;  // texts that end within the batch, in its words
   std::vector<std::uint8_t> choices_;     // of the batch's words, if there is a coin
+  std::vector<std::uint32_t> starts_;     // of the batch's words in the ids, for spans
+  IdBuffer* spans_ = nullptr;             // where spans go, if they are asked for
   bool mixed_ = false;
   std::uint64_t threshold_ = 0;
   std::uint64_t number_ = 0;  // of the text being read
@@ -196,6 +232,12 @@ Tokenizer::Tokenizer(SplitOptions options, std::shared_ptr<const WordPiece> teac
     throw std::invalid_argument("the two vocabularies have more than 2^31 - 1 pieces together");
   }
   seeds_ = std::make_unique<const PieceCache>(*teacher_, student_.get());
+  for (std::size_t id = 0; id < teacher_->size(); ++id) {
+    const std::string& piece = teacher_->piece(static_cast<std::int32_t>(id));
+    const bool begins = piece.compare(0, 2, "##") != 0;
+    begins_word_.push_back(begins);
+    letters_.push_back(static_cast<std::uint32_t>(piece.size() - (begins ? 0 : 2)));
+  }
 }
 
 Tokenizer::~Tokenizer() {
@@ -226,16 +268,21 @@ void Tokenizer::CheckCoin(const Coin& coin) const {
 }
 
 void Tokenizer::EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
-                            std::uint64_t first_number, int threads,
-                            std::vector<Encoding>* out) const {
+                            std::uint64_t first_number, int threads, std::vector<Encoding>* out,
+                            const std::vector<std::uint64_t>* rows) const {
   CheckCoin(options.coin);
   // Parts of about 256 KiB: threads stay busy to the end, and their memory is used again.
   constexpr std::size_t kPart = std::size_t{1} << 18;
   std::vector<std::size_t> begins = {0};
   std::size_t bytes = 0;
+  std::size_t row = 0;
   for (std::size_t i = 0; i + 1 < texts.size(); ++i) {
     bytes += texts[i].size();
     if (bytes >= kPart) {
+      if (rows != nullptr) {
+        while (row < rows->size() && (*rows)[row] < i + 1) ++row;
+        if (row < rows->size() && (*rows)[row] != i + 1) continue;
+      }
       begins.push_back(i + 1);
       bytes = 0;
     }
@@ -248,8 +295,10 @@ void Tokenizer::EncodeParts(const std::vector<std::string_view>& texts, const Te
     for (std::size_t p; next(&p);) {
       parts[p].ends.reserve(begins[p + 1] - begins[p]);
       parts[p].ids = TakeBuffer();
+      if (options.spans) parts[p].spans = TakeBuffer();
       worker->Encode(texts.data() + begins[p], begins[p + 1] - begins[p], options,
-                     first_number + begins[p], &parts[p].ids, &parts[p].ends, nullptr);
+                     first_number + begins[p], &parts[p].ids, &parts[p].ends, nullptr,
+                     options.spans ? &parts[p].spans : nullptr);
     }
     worker.Finish();
   });
@@ -297,15 +346,17 @@ IdBuffer Tokenizer::TakeBuffer() const {
 void Tokenizer::Recycle(std::vector<Encoding>* parts) const {
   auto place = buffers_.begin();
   for (Encoding& part : *parts) {
-    if (part.ids.capacity() != kPartIds) continue;  // it has grown
-    std::int32_t* expected = nullptr;
-    while (place != buffers_.end() &&
-           !place->compare_exchange_strong(expected, part.ids.data(), std::memory_order_release)) {
-      expected = nullptr;
-      ++place;
+    for (IdBuffer* const buffer : {&part.ids, &part.spans}) {
+      if (buffer->capacity() != kPartIds) continue;  // it has grown, or is none
+      std::int32_t* expected = nullptr;
+      while (place != buffers_.end() &&
+             !place->compare_exchange_strong(expected, buffer->data(), std::memory_order_release)) {
+        expected = nullptr;
+        ++place;
+      }
+      if (place == buffers_.end()) break;
+      buffer->Release();
     }
-    if (place == buffers_.end()) break;
-    part.ids.Release();
   }
   parts->clear();
 }
@@ -342,42 +393,13 @@ void Tokenizer::EncodeLong(std::string_view text, bool find_special, int threads
 }
 
 void Tokenizer::EncodeSpans(std::string_view text, bool find_special, IdBuffer* ids,
-                            std::vector<Span>* spans) const {
-  WordBatch batch;
-  batch.TrackSources();
-  std::vector<std::int32_t> cut;
-  std::vector<std::uint32_t> ends;
-  std::uint32_t at_char = 0;
-  SplitAtSpecial(text, find_special, [&](std::string_view part, std::int32_t id) {
-    if (id >= 0) {
-      std::uint32_t size = 0;
-      for (const char c : part) size += (c & 0xC0) != 0x80;
-      ids->Append(&id, 1);
-      spans->push_back({at_char, at_char + size});
-      at_char += size;
-      return true;
-    }
-    batch.RestartSources(at_char);
-    std::size_t at = 0;
-    do {
-      at = splitter_.Fill(part, at, &batch);
-      for (std::size_t i = 0; i < batch.size(); ++i) {
-        cut.clear();
-        ends.clear();
-        teacher_->Cut(batch[i], &cut, &ends);
-        ids->Append(cut.data(), cut.size());
-        std::uint32_t from = batch.start(i);
-        for (const std::uint32_t end : ends) {
-          const std::uint32_t to = batch.start(i) + end;
-          spans->push_back({batch.source_begin(from, to), batch.source_end(from, to)});
-          from = to;
-        }
-      }
-      batch.Clear();
-    } while (at < part.size());
-    at_char = batch.source_at();
-    return true;
-  });
+                            IdBuffer* spans) const {
+  TextOptions options;
+  options.find_special = find_special;
+  std::vector<std::uint64_t> ends;
+  Lease worker(*this);
+  worker->Encode(&text, 1, options, 0, ids, &ends, nullptr, spans);
+  worker.Finish();
 }
 
 }  // namespace mvbert

@@ -43,12 +43,14 @@ struct TextOptions {
   bool find_special = false;  // recognise special pieces inside text; their ids are the teacher's
   // Enough ids of a text: reading may stop there. Its first `limit` ids are right.
   std::uint64_t limit = ~std::uint64_t{0};
+  bool spans = false;  // where pieces lie too; without a coin
   Coin coin;
 };
 
 // The ids of several texts, one after another: text i has ids[ends[i - 1], ends[i]).
 struct Encoding {
   IdBuffer ids;
+  IdBuffer spans;  // of each id, if asked for: begin and end in code points of the text, half-open
   std::vector<std::uint64_t> ends;
 };
 
@@ -56,12 +58,6 @@ struct Encoding {
 struct WordMap {
   std::vector<std::uint32_t> starts;
   std::vector<std::uint8_t> from_student;
-};
-
-// A piece of a text in code points of the text, half-open.
-struct Span {
-  std::uint32_t begin;
-  std::uint32_t end;
 };
 
 class Tokenizer {
@@ -81,9 +77,11 @@ class Tokenizer {
               std::uint64_t first_number, int threads, Encoding* out) const;
 
   // The same as parts, each of consecutive texts, as the threads made them: nothing is joined. The
-  // ends of a part count from its own first id.
+  // ends of a part count from its own first id. Spans are those of EncodeSpans. If `rows` is given,
+  // ascending, parts end at these numbers of texts only.
   void EncodeParts(const std::vector<std::string_view>& texts, const TextOptions& options,
-                   std::uint64_t first_number, int threads, std::vector<Encoding>* parts) const;
+                   std::uint64_t first_number, int threads, std::vector<Encoding>* parts,
+                   const std::vector<std::uint64_t>* rows = nullptr) const;
 
   // Takes the memory of such parts back, for later calls: malloc may give so much back to the
   // system, and then the next call meets a page fault every 4 KiB.
@@ -97,10 +95,12 @@ class Tokenizer {
   // and no special piece can stretch across.
   void EncodeLong(std::string_view text, bool find_special, int threads, IdBuffer* ids) const;
 
-  // The ids of one text under the teacher's vocabulary and where each piece lies in the text. A
-  // piece spans from the first to the last character it has letters of. Slower: no cache.
-  void EncodeSpans(std::string_view text, bool find_special, IdBuffer* ids,
-                   std::vector<Span>* spans) const;
+  // The ids of one text under the teacher's vocabulary and where each piece lies in the text (as in
+  // Encoding). A piece spans from the first to the last character it has letters of.
+  void EncodeSpans(std::string_view text, bool find_special, IdBuffer* ids, IdBuffer* spans) const;
+
+  // By teacher's id: 1 where the piece begins a word, 0 where it continues one.
+  const std::vector<std::uint8_t>& begins_word() const { return begins_word_; }
 
   // Lets go of what calls have learnt (not of the vocabulary's own words): for measuring.
   void ForgetWords() const;
@@ -125,6 +125,8 @@ class Tokenizer {
   const std::shared_ptr<const WordPiece> student_;
   const SpecialPieces special_;
   std::unique_ptr<const PieceCache> seeds_;
+  std::vector<std::uint8_t> begins_word_;     // by teacher's id
+  std::vector<std::uint32_t> letters_;        // by teacher's id: bytes without the ## in front
   mutable std::array<std::atomic<Worker*>, 64> idle_{};           // workers that no call is using
   mutable std::array<std::atomic<std::int32_t*>, 64> buffers_{};  // of kPartIds, unused
 };

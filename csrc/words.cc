@@ -23,6 +23,7 @@ void WordBatch::Clear() {
     starts_[0] = 0;
   } else {
     byte_count_ = 0;
+    reordered_ = false;
   }
   word_count_ = 0;
 }
@@ -64,7 +65,7 @@ class Filler {
   std::size_t Run() {
     const char* const from = at_;
     while (at_ < end_ && (at_ == from || !Done())) {
-      if (!kTrack && AsciiAhead()) {
+      if (AsciiAhead()) {
         ReadAscii();
         if (at_ == end_ || (at_ != from && Done())) break;
       }
@@ -108,6 +109,17 @@ class Filler {
     run.open = batch_.open_;
     ascii_run_(&run);
     at_ = run.at;
+    if (kTrack) {  // text is copied whole, a byte for a byte
+      std::uint32_t* const begins = batch_.source_begins_.data() + batch_.byte_count_;
+      std::uint32_t* const ends = batch_.source_ends_.data() + batch_.byte_count_;
+      const std::uint32_t first = batch_.source_at_;
+      const auto count = static_cast<std::uint32_t>(run.offset - batch_.byte_count_);
+      for (std::uint32_t i = 0; i < count; ++i) {
+        begins[i] = first + i;
+        ends[i] = first + i + 1;
+      }
+      batch_.source_at_ += count;
+    }
     batch_.byte_count_ = run.offset;
     batch_.word_count_ = static_cast<std::size_t>(run.ends - batch_.ends_.data());
     batch_.open_ = run.open;
@@ -291,6 +303,7 @@ class Filler {
   void AppendGathered() {
     // (Room is made in steps: a run of a million marks may leave nothing.)
     std::size_t room = 0;
+    if (gathered_.size() > 1) batch_.reordered_ = true;
     for (const SourceChar& c : gathered_) {
       if (kCasing == Casing::kUncased && IsNonspacingMark(c.code)) continue;
       if (room == 0) {

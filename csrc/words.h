@@ -55,16 +55,18 @@ class WordBatch {
     return {bytes_.data() + starts_[i], ends_[i] - starts_[i]};
   }
 
-  // Asks for the source of every byte, from the next Fill on; reading is then slower.
-  void TrackSources() { track_ = true; }
+  // Asks for the source of every byte, or no longer, from the next Fill on; the batch is empty.
+  void TrackSources(bool track = true) { track_ = track; }
 
   // The smallest stretch of code points of the text that has all that the bytes [from, to) of
   // bytes() came from, to > from. (Canonical ordering may have moved them.) Counted from the start
   // of the text, or from the last RestartSources().
   std::uint32_t source_begin(std::uint32_t from, std::uint32_t to) const {
+    if (!reordered_) return source_begins_[from];
     return *std::min_element(source_begins_.data() + from, source_begins_.data() + to);
   }
   std::uint32_t source_end(std::uint32_t from, std::uint32_t to) const {
+    if (!reordered_) return source_ends_[to - 1];
     return *std::max_element(source_ends_.data() + from, source_ends_.data() + to);
   }
   void RestartSources(std::uint32_t at) { source_at_ = at; }
@@ -100,6 +102,7 @@ class WordBatch {
   std::vector<std::uint32_t> source_ends_;
   std::uint32_t source_at_ = 0;  // code points read so far
   bool track_ = false;
+  bool reordered_ = false;  // sources may not ascend
   std::size_t byte_count_ = 0;
   std::size_t word_count_ = 0;
   bool open_ = false;  // starts_[word_count_] is the start of a word whose end is not known

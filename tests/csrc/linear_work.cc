@@ -150,8 +150,7 @@ std::vector<Job> Jobs(const Side& uncased, const Side& cased, const Side& accent
                       side->plain.Encode({text}, options, 0, 1, &encoding);
                     }});
     jobs.push_back({"spans", false, side == &cased, [side](std::string_view text) {
-                      IdBuffer ids;
-                      std::vector<Span> spans;
+                      IdBuffer ids, spans;
                       side->plain.EncodeSpans(text, true, &ids, &spans);
                     }});
     jobs.push_back({"words", false, side == &uncased, [side](std::string_view text) {

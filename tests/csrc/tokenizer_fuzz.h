@@ -93,17 +93,18 @@ inline void CheckText(std::string_view bytes, const FuzzTokenizers& all) {
     Require(encoding.ends.size() == 3 && encoding.ends[0] == cut.size(), "wrong ends");
     equal(encoding.ids, 2 * cut.size());
   }
-  IdBuffer with_special, with_spans, mixed, mixed_again;
-  std::vector<Span> spans;
+  IdBuffer with_special, with_spans, spans, mixed, mixed_again;
   TextOptions special;
   special.find_special = true;
   all.mixed.EncodeWords(bytes, special, 0, &with_special, nullptr);
   all.mixed.EncodeSpans(bytes, true, &with_spans, &spans);
-  Require(with_spans.size() == spans.size(), "a piece without a span");
+  Require(2 * with_spans.size() == spans.size(), "a piece without a span");
   cut.assign(with_spans.data(), with_spans.end());
   equal(with_special, 0);
-  for (const Span& span : spans) {
-    Require(span.begin < span.end && span.end <= bytes.size(), "a span outside the text");
+  for (const std::int32_t* span = spans.data(); span < spans.end(); span += 2) {
+    Require(0 <= span[0] && span[0] < span[1] &&
+                static_cast<std::size_t>(span[1]) <= bytes.size(),
+            "a span outside the text");
   }
   TextOptions coin;
   coin.coin.threshold = std::uint64_t{1} << 31;
