@@ -1,13 +1,13 @@
-"""What the compiler makes of every kernel at the real shapes, without a device.
+"""Compiles every kernel at the real shapes, without a device, and checks registers and spills.
 
     python bench/aot.py             compile, print, compare with aot.json
-    python bench/aot.py --write     record the present state
+    python bench/aot.py --write     record the current state
     python bench/aot.py --arch 90 --only flash
 
 The launchers run on `meta` tensors of the real shapes with the launch itself replaced by a
 recorder, so what is compiled is exactly what would be launched: same block sizes, same
-specialisation of arguments. Each kernel is compiled to machine code and read for registers, stack
-(local memory: a spill), shared memory, 16-byte loads and the matrix instruction.
+specialisation of arguments. Of the machine code it reads registers, stack (local memory: a spill),
+shared memory, 16-byte loads and the matrix instruction.
 """
 
 import argparse
@@ -291,7 +291,7 @@ def regressions(now: dict, before: dict, same_compiler: bool) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--write", action="store_true", help="record the present state in aot.json")
+    parser.add_argument("--write", action="store_true", help="record the current state in aot.json")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--only", default="", help="only kernels whose key holds this")
     args = parser.parse_args()

@@ -1,15 +1,15 @@
-"""Text files to a corpus (word ids, counted lexicon, hashes, on the disk), in MB of UTF-8 a second.
+"""Text files to a corpus (word ids, counted lexicon, hashes, on disk), in MB of UTF-8 per second.
 
 The text is 210 MB, wiki-train-00 and -01.txt.xz of the data folder (docs/experiments/get_data.py
-brings them), unpacked before any clock, elsewhere the documentation strings of Python's standard
-library. Ours is held
-to the plain definition first: every word of the first 200 kB, counted.
+downloads them), unpacked before anything is timed, or else the docstrings of Python's standard
+library. Ours is first compared with the plain definition: the count of every word of the first
+200 kB.
 
-Nobody else does the same work. What stands beside it: "sha256" reads and hashes the file and
-"wc -w" counts words, one thread each, which are floors for parts of the work; "tr | sort | uniq -c"
-counts distinct words by white space; "HF split + Counter" splits as BERT does and counts, and makes
-no stream; "datasets map" splits and cuts with the fast tokenizer into an Arrow folder, the usual
-way to prepare text. Slow ones get the first megabytes only.
+No other program does the same work. For comparison: "sha256" reads and hashes the file and "wc -w"
+counts words, one thread each, which are floors for parts of the work; "tr | sort | uniq -c" counts
+distinct words by white space; "HF split + Counter" splits as BERT does and counts, but makes no
+stream; "datasets map" tokenizes with the fast tokenizer into an Arrow folder, the usual way to
+prepare text. Slow programs get the first megabytes only.
 """
 
 import collections
@@ -69,7 +69,7 @@ def text() -> Text:
 
 @cache
 def beginning(megabytes: float) -> Text:
-    """The text's first lines, so many megabytes if it has them."""
+    """The text's first lines, at most this many megabytes."""
     path = harness.folder("corpus") / f"{megabytes:g}.txt"
     with text().path.open("rb") as source:
         start = source.read(int(megabytes * 1e6))

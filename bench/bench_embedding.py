@@ -3,7 +3,7 @@
 `mixed` cases take pieces of two vocabularies, half of them the student's, whose table of width 256
 is projected on the way; the others are the embeddings of any BERT. Pieces are drawn with Zipf's
 frequencies and 12 % of them are [MASK], as in masked language modelling. Gradients of all tables,
-of the projection and of LayerNorm are asked for. No dropout, so that outputs can be compared.
+of the projection and of LayerNorm are computed. No dropout, so that outputs can be compared.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-E = 256  # the student's own width in mixed cases
+E = 256  # the student's width in mixed cases
 MASK = 103
 MASKED = 0.12  # share of pieces that are [MASK]
 
@@ -104,8 +104,8 @@ def inputs(case: Case, device: str, copy: int) -> Inputs:
 def work(case: Case, device: str) -> harness.Work:
     """Least traffic: output and upstream gradient once, tables read and their gradients written.
 
-    Of the word table only the rows of pieces that occur are read, but its gradient is whole. The
-    student's table counts at its own width; its projection's products as floating-point work.
+    Only the rows of pieces that occur are read of the word table, but its gradient is whole. The
+    student's table counts at its width E, the products of its projection as floating-point work.
     """
     size = 2 if device == "cuda" else 4
     pieces, H = case.B * case.T, case.H
@@ -117,7 +117,7 @@ def work(case: Case, device: str) -> harness.Work:
 
 
 def plain(input_ids, token_type_ids, table, position, token_type, ln_weight, ln_bias, *student):
-    """As Hugging Face's BertEmbeddings; a second vocabulary is put below the first."""
+    """As Hugging Face's BertEmbeddings; a second vocabulary is appended to the first."""
     if student:
         table = torch.cat([table, F.linear(*student)])
     rows = F.embedding(input_ids, table) + F.embedding(token_type_ids, token_type)
@@ -126,7 +126,7 @@ def plain(input_ids, token_type_ids, table, position, token_type, ln_weight, ln_
 
 
 def gathers(input_ids, token_type_ids, table, position, token_type, ln_weight, ln_bias, *student):
-    """The same without a table of both: rows of each vocabulary, then a choice."""
+    """The same without a joint table: a gather from each vocabulary, then a choice."""
     V = table.shape[0]
     is_student = input_ids >= V
     rows = torch.where(

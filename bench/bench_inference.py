@@ -1,9 +1,9 @@
-"""Size against latency: the student beside teachers of BERT's shapes, as people run them.
+"""Size against latency: the student beside teachers of BERT's shapes, in usual runtimes.
 
 Hugging Face folders with random weights (speed and size do not depend on them), written by mvbert;
-hidden states of all positions out, on one thread where it is a CPU. Batches of 1 and 32 rows. The
-ONNX files are those of `mvbert export`, of all shapes alike. `megabytes` in the records is the size
-of the file that is loaded.
+the output is the hidden states of all positions; one thread on a CPU. Batches of 1 and 32 rows. The
+ONNX files are written by `mvbert export` for all shapes. `megabytes` in the records is the size of
+the file that is loaded.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Two linear layers and the divergence between their softmaxes, forward and backward.
 
-tau^2 KL(teacher || student) at tau = 2, gradients of the student's hidden, weight and bias; the
-teacher's are not asked for. Rows without a label are gone before anybody gets them. Liger's losses
-know no bias: they are held to the problem without one, and their records say so.
+tau^2 KL(teacher || student) at tau = 2, with gradients of the student's hidden, weight and bias but
+not of the teacher's. All rows have a label. Liger's losses have no bias: they are compared with the
+problem without one, as their records say.
 """
 
 from dataclasses import dataclass

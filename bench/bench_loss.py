@@ -1,12 +1,12 @@
 """A linear layer and its cross-entropy, forward and backward: ours beside every peer.
 
-What is measured is the decoder of a BERT's masked-language-model head on the rows that have a
-label: loss, and the gradients of hidden, weight and bias. Every provider gets exactly those rows,
-so none is charged for rows without a label, and ours knows it (`mostly_labelled`); `mvbert, rows
-may lack labels` is what training runs, where some may. Peers run at the settings their authors
-recommend; the names say which. Liger's is its Triton form; the one that needs nvidia-cutlass-dsl is
-not here. cut-cross-entropy leaves out gradients that are small under a trained model's sharp
-softmax: random logits have few of them, so it gains nothing from that here.
+Measures the decoder of a BERT's masked-language-model head on the rows that have a label: loss, and
+the gradients of hidden, weight and bias. Every provider gets exactly those rows, so none spends
+time on rows without a label, and ours is told so (`mostly_labelled`); `mvbert, rows may lack
+labels` is what training runs, where some rows may have none. Peers run at the settings their
+authors recommend; the names say which. Liger's is its Triton form; the one that needs
+nvidia-cutlass-dsl is missing. cut-cross-entropy skips gradients that are small under a trained
+model's sharp softmax: random logits have few of them, so it gains nothing from that here.
 """
 
 from dataclasses import dataclass
@@ -80,8 +80,8 @@ def work(case: Case, device: str) -> harness.Work:
 def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:
     """Relative errors |out - truth| / |truth| of the loss and of each gradient.
 
-    Wrong is what is off by more than 2 % in bfloat16 or 0.01 % in float32: no choice of summation
-    order does that. How far the rest are apart is in the record.
+    Above 2 % in bfloat16 or 0.01 % in float32 a result is wrong: no order of summation explains
+    that. Smaller errors are in the record.
     """
 
     def part(rows: slice, hidden: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def _(case, device):
 
 
 def torch_native(case, device, rows: int | None = None):
-    """torch.nn.functional.linear_cross_entropy, in chunks of so many rows."""
+    """torch.nn.functional.linear_cross_entropy, in chunks of `rows` rows."""
     if not hasattr(F, "linear_cross_entropy"):
         raise harness.Skip(f"torch {torch.__version__} has none; it came with 2.13")
     options = {} if rows is None else {"batch_chunk_size": min(rows, case.N)}
@@ -186,7 +186,7 @@ BENCH.add("Liger, float32 accumulation, large chunks", liger, chunks=16, **FLOAT
 
 
 def cut(case, device, **options):
-    """cut_cross_entropy at the options given; versions to 25.1.1 know no bias."""
+    """cut_cross_entropy with `options`; versions up to 25.1.1 have no bias."""
     import inspect
 
     import cut_cross_entropy

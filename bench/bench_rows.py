@@ -1,16 +1,16 @@
-"""Word stream to finished training rows: pieces, whole-word masks, labels, in M pieces a second.
+"""Word stream to finished training rows: pieces, whole-word masks, labels, in M pieces per second.
 
 Ours must equal the plain definition (`mvbert.text.row_reference`) before it is timed, and unmasked
-teacher rows must hold the pieces that transformers' tokenizer gives for the same words. `mixed` is
-Stage I, a coin for every word; `student` is Stage II, one vocabulary; `teacher` is what the peers
-can do.
+teacher rows must have the pieces that transformers' tokenizer gives for the same words. `mixed` is
+Stage I, a coin for every word; `student` is Stage II, one vocabulary; `teacher` is what peers can
+do too.
 
 Peers: "HF text" tokenizes text with the fast tokenizer, cuts rows of T and masks them with
 DataCollatorForLanguageModeling; "HF pieces" and "HF words" start from rows that are cut already
-(what a pre-tokenized data set holds, with special token mask and offsets, which spares the collator
-work) and only collate, piece by piece or by whole words (then always [MASK]: it knows no 80/10/10
-there). They use numpy tensors. "numpy" is the least that masking rows piece by piece in numpy can
-be. Text: see bench_corpus.py.
+(a pre-tokenized data set, with special token mask and offsets, which saves the collator work) and
+only collate, piece by piece or by whole words (then always [MASK]: 80/10/10 is not supported
+there). They use numpy tensors. "numpy" is the least work that masking rows piece by piece in numpy
+can be. Text: see bench_corpus.py.
 """
 
 import os

@@ -1,17 +1,17 @@
-"""Text to piece ids: ours beside every WordPiece tokenizer that can be had.
+"""Text to piece ids: ours beside every WordPiece tokenizer that we could install.
 
-Each tokenizer lives in a process of its own with as many processors and threads as the case says;
-they are called in turn. Before any clock the ids of the first texts are compared with those of
-Hugging Face's slow BertTokenizer, the definition, text by text: the share of equal ones is in every
-record, and ours must have all of them. Mixed cutting has no outside definition, since nobody else
-does it: there our ids with student_prob 0 must be the teacher's.
+Each tokenizer runs in a separate process with as many processors and threads as the case has; they
+take turns. Before anything is timed, the ids of the first texts are compared, text by text, with
+those of Hugging Face's slow BertTokenizer, the definition: each record has the share of equal
+texts, and ours must all be equal. No other library tokenizes with two vocabularies, so mixed ids
+have no reference: with student_prob 0 ours must be the teacher's.
 
-Texts: `documents` are paragraphs joined to about 2,400 bytes, `short` the same cut to 119 bytes.
+Texts: `documents` are paragraphs joined to about 2,400 bytes, `short` the same split at 119 bytes.
 The text is the first 12 MB of openstax.txt.xz in the data folder, or else of wiki-train-00.txt.xz
-(docs/experiments/get_data.py brings it), elsewhere the documentation strings of Python's standard
-library; the record names it. Libraries under about 3 MB/s get a part of it. "Warm" is what a
-library does with a text that it saw before, "cold" empties what it remembers before each call. TF
-Text runs where bench/.venv-tf has it.
+(docs/experiments/get_data.py downloads it), or else the docstrings of Python's standard library;
+the record names it. Libraries below about 3 MB/s get a part of it. "Warm" times texts that were
+tokenized before, "cold" clears the tokenizer's cache before each call. TF Text runs if
+bench/.venv-tf has it.
 """
 
 import json
@@ -34,7 +34,7 @@ CHECKED_BYTES = 1_000_000  # compared with the slow tokenizer
 
 @dataclass(frozen=True)
 class Case:
-    """What is cut, on how many threads, from which state of memory."""
+    """What is tokenized, on how many threads, with a warm or a cold cache."""
 
     texts: str  # documents or short
     threads: int
@@ -63,7 +63,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 @dataclass(frozen=True)
 class Material:
-    """Files every worker reads, and what is known of them."""
+    """The files that every worker reads."""
 
     name: str
     texts: Path
@@ -171,7 +171,7 @@ class Worker:
         return self.answer()
 
     def use(self, limit: float) -> None:
-        """Calls get the first texts of at most so many bytes."""
+        """Calls get the first texts, at most `limit` bytes of them."""
         self.texts, size = self.material.prefix(limit)
         self.share = size / sum(self.material.sizes)
 
@@ -194,7 +194,7 @@ class Worker:
 
 @cache
 def definition(kind: str, megabytes: float) -> list[str]:
-    """What transformers' slow tokenizer makes of the first texts; [] where it is not installed."""
+    """Digests of the slow tokenizer's ids of the first texts; [] if it is not installed."""
     version = harness.version("transformers")
     if version is None or int(version.split(".")[0]) >= 5:
         return []
@@ -266,7 +266,7 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
 
 
 def gate_mixed(case: Case) -> None:
-    """Stops unless mixed cutting with student_prob 0 is plain cutting."""
+    """Raises unless mixed ids with student_prob 0 are the plain ones."""
     from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
     from mvbert.text.vocab import Vocab
 

@@ -1,14 +1,14 @@
 """One training step: forward, backward, clipping, AdamW, learning rate; ours against Hugging Face.
 
-The same BERT with the same weights, batch and length for all: rows full, 15 % of the pieces masked.
-Rows are in memory already (bench_rows.py is about making them). Hugging Face's BertForMaskedLM runs
-in the loop that its Trainer runs: labels of all positions, clip_grad_norm_, fused AdamW, a
-learning-rate scheduler, the check of the loss for NaN. On a CPU the Trainer's default is float32
-(`HF`), bf16=True is `HF bf16`, which is what ours does; on a GPU all run under bfloat16 autocast.
-`mvbert mixed` does what Stage I does on top: a second vocabulary of 4,928 pieces, projected, with
-a softmax of its own.
+All train the same BERT from the same weights, with the same batch and length: rows are full, 15 %
+of the pieces masked, and in memory already (bench_rows.py measures making them). Hugging Face's
+BertForMaskedLM runs in the loop of its Trainer: labels at all positions, clip_grad_norm_, fused
+AdamW, a learning-rate scheduler, the check of the loss for NaN. On a CPU the Trainer's default is
+float32 (`HF`); `HF bf16` is bf16=True, which is what ours does; on a GPU all run under bfloat16
+autocast. `mvbert mixed` adds what Stage I does: a second vocabulary of 4,928 pieces, projected,
+with a separate softmax.
 
-On a CPU, mvbert's loop tells malloc to keep what is freed (mvbert.training.device.keep_memory). The
+On a CPU, mvbert's loop makes malloc keep freed memory (mvbert.training.device.keep_memory). The
 rows of transformers run with the default malloc, except `memory kept`, which has the same setting.
 So each runs in a separate process; they take turns; a step before each measurement is not timed.
 
@@ -80,7 +80,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
-    """A batch by the names of mvbert.text.batches.Batch, and what Hugging Face takes of it."""
+    """A batch under the names of mvbert.text.batches.Batch, and as Hugging Face takes it."""
     generator = torch.Generator().manual_seed(copy)
     # Pieces as uneven as words are.
     share = 1.0 / torch.arange(5, case.V + 5, dtype=torch.float64)
@@ -116,7 +116,7 @@ def work(case: Case, device: str) -> harness.Work:
 
 
 def start(model: MaskedLM) -> MaskedLM:
-    """The model at its initial weights, the same for everybody."""
+    """The model at its initial weights, the same for all providers."""
     model.init_weights(0)
     model.pooler.requires_grad_(False)
     return model
@@ -129,7 +129,7 @@ def config(case: Case) -> TrainConfig:
 def check(case: Case, x: dict, outputs) -> dict:
     """First loss and gradient norm against float32 without dropout."""
     loss, norm = (torch.as_tensor(float(value)) for value in outputs[:2])
-    if len(outputs) > 2:  # another task on other labels: only that it is sane
+    if len(outputs) > 2:  # another task with other labels: only a sanity check
         if not (0 < loss < 12 and norm > 0):
             raise harness.Wrong(f"loss {loss}, gradient norm {norm}")
         return {}
@@ -164,23 +164,23 @@ STEPS = {}  # provider -> (case, device) -> its step
 
 
 def add(name: str, make, *, needs=(), devices=("cpu", "cuda"), **options) -> None:
-    """Adds a provider, which on a CPU has a process of its own."""
+    """Adds a provider, which on a CPU runs in a separate process."""
     STEPS[name] = partial(make, **options)
 
     def made(case: Case, device: str):
-        return Apart(name, case) if device == "cpu" else STEPS[name](case, device)
+        return Separate(name, case) if device == "cpu" else STEPS[name](case, device)
 
     BENCH.add(name, made, needs=needs, devices=devices)
 
 
-class Apart:
-    """A provider in a process of its own, with the malloc and the memory its users have."""
+class Separate:
+    """A provider in a separate process, with the malloc settings and memory that its users get."""
 
     def __init__(self, name: str, case: Case) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, end = context.Pipe()
-        given = (end, name, case, torch.get_num_threads())
-        self._process = context.Process(target=serve, args=given, daemon=True)
+        arguments = (end, name, case, torch.get_num_threads())
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
         end.close()
         self._first = self._answer()
@@ -206,7 +206,7 @@ class Apart:
 
 
 def serve(pipe, name: str, case: Case, threads: int) -> None:
-    """Makes steps and times them until nobody asks any more."""
+    """Runs and times steps until the pipe is closed."""
     torch.set_num_threads(threads)
     try:
         copies = [inputs(case, "cpu", number) for number in range(4)]
@@ -214,7 +214,7 @@ def serve(pipe, name: str, case: Case, threads: int) -> None:
         loss, norm, *rest = run(copies[0])
         pipe.send((float(loss), float(norm), *rest))
         while calls := pipe.recv():
-            run(copies[-1])  # not timed: others have run since the last
+            run(copies[-1])  # not timed: other processes have run since
             sample = harness.measure(run, copies, calls, "cpu")
             pipe.send((sample.wall, sample.own))
             give_memory_back()  # there are many of these processes
@@ -264,8 +264,8 @@ class MixedMlm(Mlm):
         return loss / masked, {"loss_sum": loss.detach(), "count": masked}
 
 
-class Given:
-    """A feed whose rows are there."""
+class ReadyFeed:
+    """A feed whose rows are made already."""
 
     def __init__(self) -> None:
         self.device: dict[str, torch.Tensor] = {}
@@ -277,7 +277,7 @@ class Given:
 def ours(
     case: Case, device: str, kind: type[Mlm] = Mlm, compiled: bool = False, graph: bool = True
 ):
-    """A step of mvbert's loop on given rows, as one CUDA graph where there is a GPU."""
+    """A step of mvbert's loop on ready rows, as one CUDA graph on a GPU."""
     where = Device(torch.device(device), torch.bfloat16, "")
     graph = graph and device == "cuda"
     task = kind(case)
@@ -289,7 +289,7 @@ def ours(
     step = Step(
         task, Losses(task), settings, where, Ranks(), optimizer, {}, CudaGraph() if graph else None
     )
-    feed, number = Given(), 0
+    feed, number = ReadyFeed(), 0
     if device == "cpu":
         keep_memory()
 
@@ -321,7 +321,7 @@ add("mvbert eager", ours, graph=False, devices=["cuda"])
 
 
 def mixed_step(case: Case, device: str):
-    """Stage I's, half of the pieces the student's."""
+    """Stage I's step; half of the pieces are the student's."""
     harness.only_if(not case.name.startswith("Stage II"))
     run = ours(case, device, MixedMlm)
     mixed = {}
@@ -353,7 +353,7 @@ def theirs(
     case: Case, device: str, *,
     bf16: bool = True, compiled: bool = False, fused: bool = False, kept: bool = False,
 ):  # fmt: skip
-    """The step of transformers' Trainer on given rows."""
+    """The step of transformers' Trainer on ready rows."""
     from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
 
     shape = BertConfig(

@@ -2,9 +2,9 @@
 
 Every learner gets the same text, BERT's splitting, lower case, and the same number of characters
 for its alphabet. mvbert and sentencepiece learn from counted words; Hugging Face's WordPieceTrainer
-takes text and counts for itself, so its time has the counting in it. All vocabularies are measured
-alike, by greedy cutting of the words of the text. The gate is the size, and for ours that a smaller
-lexicon gives what the plain Python definition gives. Text: see bench_corpus.py.
+takes text, so its time includes counting. All vocabularies are scored alike, by greedy tokenization
+of the words of the text. The gate is the size, and for ours equality with the plain Python
+definition on a smaller lexicon. Text: see bench_corpus.py.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 def check(case: Case, x, pieces: list[str]) -> dict:
-    """What the vocabulary is worth."""
+    """Scores the vocabulary."""
     if len(pieces) != case.size:
         raise harness.Wrong(f"{len(pieces)} pieces, not {case.size}")
     words = corpus(case.megabytes)

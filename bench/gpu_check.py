@@ -25,7 +25,7 @@ SANITIZER_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/loca
 
 @dataclass(frozen=True)
 class Part:
-    """A command with a limit of its own."""
+    """A command and its time limit."""
 
     name: str
     command: list[str]
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[Part]:
-    """First what is not timed, side by side; then in the order of what one would miss most."""
+    """First what is not timed, side by side; then the most important first."""
     toy = args.dry_run
     providers = ["mvbert", "eager", "HF head, eager", "torch eager"]
     options = ["--device", "cuda" if cuda else "cpu", "--quick"]
@@ -93,8 +93,8 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
     else:
         sanitizer = shutil.which("compute-sanitizer", path=SANITIZER_PATH)
         missing = "" if sanitizer else "no compute-sanitizer here"
-        # Every tensor an allocation of its own: inside torch's pool nothing is out of bounds. What
-        # the runtime asks the driver for in vain is no error.
+        # A separate allocation for every tensor: inside torch's pool nothing is out of bounds.
+        # Requests that the driver refuses to the runtime are no errors.
         small = [
             "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer or "", "--tool", "memcheck",
             "--report-api-errors", "no", "--error-exitcode", "9", "--target-processes", "all",
@@ -149,7 +149,7 @@ def chains(some: list[Part]) -> list[list[Part]]:
 
 
 def run(part: Part, seconds: float, log: Path, env: dict[str, str]) -> Outcome:
-    """Runs a part for so many seconds at most, its output to the log; its children end with it."""
+    """Runs a part with a time limit, its output to the log; its children end with it."""
     begin = time.monotonic()
     with log.open("ab") as out:
         out.write(f"\n===== {part.name}: {' '.join(part.command)}\n".encode())
@@ -174,7 +174,7 @@ def run(part: Part, seconds: float, log: Path, env: dict[str, str]) -> Outcome:
 
 def with_children(process: subprocess.Popen) -> None:
     """Ends what is left of the part's process group."""
-    # On an interrupt pytest still says what failed, and a training run's speed is still reported.
+    # On an interrupt pytest still prints what failed, and a training run's speed is still reported.
     for kind, wait in ((signal.SIGINT, 5.0), (signal.SIGKILL, 0.0)):
         try:
             os.killpg(process.pid, kind)
@@ -190,7 +190,7 @@ def with_children(process: subprocess.Popen) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What was aimed at, what was measured (None: nothing), whether that is enough."""
+    """A target, what was measured (None: nothing), and whether it was met."""
 
     what: str
     target: str
@@ -212,7 +212,7 @@ def at_least(what: str, limit: float, value: float | None) -> Target:
 
 
 def loss_targets(name: str, ours: dict, peers: dict[str, float]) -> list[Target]:
-    """Of a loss: `peers` says how many times as long as ours they take."""
+    """Targets of a loss; `peers` has the times of others as multiples of ours."""
     N, V, H = (ours["fields"][letter] for letter in "NVH")
     narrow = (V, H) == (4928, 256)
     best = min(peers.values(), default=None)
@@ -320,13 +320,13 @@ def report(out: Path, name: str, dry_run: bool, outcomes: list[Outcome]) -> None
     """Prints what came out on device `name`; adds it to log.txt, writes summary.json."""
     rows = targets(out)
     parts = [[o.part.name, o.state, f"{o.seconds:.0f}"] for o in outcomes]
-    told = [
+    sections = [
         f"{name}, {time.strftime('%Y-%m-%d')}" + (", dry run" if dry_run else ""),
         table([["part", "state", "seconds"], *parts]),
         top_kernels(out),
         table([["target", "aim", "measured", ""], *(row.row() for row in rows)]),
     ]
-    summary = "\n\n".join(filter(None, told))
+    summary = "\n\n".join(filter(None, sections))
     print("\n" + summary)
     with (out / "log.txt").open("a", encoding="utf-8") as log:
         log.write("\n" + summary + "\n")
@@ -356,7 +356,7 @@ def main() -> None:
     for name in args.only or ():
         if name not in known:
             parser.error(f"no part is called {name!r}; there are {', '.join(known)}")
-    patience = 5 if args.dry_run else 1  # what shows that all works may do so on a busy machine
+    patience = 5 if args.dry_run else 1  # a dry run may happen on a busy machine
     begin = time.monotonic()
     # A shell may have it ignored, which parts would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)

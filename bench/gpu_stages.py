@@ -4,10 +4,10 @@
     python bench/gpu_stages.py train WORK --stage 1 --seconds 60 --report OUT/stage1.json
     python bench/gpu_stages.py profile WORK --stage 2 --report OUT/profile2.json
 
-The text is real; the Stage I teacher has BERT-large's shape and random weights, which cost what
-trained ones do. Stage II trains the 6 x 256 student by masked language modelling alone, from a
-Stage I that took two steps of a small teacher, so that it does not wait for the large one. All of
-it goes through the command line that users have.
+The text is real; the Stage I teacher has BERT-large's shape and random weights, which cost as much
+as trained ones. Stage II trains the 6 x 256 student by masked language modelling alone, from a
+Stage I of two steps with a small teacher, so that it does not wait for the large one. All runs use
+the command line.
 """
 
 import argparse
@@ -98,14 +98,14 @@ def command(work: Path, stage: int, out: Path, toy: bool) -> list:
 
 
 def train(work: Path, stage: int, seconds: float, compiled: bool, toy: bool) -> dict:
-    """A run of so many seconds, the start included (a toy: 3 steps); what its log says of speed."""
+    """Trains for `seconds`, start-up included (a toy: 3 steps); returns the speeds of its log."""
     out = work / f"stage{stage}-{time.time_ns()}"
     limits = ["--max-hours", seconds / 3600, "--steps", NEVER, "--log-every", 10]
     if toy:
         limits = ["--steps", 3, "--log-every", 1]
     args = [*command(work, stage, out, toy), *limits, *["--compile"] * compiled]
     facts: dict = {"stage": stage, "compiled": compiled, "exit": None}
-    with contextlib.suppress(KeyboardInterrupt):  # late: the log has what was measured by now
+    with contextlib.suppress(KeyboardInterrupt):  # late: the log has what was measured so far
         done = subprocess.run([sys.executable, "-m", "mvbert", *map(str, args)], check=False)
         facts["exit"] = done.returncode
     log = out / "log.jsonl"
@@ -123,7 +123,7 @@ def train(work: Path, stage: int, seconds: float, compiled: bool, toy: bool) -> 
 
 
 def profile(work: Path, stage: int, toy: bool) -> dict:
-    """The kernels that a short run spends its time in, the largest first."""
+    """The kernels of a short run by time, the largest first."""
     import torch
     from torch.profiler import ProfilerActivity
 

@@ -12,18 +12,18 @@ A bench is a file `bench_<name>.py` with one `BENCH`:
 
 What the loop does for every case, the same for all providers:
 
-1. Gate. Each provider runs once and `check` compares what came out; what is wrong is not timed.
-2. Warm-up by time, which also says how many calls make one measurement.
-3. Rounds. Providers take turns and every round begins with the next one, so that a busy machine is
-   busy for all. Each measurement is several calls in a row over copies of the inputs that are
+1. Gate. Each provider runs once and `check` compares its output; a wrong one is not timed.
+2. Warm-up by time, which also decides how many calls make one measurement.
+3. Rounds. Providers take turns and every round starts with the next one, so that a busy machine
+   slows all of them. Each measurement is several calls in a row over copies of the inputs that are
    together larger than the cache. Reported are the 20th, 50th and 80th percentile of the rounds.
-   On a GPU all of it is on one stream that is not the default one, as capturing a graph demands.
-4. Memory. What one call needs beyond its inputs at its peak: the CUDA allocator's own figure, or,
+   On a GPU all runs on one stream other than the default, which capturing a graph needs.
+4. Memory. The peak that one call needs beyond its inputs: the CUDA allocator's figure, or,
    on a CPU, the rise of the resident set of a fresh process that does nothing else.
 
 Rates stand beside ceilings measured in the same run (a large copy, a large matrix product); the
 floor of a case is the time its least work takes at those ceilings. Every record is one JSON object
-on a line, appended, never edited; the run it belongs to is described by a line of its own.
+on a line, appended, never edited; a separate line describes the run it belongs to.
 """
 
 import atexit
@@ -67,7 +67,7 @@ class Skip(Exception):
 
 
 class NotMeant(Exception):
-    """A provider does not do what this case asks: no record is made."""
+    """A provider does not take part in this case: no record is made."""
 
 
 def only_if(meant: bool) -> None:
@@ -77,16 +77,16 @@ def only_if(meant: bool) -> None:
 
 
 class Wrong(Exception):
-    """What a provider gave is not right, or not right enough to be worth a time."""
+    """A provider's output is wrong, so it is not timed."""
 
 
 class Lost(Exception):
-    """After a provider's error the device answers nobody in this process any more."""
+    """A provider's error lost the CUDA context for this process."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call has to do at least; the unit of `items` is what people count."""
+    """The least work of one call; `unit` names what `items` counts."""
 
     flop: float = 0.0
     bytes: float = 0.0
@@ -120,10 +120,10 @@ class Bench:
         work: (case, device) -> Work.
         check: (case, inputs, outputs) -> facts for the record; raises Wrong. None: no gate.
         dtype: (case, device) -> dtype name of the matrix products, for the ceiling.
-        memory: whether peak memory of a call says something.
+        memory: whether to measure the peak memory of a call.
         seconds: what one measurement lasts at least, before --quick.
         threads: how many torch may use on a CPU; None: all.
-        devices: where its providers run, if they do not say.
+        devices: where its providers run by default.
     """
 
     name: str
@@ -158,7 +158,7 @@ def default_dtype(device: str) -> str:
 
 @cache
 def folder(name: str) -> Path:
-    """A bench's own folder, gone when this process ends."""
+    """A scratch folder of a bench, removed when this process ends."""
     made = tempfile.TemporaryDirectory(prefix=f"mvbert-bench-{name}-")
     atexit.register(made.cleanup)
     return Path(made.name)
@@ -215,13 +215,13 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def digits(value: float, count: int = 4) -> float:
-    """`value` with so many digits: more would be noise."""
+    """`value` rounded to `count` significant digits: more would be noise."""
     return float(f"{value:.{count}g}")
 
 
 @cache
 def ceilings(device: str, dtype: str, threads: int, quick: bool, toy: bool) -> dict[str, float]:
-    """What this machine reaches today: a copy in GB/s (read + written), a product in TFLOP/s."""
+    """What this machine reaches now: a copy in GB/s (read + written), a product in TFLOP/s."""
     import torch
 
     large = device == "cuda"
@@ -353,13 +353,13 @@ def loss_errors(
     return facts if "bias" in names else {**facts, "note": "no bias"}
 
 
-# ---- what a run was made with --------------------------------------------------------------------
+# ---- description of a run ------------------------------------------------------------------------
 
 
 def run_record(
     benches: Sequence[Bench], device: str, quick: bool, only: Sequence[str] = ()
 ) -> dict:
-    """Device, driver, versions, commit, clocks, load: what a reader of a result asks first."""
+    """Device, driver, versions, commit, clocks, load: what readers of a result ask first."""
     import torch
 
     from mvbert.training import environment
@@ -469,8 +469,8 @@ def run_bench(bench: Bench, how: Settings, emit: Callable[[dict], None]) -> list
     def keep(record: dict) -> None:
         records.append(record)
         emit(record)
-        said = summary(record) if "ms" in record else reason(record)
-        print(f"  {record['provider']:28} {said}", flush=True)
+        outcome = summary(record) if "ms" in record else reason(record)
+        print(f"  {record['provider']:28} {outcome}", flush=True)
 
     with stream:
         for number, case in enumerate(cases):
@@ -511,7 +511,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
     ]
 
     def each(step: Callable[[Entry], None], some: Sequence[Entry]) -> None:
-        """Takes a step with every entry; one that cannot leaves, and its record says why."""
+        """Runs a step for every entry; one that fails is dropped, with the reason in its record."""
         for entry in some:
             try:
                 step(entry)
@@ -521,14 +521,14 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
                 if isinstance(error, NotMeant):
                     continue
                 kind = {Skip: "skipped", Wrong: "wrong"}.get(type(error), "failed")
-                entry.record[kind] = told(error) if kind == "failed" else str(error)
+                entry.record[kind] = first_line(error) if kind == "failed" else str(error)
                 entry.record.pop("ms", None)
                 keep(entry.record)
                 if kind == "failed":
                     check_device(device, entry.provider.name)
 
     def prepare(entry: Entry) -> None:
-        """Makes the provider and holds it to the gate."""
+        """Makes the provider and checks its output."""
         provider = entry.provider
         if provider.name in how.without:
             raise Skip("left out")
@@ -588,7 +588,7 @@ def shrunk(case: Any) -> Any:
     return replace(case, **{n: min(value, limits.get(n, 512)) for n, value in numbers.items()})
 
 
-def told(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
@@ -606,13 +606,13 @@ def check_device(device: str, name: str) -> None:
 
 
 def close(run) -> None:
-    """Ends what a provider started, if it said how."""
+    """Closes what a provider started, if it has a `close`."""
     if hasattr(run, "close"):
         run.close()
 
 
 def warm_up(entry: Entry, copies, device: str, target: float, quick: bool) -> None:
-    """Runs for a while, and sets how long a call takes and how many make one measurement."""
+    """Runs for a while; sets how long a call takes and how many calls make one measurement."""
     if device == "cuda":
         # A step is captured at its fourth call, which must not pass for its time.
         for call in range(5):
@@ -686,12 +686,12 @@ def cache_bytes(device: str) -> int:
 
 
 def threads(count: int) -> str:
-    """How labels say it."""
+    """A number of threads, for labels."""
     return f"{count} thread" + "s" * (count != 1)
 
 
 def label(case: Any) -> str:
-    """What a case is called in tables: its fields, unless it says better."""
+    """The name of a case in tables: its `label`, or else its fields."""
     own = getattr(case, "label", None)
     return own or " ".join(f"{name}={value}" for name, value in vars(case).items())
 

@@ -5,8 +5,8 @@
     python bench/run.py tokenizer --only mvbert "HF encode_batch_fast" --no-output
     python bench/run.py --list
 
-harness.py says how it measures, bench/results has what was measured, tables.py makes the README's
-tables of it. The last line of stdout is one JSON object: what ran, what was skipped or wrong.
+harness.py describes the method, bench/results has the records, tables.py writes the tables of the
+README and the docs. The last line of stdout is one JSON object: what ran, was skipped or wrong.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ORDER = ("tokenizer", "vocab", "rows", "embedding", "loss", "kl", "relations", "
 
 
 def names() -> list[str]:
-    """Of every bench_<name>.py beside this file, in the order of the data's way."""
+    """The name of every bench_<name>.py beside this file, in the order of the data path."""
     return sorted(
         (file.stem.removeprefix("bench_") for file in Path(__file__).parent.glob("bench_*.py")),
         key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER),
@@ -33,7 +33,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> harness.Bench:
-    """Only what is asked for is imported: the kernels' benches need no C++ part."""
+    """Imports one bench: those of the kernels need no C++ extension."""
     return importlib.import_module(f"bench_{name}").BENCH
 
 
@@ -101,15 +101,15 @@ def main() -> None:
 
 
 def again(provider: str) -> NoReturn:
-    """Starts this command anew without a peer that broke the device for all of its process."""
+    """Restarts this command without a peer that lost the CUDA context."""
     if provider.startswith("mvbert"):
-        sys.exit(f"{provider} broke the device")
-    print(f"{provider} broke the device: once more without it", flush=True)
+        sys.exit(f"{provider} lost the CUDA context")
+    print(f"{provider} lost the CUDA context: restarting without it", flush=True)
     os.execv(sys.executable, [sys.executable, *sys.argv, "--without", provider])
 
 
 def outcome(run: dict, records: list[dict]) -> dict:
-    """What ran, and what did not and why."""
+    """Which providers were timed, and which were not and why."""
     missing = {}
     for record in records:
         if "ms" not in record:

@@ -3,9 +3,9 @@
     python bench/tables.py            # writes them
     python bench/tables.py --check    # exit code 1 if they are not what the results say
 
-Of every bench and kind of device the last whole run counts: --quick ones only where there is no
-other, ones that were cut short only where there is nothing else. What was not measured is an empty
-cell. Plots need matplotlib (pip install 'mvbert[bench]').
+The last complete run of each bench and kind of device counts; a --quick run only if there is no
+other, an interrupted one only if there is nothing else. What was not measured is an empty cell.
+Plots need matplotlib (pip install 'mvbert[bench]').
 """
 
 import argparse
@@ -35,7 +35,7 @@ TITLES = {
     "inference": "Inference",
 }
 
-# The shapes an H100 is aimed at; their cells stay empty until one has run them.
+# The shapes with targets on an H100; their cells stay empty until one has run them.
 GPU_SHAPES = [(4096, 30522, 1024), (16384, 30522, 1024), (4096, 30522, 768), (16384, 30522, 768),
               (16384, 4928, 256), (32768, 4928, 256)]  # fmt: skip
 # Of each the fastest of its settings; the one that only compiles plain PyTorch is none of CCE's.
@@ -50,7 +50,7 @@ Cases = dict[str, dict[str, dict]]  # case -> provider -> record, in the order t
 
 
 class Results:
-    """The records that count."""
+    """The records that the tables show."""
 
     def __init__(self, folder: Path = RESULTS) -> None:
         self.runs: dict[str, dict] = {}
@@ -68,7 +68,7 @@ class Results:
                     ended.add((record["run"], record["bench"]))
                 else:
                     records.append(record)
-        # Rather ended than cut short, rather whole than quick, rather later than earlier.
+        # Complete before interrupted, full before quick, later before earlier.
         last: dict[tuple[str, str], tuple] = {}
         for record in records:
             key, run = (record["bench"], record["device"]), record["run"]
@@ -81,18 +81,18 @@ class Results:
         ]
 
     def all_of(self, bench: str, device: str = "cpu") -> list[dict]:
-        """Also of those that were skipped, wrong or failed."""
+        """All records, also of providers that were skipped, wrong or failed."""
         return [r for r in self.records if (r["bench"], r["device"]) == (bench, device)]
 
     def of(self, bench: str, device: str = "cpu") -> list[dict]:
-        """Of those that were timed."""
+        """The records of providers that were timed."""
         return [r for r in self.all_of(bench, device) if "ms" in r]
 
     def cases(self, bench: str, device: str = "cpu") -> Cases:
         return by_case(self.of(bench, device))
 
     def machine(self, bench: str, device: str = "cpu") -> str:
-        """What a bench ran on, and the versions, in a line."""
+        """The machine and versions of a bench, in a line."""
         run = self.runs[self.all_of(bench, device)[0]["run"]]
         what = run.get("gpu") or f"{run['processor']}, {run['cores']} cores"
         date = f"{run['run'][:4]}-{run['run'][4:6]}-{run['run'][6:8]}"
@@ -102,7 +102,7 @@ class Results:
         return f"{what}; {', '.join(versions)}; {commit}{date}{quick}."
 
     def digest(self, bench: str) -> str:
-        """Of what a plot was drawn from."""
+        """A digest of the records that a plot shows."""
         text = json.dumps([r for r in self.records if r["bench"] == bench], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -117,7 +117,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def joined(parts: Iterable[str]) -> str:
-    """The parts that there are, a blank line between."""
+    """The parts that are not empty, with a blank line between."""
     return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
@@ -126,7 +126,7 @@ def providers_of(cases: Cases) -> list[str]:
 
 
 def figure(value: float | None, digits: int = 3) -> str:
-    """So many digits, never in powers of ten; empty for nothing."""
+    """`digits` significant digits, never in powers of ten; empty for None."""
     if value is None:
         return ""
     text = f"{value:.{digits}g}"
@@ -150,7 +150,7 @@ def median(record: dict | None) -> float | None:
 
 
 def times(record: dict | None, ours: dict | None) -> str:
-    """How many times as long as ours."""
+    """Their time as a multiple of ours."""
     theirs, own = median(record), median(ours)
     if theirs is None or own is None:
         return ""
@@ -159,7 +159,7 @@ def times(record: dict | None, ours: dict | None) -> str:
 
 
 def faster_peers(cases: Cases) -> str:
-    """Who is faster than we are, in how many cases and by how much; a sentence."""
+    """A sentence: which peers are faster, in how many cases and by how much."""
     found: dict[str, list[tuple[float, str]]] = {}
     compared: dict[str, int] = {}
     for case, providers in cases.items():
@@ -173,16 +173,16 @@ def faster_peers(cases: Cases) -> str:
                 found.setdefault(provider, []).append((ratio, case))
     if not compared:
         return ""
-    told = [
+    faster = [
         f"`{provider}` in {len(where)} of {compared[provider]} cases, {max(where)[0]:.2f} x at "
         f"most ({max(where)[1]})"
         for provider, where in found.items()
     ]
-    return f"Faster than mvbert: {'; '.join(told) or 'none of these peers'}."
+    return f"Faster than mvbert: {'; '.join(faster) or 'none of these peers'}."
 
 
 def fastest(found: dict[str, dict], peer: str) -> dict | None:
-    """Of a peer's settings."""
+    """The fastest of a peer's settings."""
     timed = [r for p, r in found.items() if p.startswith(peer) and p != NOT_OF_CCE]
     return min(timed, key=median, default=None)
 
@@ -241,7 +241,7 @@ HEADLINES = [
 
 
 def amount(record: dict) -> str:
-    """What a headline says of a record."""
+    """The figures of a record in a headline."""
     parts = [figure(record[size]) + " MB" for size in ("megabytes", "peak_mb") if size in record]
     if "items_s" in record and record["unit"] in ("MB", "M pieces", "pieces"):
         return f"{figure(record['items_s'])} {record['unit']}/s"
@@ -295,8 +295,8 @@ def page(results: Results) -> str:
             parts.append(f"### {title}, {'GPU' if device == 'cuda' else 'CPU'}")
             cases = results.cases(bench, device)
             ceiling = ceilings(results.of(bench, device))
-            said = [results.machine(bench, device), ceiling, faster_peers(cases)]
-            parts.append(" ".join(filter(None, said)))
+            facts = [results.machine(bench, device), ceiling, faster_peers(cases)]
+            parts.append(" ".join(filter(None, facts)))
             if (bench, device) == ("loss", "cuda"):
                 parts.append(gpu_loss_table(results))
             parts += [case_table(case, found) for case, found in cases.items()]
@@ -308,12 +308,12 @@ def ceilings(records: Sequence[dict]) -> str:
     """What this machine reached in the same run, if the bench has a floor."""
     rates = {(r["ceiling"]["matmul_tflop_s"], r["ceiling"]["copy_gb_s"])
              for r in records if "times_floor" in r}  # fmt: skip
-    told = [f"{figure(product)} TFLOP/s, {figure(copy)} GB/s" for product, copy in sorted(rates)]
-    return f"Ceilings: {'; '.join(told)}." if told else ""
+    texts = [f"{figure(product)} TFLOP/s, {figure(copy)} GB/s" for product, copy in sorted(rates)]
+    return f"Ceilings: {'; '.join(texts)}." if texts else ""
 
 
 def not_timed(cases: Cases) -> str:
-    """Who has no time and why; the cases only where it is not all."""
+    """Providers without a time and why; the cases only if not all of them."""
     found: dict[str, dict[str, list[str]]] = {}
     for case, records in cases.items():
         for provider, record in records.items():
@@ -332,7 +332,7 @@ def not_timed(cases: Cases) -> str:
 
 
 def case_table(case: str, found: dict[str, dict]) -> str:
-    """All that is known of a case, a provider a line."""
+    """All figures of a case, one provider per line."""
     is_text = any("equal" in r or "text" in r for r in found.values())
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("ms", lambda r: span(r["ms"])),
@@ -387,7 +387,7 @@ def draw_loss(axes, results: Results) -> None:
 
 
 def one_row(results: Results) -> list[dict]:
-    """Of inference, the records of batches of one."""
+    """The records of inference with batches of one row."""
     return [r for r in results.of("inference") if r["fields"]["B"] == 1]
 
 

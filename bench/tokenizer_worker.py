@@ -1,9 +1,9 @@
-"""One tokenizer in a process of its own, for bench_tokenizer.py: commands in, JSON lines out.
+"""One tokenizer in a separate process, for bench_tokenizer.py: commands in, JSON lines out.
 
     python bench/tokenizer_worker.py PEER VOCAB TEXTS.json
 
-Needs neither torch nor (but for ours) mvbert, so that a peer with needs of its own can run under
-the Python of its own environment. The number of threads is set by the parent, before anything is
+Needs neither torch nor (but for ours) mvbert, so that a peer with conflicting requirements can run
+in another environment. The number of threads is set by the parent, before anything is
 imported: variables of thread pools, and the processors this process may use.
 """
 
@@ -20,7 +20,7 @@ PEERS = {}
 
 
 class Tokenizer:
-    """What a peer gives.
+    """A peer.
 
     `encode` takes a list of str and is what is timed; `ids` makes lists of its result, without
     [CLS] and [SEP]; `forget` empties what the tokenizer remembers of earlier texts, if it does.
@@ -53,7 +53,7 @@ def student_of(vocab):
 
 
 def ours(make, **options):
-    """A tokenizer of ours; it forgets by being made again."""
+    """A tokenizer of ours; making it again clears its cache."""
     tokenizer = make()
 
     def encode(texts):
@@ -115,7 +115,7 @@ def _(vocab, threads):
 
 
 def one_by_one(tokenizer, ids=list):
-    """Of BERT's first interface."""
+    """A tokenizer with the interface of BERT's first one."""
     return Tokenizer(
         lambda texts: [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts],
         ids,
@@ -133,7 +133,7 @@ def _(vocab, threads):
 
 @peer("HF twice, spliced")
 def _(vocab, threads):
-    """Mixed cutting with what there is: ids by both vocabularies, chosen word by word."""
+    """Mixed tokenization with Hugging Face alone: ids by both vocabularies, chosen word by word."""
     teacher = hugging_face_fast(vocab).backend_tokenizer
     student = hugging_face_fast(student_of(vocab)).backend_tokenizer
     size = teacher.get_vocab_size()
@@ -304,7 +304,7 @@ def main():
     name, vocab, texts_file = sys.argv[1:]
     threads = int(os.environ["MVBERT_BENCH_THREADS"])
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not get among the answers
+    os.dup2(2, 1)  # keeps what a library prints out of the answers
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
@@ -331,7 +331,7 @@ def main():
                 own += time.process_time() - begin_own
                 wall += time.perf_counter() - begin
             answer(wall=wall / command["calls"], own=own / command["calls"])
-    except Exception as error:  # whatever a peer does, the parent hears of it
+    except Exception as error:  # a peer may fail in any way: tell the parent
         answer(failed=f"{type(error).__name__}: {error}"[:300])
 
 

@@ -4,9 +4,9 @@
     python bench/tune.py --write            and keep what was found
     python bench/tune.py --only logits --only V30522
 
-Each kernel runs alone at a real shape, once per candidate; a candidate whose result differs from
-that of the rule in kernels/launch.py, or that does not fit the device, is left out. Compiling takes
-most of the time: it is done beforehand by several processes, which fill Triton's cache.
+Each kernel runs alone at a real shape, once per candidate; a candidate is skipped if its result
+differs from that of the rule in kernels/launch.py or if it does not fit the device. Most of the
+time is compilation, done beforehand by several processes, which fill Triton's cache.
 """
 
 import argparse

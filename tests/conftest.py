@@ -278,6 +278,32 @@ Light from the young stars reaches the world after many years.
 The vocabulary of a child grows by ten words a day, and nobody is teaching them.
 """
 
+JOB_TABLES = """\
+[corpus]
+text = ["text.txt"]
+heldout_share = 0.2
+[vocab]
+size = 90
+[row]
+length = 16
+[stage1]
+steps = 4
+rows = 4
+eval_rows = 4
+embedding_size = 64
+dropout = 0.0
+threads = 1
+dtype = "float32"
+[stage2]
+shape = "1x64"
+distill = []
+steps = 4
+rows = 4
+eval_rows = 4
+threads = 1
+dtype = "float32"
+"""
+
 
 def _vocab(words: list[str]):
     from mvbert.text.vocab import Vocab
@@ -318,6 +344,12 @@ def write_teacher():
         huggingface.write_model(folder, model, vocab, "")
 
     return write
+
+
+@pytest.fixture(scope="session")
+def job_tables() -> str:
+    """Settings of a tiny job or study: all that is not about its arms; the last table is stage2."""
+    return JOB_TABLES
 
 
 @pytest.fixture(scope="session")

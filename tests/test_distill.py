@@ -19,40 +19,24 @@ from mvbert.training import machine
 from mvbert.training.budget import Cost
 from mvbert.training.info import run_info
 
-SETTINGS = """
+HEAD = """
 out = "run"
 minutes = 600
 teacher = "teacher"
 sentences = ["The [MASK] is cold."]
-[corpus]
-text = ["text.txt"]
-heldout_share = 0.2
-[vocab]
-size = 90
-[row]
-length = 16
-[stage1]
-steps = 4
-rows = 4
-eval_rows = 4
-embedding_size = 64
-dropout = 0.0
-threads = 1
-dtype = "float32"
-[stage2]
-shape = "1x64"
-distill = []
-steps = 4
-rows = 4
-eval_rows = 4
-threads = 1
-dtype = "float32"
+"""
+ARMS = """
 [arms.random]
 start = "random"
 [arms.paper]
 [arms.distilled]
 distill = ["hidden", "logits"]
 """
+
+
+@pytest.fixture(scope="module")
+def settings(job_tables) -> str:
+    return HEAD + job_tables + ARMS
 
 
 def mvbert(folder: Path, *args) -> subprocess.CompletedProcess:
@@ -69,11 +53,11 @@ def report_of(done: subprocess.CompletedProcess) -> dict:
 
 
 @pytest.fixture(scope="module")
-def job(training_inputs, tmp_path_factory) -> Path:
+def job(training_inputs, tmp_path_factory, settings) -> Path:
     """A folder with settings, text and a teacher."""
     folder = tmp_path_factory.mktemp("distill")
     shutil.copytree(training_inputs, folder, dirs_exist_ok=True)
-    (folder / "job.toml").write_text(SETTINGS)
+    (folder / "job.toml").write_text(settings)
     return folder
 
 
@@ -120,10 +104,10 @@ def test_one_command_makes_students_and_a_second_one_finds_them(job, whole, verb
 
 
 @pytest.fixture
-def budgeted(training_inputs, tmp_path, monkeypatch, verb):
+def budgeted(training_inputs, tmp_path, monkeypatch, verb, settings):
     """A function that runs the job with a budget of 800 minutes on a machine of a given speed."""
     shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
-    settings = SETTINGS.replace("minutes = 600", "minutes = 800").replace("steps = 4", "steps = 10")
+    settings = settings.replace("minutes = 600", "minutes = 800").replace("steps = 4", "steps = 10")
     (tmp_path / "job.toml").write_text(settings)
     monkeypatch.chdir(tmp_path)
 
@@ -173,9 +157,9 @@ def test_the_budget_is_an_option_too(budgeted):
     assert steps == dict.fromkeys(RUNS, 10)
 
 
-def test_all_runs_of_a_job_have_one_dtype(training_inputs, tmp_path, monkeypatch, verb):
+def test_all_runs_of_a_job_have_one_dtype(training_inputs, tmp_path, monkeypatch, verb, settings):
     shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "job.toml").write_text(SETTINGS.replace('dtype = "float32"', ""))
+    (tmp_path / "job.toml").write_text(settings.replace('dtype = "float32"', ""))
     monkeypatch.chdir(tmp_path)
     found = iter([{torch.float32: 1e9, torch.bfloat16: 2e9}])
     monkeypatch.setattr(machine, "product_rates", lambda products, gradients: next(found))
@@ -293,7 +277,9 @@ Zwei Äpfel fallen auf die Straße, und der Müller hört es nicht.
 """
 
 
-def test_accents_and_added_pieces_reach_the_student(tmp_path, verb, refused, write_teacher):
+def test_accents_and_added_pieces_reach_the_student(
+    tmp_path, verb, refused, write_teacher, settings
+):
     """From a teacher that keeps accents and has added pieces to a folder transformers opens."""
     transformers = pytest.importorskip("transformers")
     letters = sorted(set(GERMAN.lower()) - {" ", "\n"})
@@ -304,18 +290,14 @@ def test_accents_and_added_pieces_reach_the_student(tmp_path, verb, refused, wri
     )
     write_teacher(tmp_path / "teacher", vocab)
     (tmp_path / "text.txt").write_text(GERMAN * 6)
-    settings = (
-        SETTINGS.replace("size = 90", "size = 80")
-        .replace("[arms.distilled]", "")
-        .replace("[arms.random]", "")
-    )
-    settings = settings.replace('distill = ["hidden", "logits"]\n', "")
-    settings = settings.replace('start = "random"\n', "").replace(
-        'out = "run"', f'out = "{tmp_path}/run"'
-    )
-    settings = settings.replace('"teacher"', f'"{tmp_path}/teacher"').replace(
-        '"text.txt"', f'"{tmp_path}/text.txt"'
-    )
+    settings = settings.replace(ARMS, "[arms.paper]\n")
+    for old, new in [
+        ("size = 90", "size = 80"),
+        ('out = "run"', f'out = "{tmp_path}/run"'),
+        ('"teacher"', f'"{tmp_path}/teacher"'),
+        ('"text.txt"', f'"{tmp_path}/text.txt"'),
+    ]:
+        settings = settings.replace(old, new)
     (tmp_path / "job.toml").write_text(settings)
     report, _ = verb("distill", tmp_path / "job.toml")
 

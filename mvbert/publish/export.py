@@ -95,9 +95,15 @@ def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
     row = RowConfig(length=min(PIECES, config.max_position_embeddings), pair_prob=pairs)
     with tempfile.TemporaryDirectory() as scratch:
         if corpus is None:
-            casing = {"lowercase": vocab.lowercase, "strip_accents": vocab.strip_accents}
-            build_corpus([SAMPLE], Path(scratch, "corpus"), heldout_share=0.9, **casing)
-            opened = Corpus.open(Path(scratch, "corpus"))
+            folder = Path(scratch, "corpus")
+            build_corpus(
+                [SAMPLE],
+                folder,
+                lowercase=vocab.lowercase,
+                strip_accents=vocab.strip_accents,
+                heldout_share=0.9,
+            )
+            opened = Corpus.open(folder)
         else:
             opened = Corpus.open(corpus, verify="sha256")
         cut = opened.segment(vocab)

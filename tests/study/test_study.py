@@ -26,36 +26,15 @@ from mvbert.training.device import Device
 
 CPU = Device(torch.device("cpu"), None, "float32")
 
-SETTINGS = """
+HEAD = """
 out = "study"
 teacher = "teacher"
 seeds = [0, 1]
 baseline = "paper"
-[corpus]
-text = ["text.txt"]
-heldout_share = 0.2
-[vocab]
-size = 90
-[row]
-length = 16
-[stage1]
-steps = 3
-rows = 4
-eval_rows = 4
-embedding_size = 64
-dropout = 0.0
-threads = 1
-dtype = "float32"
-[stage2]
-distill = []
-shape = "1x64"
-steps = 4
-rows = 4
-eval_rows = 4
+"""
+ARMS = """
 eval_every = 2
 log_every = 2
-threads = 1
-dtype = "float32"
 relation_heads = 8
 [measure]
 words = 40
@@ -75,10 +54,15 @@ size = 75
 
 
 @pytest.fixture
-def job(tmp_path, training_inputs):
+def settings(job_tables) -> str:
+    return HEAD + job_tables + ARMS
+
+
+@pytest.fixture
+def job(tmp_path, training_inputs, settings):
     """A folder with settings, text, a teacher and a few labelled sentences."""
     shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "study.toml").write_text(SETTINGS)
+    (tmp_path / "study.toml").write_text(settings)
     (tmp_path / "SST-2").mkdir()
     lines = [
         "sentence\tlabel",
@@ -183,8 +167,8 @@ def test_parts_of_a_study_can_be_run_apart(job, study):
         ("words = 40", "words = -1", "words must not be negative"),
     ],
 )
-def test_a_study_that_compares_nothing_is_refused(tmp_path, old, new, part):
-    (tmp_path / "study.toml").write_text(SETTINGS.replace(old, new))
+def test_a_study_that_compares_nothing_is_refused(tmp_path, settings, old, new, part):
+    (tmp_path / "study.toml").write_text(settings.replace(old, new))
     with pytest.raises(InputError, match=re.escape(part)):
         load_toml(StudyConfig, tmp_path / "study.toml")
 
