@@ -99,7 +99,7 @@ struct CorpusBuilder::Result {
   // it had a word before, which only the caller's side knows.
   bool bare_end = false;
   bool bare_end_heldout = false;
-  bool open = false;            // the last document goes on in the next block
+  bool open = false;            // the last document continues in the next block
   bool open_has_words = false;  // and has a word here
   bool open_continues = false;  // and began before this block
   std::exception_ptr error;
@@ -334,7 +334,7 @@ CorpusBuilder::CorpusBuilder(const CorpusOptions& options)
   try {
     for (int i = 0; i < options.threads; ++i) threads_.emplace_back([this] { Work(); });
   } catch (const std::system_error&) {
-    if (threads_.empty()) throw;  // otherwise those that could be had do the work
+    if (threads_.empty()) throw;  // otherwise the threads that did start do the work
   }
 }
 
@@ -517,7 +517,7 @@ void CorpusBuilder::Restore(std::string_view words, const std::uint32_t* train,
     }
     const std::size_t before = lexicon_.size();
     lexicon_.Intern(words.substr(0, size), HashWord(words.substr(0, size)));
-    if (lexicon_.size() == before) throw std::invalid_argument("a word is there twice");
+    if (lexicon_.size() == before) throw std::invalid_argument("a word occurs twice");
     words.remove_prefix(size + 1);
   }
   lexicon_.CountStream(train, train_size);

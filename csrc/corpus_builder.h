@@ -111,7 +111,7 @@ class CorpusBuilder {
   // Ends the open document and waits until all text is ids.
   void Flush();
 
-  // Where to go on from: the text before is ids, or will be after the next Take.
+  // Where to resume: the text before is ids, or will be after the next Take.
   struct PausePoint {
     std::uint64_t offset;     // in the text of the source
     std::uint64_t documents;  // before it, as in CorpusTotals

@@ -113,7 +113,7 @@ void Lexicon::UncountStream(const std::uint32_t* ids, std::size_t size) {
     if (ids[i] >= counts_.size()) ThrowOutside(ids[i], counts_.size());
     if (counts_[ids[i]] == 0) {
       throw std::invalid_argument("word id " + std::to_string(ids[i]) +
-                                  " was not counted as often as it is to be taken back");
+                                  " occurs more often in the stream than it was counted");
     }
     --counts_[ids[i]];
   }

@@ -62,7 +62,7 @@ inline std::uint64_t HashShortWord(std::uint64_t low, std::uint64_t high, std::s
   return internal::Fold(low ^ internal::kOdd0, high ^ internal::kOdd1 ^ size) * internal::kOdd0;
 }
 
-// Not thread-safe; reading from several threads at once is, while nobody interns.
+// Not thread-safe; several threads may read at once while none interns.
 class Lexicon {
  public:
   // Holds the empty word only.

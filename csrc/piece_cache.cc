@@ -147,7 +147,7 @@ Pieces PieceCache::Pack(const std::int32_t* cut, std::size_t count) {
     fits = static_cast<std::uint64_t>(cut[i]) < (narrow_ ? Narrow::kLimit : Wide::kLimit);
   }
   if (fits) return narrow_ ? Narrow::Pack(cut, count) : Wide::Pack(cut, count);
-  if (count >= kMostInPool) throw std::length_error("a word of 2^16 pieces");
+  if (count >= kMostInPool) throw std::length_error("a word has 2^16 pieces or more");
   const std::size_t offset = pool_.size();
   pool_.insert(pool_.end(), cut, cut + count);
   pool_.resize((pool_.size() + kStride - 1) / kStride * kStride);  // for reading them at once

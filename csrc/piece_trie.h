@@ -26,7 +26,7 @@ class PieceTrie {
   std::size_t LongestPrefix(std::string_view text, std::int32_t* id) const;
 
   // The same byte by byte. Where one byte leads from kRoot or from a node that another byte led to;
-  // 0 if no key goes on so.
+  // 0 if no key continues so.
   static constexpr std::uint32_t kRoot = 0;
   std::uint32_t Step(std::uint32_t node, char byte) const;
 

@@ -47,7 +47,7 @@ Segmentation SegmentLexicon(std::string_view bytes, const std::uint64_t* word_en
   for (const Segmentation& part : parts) pieces += part.ids.size();
   if (pieces > std::numeric_limits<std::uint32_t>::max()) {
     throw std::length_error("the words have " + std::to_string(pieces) +
-                            " pieces, more than the 2^32 - 1 a segmentation can hold");
+                            " pieces; a segmentation holds at most 2^32 - 1");
   }
   Segmentation whole;
   whole.ends.reserve(words);

@@ -17,7 +17,7 @@ namespace mvbert {
 
 // Runs work(next) on up to `threads` threads, this one among them, and on no more than there are
 // parts: next(&part) hands out the parts [0, parts) in order, each to one thread, and is false when
-// none is left. Where no more threads can be had, fewer do the work. When all have ended, throws
+// none is left. If no more threads can be started, fewer do the work. When all have ended, throws
 // what the lowest part that failed threw: it does not depend on the threads.
 //
 // Throws std::invalid_argument unless threads >= 1: how many are sensible is the caller's to know.

@@ -158,7 +158,7 @@ class SuffixFinder {
     if (depth >= 2 && (whole >= floor_ || proper >= floor_)) {
       found.push_back({group[0], depth, whole, proper});
     }
-    // Symbols that go on get a part of `next`; number_ then holds where its next word goes.
+    // Symbols that continue get a part of `next`; number_ then holds where its next word goes.
     struct Part {
       std::uint32_t symbol;
       std::size_t begin, count;
@@ -283,7 +283,7 @@ class Learner {
       throw std::invalid_argument(
           "size " + std::to_string(size_) + " is below the alphabet of " +
           std::to_string(words_.code_points.size()) + " characters (" + std::to_string(alphabet_) +
-          " pieces: alone or first, and inside words): ask for at least " +
+          " pieces: alone or first, and inside words); use at least " +
           std::to_string(kSpecialTokenCount + alphabet_) + ", or lower coverage");
     }
     // A first guess that is seldom too high; EnsureFloor lowers it where it is.
@@ -491,7 +491,7 @@ class Learner {
       const std::size_t most = Kept(Learn(1), 1).size() + alphabet_ + kSpecialTokenCount;
       throw std::invalid_argument(
           "size " + std::to_string(size_) + " is above the " + std::to_string(most) +
-          " pieces that these words give: ask for fewer, or bring more text");
+          " pieces that these words give; use a smaller size, or more text");
     }
     return low;
   }

@@ -110,7 +110,7 @@ def build_corpus(
     train_files, heldout_files = train.files, heldout.files
     if not train_files:
         raise InputError("no text given; give at least one file or folder")
-    _check_apart(train_files, heldout_files)
+    _check_disjoint(train_files, heldout_files)
     left_out = Counter(train.left_out) + Counter(heldout.left_out)
     settings: dict[str, Any] = {
         **_casing(lowercase, strip_accents),
@@ -310,7 +310,7 @@ def _is_corpus(folder: Path) -> bool:
         raise write_error(folder, error) from error
 
 
-def _check_apart(train: list[Path], heldout: list[Path]) -> None:
+def _check_disjoint(train: list[Path], heldout: list[Path]) -> None:
     """Refuses a file, or a copy of it, in both the text and the held-out text."""
     by_size: dict[int, list[Path]] = {}
     for path in train if heldout else ():

@@ -30,7 +30,7 @@ LEARNERS = ("topdown", "bpe", "unigram")
 # not fit. docs/log.md has the table.
 COVERAGE = VocabConfig.coverage
 
-# The words of a corpus; or a list of UTF-8 words; or all bytes and where each word ends, u64 [W].
+# The words of a corpus; a list of UTF-8 words; or all bytes and where each word ends, u64 [W].
 WordSource = WordList | Sequence[bytes] | tuple[bytes, np.ndarray]
 
 
@@ -50,7 +50,7 @@ def learn_vocab(
 
     Args:
         words: W words from BERT's splitter; the empty word (a lexicon's document mark), words of
-            count 0 and words over 100 characters (always [UNK]) are ignored.
+            count 0 and words of more than 100 characters (always [UNK]) are ignored.
         counts: [W], integers.
         size: vocabulary size, the five special tokens included.
         learner: one of LEARNERS.
@@ -281,7 +281,7 @@ def _save(vocab: Vocab, path: Path, overwrite: bool) -> None:
 
 
 def flat_words(words: WordSource) -> tuple[Any, np.ndarray]:
-    """Words as all bytes together (any buffer of bytes) and the end of each, u64 [W]."""
+    """The bytes of all words, concatenated, and where each word ends, u64 [W]."""
     if isinstance(words, WordList):
         return words.data, words.ends
     if isinstance(words, tuple) and len(words) == 2 and isinstance(words[1], np.ndarray):

@@ -33,9 +33,9 @@ KINDS = (".txt", ".jsonl", ".parquet")
 PACKINGS = (".gz", ".xz", ".zst")
 SUPPORTED = "*.txt, *.jsonl (each also .gz, .xz, .zst) and *.parquet"
 
-CHUNK_BYTES = 1 << 20  # of plain text handed on at a time
+CHUNK_BYTES = 1 << 20  # of plain text passed on at a time
 PACKED_BYTES = 1 << 14  # of packed text unpacked at a time
-RECORDS_BYTES = 1 << 18  # of records handed on at a time
+RECORDS_BYTES = 1 << 18  # of records passed on at a time
 
 
 @dataclass(frozen=True)
@@ -437,7 +437,7 @@ def documents(path: str | Path, field: str = "text", errors: str = "strict") -> 
 
 # ---- what is not UTF-8 -------------------------------------------------------------------
 
-HEAD_BYTES = 8  # that tell what a file is
+HEAD_BYTES = 8  # that identify a file's kind
 SAMPLE_BYTES = 1 << 16  # on each side of a byte that is not UTF-8
 
 MAGIC = (
@@ -489,7 +489,7 @@ def _convert(encoding: str) -> str:
 
 
 def _with_head(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces, the first of them at least HEAD_BYTES long if there are so many."""
+    """The pieces, the first at least HEAD_BYTES long unless all together are shorter."""
     head = b""
     for piece in pieces:
         head += piece
@@ -505,7 +505,7 @@ def _of_zeros(text: bytes, offset: int) -> str | None:
     if 0 not in text:  # memchr, 25 times as fast as counting
         return None
     zeros = text.count(0)
-    # A few are what broken programs leave in text; the splitter deletes them.
+    # Broken programs leave a few in text; the splitter deletes them.
     if zeros < 4 or zeros * 50 < len(text):
         return None
     parts = [text[(i - offset) % 4 :: 4] for i in range(4)]

@@ -7,7 +7,7 @@ row is a pure function of the seed, its number and the arguments.
 
 Rows have global numbers: epoch = number // R, position = number % R. A permutation of [0, R) keyed
 by the epoch turns the position into a row id; the row starts at word (row id) * S + (an offset of
-the epoch in [0, S)) of the stream and goes on from the stream's beginning at its end.
+the epoch in [0, S)) of the stream, continuing at the stream's beginning after its end.
 
 All probabilities become integers before anything is drawn, and there is no floating-point number
 after that: the same rows on every machine.

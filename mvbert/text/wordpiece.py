@@ -4,7 +4,7 @@
 after google-research/bert's tokenization.py) hands to WordPiece, and `wordpiece` cuts one word as
 it does; special tokens in the text are not special here. Unicode properties come from generated
 tables (Unicode 14.0.0), not from the running Python, so every Python version gives the same words.
-csrc/words.cc and csrc/wordpiece.cc are the fast forms; the tests hold them equal.
+csrc/words.cc and csrc/wordpiece.cc are the fast forms; tests compare them.
 """
 
 from bisect import bisect_right
@@ -28,7 +28,7 @@ def basic_split(text: str, lowercase: bool = True, strip_accents: bool | None = 
     Args:
         text: any string; lone surrogates are deleted like other control characters.
         lowercase: lower-case, as for an uncased vocabulary.
-        strip_accents: of lower-cased text; None: if it is lower-cased.
+        strip_accents: remove accents from lower-cased text; None: if it is lower-cased.
 
     Returns:
         The words: no empty string, no whitespace inside.
@@ -152,11 +152,11 @@ def _in(name: str, char: str) -> bool:
 
 @cache
 def _mapping(name: str) -> dict[str, str]:
-    found = {}
+    mapping = {}
     for item in getattr(unicode_tables, name).split():
         source, _, target = item.partition(":")
-        found[chr(_code(source))] = "".join(chr(_code(part)) for part in target.split("+"))
-    return found
+        mapping[chr(_code(source))] = "".join(chr(_code(part)) for part in target.split("+"))
+    return mapping
 
 
 def _lower(char: str) -> str:
@@ -165,13 +165,13 @@ def _lower(char: str) -> str:
 
 @cache
 def _combining_classes() -> dict[str, int]:
-    found: dict[str, int] = {}
+    classes: dict[str, int] = {}
     for item in unicode_tables.COMBINING.split():
         value, _, spans = item.partition(":")
         for span in spans.split(","):
             first, last = map(_code, span.split("-"))
-            found.update((chr(code), int(value)) for code in range(first, last + 1))
-    return found
+            classes.update((chr(code), int(value)) for code in range(first, last + 1))
+    return classes
 
 
 @cache

@@ -156,7 +156,7 @@ def test_there_is_no_pause_in_a_document_longer_than_a_block():
     [
         (b"a\nb", [], "a line break after it"),
         (b"a\n\nb\n", [], "every word must have bytes"),
-        (b"a\na\n", [], "a word is there twice"),
+        (b"a\na\n", [], "a word occurs twice"),
         (b"a\n", [1, 2], "word id 2 of the stream lies outside the lexicon of 2"),
     ],
 )
