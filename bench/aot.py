@@ -35,7 +35,7 @@ from mvbert.kernels import (
     mixed_embedding,
     relation_kl,
 )
-from mvbert.kernels.common import Need
+from mvbert.kernels.common import LossOptions, Need
 from mvbert.kernels.mixed_embedding import EmbeddingInputs
 
 RECORD = Path(__file__).parent / "aot.json"
@@ -117,27 +117,19 @@ def meta(*shape: int, dtype=torch.bfloat16) -> Tensor:
 
 
 def cross_entropy_case(
-    N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16, mostly_labelled=False
-):
+    N, H, V, rows: bool = False, smoothing=0.0, dtype=torch.bfloat16, mostly_labelled=False,
+    weighted=False, softcap=0.0, z_loss=False, predict=False,
+):  # fmt: skip
     hidden, weight, bias = (meta(*shape, dtype=dtype) for shape in ((N, H), (V, H), (V,)))
     labels = meta(N, dtype=torch.int64)
     up = meta(*([N] if rows else []), dtype=torch.float32)
     lse = meta(N, dtype=torch.float32) if rows else None
-    linear_cross_entropy.cross_entropy(
-        hidden,
-        weight,
-        bias,
-        labels,
-        -100,
-        smoothing,
-        up,
-        lse,
-        Need(True, True, True),
-        mostly_labelled,
-    )
-    linear_cross_entropy.cross_entropy(
-        hidden, weight, bias, labels, -100, smoothing, None, None, Need()
-    )
+    options = LossOptions(
+        -100, smoothing, meta(V, dtype=torch.float32) if weighted else None, softcap,
+        meta(dtype=torch.float32) if z_loss else None, predict,
+    )  # fmt: skip
+    for given in ((up, lse, Need(True, True, True), mostly_labelled), (None, None, Need())):
+        linear_cross_entropy.cross_entropy(hidden, weight, bias, labels, options, *given)
 
 
 def kl_case(N: int, H: int, H_t: int, V: int):
@@ -193,6 +185,13 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "loss N4096 H32 V4928 fp32": lambda: cross_entropy_case(4096, 32, 4928, dtype=torch.float32),
     "loss N4096 H256 V4928 fp16": lambda: cross_entropy_case(4096, 256, 4928, dtype=torch.float16),
+    # Every option at once.
+    "loss N4096 H1024 V30522 options": lambda: cross_entropy_case(
+        4096, 1024, 30522, True, 0.1, weighted=True, softcap=30.0, z_loss=True, predict=True
+    ),
+    "loss N4096 H256 V4928 options": lambda: cross_entropy_case(
+        4096, 256, 4928, True, 0.1, weighted=True, z_loss=True, predict=True
+    ),
     "kl N4096 H256 H_t1024 V4928": lambda: kl_case(4096, 256, 1024, 4928),
     "embedding B256 T128 H1024 V30522+4928": lambda: embedding_case(256, 128, 1024, 30522, 4928),
     "embedding B256 T128 H768 V30522+4928": lambda: embedding_case(256, 128, 768, 30522, 4928),

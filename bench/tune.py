@@ -30,8 +30,9 @@ from mvbert.kernels import (
     mixed_embedding,
     relation_kl,
 )
-from mvbert.kernels.common import Need
+from mvbert.kernels.common import LossOptions, Need
 from mvbert.kernels.linear import LinearRows, list_rows
+from mvbert.kernels.linear_cross_entropy import Means
 from mvbert.kernels.mixed_embedding import EmbeddingInputs
 
 # Widths, and pieces of a vocabulary.
@@ -135,8 +136,8 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
 
         def flash(need: Need) -> Callable[[], Run]:
             def run() -> Tensor:
-                _, _, dhidden, dweight, _ = linear_cross_entropy.cross_entropy(
-                    hidden, weight, bias, labels, -100, 0.0, one, None, need
+                _, _, _, dhidden, dweight, _ = linear_cross_entropy.cross_entropy(
+                    hidden, weight, bias, labels, LossOptions(), one, None, need
                 )
                 return dweight if need.weight else dhidden
 
@@ -168,8 +169,9 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
 
         def run() -> Tensor:
             return linear_cross_entropy.cross_entropy_dlogits(
-                rows, 0, rows.buffer, labels, lse, one, None, 0.0, False, True
-            ).sum(0)
+                rows, 0, rows.buffer, labels, lse, one, None, LossOptions(), Means(lse, lse, lse),
+                False, True,
+            ).sum(0)  # fmt: skip
 
         run()
         rows.buffer.copy_(kept)

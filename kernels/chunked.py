@@ -32,7 +32,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mvbert.kernels.common import Need, accumulator_dtype, gradients_like, pitch, split_heads
+from mvbert.kernels.common import (
+    LossOptions,
+    Need,
+    accumulator_dtype,
+    gradients_like,
+    pitch,
+    split_heads,
+)
 from mvbert.kernels.mixed_embedding import EmbeddingInputs
 
 # Logits of one chunk in bytes. Large enough for the products to run at full speed (hundreds of
@@ -206,51 +213,80 @@ def cross_entropy(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
-    ignore_index: int,
-    label_smoothing: float,
+    options: LossOptions,
     dloss: Tensor | None,  # [] or [N], upstream gradient of the losses; None: losses only
     dlse: Tensor | None,  # [N], upstream gradient of the rows' log-sum-exps
     need: Need,
     mostly_labelled: bool = False,  # of no use here: ignored rows are left out anyway
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [N], lse [N], predicted [N], dhidden, dweight, dbias), empty unless needed."""
+    ignore_index, s, class_weight, cap, z_loss, predict = options
     rows = (labels != ignore_index).nonzero()[:, 0]
     scale, dloss = upstream(dloss)
     linear = LinearChunks(hidden, weight, bias, rows, need, scale)
-    N, V, s = hidden.shape[0], weight.shape[0], label_smoothing
+    N, V = hidden.shape[0], weight.shape[0]
     loss = hidden.new_zeros(N, dtype=linear.blocks.dtype)
     lse = torch.zeros_like(loss)
+    predicted = rows.new_full((N if predict else 0,), -1)
+    if class_weight is not None:
+        # What label smoothing gives each piece, and all of them together.
+        shares = class_weight.to(loss.dtype) * (s / V)
+        spread = shares.sum()
     for at in linear.chunks():
         x, z = linear.logits(at)
         for part in linear.parts(z):
             picked = rows[at][part]
             target = labels[picked].long()[:, None]
             wide = linear.wide(z[part])
+            if cap:
+                wide.div_(cap).tanh_().mul_(cap)
             p = linear.softmax(wide)
-            top = wide.amax(1)
+            if predict:
+                top, predicted[picked] = wide.max(1)
+            else:
+                top = wide.amax(1)
             # The largest probability is at least 1 / V, so its logarithm is always safe to take.
             rest = -p.amax(1).log()
             lse[picked] = top + rest
             gap = top - wide.gather(1, target)[:, 0]
-            if s:
-                gap = (1 - s) * gap + s * (top - wide.mean(1))
-            loss[picked] = gap + rest
+            own = 1 - s
+            if class_weight is not None:
+                own = own * class_weight[target[:, 0]].to(loss.dtype)
+                row = own * (gap + rest)
+                if s:
+                    row += spread * (top + rest) - torch.mv(wide, shares)
+            elif s:
+                row = (1 - s) * gap + s * (top - wide.mean(1)) + rest
+            else:
+                row = gap + rest
+            if z_loss is not None:
+                row += z_loss * lse[picked].square()
+            loss[picked] = row
             if not need:
                 continue
-            hard = p.new_full((), s - 1).expand_as(target)
-            even = s / V
-            if dloss is not None:
-                a = dloss[picked][:, None]
-                # Two upstream gradients weigh the terms differently.
-                p *= a if dlse is None else a + dlse[picked][:, None]
-                hard, even = a * hard, a * even
-            p.scatter_add_(1, target, hard)
+            a = 1.0 if dloss is None else dloss[picked]
+            # What the probabilities are multiplied by, what the label's is less, and each piece's.
+            if class_weight is None:
+                mass, even = a, s / V
+            else:
+                mass, even = a * (own + spread if s else own), shares
+            if z_loss is not None:
+                mass = mass + 2 * a * z_loss * lse[picked]
+            if dlse is not None:
+                mass = mass + dlse[picked]
+            if isinstance(mass, Tensor):
+                p *= mass[:, None]
+            hard = torch.as_tensor(-a * own, dtype=p.dtype).expand(len(picked))
+            p.scatter_add_(1, target, hard[:, None])
             if s:
-                p -= even
+                p -= even if dloss is None else a[:, None] * even
+            if cap:
+                wide.div_(cap).square_()
+                p.addcmul_(p, wide, value=-1)
             linear.keep(z[part], p)
         if need:
             linear.backward(at, x, z)
-    return loss, lse, *linear.gradients()
+    return loss, lse, predicted, *linear.gradients()
 
 
 def kl(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ class Need:
 
     def __bool__(self) -> bool:
         return self.hidden or self.weight or self.bias
+
+
+class LossOptions(NamedTuple):
+    """What a cross-entropy is of, beside hidden states, weights and labels."""
+
+    ignore_index: int = IGNORE_INDEX
+    label_smoothing: float = 0.0
+    class_weight: Tensor | None = None  # [V]
+    softcap: float = 0.0  # 0: none
+    z_loss: Tensor | None = None  # [], the factor of lse^2 beside a row's cross-entropy
+    predict: bool = False
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

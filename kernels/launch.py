@@ -116,13 +116,15 @@ def chosen(kernel: str, x: Tensor, shape: tuple[int, ...], rule: dict[str, int])
 
 
 def product_blocks(
-    kernel: str, x: Tensor, shape: tuple[int, ...], M: int, N: int, K: int, *, heavy: bool = False
-) -> dict[str, int]:
+    kernel: str, x: Tensor, shape: tuple[int, ...], M: int, N: int, K: int, *,
+    heavy: bool = False, options: bool = False,
+) -> dict[str, int]:  # fmt: skip
     """Tile, warps and stages of an [M, K] x [K, N] product in the dtype of x.
 
     128 x 256 x 64 with 3 stages takes 144 KiB and half of the registers for its sums. A kernel
     whose last part is `heavy` (a softmax, an addition to what is there) takes 128 x 128; that of
-    the logits on Hopper one warp group, so that another program multiplies during its softmax.
+    the logits on Hopper one warp group, so that another program multiplies during its softmax;
+    with `options` (softcap, predictions) that would spill.
     """
     if min(M, N) < 64 or K < 32:
         blocks = (16, 16, 16, 4, 2)
@@ -134,7 +136,7 @@ def product_blocks(
     elif N < 256:
         blocks = (64, 64, 32, 4, 3)
     elif heavy:
-        shared = kernel == "logits" and capability(x.device) == 9
+        shared = kernel == "logits" and capability(x.device) == 9 and not options
         blocks = (128, 128, 64, 4, 3) if shared else (128, 128, 64, 8, 4)
     else:
         blocks = (128, 256, 64, 8, 3)
@@ -142,14 +144,21 @@ def product_blocks(
     rule = dict(zip(names, blocks, strict=True)) | {"GROUP": 8}
     stage = (rule["BLOCK_M"] + rule["BLOCK_N"]) * rule["BLOCK_K"] * x.element_size()
     rule["num_stages"] = max(1, min(rule["num_stages"], shared_memory(x.device) // stage))
-    return chosen(kernel, x, shape, rule)
+    return rule if options else chosen(kernel, x, shape, rule)
 
 
-def elementwise_blocks(x: Tensor, shape: tuple[int, ...], V: int) -> dict[str, int]:
-    """A pass over logits: STEPS x BLOCK_M rows of BLOCK_V columns a program, 64 x 512."""
+def elementwise_blocks(
+    x: Tensor, shape: tuple[int, ...], V: int, options: bool = False
+) -> dict[str, int]:
+    """A pass over logits: STEPS x BLOCK_M rows of BLOCK_V columns a program, 64 x 512.
+
+    `options`: of the loss, a few registers more, on twice as many threads.
+    """
     if V < 512:
         return {"BLOCK_M": 4, "BLOCK_V": 64, "STEPS": 2, "num_warps": 4}
     rule = {"BLOCK_M": 8, "BLOCK_V": 512, "STEPS": 8, "num_warps": 4}
+    if options:
+        return rule | {"num_warps": 8}
     return chosen("elementwise", x, shape, rule)
 
 
@@ -169,12 +178,20 @@ def flash_fwd_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
     return blocks, blocks.pop("splits", max(1, min(8, splits)))
 
 
-def flash_dweight_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
-    """Tile of the flash dweight kernel, and into how many parts the rows are split."""
+def flash_dweight_blocks(
+    N: int, V: int, x: Tensor, options: bool = False
+) -> tuple[dict[str, int], int]:
+    """Tile of the flash dweight kernel, and into how many parts the rows are split.
+
+    `options`: of the loss, a few registers more than one warp group has.
+    """
     if N < 64 or V < 64 or x.element_size() > 2:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
     rule = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
-    blocks = dict(chosen("flash_dweight", x, (N, V, x.shape[1]), rule))
+    if options:
+        blocks = rule | {"num_warps": 8}
+    else:
+        blocks = dict(chosen("flash_dweight", x, (N, V, x.shape[1]), rule))
     splits = 2 * multiprocessors(x.device) // triton.cdiv(V, blocks["BLOCK_V"])
     return blocks, blocks.pop("splits", max(1, min(8, splits, triton.cdiv(N, 64))))
 

@@ -27,6 +27,22 @@ def exp(x):
 
 
 @triton.jit
+def tanh(x, ACC: tl.constexpr):
+    """tanh(x) from exp; in float32 near 0, where that loses digits, from the series."""
+    e = exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    if ACC == tl.float64:  # noqa: SIM300
+        return far
+    else:
+        s = tl.minimum(x * x, 1.0)
+        near = x + x * s * (
+            -1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))
+        )
+        return tl.where(s < 0.0625, near, far)
+
+
+@triton.jit
 def list_rows_kernel(
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32, written up to count
@@ -92,6 +108,7 @@ def logits_kernel(
     logits_ptr,  # [c, pitch], written when STORE, -inf in the columns from V on
     tile_max_ptr,  # [c, tiles of V], written
     tile_sum_ptr,  # [c, tiles of V], written
+    tile_best_ptr,  # [c, tiles of V], int32, written when PREDICT
     target_ptr,  # [N], written when PICK
     start,
     c,
@@ -102,7 +119,9 @@ def logits_kernel(
     inv_temperature,
     HAS_BIAS: tl.constexpr,
     PICK: tl.constexpr,
+    PREDICT: tl.constexpr,
     STORE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -133,16 +152,24 @@ def logits_kernel(
         acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=ACC)
         x_at += BLOCK_K
         w_at += BLOCK_K
-    # Columns from V on are struck out by what is added to them.
-    shift = tl.where(v < V, tl.zeros((BLOCK_N,), ACC), -float("inf"))
+    # Columns from V on are struck out by what is added to them, or after the softcap.
+    shift = tl.where(v < V, tl.zeros((BLOCK_N,), ACC), 0.0 if SOFTCAP > 0 else -float("inf"))
     if HAS_BIAS:
         shift += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(ACC) * inv_temperature
     # The sums are of the logits as they are stored, so that probabilities made from them add to 1.
-    z = (acc * inv_temperature + shift[None, :]).to(logits_ptr.dtype.element_ty)
+    acc = acc * inv_temperature + shift[None, :]
+    if SOFTCAP > 0:
+        acc = SOFTCAP * tanh(acc / SOFTCAP, ACC)
+        acc = tl.where((v < V)[None, :], acc, -float("inf"))
+    z = acc.to(logits_ptr.dtype.element_ty)
     acc = z.to(ACC)
-    row_max = tl.max(acc, 1)
-    row_sum = tl.sum(exp(acc - row_max[:, None]), 1)
     at = m.to(tl.int64) * tiles_n + tile_n
+    if PREDICT:
+        row_max, best = tl.max(acc, 1, return_indices=True)
+        tl.store(tile_best_ptr + at, tile_n * BLOCK_N + best, mask=m < count)
+    else:
+        row_max = tl.max(acc, 1)
+    row_sum = tl.sum(exp(acc - row_max[:, None]), 1)
     tl.store(tile_max_ptr + at, row_max, mask=m < count)
     tl.store(tile_sum_ptr + at, row_sum, mask=m < count)
     if PICK:
@@ -161,6 +188,7 @@ def logits_kernel(
 def lse_kernel(
     tile_max_ptr,  # [c, tiles]
     tile_sum_ptr,  # [c, tiles]
+    tile_best_ptr,  # [c, tiles], when PREDICT
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
     logits_ptr,  # [c, pitch], when PICK
@@ -168,6 +196,7 @@ def lse_kernel(
     lse_ptr,  # [N], written at rows; when SPLIT: lse - largest logit
     top_ptr,  # [N], written at rows when SPLIT: the largest logit
     target_ptr,  # [N], written at rows when PICK: the label's logit
+    predicted_ptr,  # [N], written at rows when PREDICT
     start,
     c,
     tiles,
@@ -175,6 +204,7 @@ def lse_kernel(
     stride_z,
     SPLIT: tl.constexpr,
     PICK: tl.constexpr,
+    PREDICT: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     m = tl.program_id(0).to(tl.int64)
@@ -191,6 +221,11 @@ def lse_kernel(
         z_at = logits_ptr + m * stride_z + label
         z_target = tl.load(z_at, mask=(label >= 0) & (label < V), other=0.0)
         tl.store(target_ptr + row, z_target.to(target_ptr.dtype.element_ty))
+    if PREDICT:
+        # Of equal logits the one with the lowest id.
+        best = tl.load(tile_best_ptr + m * tiles + t, mask=t < tiles, other=0)
+        best = tl.min(tl.where(tile_max == row_max, best, 2147483647), 0)
+        tl.store(predicted_ptr + row, best.to(tl.int64))
     if SPLIT:
         tl.store(top_ptr + row, row_max)
         tl.store(lse_ptr + row, tl.log(row_sum))
@@ -401,9 +436,14 @@ class LinearRows:
         rows: Tensor,  # [N], int32
         count: Tensor,  # [1], int32
         over_all_rows: bool = False,
+        softcap: float = 0.0,
+        predict: bool = False,
     ):
         """`over_all_rows`: backward's products run over all N rows, through the vendor's library if
-        that is the faster one. dlogits must then be scaled, and zero in the rows beyond `count`."""
+        that is the faster one. dlogits must then be scaled, and zero in the rows beyond `count`.
+
+        `softcap`: logits are softcap * tanh(logits / softcap). `predict`: `logits` notes the place
+        of each row's largest in `predicted`."""
         self.rows, self.count, self.over_all_rows = rows, count, over_all_rows
         self.x = gather_rows(hidden, rows, count, fill=over_all_rows)
         weight = weight.to(hidden.dtype)
@@ -417,11 +457,15 @@ class LinearRows:
         self.shape = (self.N, self.V, self.H)
         self.common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
         self.blocks = launch.product_blocks(
-            "logits", self.x, self.shape, self.chunk, self.V, self.H, heavy=True
-        )
+            "logits", self.x, self.shape, self.chunk, self.V, self.H, heavy=True,
+            options=softcap > 0 or predict,
+        )  # fmt: skip
+        self.softcap = softcap
         self.tiles = triton.cdiv(self.V, self.blocks["BLOCK_N"])
         self.tile_max = hidden.new_empty(self.chunk, self.tiles, dtype=self.acc_dtype)
         self.tile_sum = torch.empty_like(self.tile_max)
+        self.tile_best = torch.empty_like(self.tile_max, dtype=torch.int32) if predict else None
+        self.predicted = self.rows.new_full((self.N if predict else 0,), -1, dtype=torch.int64)
         self.buffer = self.whole_dweight = None
 
     def starts(self) -> range:
@@ -431,9 +475,11 @@ class LinearRows:
         """c, the rows of the chunk that begins there."""
         return min(self.chunk, self.N - start)
 
-    def passes(self, c: int, sums: bool) -> tuple[tuple[int, int], dict[str, int], Tensor]:
+    def passes(
+        self, c: int, sums: bool, options: bool = False
+    ) -> tuple[tuple[int, int], dict[str, int], Tensor]:
         """Grid and blocks of a pass over logits [c, V], and room for the sums of its columns."""
-        tile = launch.elementwise_blocks(self.x, self.shape, self.V)
+        tile = launch.elementwise_blocks(self.x, self.shape, self.V, options)
         rows = triton.cdiv(c, tile["BLOCK_M"] * tile["STEPS"])
         partial = self.tile_max.new_empty(rows if sums else 0, self.pitch)
         return (rows, triton.cdiv(self.pitch, tile["BLOCK_V"])), tile, partial
@@ -464,16 +510,19 @@ class LinearRows:
         logits_kernel[grid](
             self.x, self.weight, self.x if self.bias is None else self.bias,
             self.rows if labels is None else labels, self.rows, self.count, logits,
-            self.tile_max, self.tile_sum, self.tile_max if target is None else target,
-            start, c, self.V, self.H, self.weight.stride(0), self.pitch, 1.0 / temperature,
-            HAS_BIAS=self.bias is not None, PICK=labels is not None and not store, STORE=store,
-            **self.common, **self.blocks,
+            self.tile_max, self.tile_sum, self.rows if self.tile_best is None else self.tile_best,
+            self.tile_max if target is None else target, start, c, self.V, self.H,
+            self.weight.stride(0), self.pitch, 1.0 / temperature,
+            HAS_BIAS=self.bias is not None, PICK=labels is not None and not store,
+            PREDICT=self.tile_best is not None, STORE=store, SOFTCAP=self.softcap, **self.common,
+            **self.blocks,
         )  # fmt: skip
         lse_kernel[(c,)](
-            self.tile_max, self.tile_sum, self.rows, self.count, logits,
-            self.rows if labels is None else labels, lse, lse if top is None else top,
-            lse if target is None else target, start, c, self.tiles, self.V, self.pitch,
-            SPLIT=top is not None, PICK=labels is not None and store,
+            self.tile_max, self.tile_sum, self.rows if self.tile_best is None else self.tile_best,
+            self.rows, self.count, logits, self.rows if labels is None else labels, lse,
+            lse if top is None else top, lse if target is None else target, self.predicted,
+            start, c, self.tiles, self.V, self.pitch, SPLIT=top is not None,
+            PICK=labels is not None and store, PREDICT=self.tile_best is not None,
             BLOCK_T=triton.next_power_of_2(self.tiles), num_warps=1,
         )  # fmt: skip
         return logits

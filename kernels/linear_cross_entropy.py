@@ -4,11 +4,15 @@
     loss = lse - (1 - s) z[label] - s mean(z),      lse = log sum_v exp(z_v)
     dz = a (softmax(z) - (1 - s) onehot(label) - s / V) + g softmax(z)
 
-with a = dloss and g = dlse of the row, s the label smoothing. Two strategies behind one function:
+with a = dloss and g = dlse of the row, s the label smoothing. Options that cost nothing where they
+are not used: class weights c_v multiply what a piece has to do with the loss; a z-loss adds
+k lse^2, so 2 k a lse to g; a softcap makes z = cap tanh(z / cap), and dz times 1 - (z / cap)^2.
 
-    materialised (H > launch.FLASH_WIDTH)   logits of up to launch.CHUNK_ROWS rows are written once,
-        in the input's dtype and with a pitch that keeps every row aligned; turned into dz in place;
-        multiplied twice. 6 N V H FLOP.
+Two strategies behind one function:
+
+    materialised (H > launch.FLASH_WIDTH, or a softcap)   logits of up to launch.CHUNK_ROWS rows are
+        written once, in the input's dtype and with a pitch that keeps every row aligned; turned
+        into dz in place; multiplied twice. 6 N V H FLOP.
     flash   no logits at all. Per block of rows, flash-attention style: the same tile of weight
         serves z and sum_v exp(z_v) weight[v], which is all that dx needs; a second kernel makes z
         again for dweight. 8 N V H FLOP, no traffic of size N x V.
@@ -28,6 +32,7 @@ from torch import Tensor
 from mvbert.kernels import chunked, launch, ops
 from mvbert.kernels.common import (
     IGNORE_INDEX,
+    LossOptions,
     Need,
     accumulator_dtype,
     gradients_like,
@@ -48,19 +53,34 @@ def linear_cross_entropy_reference(
     *,
     ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Per-row softmax cross-entropy of `hidden @ weight.T + bias` and its log-sum-exp.
+    class_weight: Tensor | None = None,  # [V]
+    softcap: float = 0.0,  # 0: none
+    z_loss: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-row softmax cross-entropy of the logits, their log-sum-exp, and the largest one's id.
 
-    loss = lse - (1 - s) z[label] - s mean(z); both are 0 on ignored rows. -> [N], [N]
+    z = hidden @ weight.T + bias, capped: softcap * tanh(z / softcap)
+    loss = (1 - s) c[label] (lse - z[label]) + s mean(c (lse - z)) + z_loss lse^2
+    0, 0 and -1 on ignored rows. -> [N], [N], [N]
     """
     ops.check_range("labels", labels, weight.shape[0], ignore_index)
     logits = upcast(plain_linear(hidden, weight, bias))
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     kept = labels != ignore_index
-    target = logits.gather(1, labels.long().where(kept, 0)[:, None])[:, 0]
+    label = labels.long().where(kept, 0)
     lse = torch.logsumexp(logits, 1)
-    loss = lse - (1 - label_smoothing) * target - label_smoothing * logits.mean(1)
+    apart = lse[:, None] - logits
+    if class_weight is not None:
+        apart = apart * class_weight.to(logits.dtype)
+    loss = (1 - label_smoothing) * apart.gather(1, label[:, None])[:, 0]
+    loss = loss + label_smoothing * apart.mean(1) + z_loss * lse.square()
     zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
-    return torch.where(kept, loss, zero), torch.where(kept, lse, zero)
+    return (
+        torch.where(kept, loss, zero),
+        torch.where(kept, lse, zero),
+        torch.where(kept, logits.argmax(1), -1),
+    )
 
 
 def mixed_linear_cross_entropy_reference(
@@ -102,6 +122,9 @@ def cross_entropy_dlogits_kernel(
     lse_ptr,  # [N]
     dloss_ptr,  # [N] when GRAD_PER_ROW, [1] when SCALED
     dlse_ptr,  # [N] when HAS_DLSE
+    class_weight_ptr,  # [V] when WEIGHTED
+    mean_class_weight_ptr,  # [1] when WEIGHTED and SMOOTHING > 0
+    z_loss_ptr,  # [1] when Z_LOSS
     dbias_ptr,  # [row blocks, pitch], written when HAS_BIAS
     start,
     c,
@@ -113,6 +136,9 @@ def cross_entropy_dlogits_kernel(
     SCALED: tl.constexpr,
     FILL: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -129,6 +155,11 @@ def cross_entropy_dlogits_kernel(
     # Logits from V on are -inf: they have probability 0 and no share in what is spread evenly.
     even = tl.where(v < V, tl.full((1,), SMOOTHING, ACC) / V, 0.0)[None, :]
     top = tl.full((1,), 1.0 - SMOOTHING, ACC)
+    if WEIGHTED:
+        spread = tl.zeros((1,), ACC)
+        if SMOOTHING > 0:
+            even *= tl.load(class_weight_ptr + v, mask=v < V, other=0.0).to(ACC)[None, :]
+            spread += SMOOTHING * tl.load(mean_class_weight_ptr).to(ACC)
     for step in range(STEPS):
         m = first + step * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = m < count
@@ -141,16 +172,27 @@ def cross_entropy_dlogits_kernel(
         # Loads are masked by the pitch, not by V, so that they stay 16 bytes wide.
         z = tl.load(at, mask=both, other=0.0).to(ACC)
         p = exp(z - lse[:, None])
-        hard = tl.where(label[:, None] == v[None, :], top, 0.0)
+        if WEIGHTED:
+            known = (label >= 0) & (label < V)
+            own = top * tl.load(class_weight_ptr + label, mask=known, other=0.0).to(ACC)
+            hard = tl.where(label[:, None] == v[None, :], own[:, None], 0.0)
+        else:
+            hard = tl.where(label[:, None] == v[None, :], top, 0.0)
         if SMOOTHING > 0:
             hard += tl.where(inside[:, None], even, 0.0)
+        dz = p * (own + spread)[:, None] - hard if WEIGHTED else p - hard
+        if Z_LOSS:
+            slope = 2.0 * tl.load(z_loss_ptr).to(ACC) * tl.where(inside, lse, 0.0)
+            dz += p * slope[:, None]
         if GRAD_PER_ROW:
             a = tl.load(dloss_ptr + rows, mask=inside, other=0.0)
-            dz = (p - hard) * a[:, None]
+            dz *= a[:, None]
             if HAS_DLSE:
                 dz += p * tl.load(dlse_ptr + rows, mask=inside, other=0.0)[:, None]
-        else:
-            dz = p - hard
+        if SOFTCAP > 0:
+            # Columns from V on are -inf.
+            share = tl.where((v < V)[None, :], z / SOFTCAP, 1.0)
+            dz *= 1.0 - share * share
         if SCALED:
             dz *= tl.load(dloss_ptr).to(ACC)
         if FILL:
@@ -164,10 +206,68 @@ def cross_entropy_dlogits_kernel(
 
 
 @triton.jit
+def mean_logits_kernel(
+    logits_ptr,  # [c, pitch]
+    class_weight_ptr,  # [V] when WEIGHTED
+    rows_ptr,  # [N], int32
+    count_ptr,  # [1], int32
+    mean_ptr,  # [N], written at rows
+    start,
+    c,
+    V,
+    stride_z,
+    WEIGHTED: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """mean(c z) of each row, for the smoothed loss of logits that are no linear function of x."""
+    m = tl.program_id(0).to(tl.int64)
+    if m >= min(tl.load(count_ptr) - start, c):
+        return
+    total = tl.zeros((BLOCK_V,), ACC)
+    for first in range(0, V, BLOCK_V):
+        v = first + tl.arange(0, BLOCK_V)
+        z = tl.load(logits_ptr + m * stride_z + v, mask=v < V, other=0.0).to(ACC)
+        if WEIGHTED:
+            z *= tl.load(class_weight_ptr + v, mask=v < V, other=0.0).to(ACC)
+        total += z
+    tl.store(mean_ptr + tl.load(rows_ptr + start + m), tl.sum(total, 0) / V)
+
+
+@triton.jit
+def row_loss(
+    lse,
+    target,  # z[label]
+    mean,  # mean(c z) when SMOOTHING > 0
+    class_weight_ptr,  # [V] when WEIGHTED
+    mean_class_weight_ptr,  # [1] when WEIGHTED and SMOOTHING > 0
+    z_loss_ptr,  # [1] when Z_LOSS
+    label,  # in [0, V)
+    SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    loss = lse - target
+    if WEIGHTED:
+        loss *= (1.0 - SMOOTHING) * tl.load(class_weight_ptr + label).to(ACC)
+        if SMOOTHING > 0:
+            loss += SMOOTHING * (lse * tl.load(mean_class_weight_ptr).to(ACC) - mean)
+    elif SMOOTHING > 0:
+        loss += SMOOTHING * (target - mean)
+    if Z_LOSS:
+        loss += tl.load(z_loss_ptr).to(ACC) * lse * lse
+    return loss
+
+
+@triton.jit
 def cross_entropy_loss_kernel(
     x_ptr,  # [N, H], gathered, when SMOOTHING
-    mean_weight_ptr,  # [H], when SMOOTHING
+    mean_weight_ptr,  # [H], when SMOOTHING; with a SOFTCAP the means of the rows' logits [N]
     mean_bias_ptr,  # [1], when SMOOTHING
+    class_weight_ptr,  # [V] when WEIGHTED
+    mean_class_weight_ptr,  # [1] when WEIGHTED and SMOOTHING
+    z_loss_ptr,  # [1] when Z_LOSS
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
@@ -177,23 +277,33 @@ def cross_entropy_loss_kernel(
     V,
     H,
     SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """loss = lse - z[label] + s (z[label] - mean z); mean z = x . mean weight row + mean bias."""
+    """The loss of a row; mean z = x . mean weight row + mean bias where no softcap bends it."""
     n = tl.program_id(0)
     if n >= tl.load(count_ptr):
         return
     row = tl.load(rows_ptr + n)
     label = tl.load(labels_ptr + row)
-    target = tl.load(target_ptr + row)
-    loss = tl.load(lse_ptr + row) - target
-    if SMOOTHING > 0:
-        h = tl.arange(0, BLOCK_H)
-        x = tl.load(x_ptr + n.to(tl.int64) * H + h, mask=h < H, other=0.0).to(ACC)
-        mean = tl.sum(x * tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC))
-        loss += SMOOTHING * (target - mean - tl.load(mean_bias_ptr).to(ACC))
     valid = (label >= 0) & (label < V)
+    mean = 0.0
+    if SMOOTHING > 0:
+        if SOFTCAP > 0:
+            mean = tl.load(mean_weight_ptr + row)
+        else:
+            h = tl.arange(0, BLOCK_H)
+            x = tl.load(x_ptr + n.to(tl.int64) * H + h, mask=h < H, other=0.0).to(ACC)
+            mean = tl.sum(x * tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC))
+            mean += tl.load(mean_bias_ptr).to(ACC)
+    loss = row_loss(
+        tl.load(lse_ptr + row), tl.load(target_ptr + row), mean, class_weight_ptr,
+        mean_class_weight_ptr, z_loss_ptr, tl.where(valid, label, 0), SMOOTHING, WEIGHTED, Z_LOSS,
+        ACC,
+    )  # fmt: skip
     tl.store(loss_ptr + row, tl.where(valid, loss, float("nan")))
 
 
@@ -210,6 +320,7 @@ def flash_fwd_kernel(
     count_ptr,  # [1], int32
     max_ptr,  # [splits, N], written: the largest logit, the label's left out
     sum_ptr,  # [splits, N], written: sum_{v != label} exp(z_v - max)
+    best_ptr,  # [splits, N], int32, written when PREDICT: where the largest logit is
     expect_ptr,  # [splits, N, H], written when GRAD: sum_{v != label} exp(z_v - max) weight[v]
     N,
     V,
@@ -217,6 +328,7 @@ def flash_fwd_kernel(
     V_SPLIT,
     HAS_BIAS: tl.constexpr,
     GRAD: tl.constexpr,
+    PREDICT: tl.constexpr,
     EVEN_H: tl.constexpr,
     EVEN_V: tl.constexpr,
     ACC: tl.constexpr,
@@ -240,6 +352,8 @@ def flash_fwd_kernel(
     # A finite floor: a part of V that holds the label alone has no other logit.
     row_max = tl.full((BLOCK_M,), -1e30, ACC)
     row_sum = tl.zeros((BLOCK_M,), ACC)
+    if PREDICT:
+        best = tl.zeros((BLOCK_M,), tl.int32)
     if GRAD:
         expect = tl.zeros((BLOCK_M, BLOCK_H), ACC)
     begin = split * V_SPLIT
@@ -256,7 +370,12 @@ def flash_fwd_kernel(
         if not EVEN_V:
             struck |= (v >= end)[None, :]
         z = tl.where(struck, -float("inf"), z)
-        new_max = tl.maximum(row_max, tl.max(z, 1))
+        if PREDICT:
+            tile_max, place = tl.max(z, 1, return_indices=True)
+            best = tl.where(tile_max > row_max, start + place, best)
+            new_max = tl.maximum(row_max, tile_max)
+        else:
+            new_max = tl.maximum(row_max, tl.max(z, 1))
         fade = exp(row_max - new_max)
         p = exp(z - new_max[:, None])
         row_sum = row_sum * fade + tl.sum(p, 1)
@@ -267,6 +386,8 @@ def flash_fwd_kernel(
     at = split.to(tl.int64) * N + m
     tl.store(max_ptr + at, row_max, mask=m < count)
     tl.store(sum_ptr + at, row_sum, mask=m < count)
+    if PREDICT:
+        tl.store(best_ptr + at, best, mask=m < count)
     if GRAD:
         out = expect_ptr + at[:, None] * H + h[None, :]
         if EVEN_H:
@@ -279,12 +400,16 @@ def flash_fwd_kernel(
 def flash_combine_kernel(
     max_ptr,  # [splits, N]
     sum_ptr,  # [splits, N]
+    best_ptr,  # [splits, N], int32, when PREDICT
     expect_ptr,  # [splits, N, H] when GRAD
     x_ptr,  # [N, H], gathered
     weight_ptr,  # [V, H]
     bias_ptr,  # [V]
     mean_weight_ptr,  # [H], when SMOOTHING > 0
     mean_bias_ptr,  # [1], when SMOOTHING > 0
+    class_weight_ptr,  # [V] when WEIGHTED
+    mean_class_weight_ptr,  # [1] when WEIGHTED and SMOOTHING > 0
+    z_loss_ptr,  # [1] when Z_LOSS
     labels_ptr,  # [N]
     rows_ptr,  # [N], int32
     count_ptr,  # [1], int32
@@ -292,6 +417,7 @@ def flash_combine_kernel(
     dlse_ptr,  # [N] when HAS_DLSE
     loss_ptr,  # [N], written at rows
     lse_ptr,  # [N], written at rows
+    predicted_ptr,  # [N], written at rows when PREDICT
     listed_label_ptr,  # [N], int32, written up to count, as the next two
     listed_lse_ptr,  # [N]
     listed_rest_ptr,  # [N]
@@ -305,6 +431,9 @@ def flash_combine_kernel(
     GRAD_PER_ROW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
+    PREDICT: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -312,7 +441,9 @@ def flash_combine_kernel(
     """Joins the parts of a row and its label's logit: loss, lse, and with w the label's row
 
     dx = a (expect - rest w + s (w - mean w)) + g (expect + (1 - rest) w),
-    rest the probability of all other pieces. What dweight needs of a row is listed side by side.
+    rest the probability of all other pieces; with class weights c, m = (1 - s) c[label] + s mean c,
+    dx = a (m (expect - rest w) + s (mean(c) w - mean(c w))) + ..
+    What dweight needs of a row is listed side by side.
     """
     n = tl.program_id(0).to(tl.int64)
     if n >= tl.load(count_ptr):
@@ -340,12 +471,23 @@ def flash_combine_kernel(
     lse = row_max + tl.log(row_sum)
     tl.store(listed_rest_ptr + n, rest)
     tl.store(listed_lse_ptr + n, lse)
-    loss = lse - target
+    mean = 0.0
     if SMOOTHING > 0:
         mean_weight = tl.load(mean_weight_ptr + h, mask=h < H, other=0.0).to(ACC)
-        loss += SMOOTHING * (target - tl.sum(x * mean_weight) - tl.load(mean_bias_ptr).to(ACC))
+        mean = tl.sum(x * mean_weight) + tl.load(mean_bias_ptr).to(ACC)
+    loss = row_loss(
+        lse, target, mean, class_weight_ptr, mean_class_weight_ptr, z_loss_ptr, label,
+        SMOOTHING, WEIGHTED, Z_LOSS, ACC,
+    )  # fmt: skip
     tl.store(lse_ptr + row, lse)
     tl.store(loss_ptr + row, tl.where(valid, loss, float("nan")))
+    if PREDICT:
+        # Of equal logits the one with the lowest id.
+        best = tl.load(best_ptr + at, mask=split < splits, other=0).to(tl.int64)
+        largest = tl.max(maxima, 0)
+        best = tl.min(tl.where(maxima == largest, best, V), 0)
+        own = (target > largest) | ((target == largest) & (label < best))
+        tl.store(predicted_ptr + row, tl.where(own, label, best))
     if GRAD:
         expect = tl.load(
             expect_ptr + at[:, None] * H + h[None, :],
@@ -354,8 +496,17 @@ def flash_combine_kernel(
         )
         expect = tl.sum(expect * fade[:, None], 0) / row_sum
         dx = expect - rest * w
-        if SMOOTHING > 0:
+        if WEIGHTED:
+            mass = (1.0 - SMOOTHING) * tl.load(class_weight_ptr + label).to(ACC)
+            if SMOOTHING > 0:
+                spread = SMOOTHING * tl.load(mean_class_weight_ptr).to(ACC)
+                dx = dx * (mass + spread) + spread * w - SMOOTHING * mean_weight
+            else:
+                dx *= mass
+        elif SMOOTHING > 0:
             dx += SMOOTHING * (w - mean_weight)
+        if Z_LOSS:
+            dx += (expect + (1.0 - rest) * w) * (2.0 * tl.load(z_loss_ptr).to(ACC) * lse)
         if GRAD_PER_ROW:
             dx *= tl.load(dloss_ptr + row)
             if HAS_DLSE:
@@ -377,6 +528,9 @@ def flash_dweight_kernel(
     rest_ptr,  # [N], listed: 1 - p[label], of which p[label] - 1 keeps no digit where p is near 1
     dloss_ptr,  # [1], or [N] when GRAD_PER_ROW
     dlse_ptr,  # [N] when HAS_DLSE
+    class_weight_ptr,  # [V] when WEIGHTED
+    mean_class_weight_ptr,  # [1] when WEIGHTED and SMOOTHING > 0
+    z_loss_ptr,  # [1] when Z_LOSS
     dweight_ptr,  # [splits, V, H], written
     dbias_ptr,  # [splits, V], written
     V,
@@ -386,6 +540,8 @@ def flash_dweight_kernel(
     GRAD_PER_ROW: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     EVEN_H: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -402,6 +558,11 @@ def flash_dweight_kernel(
     w = tl.load(w_at) if EVEN_H else tl.load(w_at, mask=(h < H)[None, :], other=0.0)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + tl.minimum(v, V - 1)).to(ACC)
+    if WEIGHTED and SMOOTHING > 0:
+        even = tl.load(class_weight_ptr + v, mask=v < V, other=0.0).to(ACC) * (SMOOTHING / V)
+        spread = SMOOTHING * tl.load(mean_class_weight_ptr).to(ACC)
+    if Z_LOSS:
+        z_factor = 2.0 * tl.load(z_loss_ptr).to(ACC)
     dweight = tl.zeros((BLOCK_V, BLOCK_H), ACC)
     dbias = tl.zeros((BLOCK_V,), ACC)
     begin = split * ROWS_SPLIT
@@ -421,7 +582,16 @@ def flash_dweight_kernel(
         hit = v[:, None] == label[None, :]
         rest = tl.load(rest_ptr + m, mask=inside, other=0.0)
         p = exp(z - lse[None, :])
-        if SMOOTHING > 0:
+        if WEIGHTED:
+            known = (label >= 0) & (label < V)
+            mass = tl.load(class_weight_ptr + label, mask=known, other=0.0).to(ACC)
+            if SMOOTHING > 0:
+                mass = mass * (1.0 - SMOOTHING) + spread
+                dz = tl.where(hit, spread - (mass * rest)[None, :], mass[None, :] * p)
+                dz -= tl.where(inside[None, :], even[:, None], 0.0)
+            else:
+                dz = tl.where(hit, -rest[None, :], p) * mass[None, :]
+        elif SMOOTHING > 0:
             even = tl.full((1,), SMOOTHING, ACC) / V
             top = tl.full((1,), 1.0 - SMOOTHING, ACC)
             dz = (
@@ -429,6 +599,8 @@ def flash_dweight_kernel(
             )
         else:
             dz = tl.where(hit, -rest[None, :], p)
+        if Z_LOSS:
+            dz += p * (z_factor * tl.where(inside, lse, 0.0))[None, :]
         if GRAD_PER_ROW:
             rows = tl.load(rows_ptr + m, mask=inside, other=0)
             dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[None, :]
@@ -460,7 +632,7 @@ class Batch(NamedTuple):
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     labels: Tensor  # [N]
-    label_smoothing: float
+    options: LossOptions
     rows: Tensor  # [N], int32
     count: Tensor  # [1], int32
     dloss: Tensor | None  # [] or [N]
@@ -475,68 +647,100 @@ def cross_entropy(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
-    ignore_index: int,
-    label_smoothing: float,
+    options: LossOptions,
     dloss: Tensor | None,  # [] or [N]
     dlse: Tensor | None,  # [N]
     need: Need,
     mostly_labelled: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [N], lse [N], dhidden, dweight, dbias); the last three empty unless needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [N], lse [N], predicted [N], dhidden, dweight, dbias), empty unless needed.
 
     `mostly_labelled`: few rows are ignored, so materialised products may run over all of them.
     """
     if hidden.shape[0] == 0:
         loss, *gradients = no_rows(hidden, weight, bias, need)
-        return loss, torch.zeros_like(loss), *gradients
+        return loss, torch.zeros_like(loss), labels.new_empty(0, dtype=torch.int64), *gradients
     loss = hidden.new_zeros(hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
     lse = torch.zeros_like(loss)
     labels = labels.contiguous()
-    rows, count = list_rows(labels, ignore_index)
+    rows, count = list_rows(labels, options.ignore_index)
     dloss = dloss if dloss is None else dloss.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
-    batch = Batch(
-        hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse
-    )
-    if launch.flash(hidden):
+    batch = Batch(hidden, weight, bias, labels, options, rows, count, dloss, dlse, need, loss, lse)
+    if launch.flash(hidden) and not options.softcap:
         return loss, lse, *flash(batch)
     return loss, lse, *materialised(batch, mostly_labelled)
 
 
-def means(weight: Tensor, bias: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """(mean row of weight [H], mean bias [1]) for the smoothed loss; not computed without it."""
-    if not label_smoothing:
-        return weight, weight
+class Means(NamedTuple):
+    """Of all pieces, for the smoothed loss; weighted by class where classes have weights."""
+
+    weight: Tensor  # [H]
+    bias: Tensor  # [1]
+    class_weight: Tensor  # [1]
+
+
+def means(weight: Tensor, bias: Tensor | None, options: LossOptions) -> Means:
+    """Not computed without smoothing."""
+    if not options.label_smoothing:
+        return Means(weight, weight, weight)
     acc = accumulator_dtype(weight.dtype)
-    mean_bias = torch.zeros(1, dtype=acc, device=weight.device)
-    if bias is not None:
-        mean_bias += bias.mean(dtype=acc)
-    return weight.mean(0, dtype=acc), mean_bias
+    zero = torch.zeros(1, dtype=acc, device=weight.device)
+    if options.class_weight is None:
+        mean_bias = zero if bias is None else zero + bias.mean(dtype=acc)
+        return Means(weight.mean(0, dtype=acc), mean_bias, zero)
+    shares = options.class_weight.to(acc) / weight.shape[0]
+    mean_bias = zero if bias is None else zero + torch.dot(shares, bias.to(acc))
+    return Means(torch.mv(weight.t().to(acc), shares), mean_bias, zero + shares.sum())
 
 
-def materialised(batch: Batch, mostly_labelled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
-    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse = batch
+def extras(options: LossOptions, mean: Means, unused: Tensor) -> tuple[tuple, dict[str, bool]]:
+    """Pointers and flags of the options of a loss, as its kernels take them."""
+    weighted, z_loss = options.class_weight is not None, options.z_loss is not None
+    pointers = (
+        options.class_weight.contiguous() if weighted else unused,
+        mean.class_weight,
+        options.z_loss if z_loss else unused,
+    )
+    return pointers, {"WEIGHTED": weighted, "Z_LOSS": z_loss}
+
+
+def materialised(batch: Batch, mostly_labelled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(predicted, dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
+    hidden, weight, bias, labels, options, rows, count, dloss, dlse, need, loss, lse = batch
     over_all_rows = mostly_labelled and hidden.dtype == launch.LIBRARY_DTYPE
-    linear = LinearRows(hidden, weight, bias, rows, count, over_all_rows)
+    linear = LinearRows(
+        hidden, weight, bias, rows, count, over_all_rows, options.softcap, options.predict
+    )
+    mean = means(linear.weight, bias, options)
+    pointers, flags = extras(options, mean, lse)
     target = torch.empty_like(loss)
     by_row = dloss is not None and dloss.ndim == 1
     scale = torch.ones_like(lse[:1]) if by_row or (over_all_rows and dloss is not None) else dloss
     gradients = Gradients(linear, hidden, weight, bias, need, scale)
+    # The mean of capped logits cannot be had from the mean of the rows of weight.
+    bent = bool(options.softcap and options.label_smoothing)
+    mean_logits = torch.empty_like(loss) if bent else mean.weight
     for start in linear.starts():
-        z = linear.logits(start, lse=lse, store=bool(need), labels=labels, target=target)
+        store = bool(need) or bent
+        z = linear.logits(start, lse=lse, store=store, labels=labels, target=target)
+        if bent:
+            c = linear.rows_from(start)
+            mean_logits_kernel[(c,)](
+                z, pointers[0], rows, count, mean_logits, start, c, linear.V, linear.pitch,
+                WEIGHTED=flags["WEIGHTED"], ACC=linear.common["ACC"], BLOCK_V=1024, num_warps=4,
+            )  # fmt: skip
         if need:
             partial = cross_entropy_dlogits(
-                linear, start, z, labels, lse, dloss, dlse, label_smoothing, by_row, need.bias
+                linear, start, z, labels, lse, dloss, dlse, options, mean, by_row, need.bias
             )
             gradients.add(start, z, partial)
-    mean = means(linear.weight, bias, label_smoothing)
     cross_entropy_loss_kernel[(linear.N,)](
-        linear.x, *mean, labels, rows, count, lse, target, loss, linear.V, linear.H,
-        SMOOTHING=label_smoothing, ACC=linear.common["ACC"],
-        BLOCK_H=triton.next_power_of_2(linear.H), num_warps=1,
+        linear.x, mean_logits, mean.bias, *pointers, labels, rows, count, lse, target, loss,
+        linear.V, linear.H, SMOOTHING=options.label_smoothing, SOFTCAP=options.softcap,
+        ACC=linear.common["ACC"], BLOCK_H=triton.next_power_of_2(linear.H), num_warps=1, **flags,
     )  # fmt: skip
-    return gradients.all()
+    return linear.predicted, *gradients.all()
 
 
 def cross_entropy_dlogits(
@@ -547,26 +751,30 @@ def cross_entropy_dlogits(
     lse: Tensor,  # [N]
     dloss: Tensor,  # [] or, if by_row, [N]
     dlse: Tensor | None,  # [N]
-    label_smoothing: float,
+    options: LossOptions,
+    mean: Means,
     by_row: bool,
     has_bias: bool,
 ) -> Tensor:
     """Turns the chunk's logits into dz in place; sums of its columns [row blocks, pitch]."""
+    pointers, flags = extras(options, mean, lse)
     c = linear.rows_from(start)
-    grid, tile, partial = linear.passes(c, has_bias)
+    busy = flags["WEIGHTED"] or flags["Z_LOSS"] or options.softcap > 0
+    grid, tile, partial = linear.passes(c, has_bias, busy)
     cross_entropy_dlogits_kernel[grid](
-        z, labels, linear.rows, linear.count, lse,
-        dloss, lse if dlse is None else dlse, partial, start, c, linear.V, linear.pitch,
-        SMOOTHING=label_smoothing, GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None,
-        HAS_BIAS=has_bias, SCALED=linear.over_all_rows and not by_row, FILL=linear.over_all_rows,
-        ACC=linear.common["ACC"], **tile,
+        z, labels, linear.rows, linear.count, lse, dloss, lse if dlse is None else dlse,
+        *pointers, partial, start, c, linear.V, linear.pitch,
+        SMOOTHING=options.label_smoothing, SOFTCAP=options.softcap, GRAD_PER_ROW=by_row,
+        HAS_DLSE=dlse is not None, HAS_BIAS=has_bias,
+        SCALED=linear.over_all_rows and not by_row, FILL=linear.over_all_rows,
+        ACC=linear.common["ACC"], **flags, **tile,
     )  # fmt: skip
     return partial
 
 
-def flash(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """(dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
-    hidden, weight, bias, labels, label_smoothing, rows, count, dloss, dlse, need, loss, lse = batch
+def flash(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(predicted, dhidden, dweight, dbias), empty unless needed; fills loss and lse."""
+    hidden, weight, bias, labels, options, rows, count, dloss, dlse, need, loss, lse = batch
     dhidden = hidden.new_zeros(hidden.shape if need.hidden else 0)
     inputs = hidden, weight, bias
     N, H = hidden.shape
@@ -576,42 +784,49 @@ def flash(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     common = {"ACC": launch.accumulator(hidden), "PRECISION": launch.precision(hidden)}
     block_h = max(16, triton.next_power_of_2(H))
     has_bias = bias is not None
-    mean = means(w, bias, label_smoothing)
+    mean = means(w, bias, options)
+    pointers, flags = extras(options, mean, lse)
+    flags["SMOOTHING"] = options.label_smoothing
     bias = w if bias is None else bias.contiguous()
     by_row = dloss is not None and dloss.ndim == 1
 
     blocks, splits = launch.flash_fwd_blocks(N, V, x)
     maxima = lse.new_empty(splits, N)
     sums = torch.empty_like(maxima)
+    best = rows.new_empty(splits, N) if options.predict else rows
+    predicted = rows.new_full((N if options.predict else 0,), -1, dtype=torch.int64)
     expect = lse.new_empty(splits, N if need.hidden else 0, H)
     v_split = triton.cdiv(triton.cdiv(V, splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
     flash_fwd_kernel[(triton.cdiv(N, blocks["BLOCK_M"]), splits)](
-        x, w, bias, labels, rows, count, maxima, sums, expect, N, V, H, v_split,
-        HAS_BIAS=has_bias, GRAD=need.hidden, EVEN_H=block_h == H,
+        x, w, bias, labels, rows, count, maxima, sums, best, expect, N, V, H, v_split,
+        HAS_BIAS=has_bias, GRAD=need.hidden, PREDICT=options.predict, EVEN_H=block_h == H,
         EVEN_V=V % blocks["BLOCK_V"] == 0, BLOCK_H=block_h, **common, **blocks,
     )  # fmt: skip
     listed = torch.empty_like(rows), torch.empty_like(lse), torch.empty_like(lse)
     flash_combine_kernel[(N,)](
-        maxima, sums, expect, x, w, bias, *mean, labels, rows, count,
-        lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, *listed,
-        dhidden, N, V, H, splits, HAS_BIAS=has_bias,
-        GRAD=need.hidden, GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None, SMOOTHING=label_smoothing,
+        maxima, sums, best, expect, x, w, bias, mean.weight, mean.bias, *pointers, labels, rows,
+        count, lse if dloss is None else dloss, lse if dlse is None else dlse, loss, lse, predicted,
+        *listed, dhidden, N, V, H, splits, HAS_BIAS=has_bias, GRAD=need.hidden,
+        GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None, PREDICT=options.predict,
         ACC=common["ACC"], BLOCK_S=triton.next_power_of_2(splits), BLOCK_H=block_h, num_warps=2,
+        **flags,
     )  # fmt: skip
     if not (need.weight or need.bias):
-        return gradients_like(*inputs, dhidden, None, None)
+        return predicted, *gradients_like(*inputs, dhidden, None, None)
 
-    blocks, splits = launch.flash_dweight_blocks(N, V, x)
+    blocks, splits = launch.flash_dweight_blocks(
+        N, V, x, options=flags["WEIGHTED"] or flags["Z_LOSS"]
+    )
     dweight = lse.new_empty(splits, V, H)
     dbias = lse.new_empty(splits, V)
     rows_split = triton.cdiv(triton.cdiv(N, splits), blocks["BLOCK_M"]) * blocks["BLOCK_M"]
     flash_dweight_kernel[(triton.cdiv(V, blocks["BLOCK_V"]), splits)](
-        x, w, bias, rows, count, *listed, dloss, lse if dlse is None else dlse,
-        dweight, dbias, V, H, rows_split,
-        HAS_BIAS=has_bias, GRAD_PER_ROW=by_row, HAS_DLSE=dlse is not None,
-        SMOOTHING=label_smoothing, EVEN_H=block_h == H, BLOCK_H=block_h, **common, **blocks,
+        x, w, bias, rows, count, *listed, dloss, lse if dlse is None else dlse, *pointers,
+        dweight, dbias, V, H, rows_split, HAS_BIAS=has_bias, GRAD_PER_ROW=by_row,
+        HAS_DLSE=dlse is not None, EVEN_H=block_h == H, BLOCK_H=block_h,
+        **flags, **common, **blocks,
     )  # fmt: skip
-    return gradients_like(
+    return predicted, *gradients_like(
         *inputs,
         dhidden,
         dweight.sum(0) if need.weight else None,
@@ -632,23 +847,38 @@ def linear_cross_entropy_sum(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [N]
     scale: Tensor,  # [], float32: what the sum of the losses is multiplied by
+    class_weight: Tensor | None,  # LossOptions from here on
+    z_loss: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float,
+    predict: bool,
     need: list[bool],
     backend: str,
     mostly_labelled: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(scaled sum, lse, predicted, dhidden, dweight, dbias), the latter four empty unless needed"""
     ops.check_range("labels", labels, weight.shape[0], ignore_index)
-    loss, _, *gradients = ops.run(
-        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, ignore_index, label_smoothing,
+    options = LossOptions(ignore_index, label_smoothing, class_weight, softcap, z_loss, predict)
+    loss, lse, predicted, *gradients = ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, options,
         scale if any(need) else None, None, Need(*need), mostly_labelled,
     )  # fmt: skip
-    return ops.total(loss, scale), *gradients
+    return ops.total(loss, scale), lse, predicted, *gradients
+
+
+def predicted_like(labels: Tensor, predict: bool) -> Tensor:
+    return labels.new_empty(labels.shape if predict else (0,), dtype=torch.int64)
 
 
 @linear_cross_entropy_sum.register_fake
-def _(hidden, weight, bias, labels, scale, ignore, smoothing, need, backend, mostly_labelled):
-    return ops.sum_like(hidden), *ops.empty_gradients(hidden, weight, bias, need)
+def _(hidden, weight, bias, labels, scale, cw, z, ignore, smoothing, cap, predict, need, *_):
+    return (
+        ops.sum_like(hidden),
+        ops.rows_like(hidden),
+        predicted_like(labels, predict),
+        *ops.empty_gradients(hidden, weight, bias, need),
+    )
 
 
 linear_cross_entropy_sum.register_autograd(ops.sum_backward, setup_context=ops.save_gradients)
@@ -660,25 +890,31 @@ def linear_cross_entropy_rows(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weight: Tensor | None,
+    z_loss: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float,
+    predict: bool,
     need: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, lse, and the gradients for an upstream gradient of 1, made on the way if needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, lse, predicted, and the gradients for an upstream gradient of 1, made on the way if
+    needed)."""
     ops.check_range("labels", labels, weight.shape[0], ignore_index)
+    options = LossOptions(ignore_index, label_smoothing, class_weight, softcap, z_loss, predict)
     one = torch.ones((), dtype=accumulator_dtype(hidden.dtype)) if any(need) else None
     return ops.run(
-        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, ignore_index, label_smoothing,
-        one, None, Need(*need),
-    )  # fmt: skip
+        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, options, one, None, Need(*need)
+    )
 
 
 @linear_cross_entropy_rows.register_fake
-def _(hidden, weight, bias, labels, ignore_index, label_smoothing, need, backend):
+def _(hidden, weight, bias, labels, cw, z, ignore, smoothing, cap, predict, need, backend):
     return (
         ops.rows_like(hidden),
         ops.rows_like(hidden),
+        predicted_like(labels, predict),
         *ops.empty_gradients(hidden, weight, bias, need),
     )
 
@@ -691,9 +927,12 @@ def linear_cross_entropy_rows_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    class_weight: Tensor | None,
+    z_loss: Tensor | None,
     unit: list[Tensor],  # the gradients for dloss = 1, empty where there are none
     ignore_index: int,
     label_smoothing: float,
+    softcap: float,
     need: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -704,37 +943,38 @@ def linear_cross_entropy_rows_backward(
         if upstream.numel() == 0 or bool((upstream == upstream[0]).all()):
             factor = upstream[0] if upstream.numel() else dloss.new_zeros(())
             return tuple(u * factor.to(u.dtype) for u in unit)
-    _, _, *gradients = ops.run(
-        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, ignore_index, label_smoothing,
-        dloss, dlse, Need(*need),
-    )  # fmt: skip
+    options = LossOptions(ignore_index, label_smoothing, class_weight, softcap, z_loss)
+    _, _, _, *gradients = ops.run(
+        IMPLEMENTATIONS[backend], hidden, weight, bias, labels, options, dloss, dlse, Need(*need)
+    )
     return tuple(gradients)
 
 
 @linear_cross_entropy_rows_backward.register_fake
-def _(dloss, dlse, hidden, weight, bias, labels, unit, ignore_index, smoothing, need, backend):
+def _(dloss, dlse, hidden, weight, bias, labels, cw, z, unit, ignore, smoothing, cap, need, _):
     return ops.empty_gradients(hidden, weight, bias, need)
 
 
 def _save_rows(ctx, inputs, output):
-    hidden, weight, bias, labels, ctx.ignore_index, ctx.label_smoothing, _, ctx.backend = inputs
+    *tensors, ctx.ignore_index, ctx.label_smoothing, ctx.softcap, _, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, *output[2:])
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, *output[3:])
 
 
-def _rows_backward(ctx, dloss, dlse, *dgradients):
+def _rows_backward(ctx, dloss, dlse, _, *dgradients):
     ops.refuse_second_order(dgradients)
     if dloss is None and dlse is None:
-        return (None,) * 8
-    hidden, weight, bias, labels, *unit = ctx.saved_tensors
+        return (None,) * 12
+    *tensors, dhidden, dweight, dbias = ctx.saved_tensors
     if dloss is None:
         dloss = torch.zeros_like(dlse)
     need = [bool(n) for n in ctx.needs_input_grad[:3]]
     gradients = linear_cross_entropy_rows_backward(
-        dloss, dlse, hidden, weight, bias, labels, unit, ctx.ignore_index, ctx.label_smoothing,
-        need, ctx.backend,
+        dloss, dlse, *tensors, [dhidden, dweight, dbias], ctx.ignore_index, ctx.label_smoothing,
+        ctx.softcap, need, ctx.backend,
     )  # fmt: skip
-    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 5
+    return *(g if n else None for g, n in zip(gradients, need, strict=True)), *(None,) * 9
 
 
 linear_cross_entropy_rows.register_autograd(_rows_backward, setup_context=_save_rows)

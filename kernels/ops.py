@@ -101,6 +101,7 @@ def refuse_second_order(gradients: tuple[Tensor | None, ...]) -> None:
 
 def save_gradients(ctx, inputs, output) -> None:
     """`setup_context` of a sum over rows, whose last outputs are its three gradients."""
+    ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[-3:])
 

@@ -17,16 +17,25 @@ for the device); unchecked, an id out of range gives NaN and never reads out of 
 """
 
 import importlib.util
+import math
 import warnings
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from mvbert.errors import InputError
 from mvbert.kernels import chunked, layer_norm, ops
 from mvbert.kernels import mixed_embedding as embedding
-from mvbert.kernels.common import IGNORE_INDEX, accumulator_dtype, reduce_rows, split_labels
+from mvbert.kernels.common import (
+    IGNORE_INDEX,
+    LossOptions,
+    accumulator_dtype,
+    reduce_rows,
+    split_labels,
+)
 from mvbert.kernels.dropout import dropout_factors
 from mvbert.kernels.linear_cross_entropy import (
     linear_cross_entropy_reference,
@@ -40,6 +49,7 @@ from mvbert.kernels.relation_kl import relation_kl_reference, relation_kl_sum
 
 __all__ = [
     "IGNORE_INDEX",
+    "LossMetrics",
     "check_on_gpu",
     "dropout",
     "linear_cross_entropy",
@@ -165,6 +175,7 @@ def mixed_embedding(
     )  # fmt: skip
     _check_embedding(inputs, padding_id, frequent_ids)
     _check_dropout("dropout_p", dropout_p)
+    _refuse_forward_mode("mixed_embedding", backend, *inputs.tables, ln_weight, ln_bias)
     backend = _backend(backend, input_ids)
     if backend == "reference":
         hidden = embedding.mixed_embedding_reference(inputs, eps, padding_id)
@@ -263,7 +274,7 @@ def residual_layer_norm(
     """
     H = x.shape[-1]
     if residual.shape != x.shape:
-        raise ValueError(
+        raise InputError(
             "residual_layer_norm needs x and residual [.., H] alike, "
             f"got {_shape(x)} and {_shape(residual)}"
         )
@@ -271,6 +282,7 @@ def residual_layer_norm(
     _check_dropout("dropout_p", dropout_p)
     dropout_p = dropout_p if training else 0.0
     if _backend(backend, x) == "triton":
+        _refuse_forward_mode("residual_layer_norm", "triton", x, residual, ln_weight, ln_bias)
         both = also_in_x_dtype and x.dtype != residual.dtype
         y, rounded, *_ = layer_norm.residual_layer_norm(
             x.reshape(-1, H), residual.reshape(-1, H), ln_weight, ln_bias, _seed(dropout_p, x),
@@ -289,36 +301,46 @@ def residual_layer_norm(
 # ---- losses ------------------------------------------------------------------------------------
 
 
+class LossMetrics(NamedTuple):
+    """What a loss knows of each row beside its gradient; none of it is differentiable."""
+
+    # [..] int64: the piece with the largest logit, of equal ones the lowest id; -1 without a label.
+    predicted: Tensor
+    # [..] bool: whether it is the label.
+    correct: Tensor
+    # [..]: log-sum-exp of the logits, 0 without a label.
+    lse: Tensor
+
+
+# fmt: off
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = ...,
-    *,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    return_lse: Literal[False] = ...,
-    mostly_labelled: bool = ...,
-    backend: str = ...,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
+    ignore_index: int = ..., reduction: str = ..., label_smoothing: float = ...,
+    class_weight: Tensor | None = ..., softcap: float | None = ..., z_loss: float = ...,
+    shift: int = ..., num_items_in_batch: float | Tensor | None = ...,
+    return_lse: Literal[False] = ..., return_metrics: Literal[False] = ...,
+    mostly_labelled: bool = ..., backend: str = ...,
 ) -> Tensor: ...
-
-
 @overload
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None = ...,
-    *,
-    ignore_index: int = ...,
-    reduction: str = ...,
-    label_smoothing: float = ...,
-    return_lse: Literal[True],
-    mostly_labelled: bool = ...,
-    backend: str = ...,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
+    ignore_index: int = ..., reduction: str = ..., label_smoothing: float = ...,
+    class_weight: Tensor | None = ..., softcap: float | None = ..., z_loss: float = ...,
+    shift: int = ..., num_items_in_batch: float | Tensor | None = ...,
+    return_lse: Literal[True], return_metrics: Literal[False] = ...,
+    mostly_labelled: bool = ..., backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = ..., *,
+    ignore_index: int = ..., reduction: str = ..., label_smoothing: float = ...,
+    class_weight: Tensor | None = ..., softcap: float | None = ..., z_loss: float = ...,
+    shift: int = ..., num_items_in_batch: float | Tensor | None = ...,
+    return_lse: Literal[False] = ..., return_metrics: Literal[True],
+    mostly_labelled: bool = ..., backend: str = ...,
+) -> tuple[Tensor, LossMetrics]: ...
+# fmt: on
 
 
 def linear_cross_entropy(
@@ -330,50 +352,110 @@ def linear_cross_entropy(
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    shift: int = 0,
+    num_items_in_batch: float | Tensor | None = None,
     return_lse: bool = False,
+    return_metrics: bool = False,
     mostly_labelled: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | tuple[Tensor, LossMetrics]:
     """Softmax cross-entropy of `hidden @ weight.T + bias` without ever holding the logits.
 
     As `F.cross_entropy` on those logits, except that the mean over no rows at all is 0, not NaN.
 
     Args:
-        hidden: [N, H]; its dtype (under autocast, autocast's) is that of the products.
+        hidden: [.., H]; its dtype (under autocast, autocast's) is that of the products.
         weight: [V, H], of the dtype of `hidden` or wider.
-        labels: [N], int32 or int64; rows with `ignore_index` cost nothing.
+        labels: [..], int32 or int64; rows with `ignore_index` cost nothing.
         bias: [V] or None.
         reduction: "mean" over the rows that have a label, "sum", or "none". "none" makes the
             logits again in backward, 2 N V H FLOP more, as forward cannot know what comes back for
             each row; on a CPU only if that differs between rows. `return_lse` always does.
         label_smoothing: share of the target spread evenly over V, in [0, 1).
+        class_weight: [V] or None, as the `weight` of `F.cross_entropy`: "mean" divides by the sum
+            of the labels' weights. Has no gradient.
+        softcap: the logits are softcap * tanh(logits / softcap) first. On a GPU takes memory for
+            the logits of 8,192 rows at any H.
+        z_loss: adds z_loss * lse^2 to each row's loss, which class weights leave as it is, and in
+            "mean" its mean over the rows that have a label.
+        shift: the label of a position is the one `shift` to its right; labels are [.., T], and with
+            reduction "none" losses [.., T - shift].
+        num_items_in_batch: what sums are divided by, in place of the number of labels (or of their
+            weights) of this call: for gradient accumulation. Only with reduction "mean".
         return_lse: also return log-sum-exp of each row's logits, differentiable, 0 on ignored rows.
+        return_metrics: also return `LossMetrics`.
         mostly_labelled: few rows are ignored. A matter of speed only: on a GPU, bfloat16 products
             of wide rows then run over all rows in the vendor's library.
         backend: see the module's first lines.
 
     Returns:
-        The loss, float32 (float64 for float64 input), [] or [N]; or (loss, lse [N]).
+        The loss, float32 (float64 for float64 input), [] or [..]; with `return_lse`
+        (loss, lse [..]), with `return_metrics` (loss, LossMetrics).
     """
-    _check_loss("linear_cross_entropy", hidden, weight, bias, labels, reduction, label_smoothing)
+    name = "linear_cross_entropy"
+    _check_loss(name, hidden, weight, bias, labels, reduction, label_smoothing, "..")
+    _check_options(name, weight, labels, class_weight, softcap, z_loss, shift)
+    _check_count(name, num_items_in_batch, reduction)
+    if return_lse and return_metrics:
+        raise InputError(f"{name}: return_metrics gives an lse too; leave out return_lse")
+    _refuse_forward_mode(name, backend, hidden, weight, bias)
+    shape = labels.shape
+    if shift:
+        labels = F.pad(labels[..., shift:], (0, shift), value=ignore_index)
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     backend = _backend(backend, hidden)
     kept = labels != ignore_index
-    if backend == "reference":
-        loss, lse = linear_cross_entropy_reference(
-            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
-    elif reduction == "none" or return_lse:
-        loss, lse = _cross_entropy_rows(
-            hidden, weight, bias, labels, ignore_index, label_smoothing, return_lse, backend
-        )
+    dtype = accumulator_dtype(hidden.dtype)
+    z_factor = torch.full((), z_loss, dtype=dtype, device=hidden.device) if z_loss else None
+    if class_weight is not None:
+        class_weight = class_weight.to(dtype)
+    if reduction == "none":
+        scale = None
+    elif num_items_in_batch is not None:
+        count = torch.as_tensor(num_items_in_batch, dtype=dtype, device=hidden.device)
+        scale = count.reshape(()).reciprocal()
     else:
         scale = _scale(kept, reduction, hidden)
-        return _cross_entropy_sum(
-            hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend,
-            mostly_labelled,
+        if class_weight is not None and reduction == "mean":
+            total = class_weight[labels.where(kept, 0)].where(kept, 0).sum().where(kept.any(), 1)
+            if z_factor is not None:
+                # It stays a mean over labels, of whatever weight.
+                z_factor = z_factor * scale * total
+            scale = total.reciprocal()
+    options = LossOptions(
+        ignore_index, float(label_smoothing), class_weight, float(softcap or 0), z_factor,
+        return_metrics,
+    )  # fmt: skip
+    if backend == "reference":
+        loss, lse, predicted = linear_cross_entropy_reference(
+            hidden, weight, labels, bias, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, class_weight=class_weight, softcap=options.softcap,
+            z_loss=0.0 if z_factor is None else z_factor,
         )  # fmt: skip
-    loss = reduce_rows(loss, kept, reduction)
-    return (loss, lse) if return_lse else loss
+        loss = loss if scale is None else loss.sum() * scale
+    elif scale is None or return_lse:
+        loss, lse, predicted = _cross_entropy_rows(
+            hidden, weight, bias, labels, options, return_lse, backend
+        )
+        loss = loss if scale is None else loss.sum() * scale
+    else:
+        loss, lse, predicted = _cross_entropy_sum(
+            hidden, weight, bias, labels, scale, options, backend, mostly_labelled
+        )
+
+    def by_row(x: Tensor) -> Tensor:
+        x = x.reshape(shape)
+        return x[..., : shape[-1] - shift] if shift else x
+
+    if reduction == "none":
+        loss = by_row(loss)
+    if return_metrics:
+        metrics = (predicted, predicted == labels, lse.detach())
+        return loss, LossMetrics(*(by_row(x) for x in metrics))
+    return (loss, by_row(lse)) if return_lse else loss
 
 
 def mixed_linear_cross_entropy(
@@ -406,8 +488,10 @@ def mixed_linear_cross_entropy(
         (float64 for float64 input), [] or [N], 0 on the rows of the other vocabulary.
     """
     name = "mixed_linear_cross_entropy"
-    _check_loss(name, hidden, teacher_weight, teacher_bias, labels, reduction, label_smoothing)
-    _check_loss(name, hidden, student_weight, student_bias, labels, reduction, label_smoothing)
+    _check_loss(name, hidden, teacher_weight, teacher_bias, labels, reduction, label_smoothing, "N")
+    _check_loss(name, hidden, student_weight, student_bias, labels, reduction, label_smoothing, "N")
+    tables = teacher_weight, teacher_bias, student_weight, student_bias
+    _refuse_forward_mode(name, backend, hidden, *tables)
     backend = _backend(backend, hidden)
     kept = labels != ignore_index
     if backend == "reference":
@@ -418,16 +502,13 @@ def mixed_linear_cross_entropy(
         return reduce_rows(losses[0], kept, reduction), reduce_rows(losses[1], kept, reduction)
     of_teacher, of_student = split_labels(labels, teacher_weight.shape[0], ignore_index)
     scale = _scale(kept, reduction, hidden)
+    options = LossOptions(ignore_index, float(label_smoothing))
 
     def loss(weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         if reduction == "none":
-            return _cross_entropy_rows(
-                hidden, weight, bias, labels, ignore_index, label_smoothing, False, backend
-            )[0]
+            return _cross_entropy_rows(hidden, weight, bias, labels, options, False, backend)[0]
         # Not mostly labelled: about half of the rows belong to either vocabulary.
-        return _cross_entropy_sum(
-            hidden, weight, bias, labels, scale, ignore_index, label_smoothing, backend, False
-        )
+        return _cross_entropy_sum(hidden, weight, bias, labels, scale, options, backend, False)[0]
 
     return (
         loss(teacher_weight, teacher_bias, of_teacher),
@@ -473,12 +554,12 @@ def linear_kl(
     ):
         _check_linear(f"linear_kl ({side})", hidden, weight, bias, ("N", "H"), ("V", "H"))
     if student_hidden.shape[0] != teacher_hidden.shape[0]:
-        raise ValueError(
+        raise InputError(
             "linear_kl needs student_hidden [N, H_s] and teacher_hidden [N, H_t] of one N, got "
             f"{_shape(student_hidden)} and {_shape(teacher_hidden)}"
         )
     if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
+        raise InputError(
             "linear_kl needs student_weight [V, H_s] and teacher_weight [V, H_t] of one V, got "
             f"{_shape(student_weight)} and {_shape(teacher_weight)}: "
             "soft targets need one vocabulary"
@@ -488,10 +569,14 @@ def linear_kl(
     if mask is None:
         mask = torch.ones(student_hidden.shape[0], dtype=torch.bool, device=student_hidden.device)
     elif mask.shape != student_hidden.shape[:1] or mask.dtype != torch.bool:
-        raise ValueError(
+        raise InputError(
             f"linear_kl needs mask [N] bool with N = {student_hidden.shape[0]}, "
             f"got {_shape(mask)} {mask.dtype}"
         )
+    _refuse_forward_mode(
+        "linear_kl", backend, student_hidden, student_weight, student_bias,
+        teacher_hidden, teacher_weight, teacher_bias,
+    )  # fmt: skip
     backend = _backend(backend, student_hidden)
     if backend == "reference":
         loss = linear_kl_reference(
@@ -531,16 +616,17 @@ def relation_kl(student: Tensor, teacher: Tensor, heads: int, *, backend: str = 
     """
     for name, x in (("student", student), ("teacher", teacher)):
         if x.ndim != 3 or not x.dtype.is_floating_point or heads < 1 or x.shape[2] % (3 * heads):
-            raise ValueError(
+            raise InputError(
                 f"relation_kl needs {name} [B, T, 3 H] of floating point with H a multiple of "
                 f"heads = {heads}, got {_shape(x)} {x.dtype}"
             )
     if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
+        raise InputError(
             "relation_kl needs student and teacher of one B and one T, "
             f"got {_shape(student)} and {_shape(teacher)}"
         )
     _check_device("relation_kl", "teacher", teacher, student)
+    _refuse_forward_mode("relation_kl", backend, student, teacher)
     backend = _backend(backend, student)
     if backend == "reference":
         return relation_kl_reference(student, teacher, heads)
@@ -555,21 +641,22 @@ def _cross_entropy_rows(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    ignore_index: int,
-    smoothing: float,
+    options: LossOptions,
     lse_wanted: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(loss [N], lse [N]), 0 on ignored rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [N], lse [N], predicted [N]); 0, 0 and -1 on ignored rows."""
     hidden = _autocast(hidden)
     # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
     # looking at the upstream gradient, a GPU: those compute the logits again.
     ahead = backend == "chunked" and not lse_wanted and hidden.dtype != torch.float16
     need = _need(hidden, weight, bias) if ahead else [False, False, False]
-    loss, lse, *_ = linear_cross_entropy_rows(
-        hidden, weight, bias, labels, ignore_index, float(smoothing), need, backend
-    )
-    return loss, lse
+    ignore_index, smoothing, class_weight, softcap, z_loss, predict = options
+    loss, lse, predicted, *_ = linear_cross_entropy_rows(
+        hidden, weight, bias, labels, class_weight, z_loss, ignore_index, smoothing, softcap,
+        predict, need, backend,
+    )  # fmt: skip
+    return loss, lse, predicted
 
 
 def _cross_entropy_sum(
@@ -578,25 +665,25 @@ def _cross_entropy_sum(
     bias: Tensor | None,
     labels: Tensor,
     scale: Tensor,
-    ignore_index: int,
-    smoothing: float,
+    options: LossOptions,
     backend: str,
     mostly_labelled: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scaled sum [], lse [N], predicted [N])."""
     hidden = _autocast(hidden)
     if hidden.dtype == torch.float16:
         # A scaled loss keeps gradients in float16's range only if they are made after the scaling.
         # So too in linear_kl.
-        loss, *_ = linear_cross_entropy_rows(
-            hidden, weight, bias, labels, ignore_index, float(smoothing), [False] * 3, backend
+        loss, lse, predicted = _cross_entropy_rows(
+            hidden, weight, bias, labels, options, False, backend
         )
-        return loss.sum() * scale
-    need = _need(hidden, weight, bias)
-    total: Tensor = linear_cross_entropy_sum(
-        hidden, weight, bias, labels, scale, ignore_index, float(smoothing), need, backend,
-        mostly_labelled,
-    )[0]  # fmt: skip
-    return total
+        return loss.sum() * scale, lse, predicted
+    ignore_index, smoothing, class_weight, softcap, z_loss, predict = options
+    total, lse, predicted, *_ = linear_cross_entropy_sum(
+        hidden, weight, bias, labels, scale, class_weight, z_loss, ignore_index, smoothing, softcap,
+        predict, _need(hidden, weight, bias), backend, mostly_labelled,
+    )  # fmt: skip
+    return total, lse, predicted
 
 
 # ---- choices and checks ------------------------------------------------------------------------
@@ -605,14 +692,14 @@ def _cross_entropy_sum(
 def _backend(backend: str, tensor: Tensor) -> str:
     """One of triton, chunked, reference; ValueError for anything that cannot be had."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         if tensor.is_cuda and not HAS_TRITON:
             warnings.warn("triton is not installed: the chunked path is used", stacklevel=3)
             return "chunked"
         return "triton" if tensor.is_cuda else "chunked"
     if backend == "triton" and not HAS_TRITON:
-        raise ValueError("backend 'triton' needs Triton, which is not installed")
+        raise InputError("backend 'triton' needs Triton, which is not installed")
     return backend
 
 
@@ -656,40 +743,40 @@ def _check_embedding(
 ) -> None:
     name, ids = "mixed_embedding", inputs.input_ids
     if ids.ndim != 2:
-        raise ValueError(f"{name} needs input_ids [B, T], got {_shape(ids)}")
+        raise InputError(f"{name} needs input_ids [B, T], got {_shape(ids)}")
     _check_integers(name, "input_ids", ids)
     if not inputs.words:
-        raise ValueError(f"{name} needs a teacher_table [V_t, H], student_rows [V_s, H] or both")
+        raise InputError(f"{name} needs a teacher_table [V_t, H], student_rows [V_s, H] or both")
     H = inputs.words[0].shape[-1]
     fields = ("teacher_table", "student_rows", "position_table", "type_table")
     for field, rows, table in zip(fields, ("V_t", "V_s", "P", "S"), inputs.tables, strict=True):
         if table is None:
             continue
         if table.ndim != 2 or table.shape[1] != H:
-            raise ValueError(f"{name} needs {field} [{rows}, H] with H = {H}, got {_shape(table)}")
+            raise InputError(f"{name} needs {field} [{rows}, H] with H = {H}, got {_shape(table)}")
         _check_device(name, field, table, ids)
     _check_norm(name, inputs.ln_weight, inputs.ln_bias, H)
     types, positions, position_table = (
         inputs.token_type_ids, inputs.position_ids, inputs.position_table
     )  # fmt: skip
     if types is not None and types.shape != ids.shape:
-        raise ValueError(
+        raise InputError(
             f"{name} needs token_type_ids [B, T] like input_ids {_shape(ids)}, got {_shape(types)}"
         )
     B, T = ids.shape
     if positions is not None and tuple(positions.shape) not in ((B, T), (1, T)):
-        raise ValueError(
+        raise InputError(
             f"{name} needs position_ids [B, T] or [1, T] with T = {T}, got {_shape(positions)}"
         )
     if position_table is not None and positions is None and position_table.shape[0] < T:
-        raise ValueError(
+        raise InputError(
             f"{name} has {position_table.shape[0]} positions, too few for rows of T = {T}"
         )
     V = sum(table.shape[0] for table in inputs.words)
     if padding_id is not None and not 0 <= padding_id < V:
-        raise ValueError(f"padding_id must lie in [0, {V}), got {padding_id}")
+        raise InputError(f"padding_id must lie in [0, {V}), got {padding_id}")
     if len(frequent_ids) > 2:
-        raise ValueError(f"frequent_ids holds at most two ids, got {len(frequent_ids)}")
+        raise InputError(f"frequent_ids holds at most two ids, got {len(frequent_ids)}")
     ops.check_range("input_ids", ids, V)
     if position_table is not None and positions is not None:
         ops.check_range("position_ids", positions, position_table.shape[0])
@@ -700,12 +787,12 @@ def _check_embedding(
 def _check_norm(name: str, ln_weight: Tensor, ln_bias: Tensor, H: int) -> None:
     for what, vector in (("ln_weight", ln_weight), ("ln_bias", ln_bias)):
         if vector.shape != (H,):
-            raise ValueError(f"{name} needs {what} [H] with H = {H}, got {_shape(vector)}")
+            raise InputError(f"{name} needs {what} [H] with H = {H}, got {_shape(vector)}")
 
 
 def _check_dropout(name: str, p: float) -> None:
     if not 0 <= p < 1:
-        raise ValueError(f"{name} must lie in [0, 1), got {p}")
+        raise InputError(f"{name} must lie in [0, 1), got {p}")
 
 
 def _check_loss(
@@ -716,18 +803,76 @@ def _check_loss(
     labels: Tensor,
     reduction: str,
     label_smoothing: float,
+    rows: str,
 ) -> None:
-    _check_linear(name, hidden, weight, bias, ("N", "H"), ("V", "H"))
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"{name} needs labels [N] with N = {hidden.shape[0]} like hidden {_shape(hidden)}, "
+    _check_linear(name, hidden, weight, bias, (rows, "H"), ("V", "H"))
+    if labels.shape != hidden.shape[:-1]:
+        raise InputError(
+            f"{name} needs labels [{rows}] like hidden [{rows}, H], here {_shape(hidden)[:-1]}, "
             f"got {_shape(labels)}"
         )
     _check_integers(name, "labels", labels)
     _check_device(name, "labels", labels, hidden)
     _check_reduction(reduction)
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        raise InputError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+
+def _check_options(
+    name: str,
+    weight: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    shift: int,
+) -> None:
+    if class_weight is not None:
+        V = weight.shape[0]
+        if class_weight.shape != (V,) or not class_weight.dtype.is_floating_point:
+            raise InputError(
+                f"{name} needs class_weight [V] of floating point with V = {V}, "
+                f"got {_shape(class_weight)} {class_weight.dtype}"
+            )
+        if class_weight.requires_grad:
+            raise InputError(f"{name} makes no gradient of class_weight: hand it over detached")
+        _check_device(name, "class_weight", class_weight, labels)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise InputError(f"softcap must be above 0, or None for no cap, got {softcap}")
+    if not 0 <= z_loss < math.inf:
+        raise InputError(f"z_loss must be 0 or more, got {z_loss}")
+    if shift and labels.ndim < 2:
+        raise InputError(f"shift needs labels [.., T], a row for each text, got {_shape(labels)}")
+    if not isinstance(shift, int) or not 0 <= shift < max(1, labels.shape[-1]):
+        raise InputError(
+            f"shift must be a whole number in [0, T) with T = {labels.shape[-1]}, got {shift}"
+        )
+
+
+def _check_count(name: str, count: float | Tensor | None, reduction: str) -> None:
+    """A tensor's value is not looked at: that would wait for the device."""
+    if count is None:
+        return
+    if reduction != "mean":
+        raise InputError(
+            f"{name}: num_items_in_batch is what 'mean' divides by; leave it out of {reduction!r}"
+        )
+    if isinstance(count, Tensor):
+        if count.numel() != 1:
+            raise InputError(f"num_items_in_batch must be one number, got {_shape(count)}")
+    elif not 0 < count < math.inf:
+        raise InputError(f"num_items_in_batch must be above 0, got {count}")
+
+
+def _refuse_forward_mode(name: str, backend: str, *tensors: Tensor | None) -> None:
+    """An operator with a backward of its own would drop the tangents of its inputs in silence."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+            "backend='reference' has"
+        )
 
 
 def _check_linear(
@@ -738,46 +883,47 @@ def _check_linear(
     x_letters: tuple[str, str],
     weight_letters: tuple[str, str],
 ) -> None:
-    """x [N, H], weight [V, H], bias [V]: shapes, dtypes and devices that go together."""
+    """x [N, H] (or [.., H]), weight [V, H], bias [V]: shapes, dtypes, devices that go together."""
     rows, width = x_letters
     out, _ = weight_letters
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
+    dims = x.ndim if rows == ".." and x.ndim > 1 else 2
+    if x.ndim != dims or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise InputError(
             f"{name} needs [{rows}, {width}] and a weight [{out}, {width}] of one {width}, "
             f"got {_shape(x)} and {_shape(weight)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"{name} needs a bias [{out}] with {out} = {weight.shape[0]}, got {_shape(bias)}"
         )
     for what, tensor in (("input", x), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} needs a floating-point {what}, got {tensor.dtype}")
+            raise InputError(f"{name} needs a floating-point {what}, got {tensor.dtype}")
         _check_device(name, what, tensor, x)
     autocast = torch.is_autocast_enabled(x.device.type)
     if not autocast and x.dtype != weight.dtype and weight.dtype != torch.float32:
-        raise ValueError(
+        raise InputError(
             f"{name} needs a weight of the input's dtype {x.dtype} or float32, got {weight.dtype}"
         )
 
 
 def _check_device(name: str, what: str, tensor: Tensor, other: Tensor) -> None:
     if tensor.device != other.device:
-        raise ValueError(f"{name} needs {what} on {other.device}, got {tensor.device}")
+        raise InputError(f"{name} needs {what} on {other.device}, got {tensor.device}")
 
 
 def _check_integers(name: str, what: str, tensor: Tensor) -> None:
     if tensor.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} needs {what} of int32 or int64, got {tensor.dtype}")
+        raise InputError(f"{name} needs {what} of int32 or int64, got {tensor.dtype}")
 
 
 def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        raise InputError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+        raise InputError(f"temperature must be above 0, got {temperature}")

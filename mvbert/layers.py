@@ -1,11 +1,13 @@
-"""The fused parts as modules, usable in any model: MixedEmbedding, LinearCrossEntropy."""
+"""The fused parts as modules, usable in any model."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mvbert import functional
 
-__all__ = ["LinearCrossEntropy", "MixedEmbedding"]
+__all__ = ["LinearCrossEntropy", "LinearCrossEntropyLoss", "MixedEmbedding"]
 
 
 class MixedEmbedding(nn.Module):
@@ -84,6 +86,56 @@ class MixedEmbedding(nn.Module):
         )  # fmt: skip
 
 
+class LinearCrossEntropyLoss(nn.Module):
+    """`functional.linear_cross_entropy` with its options, for a weight that is somebody else's."""
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = functional.IGNORE_INDEX,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        shift: int = 0,
+        return_metrics: bool = False,
+    ) -> None:
+        """
+        Args:
+            class_weight: [V], a buffer of the module.
+            all others: as `functional.linear_cross_entropy`.
+        """
+        super().__init__()
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.z_loss = z_loss
+        self.shift = shift
+        self.return_metrics = return_metrics
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Any:
+        """hidden [.., H], weight [V, H], labels [..], bias [V] -> loss, or (loss, LossMetrics)."""
+        return functional.linear_cross_entropy(
+            hidden, weight, labels, bias, ignore_index=self.ignore_index,
+            reduction=self.reduction, label_smoothing=self.label_smoothing,
+            class_weight=self.class_weight, softcap=self.softcap, z_loss=self.z_loss,
+            shift=self.shift, num_items_in_batch=num_items_in_batch,
+            return_metrics=self.return_metrics,  # type: ignore[call-overload]
+        )  # fmt: skip
+
+
 class LinearCrossEntropy(nn.Linear):
     """A linear layer to V classes and the cross-entropy of its logits, which are never held."""
 
@@ -93,32 +145,29 @@ class LinearCrossEntropy(nn.Linear):
         out_features: int,
         bias: bool = True,
         *,
-        ignore_index: int = functional.IGNORE_INDEX,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         """
         Args:
             in_features: H.
             out_features: V.
             bias: whether there is a bias [V].
-            ignore_index, reduction, label_smoothing: as `torch.nn.CrossEntropyLoss`.
             device, dtype: of the parameters.
+            options: of `LinearCrossEntropyLoss`.
         """
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+        self.loss = LinearCrossEntropyLoss(**options)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """hidden [.., H], labels [..] -> loss; without labels the logits [.., V]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Any:
+        """hidden [.., H], labels [..] -> loss; without labels the logits [.., V], capped if so."""
         if labels is None:
-            return super().forward(hidden)
-        loss = functional.linear_cross_entropy(
-            hidden.reshape(-1, self.in_features), self.weight, labels.reshape(-1), self.bias,
-            ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )  # fmt: skip
-        return loss.reshape(labels.shape) if self.reduction == "none" else loss
+            logits, cap = super().forward(hidden), self.loss.softcap
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+        return self.loss(hidden, self.weight, labels, self.bias, num_items_in_batch)

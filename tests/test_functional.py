@@ -85,6 +85,156 @@ def test_definition_is_torchs(reduction, label_smoothing):
     )
 
 
+WEIGHTS = torch.linspace(0, 2, 37).double()
+OPTIONS = {
+    "softcap": {"softcap": 3.0},
+    "z-loss": {"z_loss": 0.1},
+    "weights": {"class_weight": WEIGHTS},
+    "weights and z-loss": {"class_weight": WEIGHTS, "z_loss": 0.1},
+    "all": {"class_weight": WEIGHTS, "z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.1},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@each_option
+def test_options(options, reduction, return_lse, small_chunks, same):
+    labels = labels_of(13, 37)
+    same(
+        lambda be, h, w, b: MF.linear_cross_entropy(
+            h, w, labels, b, reduction=reduction, return_lse=return_lse, backend=be, **options
+        ),
+        parameters((13, 20), (37, 20), (37,)),
+        longest_sum=37,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@each_option
+def test_the_definition_of_options_is_torchs(options, reduction):
+    hidden, weight, bias = parameters((13, 20), (37, 20), (37,))
+    labels = labels_of(13, 37)
+    logits = hidden @ weight.T + bias
+    if cap := options.get("softcap"):
+        logits = cap * torch.tanh(logits / cap)
+    expected = F.cross_entropy(
+        logits, labels, options.get("class_weight"), reduction=reduction,
+        label_smoothing=options.get("label_smoothing", 0.0),
+    )  # fmt: skip
+    squares = logits.logsumexp(1).square().where(labels >= 0, 0) * options.get("z_loss", 0)
+    expected = expected + {
+        "mean": squares.sum() / (labels >= 0).sum(), "sum": squares.sum(), "none": squares,
+    }[reduction]  # fmt: skip
+    for backend in ("reference", "chunked"):
+        found = MF.linear_cross_entropy(
+            hidden, weight, labels, bias, reduction=reduction, backend=backend, **options
+        )
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_rows_of_texts(shift, backend):
+    """[B, T, H] is [B T, H]; a shifted label is the one further right of the same text."""
+    hidden, weight, bias = parameters((3, 5, 20), (37, 20), (37,))
+    labels = labels_of(15, 37).view(3, 5)
+    logits = (hidden @ weight.T + bias)[:, : 5 - shift].flatten(0, 1)
+    target = labels[:, shift:].flatten()
+    for reduction in ("mean", "none"):
+        found, metrics = MF.linear_cross_entropy(
+            hidden, weight, labels, bias, shift=shift, reduction=reduction, backend=backend,
+            return_metrics=True,
+        )  # fmt: skip
+        expected = F.cross_entropy(logits, target, reduction=reduction)
+        if reduction == "none":
+            expected = expected.view(3, 5 - shift)
+        torch.testing.assert_close(found, expected)
+        largest = logits.argmax(1).where(target >= 0, -1)
+        assert torch.equal(metrics.predicted, largest.view(3, 5 - shift))
+        assert torch.equal(metrics.correct, (largest == target).view(3, 5 - shift))
+        lse = logits.logsumexp(1).where(target >= 0, 0).view(3, 5 - shift)
+        torch.testing.assert_close(metrics.lse, lse)
+        assert not metrics.lse.requires_grad
+        for x in (hidden, weight):
+            torch.testing.assert_close(
+                torch.autograd.grad(found.sum(), x, retain_graph=True)[0],
+                torch.autograd.grad(expected.sum(), x, retain_graph=True)[0],
+            )
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("count", [5, 2.5, torch.tensor(7), torch.tensor([7])])
+def test_num_items_in_batch(count, backend):
+    """The count divides sums, whatever the weights: accumulated losses add up to one batch's."""
+    hidden, weight = parameters((13, 20), (37, 20))
+    labels = labels_of(13, 37)
+    for options in ({}, OPTIONS["all"]):
+        found, total = (
+            MF.linear_cross_entropy(
+                hidden, weight, labels, backend=backend, **options | given
+            )
+            for given in ({"num_items_in_batch": count}, {"reduction": "sum"})
+        )  # fmt: skip
+        torch.testing.assert_close(found, total / float(count))
+        torch.testing.assert_close(
+            torch.autograd.grad(found, weight)[0],
+            torch.autograd.grad(total, weight)[0] / float(count),
+        )
+
+
+def test_the_gradient_of_a_saturated_logit_is_the_definitions(assert_rounded):
+    """Logits of up to ten times the cap, in float32."""
+    hidden, weight = parameters((13, 20), (37, 20), dtype=torch.float32)
+    labels = labels_of(13, 37)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    results = []
+    for h, w, backend in ((hidden, weight, "chunked"), (*exact, "reference")):
+        loss = MF.linear_cross_entropy(h, w, labels, softcap=1.0, backend=backend)
+        results.append((loss, *torch.autograd.grad(loss, (h, w))))
+    for found, truth in zip(*results, strict=True):
+        assert_rounded(found, truth, longest_sum=37)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("way", ["torch.func", "forward_ad"])
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_forward_mode_is_refused(backend, way):
+    """Rather than a tangent that misses what goes through an operator; the definitions have one."""
+    h, w, t, v = (x.detach() for x in parameters((6, 12), (7, 12), (6, 12), (12,)))
+    ids, labels = torch.tensor([[0, 6, 3]]), torch.arange(6)
+    calls = {
+        "linear_cross_entropy": lambda be, x: MF.linear_cross_entropy(x, w, labels, backend=be),
+        "mixed_linear_cross_entropy": lambda be, x: MF.mixed_linear_cross_entropy(
+            x, w, w, labels, backend=be
+        )[0],
+        "linear_kl": lambda be, x: MF.linear_kl(x, w, None, t, w, None, backend=be),
+        "relation_kl": lambda be, x: MF.relation_kl(x[None], t[None], 2, backend=be),
+        "mixed_embedding": lambda be, x: MF.mixed_embedding(
+            ids % 6, x, None, None, None, None, v, v, backend=be
+        ),
+        "residual_layer_norm": lambda be, x: MF.residual_layer_norm(x, t, v, v, backend=be),
+    }
+    for name, call in calls.items():
+
+        def tangent(be, call=call):
+            if way == "torch.func":
+                return torch.func.jvp(lambda x: call(be, x), (h,), (t,))[1]
+            with torch.autograd.forward_ad.dual_level():
+                output = call(be, torch.autograd.forward_ad.make_dual(h, t))
+                return torch.autograd.forward_ad.unpack_dual(output).tangent
+
+        eps = 1e-6
+        expected = (call("reference", h + eps * t) - call("reference", h - eps * t)) / (2 * eps)
+        torch.testing.assert_close(tangent("reference"), expected, rtol=1e-5, atol=1e-7)
+        if (name, backend) == ("residual_layer_norm", "chunked"):
+            # No operator: plain PyTorch.
+            torch.testing.assert_close(tangent(backend), expected, rtol=1e-5, atol=1e-7)
+            continue
+        with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode derivative"):
+            tangent(backend)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_mixed_linear_cross_entropy(reduction, small_chunks, same):
     labels = torch.randint(0, 58, (17,))
@@ -339,10 +489,23 @@ def test_modules_alone():
     few = torch.tensor([[0, 15, 11]])  # 3 pieces: only they are
     for one in (ids, few):
         torch.testing.assert_close(embedding(one), embedding(one, None, embedding.student_rows()))
-    loss = layers.LinearCrossEntropy(20, 37, reduction="none").double()
     hidden, labels = embedding(ids), torch.randint(0, 37, (2, 7))
-    expected = F.cross_entropy(loss(hidden).flatten(0, 1), labels.flatten(), reduction="none")
-    torch.testing.assert_close(loss(hidden, labels).flatten(), expected)
+    for softcap in (None, 2.0):
+        options = {"reduction": "none", "softcap": softcap, "class_weight": WEIGHTS}
+        head = layers.LinearCrossEntropy(20, 37, **options).double()
+        logits = head(hidden).flatten(0, 1)
+        expected = F.cross_entropy(logits, labels.flatten(), WEIGHTS, reduction="none")
+        torch.testing.assert_close(head(hidden, labels).flatten(), expected)
+        loss = layers.LinearCrossEntropyLoss(**options, return_metrics=True)
+        found, metrics = loss(hidden, head.weight, labels, head.bias)
+        torch.testing.assert_close(found.flatten(), expected)
+        assert torch.equal(metrics.predicted.flatten(), logits.argmax(1))
+        assert sorted(head.state_dict()) == ["bias", "loss.class_weight", "weight"]
+    mean = layers.LinearCrossEntropyLoss()
+    total = F.cross_entropy(F.linear(hidden, head.weight).flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(
+        mean(hidden, head.weight, labels, num_items_in_batch=7), total * 14 / 7
+    )
 
 
 def test_compiles_into_one_graph():
@@ -420,14 +583,15 @@ def test_operators_are_well_formed():
         [True, True, True],
         ("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+    options = (torch.rand(11), torch.tensor(0.1), -100, 0.1, 3.0, True)
     torch.library.opcheck(
         linear_cross_entropy.linear_cross_entropy_sum,
-        (hidden, weight, bias, labels, scale, -100, 0.1, need, "chunked", False),
+        (hidden, weight, bias, labels, scale, *options, need, "chunked", False),
         test_utils=tests,
     )
     torch.library.opcheck(
         linear_cross_entropy.linear_cross_entropy_rows,
-        (hidden, weight, bias, labels, -100, 0.1, need, "chunked"),
+        (hidden, weight, bias, labels, *options, need, "chunked"),
         test_utils=tests,
     )
     teacher, teacher_weight = torch.randn(5, 6), torch.randn(11, 6)
@@ -447,9 +611,12 @@ def test_operators_are_well_formed():
     [
         (
             {"hidden": torch.randn(4, 3)},
-            r"\[N, H\] and a weight \[V, H\] of one H, got \[4, 3\] and",
+            r"\[.., H\] and a weight \[V, H\] of one H, got \[4, 3\] and",
         ),
-        ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels \[N\] with N = 4"),
+        (
+            {"labels": torch.zeros(3, dtype=torch.long)},
+            r"labels \[..\] like hidden \[.., H\], here \[4\], got \[3\]",
+        ),
         ({"labels": torch.zeros(4)}, "labels of int32 or int64, got torch.float32"),
         ({"labels": torch.tensor([0, 1, 7, 2])}, r"labels must lie in \[0, 7\) or be -100, got 7"),
         (
@@ -459,6 +626,31 @@ def test_operators_are_well_formed():
         ({"bias": torch.randn(6)}, r"bias \[V\] with V = 7, got \[6\]"),
         ({"weight": torch.randn(7, 5).half()}, "dtype torch.float32 or float32, got torch.float16"),
         ({"hidden": torch.ones(4, 5, dtype=torch.long)}, "floating-point input, got torch.int64"),
+        (
+            {"class_weight": torch.ones(6)},
+            r"class_weight \[V\] of floating point with V = 7, got \[6\] torch.float32",
+        ),
+        ({"class_weight": torch.ones(7, dtype=torch.int64)}, r"got \[7\] torch.int64"),
+        ({"class_weight": torch.ones(7, requires_grad=True)}, "no gradient of class_weight"),
+        ({"softcap": 0.0}, "softcap must be above 0, or None for no cap, got 0.0"),
+        ({"softcap": float("nan")}, "softcap must be above 0, or None for no cap, got nan"),
+        ({"z_loss": -0.1}, "z_loss must be 0 or more, got -0.1"),
+        ({"shift": 1}, r"shift needs labels \[.., T\], a row for each text, got \[4\]"),
+        (
+            {"shift": 2, "hidden": torch.randn(2, 2, 5), "labels": torch.zeros(2, 2).long()},
+            r"shift must be a whole number in \[0, T\) with T = 2, got 2",
+        ),
+        (
+            {"shift": -1, "hidden": torch.randn(2, 2, 5), "labels": torch.zeros(2, 2).long()},
+            r"shift must be a whole number in \[0, T\) with T = 2, got -1",
+        ),
+        (
+            {"num_items_in_batch": 3, "reduction": "sum"},
+            "num_items_in_batch is what 'mean' divides by; leave it out of 'sum'",
+        ),
+        ({"num_items_in_batch": 0}, "num_items_in_batch must be above 0, got 0"),
+        ({"num_items_in_batch": torch.ones(2)}, r"must be one number, got \[2\]"),
+        ({"return_lse": True, "return_metrics": True}, "leave out return_lse"),
         ({"reduction": "average"}, "reduction must be one of mean, sum, none, got 'average'"),
         ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\), got 1.5"),
         (

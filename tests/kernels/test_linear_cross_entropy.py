@@ -61,23 +61,112 @@ def test_lse_is_differentiable(strategy, draw, check_against, device):
     check_against(*both(make_labels(13, 37, device), **options), inputs, longest_sum=37)
 
 
+def options_of(names: str, V: int, device: str) -> dict:
+    """The options of a loss by name; class weights between 1/2 and 3/2, one of them 0."""
+    weights = 0.5 + torch.randint(0, 257, (V,)).to(device) / 256
+    weights[V // 2] = 0
+    known = {
+        "smoothing": {"label_smoothing": 0.1},
+        "softcap": {"softcap": 3.0},
+        "z-loss": {"z_loss": 0.01},
+        "weights": {"class_weight": weights},
+    }
+    return {k: v for name in names.split(" + ") for k, v in known[name].items()}
+
+
+# A softcap always takes the form with logits.
+CURVED = ["softcap", "softcap + smoothing", "softcap + z-loss + weights + smoothing"]
+LINEAR = ["z-loss", "weights", "weights + smoothing", "z-loss + weights + smoothing"]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(reduction, strategy, draw, device, check_against):
+@pytest.mark.parametrize("names", LINEAR)
+def test_options(names, reduction, strategy, draw, check_against, device):
+    inputs = [draw(*s, dtype=torch.float32) for s in ((13, 20), (37, 20), (37,))]
+    options = {"reduction": reduction} | options_of(names, 37, device)
+    check_against(*both(make_labels(13, 37, device), **options), inputs, longest_sum=37)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("names", CURVED)
+def test_softcap(names, reduction, dtype, draw, check_against, device):
+    inputs = [draw(*s, dtype=dtype) for s in ((13, 20), (37, 20), (37,))]
+    options = {"reduction": reduction} | options_of(names, 37, device)
+    check_against(*both(make_labels(13, 37, device), **options), inputs, longest_sum=37)
+
+
+def test_options_of_larger_tiles(strategy, dtype, draw, check_against, device):
+    N, H, V = SHAPES[-1]
+    inputs = [draw(*s, dtype=dtype) for s in ((N, H), (V, H), (V,))]
+    options = options_of((CURVED if launch.FLASH_WIDTH == 0 else LINEAR)[-1], V, device)
+    check_against(*both(make_labels(N, V, device), **options), inputs, longest_sum=V)
+
+
+@pytest.mark.parametrize("names", [LINEAR[-1], CURVED[-1]])
+def test_lse_is_differentiable_beside_other_options(names, strategy, draw, check_against, device):
+    inputs = [draw(*s, dtype=torch.float32) for s in ((13, 20), (37, 20), (37,))]
+    options = {"return_lse": True} | options_of(names, 37, device)
+    check_against(*both(make_labels(13, 37, device), **options), inputs, longest_sum=37)
+
+
+def test_a_small_logit_keeps_its_digits_under_a_large_cap(draw, check_against, device):
+    """tanh(z / 10,000) of logits around 1 must not be a difference of two numbers near 1."""
+    inputs = [draw(*s, dtype=torch.float32) for s in ((13, 20), (37, 20), (37,))]
+    kernel = both(make_labels(13, 37, device), softcap=1e4)
+    check_against(*kernel, inputs, longest_sum=37)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"N{s[0]}-H{s[1]}-V{s[2]}")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("grad", [True, False])
+def test_predictions(grad, softcap, shape, strategy, draw, device, gradients):
+    """Largest logits of integers, among them ties: the lowest id counts, the label's or another."""
+    N, H, V = shape
+    hidden = torch.randint(-1, 2, (N, H)).float().to(device)
+    weight = torch.randint(-1, 2, (V, H)).float().to(device).requires_grad_(grad)
+    labels = make_labels(N, V, device)
+    logits = hidden @ weight.detach().t()
+    for n in range(0, N, 2):  # some of the labels are the largest, or one of several
+        if labels[n] >= 0:
+            labels[n] = (
+                logits[n].argmax() if n % 4 else (logits[n] == logits[n].max()).nonzero()[-1, 0]
+            )
+    first = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits])
+    for reduction in ("mean", "none"):
+        loss, found = MF.linear_cross_entropy(
+            hidden, weight, labels, softcap=softcap, reduction=reduction, backend="triton",
+            return_metrics=True,
+        )  # fmt: skip
+        plain = MF.linear_cross_entropy(
+            hidden, weight, labels, softcap=softcap, reduction=reduction, backend="triton"
+        )
+        assert torch.equal(loss, plain)
+        kept = labels != MF.IGNORE_INDEX
+        assert torch.equal(found.predicted, first.where(kept, -1))
+        assert torch.equal(found.correct, kept & (first == labels))
+        assert not found.lse.requires_grad
+        assert loss.requires_grad == grad
+
+
+@pytest.mark.parametrize("names", ["smoothing", LINEAR[-1], CURVED[-1]])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(reduction, names, strategy, draw, device, check_against):
     """Along random directions; each element against the definition's own, in float64 too."""
     labels = make_labels(7, 19, device)
     inputs = [draw(*s, dtype=torch.float64) for s in ((7, 5), (19, 5), (19,))]
-    kernel, reference = both(labels, reduction=reduction, label_smoothing=0.1)
+    kernel, reference = both(labels, reduction=reduction, **options_of(names, 19, device))
     assert torch.autograd.gradcheck(kernel, inputs, fast_mode=True)
     check_against(kernel, reference, inputs, longest_sum=19)
 
 
 @pytest.mark.parametrize("chunk", [5, 8, 12, 13])
-def test_chunk_size_does_not_matter(chunk, monkeypatch, draw, gradients, device):
+@pytest.mark.parametrize("names", ["smoothing", CURVED[-1]])
+def test_chunk_size_does_not_matter(names, chunk, monkeypatch, draw, gradients, device):
     """Sums over chunks: exact in every split, also with a last chunk of one row."""
     monkeypatch.setattr(launch, "FLASH_WIDTH", 0)
     labels = make_labels(13, 37, device)
     inputs = [draw(*s, dtype=torch.float64) for s in ((13, 20), (37, 20), (37,))]
-    kernel, _ = both(labels, label_smoothing=0.1)
+    kernel, _ = both(labels, **options_of(names, 37, device))
     whole = gradients(kernel, inputs)
     monkeypatch.setattr(launch, "CHUNK_ROWS", chunk)
     split = gradients(kernel, inputs)
@@ -87,7 +176,8 @@ def test_chunk_size_does_not_matter(chunk, monkeypatch, draw, gradients, device)
 
 @pytest.mark.parametrize("chunk", [7, 8192])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_products_of_the_library(chunk, reduction, monkeypatch, draw, device, check_against):
+@pytest.mark.parametrize("names", ["smoothing", CURVED[-1]])
+def test_products_of_the_library(names, chunk, reduction, monkeypatch, draw, device, check_against):
     """Products over all rows by the library. On a GPU they are bfloat16's, which here is wrong."""
     monkeypatch.setattr(launch, "FLASH_WIDTH", 0)
     monkeypatch.setattr(launch, "CHUNK_ROWS", chunk)
@@ -97,8 +187,9 @@ def test_products_of_the_library(chunk, reduction, monkeypatch, draw, device, ch
     called = []
     original = launch.library
     monkeypatch.setattr(launch, "library", lambda *a: called.append(a[0]) or original(*a))
-    kernel, _ = both(labels, mostly_labelled=True, reduction=reduction, label_smoothing=0.1)
-    _, reference = both(labels, reduction=reduction, label_smoothing=0.1)
+    options = {"reduction": reduction} | options_of(names, 37, device)
+    kernel, _ = both(labels, mostly_labelled=True, **options)
+    _, reference = both(labels, **options)
     check_against(kernel, reference, inputs, longest_sum=37)
     assert set(called) == ({"dx", "dweight"} if reduction == "mean" else set())
 
@@ -251,12 +342,14 @@ def test_label_out_of_range_is_refused(strategy, draw):
 def test_unchecked_label_out_of_range_is_nan(strategy, draw, device):
     """On a GPU nothing looks at the labels beforehand: the loss says it, nothing reads beyond."""
     from mvbert.kernels import linear_cross_entropy
-    from mvbert.kernels.common import Need
+    from mvbert.kernels.common import LossOptions, Need
 
     hidden, weight = draw(3, 20, dtype=torch.float32), draw(37, 20, dtype=torch.float32)
     labels = torch.tensor([0, 37, -7], device=device)
+    weights, z_loss = torch.ones(37, device=device), torch.zeros((), device=device)
+    options = LossOptions(-100, 0.1, weights, 0.0, z_loss, True)
     loss, *_ = linear_cross_entropy.cross_entropy(
-        hidden.detach(), weight.detach(), None, labels, -100, 0.0, None, None, Need()
+        hidden.detach(), weight.detach(), None, labels, options, None, None, Need()
     )
     assert loss.isnan().tolist() == [False, True, True]
 

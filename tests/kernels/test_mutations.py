@@ -50,8 +50,9 @@ def mutants(table: dict):
 N, H, H_T, V = 13, 20, 12, 37
 
 
-def cross_entropy(h, w, b, labels, smoothing=0.1):
-    rows, _ = linear_cross_entropy_reference(h, w, labels, b, label_smoothing=smoothing)
+def cross_entropy(h, w, b, labels, smoothing=0.1, **options):
+    options["label_smoothing"] = smoothing
+    rows, *_ = linear_cross_entropy_reference(h, w, labels, b, **options)
     return reduce_rows(rows, labels != MF.IGNORE_INDEX, "mean")
 
 
@@ -82,6 +83,59 @@ def test_linear_cross_entropy(mutant, draw, exceeds, device):
     exceeds(
         lambda h, w, b: mutant(h, w, b, labels),
         lambda h, w, b: cross_entropy(h, w, b, labels),
+        [draw(*s, dtype=HALF) for s in ((N, H), (V, H), (V,))],
+        longest_sum=V,
+    )
+
+
+CAP, Z = 3.0, 0.1
+
+
+def with_options(h, w, b, labels, softcap=CAP, z_loss=Z, class_weight=None, divide_by=None):
+    """The loss with every option, class weights of 1/2 and 3/2."""
+    weights = 0.5 + (torch.arange(V, device=h.device) % 2) if class_weight is None else class_weight
+    kept = labels >= 0
+    options = {"class_weight": weights, "softcap": softcap}
+    rows, lse, _ = linear_cross_entropy_reference(h, w, labels, b, label_smoothing=0.1, **options)
+    own = weights[labels.clamp(min=0)].where(kept, 0)
+    divide_by = own.sum() if divide_by is None else divide_by
+    return rows.sum() / divide_by + z_loss * lse.square().sum() / kept.sum()
+
+
+def straight(h, w, b, labels):
+    """As if the cap had derivative 1."""
+    z = F.linear(h, w, b)
+    capped = (CAP * torch.tanh(z / CAP)).detach() + z - z.detach()
+    eye, zero = torch.eye(V, dtype=z.dtype, device=z.device), torch.zeros_like(b)
+    return with_options(capped, eye, zero, labels, softcap=0.0)
+
+
+@mutants(
+    {
+        "no softcap": lambda h, w, b, y: with_options(h, w, b, y, softcap=0.0),
+        "no derivative of the softcap": straight,
+        "no z-loss": lambda h, w, b, y: with_options(h, w, b, y, z_loss=0.0),
+        "lse for its square": lambda h, w, b, y: (
+            with_options(h, w, b, y, z_loss=0.0)
+            + Z * linear_cross_entropy_reference(h, w, y, b, softcap=CAP)[1].sum() / (y >= 0).sum()
+        ),
+        "no class weights": lambda h, w, b, y: with_options(
+            h, w, b, y, class_weight=torch.ones(V, device=h.device)
+        ),
+        "the weight of the next class": lambda h, w, b, y: with_options(
+            h, w, b, y, class_weight=0.5 + (torch.arange(V, device=h.device) + 1) % 2
+        ),
+        "the mean over labels": lambda h, w, b, y: with_options(
+            h, w, b, y, divide_by=(y >= 0).sum()
+        ),
+    }
+)
+def test_options_of_linear_cross_entropy(mutant, draw, exceeds, device):
+    labels = torch.randint(0, 15, (N,), device=device)
+    labels[2:-1:3] = MF.IGNORE_INDEX
+    exceeds(
+        lambda h, w, b: mutant(h, w, b, labels),
+        lambda h, w, b: with_options(h, w, b, labels),
         [draw(*s, dtype=HALF) for s in ((N, H), (V, H), (V,))],
         longest_sum=V,
     )

@@ -13,25 +13,38 @@ TESTS = ("test_schema", "test_faketensor", "test_autograd_registration")
 
 @pytest.mark.parametrize("need", [(True, True, True), (False, True, False)], ids=str)
 @pytest.mark.parametrize("width", [0, 256], ids=["materialised", "flash"])
-def test_losses(need, width, draw, device, monkeypatch):
+@pytest.mark.parametrize("all_options", [False, True], ids=["plain", "all options"])
+def test_losses(all_options, need, width, draw, device, monkeypatch):
     monkeypatch.setattr(launch, "FLASH_WIDTH", width)
     h, w, b = (draw(*s, dtype=torch.float32) for s in ((5, 8), (11, 8), (11,)))
     labels = torch.tensor([0, 10, -100, 3, 4], device=device)
     scale = torch.tensor(0.25, device=device)
+    # Class weights, z-loss, ignored label, smoothing, softcap, predictions.
+    options = (None, None, -100, 0.1, 0.0, False)
+    if all_options:
+        z_loss = torch.tensor(0.1, device=device)
+        options = (
+            torch.rand(11, device=device),
+            z_loss,
+            -100,
+            0.1,
+            3.0 if width == 0 else 0.0,
+            True,
+        )
     check = torch.library.opcheck
     given, need = (h, w, b, labels), list(need)
     check(
         loss.linear_cross_entropy_sum,
-        (*given, scale, -100, 0.1, need, "triton", False), test_utils=TESTS,
+        (*given, scale, *options, need, "triton", False), test_utils=TESTS,
     )  # fmt: skip
     check(
         loss.linear_cross_entropy_rows,
-        (*given, -100, 0.1, [False] * 3, "triton"), test_utils=TESTS,
+        (*given, *options, [False] * 3, "triton"), test_utils=TESTS,
     )  # fmt: skip
     up = torch.rand(5, device=device)
     check(
         loss.linear_cross_entropy_rows_backward,
-        (up, up, *given, [], -100, 0.1, need, "triton"), test_utils=TESTS,
+        (up, up, *given, *options[:2], [], *options[2:5], need, "triton"), test_utils=TESTS,
     )  # fmt: skip
 
 

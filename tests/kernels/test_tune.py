@@ -43,7 +43,7 @@ def test_candidates_run_in_place_of_the_rule(kernel, tune, cases, monkeypatch):
     monkeypatch.setattr(
         launch, "chosen", lambda k, *a: seen.append((k, original(k, *a))) or seen[-1][1]
     )
-    monkeypatch.setattr(launch, "elementwise_blocks", lambda x, shape, V: launch.chosen(
+    monkeypatch.setattr(launch, "elementwise_blocks", lambda x, shape, V, *_: launch.chosen(
         "elementwise", x, shape, {"BLOCK_M": 4, "BLOCK_V": 64, "STEPS": 2}))  # fmt: skip
     entry = tune.tune(case, lambda run: 10.0 if launch.FORCED else 20.0, lambda line: None)
     assert entry["blocks"] == blocks
