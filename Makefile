@@ -49,7 +49,7 @@ check: .venv/.dev
 format: .venv/.dev
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i csrc/*.cc csrc/*.h tests/csrc/*.cc tests/csrc/*.h
+	@$(BIN)/clang-format -i csrc/*.cc csrc/*.h tests/csrc/*.c tests/csrc/*.cc tests/csrc/*.h
 
 clean:
 	rm -rf .venv build dist *.egg-info mvbert/_core*.so

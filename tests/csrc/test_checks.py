@@ -1,4 +1,4 @@
-"""The C++ programs beside this file: sanitized, counted by callgrind, emulated."""
+"""The C and C++ programs beside this file: sanitized, counted by callgrind, emulated."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from mvbert import _core
 
-CHECKS = sorted(path.stem for path in Path(__file__).parent.glob("*_check.cc"))
+CHECKS = sorted(path.stem for path in Path(__file__).parent.glob("*_check.c*"))
 SANITIZERS = ["address,undefined", "thread"]
 QUICK = {"tokenizer_check": ["300"]}  # texts
 
