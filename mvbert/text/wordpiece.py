@@ -116,6 +116,7 @@ def _clean(text: str) -> str:
     return "".join(kept)
 
 
+@lru_cache(maxsize=1 << 14)
 def _is_cjk(char: str) -> bool:
     return any(first <= ord(char) <= last for first, last in CJK_RANGES)
 
