@@ -1,4 +1,4 @@
-"""FLOPs of models and peak FLOP/s of devices, for model FLOPs utilisation (MFU).
+"""FLOPs of models; FLOP/s of devices, their peaks and measured rates of matrix products.
 
 Model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the floating-point
 operations that the mathematics of a step asks for, per second, over the device's peak. A matrix

@@ -1,4 +1,4 @@
-"""Exports a BERT to ONNX, in float32 and in int8, for phones, browsers and cheap CPUs.
+"""Writes a BERT as a folder of ONNX files, after comparing them with torch.
 
     OUT/onnx/model.onnx            float32
     OUT/onnx/model_quantized.onnx  int8

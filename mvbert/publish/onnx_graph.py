@@ -1,4 +1,4 @@
-"""Builds the ONNX graph of a BERT from standard operators.
+"""Builds the ONNX graph of a BERT, in float32 or int8, from standard operators.
 
 Query, key and value are one matrix product; the word table is one tensor, used for the embeddings
 and, where tied, for the logits. In int8 each row of a table and each column of a matrix has its own

@@ -1,7 +1,7 @@
 """Sentence embeddings as in sentence-transformers: pooling, dense layers, normalisation.
 
 Read from a folder's modules.json, in which sentence-transformers lists its modules in order; other
-modules are refused.
+modules are refused. The same computation as ONNX nodes is `_pooled` in onnx_graph.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where and how a run computes: the device, and the dtype of its matrix products."""
+"""The device of a run with its dtype: the choices there are, autocast, streams, memory."""
 
 from __future__ import annotations
 

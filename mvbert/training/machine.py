@@ -1,4 +1,4 @@
-"""Sets up a run on this machine: threads, device, and the dtype of matrix products.
+"""Decides threads, device and dtype of a run once, by settings, measurement or its run.json.
 
 `dtype = auto` is decided by one measurement: a run keeps the dtype in its run.json, and all runs of
 a job share one decision, so that its students differ only in their settings.
