@@ -23,6 +23,7 @@ def split(
 ) -> list[str]: ...
 def instruction_sets() -> list[str]: ...
 def utf8_error(data: Buffer) -> int | None: ...
+def word_list(words: NDArray[np.int32]) -> list[int | None]: ...
 
 class WordPiece:
     def __init__(self, pieces: Sequence[str], unk_id: int, max_chars: int = 100) -> None: ...
@@ -42,7 +43,8 @@ class Tokenizer:
     def encode_list(
         self, text: str | Buffer, pair: str | Buffer | None, cls_sep: tuple[int, int] | None
     ) -> list[int]: ...
-    # padded: input ids, token types, mask [B, width]; otherwise flat ids, offsets, token types
+    # padded: input ids, token types, mask [B, width]; otherwise flat ids, offsets, token types.
+    # With layout further: sample [B], sizes of first and second texts [B], spans, special, words.
     def encode_rows(
         self,
         texts: Iterable[str | Buffer],
@@ -57,7 +59,24 @@ class Tokenizer:
         multiple: int,
         wide: bool,
         threads: int,
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+        layout: bool = False,
+        stride: int | None = None,
+        text_words: NDArray[np.int64] | None = None,
+        pair_words: NDArray[np.int64] | None = None,
+        spans: bool = False,
+        special: bool = False,
+        words: bool = False,
+    ) -> tuple[Any, ...]: ...
+    # like ids: the number of each one's word in its text, -1 where none is
+    def word_numbers(
+        self,
+        ids: NDArray[Any],
+        starts: NDArray[np.int64],
+        lead: int,
+        firsts: NDArray[np.int64],
+        seconds: NDArray[np.int64] | None,
+        threads: int,
+    ) -> NDArray[np.int32]: ...
     # ids, offsets [B + 1]
     def encode_texts(
         self,

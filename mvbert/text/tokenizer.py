@@ -7,13 +7,12 @@ threads may use one, a forked child too, and no environment variable is needed.
 
 import json
 import mmap
-import operator
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +23,32 @@ from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import Json, atomic_write, write_error, write_json
+from mvbert.text.batch_encoding import BatchEncoding
+from mvbert.text.hub import TOKENIZER_FILES, download, is_hub_name
 from mvbert.text.readers import SAMPLE_BYTES, check_is_text
-from mvbert.text.vocab import LIMIT, SPECIAL_PIECES, AddedPiece, Vocab
+from mvbert.text.texts import (
+    Text,
+    check_integer,
+    check_length,
+    check_size,
+    check_text,
+    check_texts,
+    list_of_texts,
+)
+from mvbert.text.token_names import TokenNames
+from mvbert.text.tokenizer_call import (
+    UNKNOWN_LENGTH,
+    call,
+    check_multiple,
+    pad,
+    padding_name,
+    truncation_name,
+)
+from mvbert.text.tokenizer_files import MODEL_INPUTS, read_model_inputs
+from mvbert.text.vocab import LIMIT, AddedPiece, Vocab
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
-
-Text = str | bytes | bytearray | memoryview
-
-TRUNCATIONS = ("longest_first", "only_first", "only_second")
 
 
 @dataclass(frozen=True)
@@ -123,8 +139,8 @@ class MixedBatch:
         )
 
 
-class WordPieceTokenizer:
-    """BERT's tokenizer.
+class WordPieceTokenizer(TokenNames):
+    """BERT's tokenizer, called as those of transformers are.
 
     >>> tokenizer = WordPieceTokenizer.from_pretrained("folder")
     >>> tokenizer.encode("Hello, [MASK]!")
@@ -133,12 +149,24 @@ class WordPieceTokenizer:
     Special and added pieces inside text are recognised, as Hugging Face does; build corpora with
     `mvbert.text.corpus`, which does not.
 
+    >>> tokenizer(["Hello!", "One more text"], padding=True, return_tensors="pt")["input_ids"]
+    tensor([[ 101, 7592,  999,  102,    0], [ 101, 2028, 2062, 3793,  102]])
+
     Args:
         vocab: the vocabulary, with its normalisation.
+        model_max_length: the longest row the model takes; what `truncation=True` cuts to.
+        model_input_names: the inputs that a call gives unless it says otherwise.
     """
 
-    def __init__(self, vocab: Vocab) -> None:
+    def __init__(
+        self,
+        vocab: Vocab,
+        model_max_length: int = UNKNOWN_LENGTH,
+        model_input_names: Sequence[str] = MODEL_INPUTS,
+    ) -> None:
         self.vocab = vocab
+        self.model_max_length = model_max_length
+        self.model_input_names = tuple(model_input_names)
         # Words are never cut into pieces that come after the base vocabulary.
         pieces = [p if id < vocab.base_size else "" for id, p in enumerate(vocab.pieces)]
         special = [(piece, vocab.ids[piece], False) for piece in vocab.special_pieces]
@@ -154,21 +182,140 @@ class WordPieceTokenizer:
     def from_pretrained(
         cls, path: str | Path, lowercase: bool | None = None
     ) -> "WordPieceTokenizer":
-        """Opens a folder with a vocabulary, a vocab.txt or a tokenizer.json; see `Vocab.load`."""
-        return cls(Vocab.load(path, lowercase))
+        """Opens a folder with a vocabulary, a vocab.txt or a tokenizer.json; see `Vocab.load`.
+
+        Args:
+            path: one of these, or the name of a repository on the Hugging Face Hub.
+            lowercase: overrides what the files say.
+        """
+        if not os.path.lexists(path) and is_hub_name(str(path)) and not Path(path).suffix:
+            path = download(str(path), "tokenizer", list(TOKENIZER_FILES))
+        vocab = Vocab.load(path, lowercase)
+        return cls(vocab, *read_model_inputs(Path(path)))
 
     def save_pretrained(self, folder: str | Path) -> tuple[Path, ...]:
         """Writes the files that `AutoTokenizer` opens; see `save_tokenizer_files`."""
-        return save_tokenizer_files(self.vocab, folder)
+        return save_tokenizer_files(self.vocab, folder, self._known_length, self.model_input_names)
+
+    @property
+    def _known_length(self) -> int:
+        """model_max_length, BERT's where no file says it."""
+        return 512 if self.model_max_length >= UNKNOWN_LENGTH else self.model_max_length
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.vocab,)
+        return type(self), (self.vocab, self.model_max_length, self.model_input_names)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__reduce__() == other.__reduce__()
+
+    def __hash__(self) -> int:
+        return hash((self.vocab.sha256, self.model_max_length))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.vocab.size} pieces, lowercase={self.vocab.lowercase})"
 
-    def __len__(self) -> int:
-        return self.vocab.size
+    def __call__(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        verbose: bool = True,
+        threads: int = 0,
+    ) -> BatchEncoding:
+        """Rows for a model, as transformers' tokenizers give them; docs/tokenizer.md has a table.
+
+        Args:
+            text: a text, a list of B texts, or a list of B pairs; with is_split_into_words a list
+                of words, or B of them.
+            text_pair: the second text, or B of them.
+            add_special_tokens: [CLS] at the beginning, [SEP] after each text.
+            padding: False, True or "longest", or "max_length".
+            truncation: False, True or "longest_first", "only_first", "only_second"; None: True if
+                there is a max_length and no padding.
+            max_length: None: model_max_length.
+            stride: pieces that an overflowing row repeats of the one before.
+            pad_to_multiple_of: rounds the padded length up.
+            return_tensors: "np" or "pt" for int64 [B, T]; None for lists of ints.
+            return_token_type_ids, return_attention_mask: None: as in model_input_names.
+            return_overflowing_tokens: what truncation cuts off makes further rows.
+            return_special_tokens_mask: 1 where [CLS], [SEP] or [PAD] was added.
+            return_offsets_mapping: where each piece lies in its text or word, in characters.
+            return_length: the length of each row.
+            verbose: for transformers' calls; it changes nothing.
+            threads: 0 is one for each available core.
+
+        Raises:
+            InputError: an option or a combination that has no meaning, rows that cannot be cut or
+                are no array, what is no text or not UTF-8 (the message has its number).
+        """
+        return call(
+            self,
+            self._core,
+            text,
+            text_pair,
+            add_special_tokens=add_special_tokens,
+            padding=padding,
+            truncation=truncation,
+            max_length=max_length,
+            stride=stride,
+            is_split_into_words=is_split_into_words,
+            pad_to_multiple_of=pad_to_multiple_of,
+            return_tensors=return_tensors,
+            return_token_type_ids=return_token_type_ids,
+            return_attention_mask=return_attention_mask,
+            return_overflowing_tokens=return_overflowing_tokens,
+            return_special_tokens_mask=return_special_tokens_mask,
+            return_offsets_mapping=return_offsets_mapping,
+            return_length=return_length,
+            threads=threads,
+        )
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        *,
+        return_attention_mask: bool | None = None,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Rows of one length, of a mapping of rows or a list of mappings with a row each.
+
+        input_ids, token_type_ids, attention_mask and special_tokens_mask are filled up; other
+        values stay. An attention mask is added unless return_attention_mask says otherwise.
+        """
+        return pad(
+            self,
+            encoded_inputs,
+            padding,
+            max_length,
+            pad_to_multiple_of,
+            return_attention_mask,
+            return_tensors,
+        )
+
+    def tokenize(
+        self, text: Text, pair: Text | None = None, add_special_tokens: bool = False
+    ) -> list[str]:
+        """The pieces of a text, or of a pair one after the other."""
+        ids = self.encode(text, pair, add_special_tokens=add_special_tokens)
+        return [self.vocab.pieces[id] for id in ids]
 
     def encode(
         self, text: Text, pair: Text | None = None, *, add_special_tokens: bool = True
@@ -188,9 +335,9 @@ class WordPieceTokenizer:
         try:
             return self._core.encode_list(text, pair, special)
         except TypeError:
-            _check_text("text", text)
+            check_text("text", text)
             if pair is not None:
-                _check_text("pair", pair)
+                check_text("pair", pair)
             raise
 
     def offsets(self, text: Text) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -205,7 +352,7 @@ class WordPieceTokenizer:
             InputError: a text of 2^31 characters or more, whose offsets would not fit into int32.
             ValueError: bytes that are not UTF-8.
         """
-        _check_size(text)
+        check_size(text)
         return self._core.encode_spans(text, True)
 
     def encode_batch(
@@ -242,20 +389,16 @@ class WordPieceTokenizer:
                 rows that cannot be cut, what is no text or not UTF-8 (the message has the text's
                 number and the offset).
         """
-        texts = _list_of_texts("text", texts)
-        pairs = None if pairs is None else _list_of_texts("pair", pairs)
+        texts = list_of_texts("text", texts)
+        pairs = None if pairs is None else list_of_texts("pair", pairs)
         cut = _truncation(truncation, max_length, pairs is not None)
         pad_to = _padding(padding, max_length)
         if max_length is not None and cut is None and pad_to != "max_length":
             raise InputError("max_length needs truncation or padding='max_length'")
         wide = _is_int64(dtype)
         if pad_to_multiple_of is not None:
-            _check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
-        if cut and pad_to and max_length is not None and max_length % (pad_to_multiple_of or 1):
-            raise InputError(
-                f"max_length {max_length} is not a multiple of pad_to_multiple_of "
-                f"{pad_to_multiple_of}, so padded rows could be longer than it"
-            )
+            check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
+        check_multiple(cut, pad_to, max_length, pad_to_multiple_of)
         threads = cores(threads)
         try:
             arrays = self._core.encode_rows(
@@ -272,8 +415,8 @@ class WordPieceTokenizer:
                 threads=threads,
             )
         except TypeError:
-            _check_texts("text", texts)
-            _check_texts("pair", pairs or ())
+            check_texts("text", texts)
+            check_texts("pair", pairs or ())
             raise
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -307,16 +450,15 @@ class WordPieceTokenizer:
     def decode(
         self,
         ids: Sequence[int] | NDArray[Any],
-        *,
         skip_special_tokens: bool = False,
-        clean_up: bool = True,
+        clean_up_tokenization_spaces: bool = True,
     ) -> str:
         """The text of ids: pieces joined, as Hugging Face's slow tokenizer does.
 
         Args:
             ids: any integers of [0, size).
             skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP], [MASK], special added ones.
-            clean_up: no space before punctuation and inside English contractions.
+            clean_up_tokenization_spaces: no space before punctuation and in English contractions.
 
         Raises:
             InputError: an id outside the vocabulary.
@@ -327,18 +469,29 @@ class WordPieceTokenizer:
                 f"ids has {array.ndim} dimensions, expected one row; decode rows one at a time"
             )
         pieces = []
-        skipped = {*SPECIAL_PIECES, *(a.piece for a in self.vocab.added if a.special)}
+        skipped = set(self.all_special_tokens)
         for id in array.tolist():
             if not isinstance(id, int) or not 0 <= id < self.vocab.size:
                 raise InputError(f"id {id!r} is not in [0, {self.vocab.size})")
             piece = self.vocab.pieces[id]
             if not (skip_special_tokens and piece in skipped):
                 pieces.append(piece)
-        text = " ".join(pieces).replace(" ##", "").strip()
-        if clean_up:
+        text = self.convert_tokens_to_string(pieces)
+        if clean_up_tokenization_spaces:
             for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
                 text = text.replace(before, before.strip())
         return text
+
+    def batch_decode(
+        self,
+        sequences: Iterable[Sequence[int] | NDArray[Any]],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool = True,
+    ) -> list[str]:
+        """The texts of rows of ids; see `decode`."""
+        return [
+            self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences
+        ]
 
     def as_hf(self) -> "BertTokenizerFast":
         """This vocabulary as transformers' own fast tokenizer, for code that asks for one.
@@ -355,7 +508,7 @@ class WordPieceTokenizer:
             tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
             do_lower_case=self.vocab.lowercase,
             strip_accents=_unusual_accents(self.vocab),
-            model_max_length=512,
+            model_max_length=self._known_length,
         )
 
 
@@ -415,7 +568,7 @@ class MixedTokenizer:
             InputError: an argument out of range, or a text of 2^31 characters or more.
             ValueError: bytes that are not UTF-8; the message has the offset.
         """
-        _check_size(text)
+        check_size(text)
         coin = _coin(student_prob, seed, number)
         return MixedEncoding(*self._core.encode_words(text, False, *coin))
 
@@ -463,87 +616,17 @@ class MixedTokenizer:
             InputError: an argument out of range, a table instead of a list, what is no text or not
                 UTF-8 (the message has the text's number and the offset).
         """
-        texts = _list_of_texts("text", texts)
+        texts = list_of_texts("text", texts)
         coin = _coin(student_prob, seed, first_number)
         threads = cores(threads)
         try:
             arrays = self._core.encode_texts(texts, False, *coin, threads=threads)
         except TypeError:
-            _check_texts("text", texts)
+            check_texts("text", texts)
             raise
         except ValueError as error:
             raise InputError(str(error)) from None
         return MixedBatch(*arrays, self._begins_word, self.teacher.size)
-
-
-def _list_of_texts(name: str, texts: Iterable[Text]) -> Sequence[Text]:
-    """The texts of an argument, which must be one list of them; `_check_texts` checks each."""
-    if isinstance(texts, list | tuple):
-        return texts
-    if isinstance(texts, Text):
-        raise InputError(
-            f"{name}s is {type(texts).__name__}, expected a list of texts; use encode() for "
-            "a single text"
-        )
-    # A table, an array of rows or one value: iterating it would give columns, names or no text.
-    dimensions = len(getattr(texts, "shape", (0,)))
-    if dimensions != 1:
-        raise InputError(
-            f"{name}s is {type(texts).__name__} of {dimensions} dimensions, expected a list of "
-            "texts; choose one column or row"
-        )
-    if isinstance(texts, Mapping | set | frozenset) or not isinstance(texts, Iterable):
-        raise InputError(f"{name}s is {type(texts).__name__}, expected a list of texts, in order")
-    return tuple(texts)
-
-
-def _check_texts(name: str, texts: Sequence[object]) -> None:
-    """Refuses the first that is no text; its number is in the message."""
-    for number, text in enumerate(texts):
-        if not _is_text(text):
-            raise InputError(
-                f"{name} {number} is {_described(text)}, expected str or bytes"
-                + ("; give a missing text as an empty one" if _is_missing(text) else "")
-            )
-
-
-def _check_text(name: str, text: object) -> None:
-    if not _is_text(text):
-        several = "; use encode_batch() for several" if isinstance(text, list | tuple) else ""
-        raise InputError(f"{name} is {_described(text)}, expected str or bytes{several}")
-
-
-def _is_text(text: object) -> bool:
-    """Whether the core takes it: str, or contiguous bytes."""
-    if isinstance(text, str):
-        return True
-    try:
-        view = memoryview(text)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return view.ndim == 1 and view.itemsize == 1 and view.contiguous
-
-
-def _is_missing(value: object) -> bool:
-    """None, NaN, and pandas' NA and NaT."""
-    if value is None or type(value).__name__ in ("NAType", "NaTType"):
-        return True
-    return isinstance(value, Real) and value != value
-
-
-def _described(value: object) -> str:
-    shown = repr(value)
-    return type(value).__name__ if len(shown) > 40 else f"{shown} ({type(value).__name__})"
-
-
-def _check_size(text: Text) -> None:
-    """Refuses a text whose offsets do not fit into int32, or an argument that is not text."""
-    _check_text("text", text)
-    if len(text) >= 2**31:
-        raise InputError(
-            f"the text has {len(text)} characters or bytes; offsets are 32-bit, so at most "
-            f"{2**31 - 1}: split it into several texts"
-        )
 
 
 def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
@@ -551,51 +634,29 @@ def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
     if not isinstance(student_prob, Real) or not 0 <= student_prob <= 1:
         raise InputError(f"student_prob is {student_prob!r}, expected a number of [0, 1]")
     for name, value in (("seed", seed), ("number", number)):
-        _check_integer(name, value, 0, 2**64)
+        check_integer(name, value, 0, 2**64)
     return round(student_prob * 2**32), seed, number
 
 
 def _truncation(truncation: bool | str, max_length: int | None, pairs: bool) -> str | None:
-    if truncation is True:
-        truncation = "longest_first"
-    if truncation is False:
+    name = truncation_name(truncation)
+    if name is None:
         return None
-    if truncation not in TRUNCATIONS:
-        raise InputError(
-            f"truncation is {truncation!r}, expected True, False or one of {', '.join(TRUNCATIONS)}"
-        )
     if max_length is None:
         raise InputError("truncation needs max_length")
-    _check_length(max_length)
-    if truncation == "only_second" and not pairs:
+    check_length(max_length)
+    if name == "only_second" and not pairs:
         raise InputError("truncation='only_second' needs pairs")
-    return truncation
+    return name
 
 
 def _padding(padding: bool | str, max_length: int | None) -> str | None:
-    if padding is False:
-        return None
-    if padding is True:
-        padding = "longest"
-    if padding not in ("longest", "max_length"):
-        raise InputError(f"padding is {padding!r}, expected True, False, 'longest' or 'max_length'")
-    if padding == "max_length":
+    name = padding_name(padding)
+    if name == "max_length":
         if max_length is None:
             raise InputError("padding='max_length' needs max_length")
-        _check_length(max_length)
-    return padding
-
-
-def _check_length(max_length: int) -> None:
-    _check_integer("max_length", max_length, 0, 2**31)
-
-
-def _check_integer(name: str, value: object, least: int, end: int) -> None:
-    integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if not integer or not least <= operator.index(value) < end:  # type: ignore[arg-type]
-        raise InputError(
-            f"{name} is {value!r}, expected an integer of [{least}, 2^{end.bit_length() - 1})"
-        )
+        check_length(max_length)
+    return name
 
 
 def _is_int64(dtype: DTypeLike) -> bool:
@@ -609,7 +670,10 @@ def _is_int64(dtype: DTypeLike) -> bool:
 
 
 def save_tokenizer_files(
-    vocab: Vocab, folder: str | Path, model_max_length: int = 512
+    vocab: Vocab,
+    folder: str | Path,
+    model_max_length: int = 512,
+    model_input_names: Sequence[str] = MODEL_INPUTS,
 ) -> tuple[Path, ...]:
     """Writes vocab.txt, tokenizer.json and tokenizer_config.json, each atomically.
 
@@ -620,6 +684,7 @@ def save_tokenizer_files(
         vocab: the vocabulary, with its normalisation.
         folder: made if it does not exist.
         model_max_length: the longest row the model takes, in pieces.
+        model_input_names: the inputs that a call gives unless it says otherwise.
 
     Returns:
         The three paths.
@@ -648,6 +713,11 @@ def save_tokenizer_files(
             "strip_accents": _unusual_accents(vocab),
             "tokenize_chinese_chars": True,
             "model_max_length": model_max_length,
+            **(
+                {"model_input_names": list(model_input_names)}
+                if tuple(model_input_names) != MODEL_INPUTS
+                else {}
+            ),
             **{f"{piece[1:-1].lower()}_token": piece for piece in vocab.special_pieces},
             "added_tokens_decoder": {str(token.pop("id")): token for token in tokens},
             **({"additional_special_tokens": extra} if extra else {}),

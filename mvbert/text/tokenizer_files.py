@@ -18,6 +18,7 @@ from mvbert.files import Json, read_json_object, refuse_pointer
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NEEDED_PIECES = SPECIAL_PIECES[:4]  # [MASK] is for masked language modelling alone
 LIMIT = 2**31 - 1  # ids are int32 everywhere
+MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 # Classes that read text as BertTokenizer does, each with its fast form.
 _BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
@@ -65,6 +66,26 @@ def read_tokenizer_files(
         "assumed": assumed,
         "source": str(files.source),
     }
+
+
+def read_model_inputs(path: Path) -> tuple[int, tuple[str, ...]]:
+    """The longest row of a model and its inputs, by the tokenizer_config.json beside a vocabulary.
+
+    As transformers reads them: 10^30 where no longest row is stated; DistilBERT has no token types.
+    """
+    config_path = (path if path.is_dir() else path.parent) / "tokenizer_config.json"
+    config = _json(config_path)
+    length = config.get("model_max_length")
+    length = 10**30 if length is None else length
+    if isinstance(length, bool) or not isinstance(length, int | float) or length < 1:
+        raise InputError(f"{config_path}: model_max_length is {length!r}, expected a number")
+    names = config.get("model_input_names")
+    if names is None:
+        distil = str(config.get("tokenizer_class")).startswith("DistilBert")
+        return int(length), (MODEL_INPUTS[0], MODEL_INPUTS[2]) if distil else MODEL_INPUTS
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{config_path}: model_input_names is {names!r}, expected a list of names")
+    return int(length), tuple(map(str, names))
 
 
 def _read_file(path: Path, lowercase: bool | None, strip_accents: bool | None) -> dict[str, Any]:

@@ -359,7 +359,10 @@ def test_decode(tokenizer):
     ids = tokenizer.encode("hello, worlds!")
     assert tokenizer.decode(ids) == "[CLS] hello, worlds! [SEP]"
     assert tokenizer.decode(np.array(ids), skip_special_tokens=True) == "hello, worlds!"
-    assert tokenizer.decode(ids, skip_special_tokens=True, clean_up=False) == "hello , worlds !"
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        == "hello , worlds !"
+    )
     assert tokenizer.decode([]) == ""
     for bad in (-1, len(PIECES), 1.5):
         with pytest.raises(InputError, match="is not in"):

@@ -1,0 +1,473 @@
+"""Calling a tokenizer as one calls those of transformers: options, texts, the batch they give."""
+
+import itertools
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvbert import _core
+from mvbert.cores import cores
+from mvbert.errors import InputError, MissingExtra
+from mvbert.text.batch_encoding import BatchEncoding, EncodedRows, Later, lists, pairs
+from mvbert.text.texts import (
+    Text,
+    check_flags,
+    check_integer,
+    check_length,
+    check_texts,
+    described,
+    list_of_texts,
+)
+from mvbert.text.vocab import Vocab
+
+if TYPE_CHECKING:
+    from mvbert.text.token_names import TokenNames
+
+TRUNCATIONS = ("longest_first", "only_first", "only_second")
+UNKNOWN_LENGTH = 10**30  # model_max_length of transformers where no file says it
+
+
+# ---- options ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows are cut and padded."""
+
+    truncation: str | None
+    padding: str | None  # "longest" or "max_length"
+    max_length: int | None
+    multiple: int
+
+
+def row_shape(
+    padding: bool | str,
+    truncation: bool | str | None,
+    max_length: int | None,
+    pad_to_multiple_of: int | None,
+    model_max_length: int,
+) -> Shape:
+    """What transformers makes of these options: `max_length` alone truncates, for example."""
+    if max_length is not None:
+        check_length(max_length)
+    pad_to = padding_name(padding)
+    if truncation is None:
+        truncation = max_length is not None and padding is False
+    cut = truncation_name(truncation)
+    if pad_to_multiple_of is not None:
+        check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
+    if max_length is None and (cut or pad_to == "max_length"):
+        if model_max_length >= UNKNOWN_LENGTH:
+            option = "truncation" if cut else "padding='max_length'"
+            raise InputError(
+                f"{option} needs max_length: no file of the tokenizer has a model_max_length"
+            )
+        max_length = model_max_length
+    elif max_length is not None and pad_to == "longest" and not cut:
+        warnings.warn(
+            "max_length is ignored, as padding is to the longest row and truncation is off; pass "
+            "truncation=True to cut rows to it",
+            UserWarning,
+            stacklevel=4,
+        )
+        max_length = None
+    check_multiple(cut, pad_to, max_length, pad_to_multiple_of)
+    return Shape(cut, pad_to, max_length, pad_to_multiple_of or 1)
+
+
+def padding_name(padding: bool | str) -> str | None:
+    """ "longest", "max_length" or None for no padding."""
+    names = {False: None, "do_not_pad": None, True: "longest"}
+    if isinstance(padding, bool | str) and padding in (*names, "longest", "max_length"):
+        return names.get(padding, padding)  # type: ignore[arg-type,return-value]
+    raise InputError(
+        f"padding is {padding!r}, expected True, False, 'longest', 'max_length' or 'do_not_pad'"
+    )
+
+
+def truncation_name(truncation: bool | str) -> str | None:
+    """One of TRUNCATIONS, or None for no truncation."""
+    names = {False: None, "do_not_truncate": None, True: "longest_first"}
+    if isinstance(truncation, bool | str) and truncation in (*names, *TRUNCATIONS):
+        return names.get(truncation, truncation)  # type: ignore[arg-type,return-value]
+    raise InputError(
+        f"truncation is {truncation!r}, expected True, False or one of {', '.join(TRUNCATIONS)}"
+    )
+
+
+def check_multiple(
+    cut: str | None, pad_to: str | None, max_length: int | None, multiple: int | None
+) -> None:
+    """Refuses padded rows that may be longer than `max_length`."""
+    if cut and pad_to and max_length is not None and max_length % (multiple or 1):
+        raise InputError(
+            f"max_length {max_length} is not a multiple of pad_to_multiple_of "
+            f"{multiple}, so padded rows could be longer than it"
+        )
+
+
+def check_tensors(return_tensors: str | None) -> None:
+    if return_tensors not in (None, "np", "pt"):
+        raise InputError(f"return_tensors is {return_tensors!r}, expected 'np', 'pt' or None")
+
+
+def as_tensors(values: NDArray[Any], return_tensors: str | None) -> Any:
+    """An array as it is, or as a torch tensor of the same memory."""
+    if return_tensors != "pt":
+        return values
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtra("return_tensors='pt'", "torch", "hf") from None
+    return torch.from_numpy(values)
+
+
+# ---- texts -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One argument of a call: B texts, or the words of B texts one after another."""
+
+    name: str
+    texts: Sequence[Text]
+    words: NDArray[np.int64] | None  # [B], where each text's words end
+
+    def check(self) -> None:
+        """Refuses the first that is no text, by its number."""
+        if self.words is None:
+            check_texts(self.name, self.texts)
+            return
+        begin = 0
+        for number, end in enumerate(self.words.tolist()):
+            check_texts(f"{self.name} {number}, word", self.texts[begin:end])
+            begin = end
+
+
+def _one_list(name: str, value: Any, split: bool) -> Texts:
+    """Several texts."""
+    if not split:
+        return Texts(name, list_of_texts(name, value), None)
+    rows: Sequence[Any] = list_of_texts(name, value)
+    for number, row in enumerate(rows):
+        if not isinstance(row, list | tuple):
+            raise InputError(
+                f"{name} {number} is {described(row)}, expected a list of words "
+                "(is_split_into_words is true)"
+            )
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return Texts(name, list(itertools.chain.from_iterable(rows)), ends)
+
+
+def _is_single(name: str, value: Any, split: bool) -> bool:
+    """Whether an argument is one text, not a list of them."""
+    if not split:
+        return isinstance(value, Text)
+    if isinstance(value, Text):
+        raise InputError(f"{name} is {described(value)}, expected a list of words, or of such")
+    value = list_of_texts(name, value)
+    return not value or not isinstance(value[0], list | tuple)
+
+
+def read_texts(text: Any, text_pair: Any, split: bool) -> tuple[Texts, Texts | None, bool]:
+    """The texts and pairs of a call, and whether they are several."""
+    single = _is_single("text", text, split)
+    if text_pair is not None:
+        if _is_single("pair", text_pair, split) != single:
+            one, several = ("text", "text_pair") if single else ("text_pair", "text")
+            raise InputError(f"{one} is one text and {several} a list: give two of a kind")
+    elif not single and not split:
+        if text is None:
+            raise InputError("text is None (NoneType), expected str, bytes or a list of them")
+        text = list_of_texts("text", text)
+        if text and isinstance(text[0], list | tuple):
+            text, text_pair = _unzip(text)
+    values = [("text", text)] + ([("pair", text_pair)] if text_pair is not None else [])
+    made = [_one_list(name, [value] if single else value, split) for name, value in values]
+    return made[0], made[1] if len(made) > 1 else None, not single
+
+
+def _unzip(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Pairs given as a list of two texts each."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, list | tuple) or len(row) != 2:
+            raise InputError(
+                f"text {number} is {described(row)}, expected a pair of texts as those before; "
+                "for lists of words pass is_split_into_words=True"
+            )
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+# ---- the call --------------------------------------------------------------------------------
+
+
+def call(
+    tokenizer: "TokenNames",
+    core: _core.Tokenizer,
+    text: Any,
+    text_pair: Any,
+    *,
+    add_special_tokens: bool,
+    padding: bool | str,
+    truncation: bool | str | None,
+    max_length: int | None,
+    stride: int,
+    is_split_into_words: bool,
+    pad_to_multiple_of: int | None,
+    return_tensors: str | None,
+    return_token_type_ids: bool | None,
+    return_attention_mask: bool | None,
+    return_overflowing_tokens: bool,
+    return_special_tokens_mask: bool,
+    return_offsets_mapping: bool,
+    return_length: bool,
+    threads: int,
+) -> BatchEncoding:
+    """`WordPieceTokenizer.__call__`, which says what the arguments mean."""
+    vocab: Vocab = tokenizer.vocab
+    check_flags(
+        add_special_tokens=add_special_tokens,
+        is_split_into_words=is_split_into_words,
+        return_overflowing_tokens=return_overflowing_tokens,
+        return_special_tokens_mask=return_special_tokens_mask,
+        return_offsets_mapping=return_offsets_mapping,
+        return_length=return_length,
+    )
+    check_tensors(return_tensors)
+    check_integer("stride", stride, 0, 2**31)
+    shape = row_shape(
+        padding, truncation, max_length, pad_to_multiple_of, tokenizer.model_max_length
+    )
+    texts, others, several = read_texts(text, text_pair, is_split_into_words)
+    if shape.truncation == "only_second" and others is None:
+        raise InputError("truncation='only_second' needs text_pair")
+    padded = shape.padding is not None or return_tensors is not None
+    width = shape.max_length if shape.padding == "max_length" else None
+    threads = cores(threads)
+
+    def encode(spans: bool) -> tuple[Any, ...]:
+        try:
+            return core.encode_rows(
+                texts.texts,
+                None if others is None else others.texts,
+                cls_sep=(vocab.cls, vocab.sep) if add_special_tokens else None,
+                pad=vocab.pad,
+                truncation=shape.truncation,
+                max_length=shape.max_length or 0,
+                padded=padded,
+                width=width,
+                multiple=shape.multiple if shape.padding else 1,
+                wide=return_tensors is not None,
+                threads=threads,
+                layout=True,
+                stride=stride if return_overflowing_tokens else None,
+                text_words=texts.words,
+                pair_words=None if others is None else others.words,
+                spans=spans,
+                special=return_special_tokens_mask,
+                words=is_split_into_words or return_overflowing_tokens,
+            )
+        except TypeError:
+            texts.check()
+            if others is not None:
+                others.check()
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+    made = encode(return_offsets_mapping)
+    samples, firsts, seconds, spans, special, words = made[3:]
+    if padded:
+        ids, types, mask = made[:3]
+        length = ids.shape[1]
+        offsets = np.arange(0, ids.size + 1, length or 1)[: len(ids) + 1]
+        if not length:
+            offsets = np.zeros(len(ids) + 1, np.int64)
+    else:
+        ids, offsets, types = made[:3]
+    lead = int(add_special_tokens)
+    rows = EncodedRows(
+        vocab, ids, offsets, lead, firsts, seconds, words, spans,
+        find_words=lambda rows: core.word_numbers(
+            rows.ids, rows.offsets[:-1], lead, firsts, seconds, threads
+        ),
+        find_spans=lambda: encode(True)[6],
+    )  # fmt: skip
+    values: dict[str, Any] = {"input_ids": ids}
+    if _wanted(return_token_type_ids, "token_type_ids", tokenizer):
+        values["token_type_ids"] = types
+    if _wanted(return_attention_mask, "attention_mask", tokenizer):
+        values["attention_mask"] = mask if padded else None
+    if return_special_tokens_mask:
+        values["special_tokens_mask"] = special
+    if return_offsets_mapping:
+        values["offset_mapping"] = spans
+    if return_tensors is not None:
+        if shape.padding is None:
+            _check_even(firsts, seconds, length - lead * (2 if seconds is None else 3))
+        if return_length:
+            values["length"] = np.full(len(ids), length)
+        if samples is not None:
+            values["overflow_to_sample_mapping"] = samples
+        return BatchEncoding(
+            {name: as_tensors(value, return_tensors) for name, value in values.items()}, rows
+        )
+    # Lists are made when they are read; one text that cannot overflow has no list around it.
+    first = not several and not return_overflowing_tokens
+    listed: dict[str, Any] = {
+        name: Later(_lister(value, offsets, padded, first)) for name, value in values.items()
+    }
+    if return_length:
+        listed["length"] = np.diff(offsets).tolist()
+    if samples is not None:
+        listed["overflow_to_sample_mapping"] = samples.tolist()
+    return BatchEncoding(listed, rows)
+
+
+def _wanted(option: bool | None, name: str, tokenizer: "TokenNames") -> bool:
+    if option is None:
+        return name in tokenizer.model_input_names
+    check_flags(**{f"return_{name}": option})
+    return bool(option)
+
+
+def _check_even(firsts: NDArray[Any], seconds: NDArray[Any] | None, room: int) -> None:
+    """Refuses rows of different lengths, which are no array."""
+    short = firsts + (0 if seconds is None else seconds) < room
+    if short.any():
+        raise InputError(
+            f"row {int(short.argmax())} is shorter than others, so the rows are no array; pass "
+            "padding=True with return_tensors, or return_tensors=None for lists"
+        )
+
+
+def _lister(
+    value: NDArray[Any] | None, offsets: NDArray[np.int64], padded: bool, first: bool
+) -> Callable[[], list[Any]]:
+    """Makes lists of rows, or the list of the first; without values lists of ones."""
+
+    def make() -> list[Any]:
+        if value is None:
+            made: list[Any] = [[1] * length for length in np.diff(offsets).tolist()]
+        elif not padded:
+            made = lists(value, offsets)
+        else:
+            made = [pairs(row) for row in value] if value.ndim == 3 else value.tolist()
+        return made[0] if first else made
+
+    return make
+
+
+# ---- padding what was cut before --------------------------------------------------------------
+
+_FILL = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+
+
+def pad(
+    tokenizer: "TokenNames",
+    encoded_inputs: Any,
+    padding: bool | str,
+    max_length: int | None,
+    pad_to_multiple_of: int | None,
+    return_attention_mask: bool | None,
+    return_tensors: str | None,
+) -> BatchEncoding:
+    """`WordPieceTokenizer.pad`, which says what the arguments mean."""
+    check_tensors(return_tensors)
+    inputs = _columns(encoded_inputs)
+    if "input_ids" not in inputs:
+        raise InputError(f"pad needs input_ids, got {', '.join(map(str, inputs)) or 'nothing'}")
+    single = not _is_rows(inputs["input_ids"])
+    columns = {name: [values] if single else list(values) for name, values in inputs.items()}
+    ids = columns["input_ids"]
+    for name, values in columns.items():
+        if len(values) != len(ids):
+            raise InputError(f"{name} has {len(values)} rows and input_ids {len(ids)}")
+    if _wanted(return_attention_mask, "attention_mask", tokenizer):
+        columns.setdefault("attention_mask", [[1] * len(row) for row in ids])
+    pad_to = padding_name(padding)
+    width = 0
+    if pad_to == "max_length":
+        if max_length is None:
+            if tokenizer.model_max_length >= UNKNOWN_LENGTH:
+                raise InputError("padding='max_length' needs max_length")
+            max_length = tokenizer.model_max_length
+        check_length(max_length)
+        width = max_length
+    elif pad_to == "longest":
+        width = max(map(len, ids), default=0)
+    if pad_to_multiple_of is not None:
+        check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
+        width += -width % pad_to_multiple_of
+    fills = {"input_ids": tokenizer.vocab.pad, **_FILL}
+    made: dict[str, Any] = {}
+    for name, values in columns.items():
+        rows = values if name not in fills else [_widened(r, width, fills[name]) for r in values]
+        if return_tensors is None:
+            plain = [_plain(row) for row in rows]
+            made[name] = plain[0] if single else plain
+        else:
+            made[name] = as_tensors(_stacked(name, rows), return_tensors)
+    return BatchEncoding(made)
+
+
+def _columns(inputs: Any) -> dict[str, Any]:
+    """A mapping of lists, from one or from a list of mappings."""
+    if isinstance(inputs, list | tuple):
+        for number, row in enumerate(inputs):
+            if not hasattr(row, "keys"):
+                raise InputError(f"example {number} is {described(row)}, expected a mapping")
+            if row.keys() != inputs[0].keys():
+                raise InputError(
+                    f"example {number} has {', '.join(map(str, row))} and example 0 "
+                    f"{', '.join(map(str, inputs[0]))}: every example needs the same"
+                )
+        if not inputs:
+            raise InputError("pad got an empty list, expected at least one example")
+        return {name: [row[name] for row in inputs] for name in inputs[0]}
+    if not hasattr(inputs, "keys"):
+        raise InputError(f"pad got {described(inputs)}, expected a mapping or a list of mappings")
+    return {name: inputs[name] for name in inputs}
+
+
+def _is_rows(values: Any) -> bool:
+    """Whether these are rows, not one row."""
+    if hasattr(values, "ndim"):
+        return values.ndim > 1
+    return not len(values) or hasattr(values[0], "__len__")
+
+
+def _array(row: Any) -> NDArray[Any]:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(row, torch.Tensor):
+        row = row.detach().cpu().numpy()
+    return np.asarray(row)
+
+
+def _plain(row: Any) -> Any:
+    return row.tolist() if hasattr(row, "tolist") else row
+
+
+def _widened(row: Iterable[Any], width: int, fill: int) -> Any:
+    if isinstance(row, list | tuple):
+        return [*row, *[fill] * (width - len(row))]
+    values = _array(row)
+    return np.concatenate([values, np.full(max(0, width - len(values)), fill, values.dtype)])
+
+
+def _stacked(name: str, rows: list[Any]) -> NDArray[Any]:
+    try:
+        stacked = np.stack([_array(row) for row in rows]) if rows else np.zeros((0, 0), np.int64)
+    except ValueError:
+        raise InputError(
+            f"{name} has rows of different lengths, which pad does not fill up; pad or remove it "
+            "first, or pass padding=True"
+        ) from None
+    if stacked.dtype.kind not in "biuf":
+        raise InputError(f"{name} has {stacked.dtype} values, expected numbers")
+    return stacked
