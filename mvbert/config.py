@@ -396,6 +396,73 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning. Of `batch`, `lr` and `epochs` several values make a grid."""
+
+    batch: tuple[int, ...] = (32,)
+    """Examples per update."""
+    lr: tuple[float, ...] = (3e-4,)
+    """Peak learning rate; linear warm-up, then linear decay to 0."""
+    epochs: tuple[int, ...] = ()
+    """Passes over the training examples (empty: the task's default)."""
+    grid: bool = False
+    """Try batch 16 and 32 with learning rates 5e-5, 1e-4, 2e-4 and 4e-4 where those are not set."""
+    seeds: int = 1
+    """Runs of the best setting, with seeds 0, 1, ...: the median and the spread are reported."""
+    patience: int = 3
+    """Stop after this many epochs without a better dev score (0: never)."""
+    warmup: float = 0.1
+    """Share of the updates with a rising learning rate."""
+    weight_decay: float = 0.01
+    """Of matrices; biases and LayerNorm have none."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    dropout: float = 0.1
+    """Dropout of hidden states, attention and the label head's input."""
+    length: int = 0
+    """Most pieces of a row (0: as many as the model has positions)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of matrix products; auto: on a CPU the faster one, measured once."""
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1, ...; auto: cuda if available."""
+    threads: int = 0
+    """CPU threads (0: all available cores)."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "epochs", "lr"):
+            values = getattr(self, name)
+            if any(not value > 0 for value in values) or not (values or name == "epochs"):
+                raise InputError(f"{name} must be numbers above 0, got {list(values)}")
+            if len({*values}) < len(values):
+                raise InputError(f"{name} has a value twice: {list(values)}")
+        if max(self.lr) > 1:
+            raise InputError(f"lr must be at most 1, got {max(self.lr)}")
+        if self.seeds < 1:
+            raise InputError(f"seeds must be at least 1, got {self.seeds}")
+        for name in ("patience", "length", "threads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup must lie in [0, 1], got {self.warmup}")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not self.clip > 0:
+            raise InputError(f"clip must be above 0, got {self.clip}")
+        _check_dropout(self.dropout)
+
+    def settings(self, default_epochs: int) -> list[tuple[int, float, int]]:
+        """The grid: (batch, lr, epochs), one or several."""
+        batch, lr = self.batch, self.lr
+        if self.grid:
+            batch = GRID_BATCH if batch == FinetuneConfig.batch else batch
+            lr = GRID_LR if lr == FinetuneConfig.lr else lr
+        return [(b, r, e) for b in batch for r in lr for e in self.epochs or (default_epochs,)]
+
+
+GRID_BATCH, GRID_LR = (16, 32), (5e-5, 1e-4, 2e-4, 4e-4)
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """Settings of a job: teacher, text, vocabulary and both stages."""
 

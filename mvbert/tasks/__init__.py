@@ -1,0 +1,1 @@
+"""One fine-tuned model: reading a task, training, scoring."""

@@ -1,0 +1,188 @@
+"""One run of fine-tuning: epochs of updates, the dev score after each, the best epoch's weights."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvbert.config import FinetuneConfig, to_dict
+from mvbert.errors import InputError
+from mvbert.files import Json
+from mvbert.model.masked_lm import MaskedLM
+from mvbert.progress import Progress
+from mvbert.tasks.formats import Task
+from mvbert.tasks.metrics import score_of
+from mvbert.tasks.model import INTENT, Labels, TaskModel
+from mvbert.tasks.rows import CLASS, TaskBatch, batches_of_epoch, read_batch
+from mvbert.tasks.score import Split, evaluate
+from mvbert.text.vocab import Vocab
+from mvbert.training.device import Device
+
+IGNORED = -100  # a place without a label
+
+
+@dataclass(frozen=True)
+class Run:
+    """The setting of one run."""
+
+    batch: int
+    lr: float
+    epochs: int
+    seed: int
+
+    @staticmethod
+    def of(record: Mapping[str, Any]) -> Run:
+        return Run(*(record[name] for name in ("batch", "lr", "epochs", "seed")))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A trained model with the weights of its best epoch, and how it went."""
+
+    model: TaskModel
+    metrics: dict[str, Json]  # of the dev set
+    score: float
+    epoch: int
+    epochs: list[float]  # the dev score of each
+    loss: float  # mean training loss of the last epoch
+    seconds: float  # of training, without scoring
+
+    def record(self, run: Run) -> dict[str, Any]:
+        return {
+            **to_dict(run),
+            "score": round(self.score, 6),
+            "epoch": self.epoch,
+            "dev": self.metrics,
+            "scores": [round(score, 6) for score in self.epochs],
+            "loss": round(self.loss, 6),
+            "seconds": round(self.seconds, 2),
+        }
+
+
+class Trainer:
+    """Trains models on the same examples."""
+
+    def __init__(
+        self, task: Task, labels: Labels, train: Split, dev: Split, vocab: Vocab,
+        config: FinetuneConfig, device: Device, progress: Progress,
+    ) -> None:  # fmt: skip
+        self._task, self._labels, self._train, self._dev = task, labels, train, dev
+        self._vocab, self._config, self._device = vocab, config, device
+        self._progress = progress
+        self._targets = targets_of(labels, train)
+
+    def fit(self, bert: MaskedLM, run: Run) -> Fitted:
+        """One run; `bert` is trained in place.
+
+        Raises:
+            InputError: loss or scores are not finite.
+        """
+        model = TaskModel(bert, self._labels)
+        model.init_head(run.seed)
+        model.to(self._device.device).train()
+        lengths = self._train.rows.lengths
+        per_epoch = -(-len(lengths) // run.batch)
+        optimizer = make_optimizer(model, self._config)
+        best: dict[str, Tensor] = {}
+        kept: dict[str, Json] = {}
+        scores: list[float] = []
+        mean, seconds, step = math.nan, 0.0, 0
+        with self._progress.steps(run.epochs * per_epoch, 0):
+            for epoch in range(run.epochs):
+                started = time.perf_counter()
+                total = torch.zeros((), dtype=torch.float64, device=self._device.device)
+                for chosen in batches_of_epoch(lengths, run.batch, run.seed, epoch):
+                    rate = rate_at(step, run.epochs * per_epoch, self._config.warmup)
+                    for group in optimizer.param_groups:
+                        group["lr"] = run.lr * rate
+                    batch = read_batch(
+                        self._train.rows, chosen, self._vocab.pad, self._device.device
+                    )
+                    loss = self._loss(model, batch)
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(
+                        [p for _, p in model.trained()], self._config.clip
+                    )
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    total += loss.detach()
+                    step += 1
+                    self._progress.advance(step)
+                mean = float(total) / per_epoch
+                if not math.isfinite(mean):
+                    raise InputError(
+                        f"the training loss is {mean} in epoch {epoch + 1} with lr {run.lr:g}, "
+                        f"seed {run.seed}; try a lower lr"
+                    )
+                seconds += time.perf_counter() - started
+                metrics = evaluate(self._task, model, self._dev, self._vocab, self._device)
+                scores.append(score_of(self._task, metrics))
+                if scores[-1] > max(scores[:-1], default=-math.inf):
+                    kept = {**metrics}
+                    best = {n: p.detach().clone() for n, p in model.trained()}
+                late = len(scores) - 1 - int(np.argmax(scores))
+                if self._config.patience and late >= self._config.patience:
+                    break
+        with torch.no_grad():
+            for name, parameter in model.trained():
+                parameter.copy_(best[name])
+        number = int(np.argmax(scores)) + 1
+        return Fitted(model, kept, max(scores), number, scores, mean, seconds)
+
+    def _loss(self, model: TaskModel, batch: TaskBatch) -> Tensor:
+        """The mean loss of a batch's places."""
+        with self._device.cast():
+            scores = model(batch)
+        truth = torch.from_numpy(self._targets[batch.numbers]).to(scores.device)
+        if self._labels.kind == "number":
+            return F.mse_loss(scores.float()[:, 0], truth)
+        # A sum over places and not their mean, so that a batch without any has loss 0.
+        loss = F.cross_entropy(scores.float(), truth, ignore_index=IGNORED, reduction="sum")
+        return loss / max(len(truth), 1)
+
+
+def targets_of(labels: Labels, split: Split) -> np.ndarray:
+    """The label of every place of a split's rows: its number, or the score."""
+    examples, rows = split.examples, split.rows
+    if labels.kind == "number":
+        return np.array(examples.labels, np.float32)
+    number = {name: i for i, name in enumerate(labels.names)}
+    if labels.kind == "classes":
+        return np.array([number[name] for name in examples.labels or ()], np.int64)
+    targets = np.full(len(rows.places), IGNORED, np.int64)
+    assert examples.tags is not None
+    for row in range(len(rows)):
+        for place in range(rows.place_ends[row], rows.place_ends[row + 1]):
+            word = rows.words[place]
+            if word == CLASS:
+                assert examples.labels is not None
+                targets[place] = number[INTENT + examples.labels[row]]
+            else:
+                targets[place] = number[examples.tags[row][word]]
+    return targets
+
+
+def make_optimizer(model: TaskModel, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), fused; no weight decay on biases and LayerNorm."""
+    parameters = [p for _, p in model.trained()]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr[0], fused=True)
+
+
+def rate_at(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate at `step`, from 0: linear up, then linear to 0."""
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    return (steps - step) / max(steps - rising, 1)
