@@ -87,7 +87,7 @@ setup(
         "mvbert": ["py.typed", "*.pyi"],
         "mvbert.kernels": ["*.json", "*.md"],
         "mvbert.presets": ["*.toml"],
-        "mvbert.publish": ["sample.txt"],
+        "mvbert.publish": ["sample.txt", "page/*"],
     },
     ext_modules=[Extension("mvbert._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},

@@ -391,6 +391,61 @@ def corpus(training_inputs):
     return Corpus.open(training_inputs / "corpus")
 
 
+# ---- awkward text ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def awkward_vocab():
+    """awkward_vocab(lowercase, strip_accents): a vocabulary with two added pieces."""
+    from mvbert.text.vocab import SPECIAL_PIECES, AddedPiece, Vocab
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    added = (AddedPiece("<new>", normalized=True), AddedPiece("Added"))
+    pieces = (
+        *SPECIAL_PIECES, *letters, *(f"##{c}" for c in letters), "hello", "wor", "##ld", ",", "!",
+        "[", "]", "中", "é", "##é", "слов", "##о", "σ", "##σ", "ᄒ", "##ᅡ", "##ᆫ", "__proto__",
+        "constructor", "\ufeffx", "\u2028", "\\", "</script>", "😀", "", "<new>", "Added",
+    )  # fmt: skip
+
+    def make(lowercase: bool, strip_accents: bool) -> Vocab:
+        size = len(pieces) - len(added)
+        return Vocab(pieces, lowercase, strip_accents, added=added, base_size=size)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def awkward_texts():
+    """awkward_texts(count): that many random strings after those that are known to be awkward."""
+    import random
+
+    known = [
+        "Hello, world!", "", "  ", "héllo\u0301 wörld", "слово слов", "x中y 한", "q" * 101,
+        "b" * 5000, "[MASK] hello[SEP]world [mask] [MASK[MASK]]", "<NEW>x Added added",
+        "zero\u200bwidth", "nul\0inside", "hello " * 3000, "😀 unknown 😀", "Σας ΟΔΟΣ",
+        "a\tb\nc\rd\u3000e\u2028f", "ﬁ Ⅷ \ufb2c", "\ufeffx begins", "lone \ud800 surrogates \udc00",
+        "\udc00\ud800", "e\u0301" * 50, "𝄞𝅘𝅥𝅮 clef", "İstanbul ı ẞ",
+    ]  # fmt: skip
+    random_ = random.Random(11)
+    alphabet = [
+        *"ab 中é\u0301\u200b\0[]!ΣσİҐ한\u0345\uffff\U0001d15e\n\ud83dabcdefghijklmnopqrstuvwxyz"
+    ]
+    alphabet += ["[MASK]", "<new>", "Added", "hello", " "]
+
+    def make(count: int) -> list[str]:
+        texts = []
+        for _ in range(count):
+            parts = random_.choices(alphabet, k=random_.randint(0, 40))
+            parts += [chr(random_.randrange(0x20, 0x30000)) for _ in range(random_.randint(0, 5))]
+            random_.shuffle(parts)
+            # (Two surrogates side by side are one character in JavaScript: so they are here.)
+            units = "".join(parts).encode("utf-16-le", "surrogatepass")
+            texts.append(units.decode("utf-16-le", "surrogatepass"))
+        return known + texts
+
+    return make
+
+
 # ---- the command line ------------------------------------------------------------------------
 
 
