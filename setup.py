@@ -79,6 +79,7 @@ setup(
         "mvbert.model",
         "mvbert.training",
         "mvbert.study",
+        "mvbert.tasks",
         "mvbert.publish",
     ],
     # The folder's own name is Hugging Face's: it is imported as mvbert.kernels (CONTRIBUTING.md).
