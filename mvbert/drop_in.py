@@ -49,6 +49,17 @@ def _distilbert_head(model: Any, hidden: Tensor) -> Tensor:
     return normed
 
 
+def _modernbert_head(model: Any, hidden: Tensor) -> Tensor:
+    transformed: Tensor = model.head(hidden)
+    return transformed
+
+
+def _albert_head(model: Any, hidden: Tensor) -> Tensor:
+    head = model.predictions
+    normed: Tensor = head.LayerNorm(head.activation(head.dense(hidden)))
+    return normed
+
+
 def _buffered_positions(module: Any, input_ids: Tensor) -> Tensor:
     """BERT reads positions from a buffer: 0, 1, .. unless somebody changed it. [1, T]."""
     buffer: Tensor = module.position_ids
@@ -61,14 +72,46 @@ def _positions_after_padding(module: Any, input_ids: Tensor) -> Tensor:
     return kept.cumsum(1) * kept + module.padding_idx
 
 
-# Key: the class below transformers.models. Value: the positions of a call that names none.
-EMBEDDINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "bert.modeling_bert.BertEmbeddings": _buffered_positions,
-    "camembert.modeling_camembert.CamembertEmbeddings": _positions_after_padding,
-    "distilbert.modeling_distilbert.Embeddings": _buffered_positions,
-    "electra.modeling_electra.ElectraEmbeddings": _buffered_positions,
-    "roberta.modeling_roberta.RobertaEmbeddings": _positions_after_padding,
-    "xlm_roberta.modeling_xlm_roberta.XLMRobertaEmbeddings": _positions_after_padding,
+def _buffered_types(module: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+    """BERT reads types, too, from a buffer. [1, T] or [B, T]."""
+    if not hasattr(module, "token_type_ids") or position_ids.ndim != 2:
+        return None
+    types: Tensor = module.token_type_ids
+    if module._mvbert_version >= 5:
+        # transformers 4 reads the buffer at 0 .. T-1.
+        return types.expand(position_ids.shape[0], -1).gather(1, position_ids)
+    return types[:, : input_ids.shape[1]]
+
+
+def _first_type(module: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    return torch.zeros_like(input_ids[:1])
+
+
+class Embeddings(NamedTuple):
+    """The parts of an embedding module by name, and what a call that names no index gets."""
+
+    positions: Callable[[Any, Tensor], Tensor] = _buffered_positions
+    types: Callable[[Any, Tensor, Tensor], Tensor | None] = _buffered_types
+    word: str = "word_embeddings"
+    norm: str = "LayerNorm"
+    dropout: str = "dropout"
+
+
+# Key: the class below transformers.models. A module without a table of positions or types has none.
+EMBEDDINGS = {
+    "albert.modeling_albert.AlbertEmbeddings": Embeddings(),
+    "bert.modeling_bert.BertEmbeddings": Embeddings(),
+    "camembert.modeling_camembert.CamembertEmbeddings": Embeddings(_positions_after_padding),
+    "deberta_v2.modeling_deberta_v2.DebertaV2Embeddings": Embeddings(types=_first_type),
+    "distilbert.modeling_distilbert.Embeddings": Embeddings(),
+    "electra.modeling_electra.ElectraEmbeddings": Embeddings(),
+    "modernbert.modeling_modernbert.ModernBertEmbeddings": Embeddings(
+        word="tok_embeddings", norm="norm", dropout="drop"
+    ),
+    "mpnet.modeling_mpnet.MPNetEmbeddings": Embeddings(_positions_after_padding),
+    "nomic_bert.modeling_nomic_bert.NomicBertEmbeddings": Embeddings(types=_first_type),
+    "roberta.modeling_roberta.RobertaEmbeddings": Embeddings(_positions_after_padding),
+    "xlm_roberta.modeling_xlm_roberta.XLMRobertaEmbeddings": Embeddings(_positions_after_padding),
 }
 
 
@@ -79,8 +122,9 @@ class Head(NamedTuple):
     # From the last hidden states [.., H] to what the decoder multiplies with its table.
     transform: Callable[[Any, Tensor], Tensor]
     decoder: str
-    # "masked": each label's own piece; "causal": the next one; "sentences": masked, and whether
-    # the second sentence follows the first.
+    # "masked": each label's own piece; "counted": the same, in float32, and divided by the count
+    # that the Trainer hands over; "causal": the next one, counted; "sentences": masked, and
+    # whether the second sentence follows the first.
     objective: str
 
 
@@ -89,18 +133,34 @@ _DISTILBERT = ("distilbert", _distilbert_head, "vocab_projector")
 _ELECTRA = ("electra", _electra_head, "generator_lm_head")
 _ROBERTA = ("roberta", _roberta_head, "lm_head.decoder")
 LANGUAGE_MODELS = {
+    "albert.modeling_albert.AlbertForMaskedLM": Head(
+        "albert", _albert_head, "predictions.decoder", "masked"
+    ),
     "bert.modeling_bert.BertForMaskedLM": Head(*_BERT, "masked"),
     "bert.modeling_bert.BertForPreTraining": Head(*_BERT, "sentences"),
     "bert.modeling_bert.BertLMHeadModel": Head(*_BERT, "causal"),
     "camembert.modeling_camembert.CamembertForCausalLM": Head(*_ROBERTA, "causal"),
     "camembert.modeling_camembert.CamembertForMaskedLM": Head(*_ROBERTA, "masked"),
+    "deberta_v2.modeling_deberta_v2.DebertaV2ForMaskedLM": Head("deberta", *_BERT[1:], "masked"),
     "distilbert.modeling_distilbert.DistilBertForMaskedLM": Head(*_DISTILBERT, "masked"),
     "electra.modeling_electra.ElectraForCausalLM": Head(*_ELECTRA, "causal"),
     "electra.modeling_electra.ElectraForMaskedLM": Head(*_ELECTRA, "masked"),
+    "modernbert.modeling_modernbert.ModernBertForMaskedLM": Head(
+        "model", _modernbert_head, "decoder", "counted"
+    ),
+    "mpnet.modeling_mpnet.MPNetForMaskedLM": Head("mpnet", *_ROBERTA[1:], "masked"),
+    "nomic_bert.modeling_nomic_bert.NomicBertForMaskedLM": Head("nomic_bert", *_BERT[1:], "masked"),
     "roberta.modeling_roberta.RobertaForCausalLM": Head(*_ROBERTA, "causal"),
     "roberta.modeling_roberta.RobertaForMaskedLM": Head(*_ROBERTA, "masked"),
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaForCausalLM": Head(*_ROBERTA, "causal"),
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaForMaskedLM": Head(*_ROBERTA, "masked"),
+}
+
+# What a model is refused for that has one of these and nothing of the tables above.
+OTHERS = {
+    "deberta.modeling_deberta.DebertaEmbeddings": "DeBERTa, the first, has a LayerNorm of its own",
+    "ernie.modeling_ernie.ErnieEmbeddings": "ERNIE adds a table of tasks",
+    "mobilebert.modeling_mobilebert.MobileBertEmbeddings": "MobileBERT joins three pieces in a row",
 }
 
 
@@ -108,7 +168,7 @@ LANGUAGE_MODELS = {
 
 # What a fused forward computes with. A call that sets anything else, in this version of
 # transformers or the next, is the original forward's.
-EMBEDDING_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids"})
+EMBEDDING_ARGUMENTS = frozenset({"input_ids", "token_type_ids", "position_ids", "mask"})
 LOSS_ARGUMENTS = frozenset({
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "head_mask",
     "encoder_hidden_states", "encoder_attention_mask", "output_attentions", "output_hidden_states",
@@ -142,12 +202,18 @@ class FusedEmbeddings(_Mixin):
         arguments = _arguments(self, args, kwargs, EMBEDDING_ARGUMENTS)
         if arguments is None or not _serves_embeddings(self):
             return super().forward(*args, **kwargs)
+        mask = arguments.pop("mask", None)
         indices = _indices(self, **arguments)
-        if indices is None:
+        if indices is None or not (mask is None or mask.shape == indices[0].shape):
             return super().forward(*args, **kwargs)
         input_ids, position_ids, token_type_ids = indices
+        names = EMBEDDINGS[_key(self._mvbert_original)]
+        word, norm, dropout = (getattr(self, name) for name in names[2:])
         types: Any = getattr(self, "token_type_embeddings", None)
-        if position_ids.shape[0] == 1:
+        position_table = None
+        if position_ids is None:
+            pass
+        elif position_ids.shape[0] == 1:
             # The same rows for the whole batch: added up once, and their gradient is a sum over
             # the batch instead of a scatter.
             position_table = self.position_embeddings(position_ids)[0]
@@ -159,36 +225,36 @@ class FusedEmbeddings(_Mixin):
             position_table = _without_padding_gradient(self.position_embeddings)
         if token_type_ids is not None:
             token_type_ids = token_type_ids.expand_as(input_ids)
-        return functional.mixed_embedding(
+        hidden = functional.mixed_embedding(
             input_ids,
-            self.word_embeddings.weight,
+            word.weight,
             None,
             position_table,
             None if types is None else _without_padding_gradient(types),
             token_type_ids,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
-            eps=self.LayerNorm.eps,
-            dropout_p=self.dropout.p,
-            training=self.dropout.training,
+            norm.weight,
+            torch.zeros_like(norm.weight) if norm.bias is None else norm.bias,
+            eps=norm.eps,
+            dropout_p=dropout.p,
+            training=dropout.training,
             position_ids=position_ids,
-            padding_id=self.word_embeddings.padding_idx,
+            padding_id=word.padding_idx,
         )
+        # DeBERTa's. Before or after dropout, a product is the same.
+        return hidden if mask is None else hidden * mask[..., None].to(hidden.dtype)
 
 
 def _serves_embeddings(module: Any) -> bool:
     """Whether the parts of an embedding module are as transformers made them."""
-    word = module.word_embeddings
-    tables = [word, module.position_embeddings]
-    if hasattr(module, "token_type_embeddings"):
-        tables.append(module.token_type_embeddings)
-    norm, dropout = module.LayerNorm, module.dropout
+    names = EMBEDDINGS[_key(module._mvbert_original)][2:]
+    word, norm, dropout = (getattr(module, name) for name in names)
+    others = (getattr(module, f"{name}_embeddings", None) for name in ("position", "token_type"))
+    tables = [word, *(table for table in others if table is not None)]
     return (
         getattr(module, "position_embedding_type", "absolute") == "absolute"
         and all(_calls_only(table, nn.Embedding) for table in tables)
         and not any(t.max_norm is not None or t.scale_grad_by_freq or t.sparse for t in tables)
         and _calls_only(norm, nn.LayerNorm)
-        and norm.bias is not None
         and norm.normalized_shape == word.weight.shape[1:]
         and _calls_only(dropout, nn.Dropout)
         and dropout.p < 1
@@ -202,7 +268,7 @@ def _indices(
     token_type_ids: Any = None,
     position_ids: Any = None,
 ) -> tuple[Tensor, Any, Any] | None:
-    """Ids [B, T], positions [1, T] or [B, T] and types [1, T], [B, T] or None of a call.
+    """Ids [B, T], positions [1, T], [B, T] or None and types [1, T], [B, T] or None of a call.
 
     Those that the call does not name are what the original forward would take. None: one of them
     has another shape, dtype or device.
@@ -210,29 +276,28 @@ def _indices(
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         return None
     B, T = input_ids.shape
-    if position_ids is None:
+    family = EMBEDDINGS[_key(module._mvbert_original)]
+    if getattr(module, "position_embeddings", None) is None:
+        position_ids = None
+    elif position_ids is None:
         if not hasattr(module, "position_ids"):
             return None
-        position_ids = EMBEDDINGS[_key(module._mvbert_original)](module, input_ids)
+        position_ids = family.positions(module, input_ids)
     types = getattr(module, "token_type_embeddings", None)
+    if types is None:
+        token_type_ids = None
     # A table of one row leaves nothing to look up.
-    if token_type_ids is None and types is not None and types.num_embeddings > 1:
-        if not hasattr(module, "token_type_ids") or position_ids.ndim != 2:
+    elif token_type_ids is None and types.num_embeddings > 1:
+        token_type_ids = family.types(module, input_ids, position_ids)
+        if token_type_ids is None:
             return None
-        token_type_ids = module.token_type_ids
-        if module._mvbert_version >= 5:
-            # transformers 4 reads the buffer at 0 .. T-1.
-            token_type_ids = token_type_ids.expand(position_ids.shape[0], -1)
-            token_type_ids = token_type_ids.gather(1, position_ids)
-        else:
-            token_type_ids = token_type_ids[:, :T]
     elif token_type_ids is not None and token_type_ids.shape != (B, T):
         return None
     for ids in (input_ids, position_ids, token_type_ids):
         if ids is not None and not (
             tuple(ids.shape) in ((B, T), (1, T))
             and ids.dtype in (torch.int32, torch.int64)
-            and ids.device == module.word_embeddings.weight.device
+            and ids.device == getattr(module, family.word).weight.device
         ):
             return None
     return input_ids, position_ids, token_type_ids
@@ -253,7 +318,7 @@ class FusedLanguageModel(_Mixin):
         if objective == "causal":
             arguments["use_cache"] = False
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=functional.IGNORE_INDEX)
-        else:
+        elif objective != "counted":
             # The original's loss is the mean over the labels of this call, whatever the count.
             count = None
         outputs = getattr(self, encoder)(**arguments)
@@ -270,14 +335,13 @@ class FusedLanguageModel(_Mixin):
             decoder.weight,
             labels,
             decoder.bias,
-            reduction="mean" if count is None else "sum",
+            num_items_in_batch=count,
         )
-        if count is not None:
-            loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-        values = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
-        if objective == "causal":
+        if objective in ("causal", "counted"):
             # Whatever the model's dtype, as in the original.
             loss = loss.float()
+        values = {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+        if objective == "causal":
             values["cross_attentions"] = outputs.get("cross_attentions")
         if objective == "sentences":
             logits = self.cls.seq_relationship(outputs[1])
@@ -290,6 +354,13 @@ def _serves_loss(model: Any, arguments: dict[str, Any]) -> bool:
     """Whether the fused loss is what the original forward would return for these arguments."""
     encoder, _, path, objective = LANGUAGE_MODELS[_key(model._mvbert_original)]
     config = model.config
+    # DeBERTa's newer head multiplies with the table of its embeddings.
+    if not hasattr(model, path.split(".")[0]):
+        return False
+    # ModernBERT's own ways to leave out labels that are ignored, and, in transformers 4, padding.
+    flash = model._mvbert_version < 5 and "flash" in (config._attn_implementation or "")
+    if getattr(config, "sparse_prediction", False) or (objective == "counted" and flash):
+        return False
     # A tuple has no place for logits that are not there.
     as_tuple = not config.return_dict or getattr(config, "torchscript", False)
     if not model.training or not arguments.get("return_dict", not as_tuple):
@@ -305,7 +376,7 @@ def _serves_loss(model: Any, arguments: dict[str, Any]) -> bool:
         and labels.shape == rows.shape[:2]
         and ("next_sentence_label" in arguments) == (objective == "sentences")
         and ("use_cache" not in arguments or objective == "causal")
-        and (objective != "causal" or model.loss_function is _causal_loss())
+        and (objective not in COUNTED or model.loss_function is _counted_loss(objective))
         and _calls_only(decoder, nn.Linear)
         and decoder.weight.shape[0] == config.vocab_size
         and all(_stored_like(p, decoder.weight) for p in decoder.parameters())
@@ -318,10 +389,14 @@ def _serves_loss(model: Any, arguments: dict[str, Any]) -> bool:
     )
 
 
-def _causal_loss() -> Any:
-    from transformers.loss.loss_utils import ForCausalLMLoss
+# Objectives whose model calls a function of transformers that can be replaced.
+COUNTED = {"causal": "ForCausalLMLoss", "counted": "ForMaskedLMLoss"}
 
-    return ForCausalLMLoss
+
+def _counted_loss(objective: str) -> Any:
+    from transformers.loss import loss_utils
+
+    return getattr(loss_utils, COUNTED[objective])
 
 
 def _output(objective: str) -> Any:
@@ -331,6 +406,7 @@ def _output(objective: str) -> Any:
 
     kind: Any = {
         "causal": CausalLMOutputWithCrossAttentions,
+        "counted": MaskedLMOutput,
         "masked": MaskedLMOutput,
         "sentences": BertForPreTrainingOutput,
     }[objective]
@@ -504,8 +580,9 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
     """Puts the fused layers into a Hugging Face encoder, in place.
 
     Args:
-        model: a Bert*, Camembert*, DistilBert*, Electra*, Roberta* or XLMRoberta* model of
-            transformers, or a module that contains one. What is an adapter's, has hooks or options
+        model: an Albert*, Bert*, Camembert*, DebertaV2*, DistilBert*, Electra*, ModernBert*,
+            MPNet*, NomicBert*, Roberta* or XLMRoberta* model of transformers, or a module that
+            contains one. What is an adapter's, has hooks or options
             of its own is called as before, as is the original forward with arguments that the fused
             one has no place for.
         keep_logits: a language model given labels returns logits too, as before (its head is then
@@ -533,9 +610,11 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
         replaced.append(name)
     if not replaced and not any(hasattr(type(m), "_mvbert_original") for m in model.modules()):
         names = sorted(key.rsplit(".", 1)[1] for key in (*EMBEDDINGS, *LANGUAGE_MODELS))
+        reasons = {OTHERS[_key(type(m))] for m in model.modules() if _key(type(m)) in OTHERS}
+        reason = f" ({'; '.join(sorted(reasons))})" if reasons else ""
         raise InputError(
-            f"fuse does not support {type(model).__name__}; supported: {', '.join(names)} of "
-            "transformers and the models that contain one"
+            f"fuse does not support {type(model).__name__}{reason}; supported: {', '.join(names)} "
+            "of transformers and the models that contain one"
         )
     return replaced
 

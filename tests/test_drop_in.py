@@ -12,6 +12,10 @@ pytest.importorskip("transformers", reason="needs transformers")
 import transformers
 
 from mvbert import InputError, fuse, unfuse
+from mvbert.drop_in import EMBEDDINGS
+
+# transformers' DeBERTa and ModernBERT import what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 
 SMALL = {
     "vocab_size": 97,
@@ -26,13 +30,34 @@ SMALL = {
 
 
 FAMILIES = {
+    "albert": "Albert",
     "bert": "Bert",
     "camembert": "Camembert",
+    "deberta_v2": "DebertaV2",
     "distilbert": "DistilBert",
     "electra": "Electra",
+    "modernbert": "ModernBert",
+    "mpnet": "MPNet",
+    "nomic_bert": "NomicBert",
     "roberta": "Roberta",
     "xlm_roberta": "XLMRoberta",
 }
+if not hasattr(transformers, "NomicBertModel"):
+    del FAMILIES["nomic_bert"]  # transformers 5 has it
+# Beside SMALL, what a family has of its own; what it calls otherwise is in `make`.
+OWN = {
+    "albert": {"embedding_size": 16},
+    # DeBERTa-v3 is configured like this.
+    "deberta_v2": {
+        "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+        "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+    },
+    "electra": {"embedding_size": 16},
+    "modernbert": {
+        "embedding_dropout": 0.0, "mlp_dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 0,
+        "attn_implementation": "eager", "reference_compile": False,
+    },
+}  # fmt: skip
 CAUSAL = {
     "bert": "BertLMHeadModel",
     "camembert": "CamembertForCausalLM",
@@ -52,15 +77,19 @@ def make(family: str, model: str = "", **options):
             "vocab_size": 97, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48,
             "max_position_embeddings": 40, "dropout": 0.0, "attention_dropout": 0.0,
         }  # fmt: skip
-    elif family == "electra":
-        sizes = SMALL | {"embedding_size": 16}
-    config = getattr(transformers, f"{name}Config")(**sizes | options)
+    config = getattr(transformers, f"{name}Config")(**sizes | OWN.get(family, {}) | options)
     model = getattr(transformers, model or f"{name}ForMaskedLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()  # zeros would hide a forgotten bias
     return model.double().train()  # in float64 no processor rounds what a test would see
+
+
+def part(embeddings, name: str) -> str:
+    """What a family's embedding module calls its part: "word", "norm" or "dropout"."""
+    key = type(embeddings).__module__.removeprefix("transformers.models.")
+    return getattr(EMBEDDINGS[f"{key}.{type(embeddings).__name__}"], name)
 
 
 def batch():
@@ -82,7 +111,48 @@ def test_same_loss_and_gradients(family):
     replaced = fuse(fused)
     assert len(replaced) == 2
     ids, labels = batch()
-    assert_same_loss_and_gradients(plain, fused, input_ids=ids, labels=labels)
+    # transformers makes ModernBERT's logits float32.
+    error = 1e-5 if family == "modernbert" else 1e-9
+    assert_same_loss_and_gradients(plain, fused, error, input_ids=ids, labels=labels)
+
+
+@pytest.mark.parametrize("count", [5, torch.tensor(7)], ids=["count", "count tensor"])
+def test_modernberts_loss_is_divided_by_the_count(count):
+    plain, fused = make("modernbert"), make("modernbert")
+    fuse(fused)
+    ids, labels = batch()
+    arguments = {"input_ids": ids, "labels": labels, "num_items_in_batch": count}
+    assert_same_loss_and_gradients(plain, fused, 1e-5, **arguments)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["all", "mask"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position_biased_input": True, "type_vocab_size": 2},
+        {"position_biased_input": False, "type_vocab_size": 2},
+        {"position_biased_input": True, "type_vocab_size": 0, "embedding_size": 16},
+        {"legacy": False},
+    ],
+    ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()),
+)
+def test_debertas_options(options, given):
+    plain, fused = (make("deberta_v2", **options) for _ in range(2))
+    fuse(fused)
+    ids, labels = batch()
+    arguments = {"input_ids": ids, "labels": labels}
+    if given:
+        arguments["attention_mask"] = (ids != 0).long()
+        arguments["token_type_ids"] = torch.randint(0, 2, ids.shape)
+    expected, result = plain(**arguments), fused(**arguments)
+    torch.testing.assert_close(result.loss, expected.loss)
+    # The newer head multiplies with the table of the embeddings: it is called as before.
+    assert ("logits" in result) == ("legacy" in options)
+    expected.loss.backward()
+    result.loss.backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        if a.grad is not None:
+            torch.testing.assert_close(b.grad, a.grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("decoder", [True, False], ids=["decoder", "encoder"])
@@ -224,7 +294,8 @@ def test_adapters_count(family):
     def adapted():
         model = make(family)
         embeddings = dict(model.named_modules())[f"{model.base_model_prefix}.embeddings"]
-        embeddings.word_embeddings = Adapted(embeddings.word_embeddings)
+        name = part(embeddings, "word")
+        setattr(embeddings, name, Adapted(getattr(embeddings, name)))
         model.set_output_embeddings(Adapted(model.get_output_embeddings()))
         return model
 
@@ -270,7 +341,8 @@ def test_same_keys_parameters_and_round_trip(family):
 def embeddings_pair(family: str):
     """The same embedding module twice, plain and fused."""
     plain, fused = (
-        getattr(m, m.base_model_prefix).embeddings for m in (make(family), make(family))
+        dict(m.named_modules())[f"{m.base_model_prefix}.embeddings"]
+        for m in (make(family), make(family))
     )
     fuse(fused)
     return plain, fused
@@ -353,8 +425,11 @@ def test_an_unknown_argument_raises_as_without_fuse(family):
 )
 def test_an_embedding_with_an_option_is_called(family, table, attribute, value):
     plain, fused = embeddings_pair(family)
+    name = part(plain, "word") if table == "word_embeddings" else table
+    if getattr(plain, name, None) is None:
+        pytest.skip(f"{FAMILIES[family]} has no {table}")
     for module in (plain, fused):
-        setattr(getattr(module, table), attribute, value)
+        setattr(getattr(module, name), attribute, value)
     ids, _ = batch()
     ids[:, 3] = ids[:, 4]
     assert_equal_outputs_and_gradients(plain, fused, ids)
@@ -365,14 +440,16 @@ def test_a_part_that_was_changed_counts(family, moved):
     plain, fused = embeddings_pair(family)
     ids, _ = batch()
     for module in (plain, fused):
+        norm = part(plain, "norm")
         if moved == "dropout":
-            module.dropout.p = 0.5
-            module.dropout.eval()
+            dropout = getattr(module, part(plain, "dropout"))
+            dropout.p = 0.5
+            dropout.eval()
         elif moved == "norm":
-            shape = module.LayerNorm.normalized_shape
-            module.LayerNorm = torch.nn.LayerNorm(shape, bias=False, dtype=torch.float64)
+            shape = getattr(module, norm).normalized_shape
+            setattr(module, norm, torch.nn.LayerNorm(shape, bias=False, dtype=torch.float64))
         else:
-            module.LayerNorm.float()
+            getattr(module, norm).float()
     if moved == "precision":
         with pytest.raises(RuntimeError) as expected:
             plain(ids)
@@ -410,7 +487,6 @@ def test_changed_buffers_count(family, given, replace):
     torch.testing.assert_close(fused(ids, **arguments), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 def test_transforms_of_functions_work(family):
     """vmap, and forward-mode derivatives, which the fused operators have not."""
     plain, fused = (module.eval() for module in embeddings_pair(family))
@@ -552,8 +628,15 @@ def test_copies_stay_fused():
         assert unfuse(twin) == ["", "bert.embeddings"]
 
 
+def test_a_model_that_differs_is_refused_with_the_reason():
+    config = transformers.ErnieConfig(**SMALL, use_task_id=True)
+    with pytest.raises(InputError, match=r"ErnieModel \(ERNIE adds a table of tasks\); supp"):
+        fuse(transformers.ErnieModel(config))
+
+
 def test_unknown_model_is_refused():
     with pytest.raises(
-        InputError, match="fuse does not support Linear; supported: BertEmbeddings, BertForMaskedLM"
+        InputError,
+        match="fuse does not support Linear; supported: AlbertEmbeddings, AlbertForMaskedLM",
     ):
         fuse(torch.nn.Linear(2, 2))

@@ -72,7 +72,9 @@ def put_in_place_of_liger():
     from mvbert.functional import linear_cross_entropy
 
     def reduced(rows, kept, reduction):
-        return rows if reduction == "none" else rows.sum() / (kept.sum() if reduction == "mean" else 1)
+        return (
+            rows if reduction == "none" else rows.sum() / (kept.sum() if reduction == "mean" else 1)
+        )
 
     class Function:
         @staticmethod
