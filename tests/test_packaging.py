@@ -281,7 +281,8 @@ def test_the_sdist_is_complete(root, git_files, distributions):
 @pytest.mark.slow
 def test_the_wheel_holds_the_kernels_under_mvbert_only(distributions):
     names = zipfile.ZipFile(distributions[1]).namelist()
-    assert {"mvbert/kernels/__init__.py", "mvbert/presets/demo.toml"} <= {*names}
+    data = {"mvbert/presets/demo.toml", "mvbert/publish/sample.txt"}
+    assert {"mvbert/kernels/__init__.py", *data} <= {*names}
     assert any(re.match(r"mvbert/_core\..*\.so$", name) for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"mvbert"}
 
