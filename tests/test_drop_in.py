@@ -132,7 +132,7 @@ def test_modernberts_loss_is_divided_by_the_count(count):
         {"position_biased_input": True, "type_vocab_size": 2},
         {"position_biased_input": False, "type_vocab_size": 2},
         {"position_biased_input": True, "type_vocab_size": 0, "embedding_size": 16},
-        {"legacy": False},
+        {"legacy": False, "tie_word_embeddings": False},
     ],
     ids=lambda o: " ".join(f"{k}={v}" for k, v in o.items()),
 )
@@ -310,9 +310,11 @@ def test_adapters_count(family):
 def test_gradient_checkpointing_of_a_frozen_model(family):
     """Reentrant checkpoints need the gradient that a hook asks of the word embeddings."""
     model = make(family)
+    if not model.supports_gradient_checkpointing:
+        pytest.skip(f"{FAMILIES[family]} has no gradient checkpointing")
     fuse(model)
     model.requires_grad_(False)
-    trained = next(p for n, p in model.named_parameters() if "layer.1" in n)
+    *_, trained = (p for n, p in model.named_parameters() if "layer" in n and p.ndim == 2)
     trained.requires_grad_(True)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -640,3 +642,81 @@ def test_unknown_model_is_refused():
         match="fuse does not support Linear; supported: AlbertEmbeddings, AlbertForMaskedLM",
     ):
         fuse(torch.nn.Linear(2, 2))
+
+
+# ---- transformers' Trainer ---------------------------------------------------------------------
+
+
+def trained(family: str, fused: bool, folder, kind=None, **options):
+    """(losses logged, evaluation, weights) after three steps of the Trainer."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    model = make(family)
+    if options.get("bf16"):
+        model.float()
+    if fused:
+        assert fuse(model)
+    torch.manual_seed(1)
+    rows = []
+    for _ in range(8):
+        ids, labels = batch()
+        rows += [{"input_ids": i, "labels": y} for i, y in zip(ids[:1], labels[:1], strict=True)]
+    rows[0]["labels"][:] = -100  # texts with different numbers of labels
+    rows[0]["labels"][1] = 7
+
+    def accuracy(evaluated):
+        kept = evaluated.label_ids != -100
+        right = evaluated.predictions.argmax(-1) == evaluated.label_ids
+        return {"accuracy": float(right[kept].mean())}
+
+    arguments = transformers.TrainingArguments(
+        str(folder), use_cpu=True, per_device_train_batch_size=2, max_steps=3, learning_rate=0.01,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, seed=0, **options,
+    )  # fmt: skip
+    kind = kind or transformers.Trainer
+    trainer = kind(
+        model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=accuracy
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return losses, trainer.evaluate(), model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("bert", {}),
+        ("bert", {"label_smoothing_factor": 0.1}),
+        ("bert", {"gradient_accumulation_steps": 2}),
+        ("modernbert", {"gradient_accumulation_steps": 2}),
+        ("bert", {"bf16": True}),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x) or "default",
+)
+def test_the_trainer_trains_as_without_fuse(family, options, tmp_path):
+    """Losses, token accuracy, weights; in bfloat16 up to its rounding."""
+    (losses, evaluation, weights), (plain_losses, plain_evaluation, plain_weights) = (
+        trained(family, fused, tmp_path, **options) for fused in (True, False)
+    )
+    assert len(losses) == 3
+    error = 2**-6 if "bf16" in options else 1e-4
+    assert losses == pytest.approx(plain_losses, rel=error)
+    assert evaluation["eval_loss"] == pytest.approx(plain_evaluation["eval_loss"], rel=error)
+    if "bf16" in options:
+        return  # AdamW's first steps are as large for a gradient of 1e-9 as for one of 1
+    assert evaluation["eval_accuracy"] == plain_evaluation["eval_accuracy"]
+    for name, value in weights.items():
+        if "key.bias" not in name:  # whose gradient is nothing but rounding
+            torch.testing.assert_close(value, plain_weights[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_loss_computed_from_logits_meets_the_sentence(tmp_path):
+    class FromLogits(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            outputs = model(**inputs)
+            loss = torch.nn.functional.cross_entropy(outputs.logits.mT, inputs["labels"])
+            return (loss, outputs) if return_outputs else loss
+
+    with pytest.raises(AttributeError, match=r"call fuse\(model, keep_logits=True\)"):
+        trained("bert", True, tmp_path, FromLogits)
