@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import pickle
+import re
 
 import pytest
 import torch
@@ -628,6 +629,16 @@ def test_copies_stay_fused():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(input_ids=ids, labels=labels).loss, model(ids, labels=labels).loss)
         assert unfuse(twin) == ["", "bert.embeddings"]
+
+
+def test_the_example_of_the_page_runs(root):
+    page = (root / "docs" / "fuse.md").read_text(encoding="utf-8")
+    ids, labels = batch()
+    names = {"input_ids": ids, "labels": labels}
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(example, names)
+    assert type(names["model"]) is transformers.BertForMaskedLM
+    assert names["model"].get_input_embeddings().weight.grad.any()
 
 
 def test_a_model_that_differs_is_refused_with_the_reason():

@@ -469,18 +469,52 @@ def test_the_examples_of_the_losses_page_run(root):
     hidden, weight, bias = parameters((5, 256), (4928, 256), (4928,), dtype=torch.float32)
     names = {"hidden": hidden, "weight": weight, "bias": bias, "labels": labels}
     names["input_ids"] = torch.tensor([[0, 30521, 30522, 35449]])
-    function, module, embedding = re.findall(
+    function, metrics, module, embedding = re.findall(
         r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE
     )
+    logits = F.linear(hidden, weight, bias)
     exec(function, names)
-    torch.testing.assert_close(
-        names["loss"], F.cross_entropy(F.linear(hidden, weight, bias), labels)
-    )
+    torch.testing.assert_close(names["loss"], F.cross_entropy(logits, labels))
     assert weight.grad.any()
+    exec(metrics, names)
+    assert names["accuracy"] == (logits.argmax(1) == labels).sum() / (labels >= 0).sum()
     exec(module, names)
-    torch.testing.assert_close(names["loss"], F.cross_entropy(names["logits"], labels))
+    kept = labels >= 0
+    z_loss = 1e-4 * names["logits"].logsumexp(1)[kept].square().mean()
+    torch.testing.assert_close(names["loss"], F.cross_entropy(names["logits"], labels) + z_loss)
+    torch.testing.assert_close(
+        names["smoothed"], F.cross_entropy(logits, labels, label_smoothing=0.1)
+    )
     exec(embedding, names)
     assert names["states"].shape == (1, 4, 768)
+
+
+def test_the_calls_of_others_are_ours():
+    """Rows of the page's table whose right side is more than other names."""
+    x, w = parameters((2, 7, 12), (11, 12))
+    labels = labels_of(14, 11).view(2, 7)
+    logits = x @ w.T
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils", reason="needs transformers")
+    lce = MF.linear_cross_entropy
+    for count in (None, 5):
+        torch.testing.assert_close(
+            lce(x, w, labels, shift=1, num_items_in_batch=count).float(),
+            loss_utils.ForCausalLMLoss(logits, labels, 11, num_items_in_batch=count),
+        )
+    torch.testing.assert_close(
+        lce(x, w, labels).float(), loss_utils.ForMaskedLMLoss(logits, labels, 11)
+    )
+    kept = labels != -100
+    loss, metrics = lce(x, w, labels, z_loss=0.1, return_metrics=True)
+    torch.testing.assert_close(loss - lce(x, w, labels), 0.1 * metrics.lse[kept].square().mean())
+    rows = lce(x, w, labels, reduction="none")
+    own = logits.detach().softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    expected = F.cross_entropy(logits.mT, labels, reduction="none") * own
+    found = (rows * (-rows.detach()).exp()).sum()
+    torch.testing.assert_close(found, expected.sum())
+    torch.testing.assert_close(
+        torch.autograd.grad(found, w)[0], torch.autograd.grad(expected.sum(), w)[0]
+    )
 
 
 def test_modules_alone():
