@@ -281,6 +281,9 @@ def gate_mixed(case: Case) -> None:
 
 
 add("mvbert")
+add("mvbert called")
+add("mvbert called, offsets")
+add("mvbert called, words")
 add("nanotoken", needs=("nanotoken",))
 add("tokie", needs=("tokie", "transformers"))
 add("TF Text FastBertTokenizer")

@@ -75,6 +75,41 @@ def _(vocab, threads):
     return ours(lambda: WordPieceTokenizer(pieces), add_special_tokens=False, threads=threads)
 
 
+def ours_called(vocab, threads, read, **options):
+    """Our tokenizer called as transformers' are; `read` is what is asked of the batch."""
+    from mvbert.text.tokenizer import WordPieceTokenizer
+    from mvbert.text.vocab import Vocab
+
+    pieces = Vocab.load(vocab, lowercase=True)
+    tokenizer = WordPieceTokenizer(pieces)
+
+    def encode(texts):
+        batch = tokenizer(texts, add_special_tokens=False, threads=threads, **options)
+        read(batch)
+        return batch
+
+    def forget():
+        nonlocal tokenizer
+        tokenizer = WordPieceTokenizer(pieces)
+
+    return Tokenizer(encode, lambda batch: batch["input_ids"], forget)
+
+
+@peer("mvbert called")
+def _(vocab, threads):
+    return ours_called(vocab, threads, lambda batch: None)
+
+
+@peer("mvbert called, offsets")
+def _(vocab, threads):
+    return ours_called(vocab, threads, lambda batch: None, return_offsets_mapping=True)
+
+
+@peer("mvbert called, words")
+def _(vocab, threads):
+    return ours_called(vocab, threads, lambda batch: batch.rows.all_words())
+
+
 @peer("mvbert mixed")
 def _(vocab, threads):
     from mvbert.text.tokenizer import MixedTokenizer

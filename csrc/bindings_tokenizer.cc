@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <tuple>
+#include <type_traits>
 
 #include "ascii_run.h"
 #include "bindings.h"
@@ -166,7 +167,7 @@ py::array_t<std::int64_t> TextSizes(const TokenRows& rows, int which) {
 }
 
 // Further columns, each None unless asked for: spans, special pieces, words. Padded ones are of
-// `shape` [B, width], flat ones of [N].
+// `shape` [B, width], flat ones, and words, of [N].
 template <typename T>
 py::tuple ColumnArrays(const TokenRows& rows, const std::vector<py::ssize_t>& shape, bool spans,
                        bool special, bool words, int threads) {
@@ -180,7 +181,7 @@ py::tuple ColumnArrays(const TokenRows& rows, const std::vector<py::ssize_t>& sh
   };
   if (spans) make(0, py::array_t<T>(pairs), &columns.spans);
   if (special) make(1, py::array_t<T>(shape), &columns.special);
-  if (words) make(2, py::array_t<std::int32_t>(shape), &columns.words);
+  if (words) make(2, py::array_t<std::int32_t>(rows.offsets().back()), &columns.words);
   if (spans || special || words) {
     const auto width = shape.size() == 2 ? std::optional(static_cast<std::size_t>(shape[1]))
                                          : std::optional<std::size_t>();
@@ -261,40 +262,40 @@ py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
                         more[2]);
 }
 
-// FindWords: an array like `ids`, -1 where no word is.
+// FindWords: the words of rows one after another, from ids that are flat or padded.
 template <typename T>
 py::array_t<std::int32_t> WordNumbers(const Tokenizer& tokenizer, const Flat<T>& ids,
-                                      const Flat<std::int64_t>& starts, std::size_t lead,
+                                      const Flat<std::int64_t>& starts,
+                                      const Flat<std::int64_t>& places, std::size_t lead,
                                       const Flat<std::int64_t>& firsts, const Ends& seconds,
                                       int threads) {
-  const auto size = static_cast<std::int64_t>(ids.size());
   const auto rows = starts.size();
-  if (firsts.size() != rows || (seconds && seconds->size() != rows)) {
+  if (firsts.size() != rows || places.size() != rows + 1 || (seconds && seconds->size() != rows)) {
     throw std::invalid_argument("every row needs the sizes of its texts");
   }
   for (py::ssize_t row = 0; row < rows; ++row) {
-    const std::int64_t second = seconds ? seconds->data()[row] : 0;
-    const std::int64_t first = firsts.data()[row], start = starts.data()[row];
-    const auto leads = static_cast<std::int64_t>(seconds ? 2 * lead : lead);
-    if (start < 0 || first < 0 || second < 0 || start + leads + first + second > size) {
+    const std::int64_t size = places.data()[row + 1] - places.data()[row];
+    const std::int64_t texts = firsts.data()[row] + (seconds ? seconds->data()[row] : 0);
+    const auto special = static_cast<std::int64_t>((seconds ? 3 : 2) * lead);
+    if (size != texts + special || starts.data()[row] < 0 ||
+        starts.data()[row] + size > ids.size()) {
       throw std::invalid_argument("row " + std::to_string(row) + " is not within the ids");
     }
   }
-  const auto pieces = static_cast<std::int64_t>(tokenizer.begins_word().size());
+  using Unsigned = std::make_unsigned_t<T>;
+  const auto pieces = static_cast<Unsigned>(tokenizer.begins_word().size());
+  bool outside = false;
   for (py::ssize_t i = 0; i < ids.size(); ++i) {
-    if (ids.data()[i] < 0 || ids.data()[i] >= pieces) {
-      throw std::invalid_argument("id " + std::to_string(ids.data()[i]) + " is not in [0, " +
-                                  std::to_string(pieces) + ")");
-    }
+    outside |= static_cast<Unsigned>(ids.data()[i]) >= pieces;
   }
-  py::array_t<std::int32_t> words(
-      std::vector<py::ssize_t>(ids.shape(), ids.shape() + ids.ndim()));
+  if (outside) throw std::invalid_argument("an id is not in the vocabulary");
+  py::array_t<std::int32_t> words(places.data()[rows]);
   std::int32_t* const data = words.mutable_data();
   {
     py::gil_scoped_release release;
-    std::fill(data, data + size, -1);
-    FindWords(tokenizer, ids.data(), static_cast<std::size_t>(rows), starts.data(), lead,
-              firsts.data(), seconds ? seconds->data() : nullptr, threads, data);
+    std::fill(data, data + words.size(), -1);
+    FindWords(tokenizer, ids.data(), static_cast<std::size_t>(rows), starts.data(), places.data(),
+              lead, firsts.data(), seconds ? seconds->data() : nullptr, threads, data);
   }
   return words;
 }
@@ -398,11 +399,11 @@ void BindTokenizer(py::module_& m) {
            py::arg("text_words") = py::none(), py::arg("pair_words") = py::none(),
            py::arg("spans") = false, py::arg("special") = false, py::arg("words") = false)
       .def("word_numbers", &WordNumbers<std::int32_t>, py::arg("ids").noconvert(),
-           py::arg("starts"), py::arg("lead"), py::arg("firsts"), py::arg("seconds"),
-           py::arg("threads"))
+           py::arg("starts"), py::arg("places"), py::arg("lead"), py::arg("firsts"),
+           py::arg("seconds"), py::arg("threads"))
       .def("word_numbers", &WordNumbers<std::int64_t>, py::arg("ids").noconvert(),
-           py::arg("starts"), py::arg("lead"), py::arg("firsts"), py::arg("seconds"),
-           py::arg("threads"))
+           py::arg("starts"), py::arg("places"), py::arg("lead"), py::arg("firsts"),
+           py::arg("seconds"), py::arg("threads"))
       .def("encode_texts", &EncodeTexts, py::arg("texts"), py::arg("find_special"),
            py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("first_number") = 0,
            py::arg("threads") = 1)

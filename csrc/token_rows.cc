@@ -324,8 +324,8 @@ void TokenRows::FillColumns(int threads, std::optional<std::size_t> width,
       }
     }
     if (columns.words != nullptr) {
-      std::int32_t* const words = columns.words + at;
-      std::fill(words, words + end, -1);
+      std::int32_t* const words = columns.words + offsets_[row];
+      std::fill(words, columns.words + offsets_[row + 1], -1);
       std::int32_t* out = words + lead;
       for (int which = 0; which < texts; ++which) out = Words(window, which, out) + lead;
     }
@@ -339,23 +339,26 @@ template void TokenRows::FillColumns(int, std::optional<std::size_t>,
 
 template <typename T>
 void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
-               const std::int64_t* starts, std::size_t lead, const std::int64_t* firsts,
-               const std::int64_t* seconds, int threads, std::int32_t* words) {
+               const std::int64_t* starts, const std::int64_t* places, std::size_t lead,
+               const std::int64_t* firsts, const std::int64_t* seconds, int threads,
+               std::int32_t* words) {
   const std::uint8_t* const begins = tokenizer.begins_word().data();
   constexpr std::size_t kRows = 512;
   Share((rows + kRows - 1) / kRows, threads, [&](auto&& next) {
     for (std::size_t part; next(&part);) {
       const std::size_t end = std::min(rows, (part + 1) * kRows);
       for (std::size_t row = part * kRows; row < end; ++row) {
-        std::size_t at = static_cast<std::size_t>(starts[row]) + lead;
+        const T* id = ids + starts[row] + lead;
+        std::int32_t* out = words + places[row] + lead;
         for (const std::int64_t* const sizes : {firsts, seconds}) {
           if (sizes == nullptr) continue;
           std::int32_t word = -1;
-          for (const std::size_t stop = at + static_cast<std::size_t>(sizes[row]); at < stop; ++at) {
-            word += begins[static_cast<std::size_t>(ids[at])];
-            words[at] = word;
+          for (const T* const stop = id + sizes[row]; id < stop; ++id) {
+            word += begins[static_cast<std::size_t>(*id)];
+            *out++ = word;
           }
-          at += lead;
+          id += lead;
+          out += lead;
         }
       }
     }
@@ -363,9 +366,11 @@ void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
 }
 
 template void FindWords(const Tokenizer&, const std::int32_t*, std::size_t, const std::int64_t*,
-                        std::size_t, const std::int64_t*, const std::int64_t*, int, std::int32_t*);
+                        const std::int64_t*, std::size_t, const std::int64_t*,
+                        const std::int64_t*, int, std::int32_t*);
 template void FindWords(const Tokenizer&, const std::int64_t*, std::size_t, const std::int64_t*,
-                        std::size_t, const std::int64_t*, const std::int64_t*, int, std::int32_t*);
+                        const std::int64_t*, std::size_t, const std::int64_t*,
+                        const std::int64_t*, int, std::int32_t*);
 
 void TokenRows::FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const {
   ForEachRow(threads,

@@ -39,7 +39,7 @@ struct RowOptions {
 };
 
 // Further columns of rows; null where not wanted. Special pieces and padding have the span (0, 0),
-// are 1 in `special`, and belong to word -1.
+// are 1 in `special`, and belong to word -1. Words are never padded.
 template <typename T>
 struct RowColumns {
   T* spans = nullptr;             // two a piece; needs RowOptions::spans
@@ -146,13 +146,14 @@ class TokenRows {
 // The numbers of the words that ids of a text belong to, of all rows of texts that were neither cut
 // into words before nor overflowed: the same as RowColumns::words of flat rows.
 //
-// Row i has its ids at ids[starts[i]], first `lead` special pieces, then firsts[i] ids of its first
-// text, `lead` special pieces and, unless `seconds` is null, seconds[i] ids of its second. What is
-// not written in *words is left.
+// Row i has its ids at ids[starts[i]] and its words at words[places[i]]: first `lead` special pieces,
+// then firsts[i] ids of its first text, `lead` special pieces and, unless `seconds` is null,
+// seconds[i] ids of its second. What is not written in *words is left.
 template <typename T>
 void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
-               const std::int64_t* starts, std::size_t lead, const std::int64_t* firsts,
-               const std::int64_t* seconds, int threads, std::int32_t* words);
+               const std::int64_t* starts, const std::int64_t* places, std::size_t lead,
+               const std::int64_t* firsts, const std::int64_t* seconds, int threads,
+               std::int32_t* words);
 
 // Appends one row, not truncated, to *ids; its second text may be null.
 void EncodeRow(const Tokenizer& tokenizer, std::string_view text, const std::string_view* pair,

@@ -14,9 +14,7 @@ void WordBatch::Clear() {
     const std::size_t start = starts_[word_count_];
     std::memmove(bytes_.data(), bytes_.data() + start, byte_count_ - start);
     if (track_) {
-      std::memmove(source_begins_.data(), source_begins_.data() + start,
-                   (byte_count_ - start) * sizeof(std::uint32_t));
-      std::memmove(source_ends_.data(), source_ends_.data() + start,
+      std::memmove(sources_.data(), sources_.data() + start,
                    (byte_count_ - start) * sizeof(std::uint32_t));
     }
     byte_count_ -= start;
@@ -36,16 +34,13 @@ void WordBatch::Reserve(std::size_t more) {
     ends_.resize(starts_.size());
   }
   const std::size_t need = byte_count_ + more + kPadding;
-  if (need <= bytes_.size() && (!track_ || need <= source_ends_.size())) return;
+  if (need <= bytes_.size() && (!track_ || need <= sources_.size())) return;
   if (need > std::numeric_limits<std::uint32_t>::max()) {
     throw std::length_error("a single word of 4 GiB");
   }
   const std::size_t size = need + need / 2 + kTarget;
   bytes_.resize(size);
-  if (track_) {
-    source_begins_.resize(size);
-    source_ends_.resize(size);
-  }
+  if (track_) sources_.resize(size);
 }
 
 // One call of WordSplitter::Fill: the cursor in the text and the code-point-wise path.
@@ -110,14 +105,10 @@ class Filler {
     ascii_run_(&run);
     at_ = run.at;
     if (kTrack) {  // text is copied whole, a byte for a byte
-      std::uint32_t* const begins = batch_.source_begins_.data() + batch_.byte_count_;
-      std::uint32_t* const ends = batch_.source_ends_.data() + batch_.byte_count_;
+      std::uint32_t* const sources = batch_.sources_.data() + batch_.byte_count_;
       const std::uint32_t first = batch_.source_at_;
       const auto count = static_cast<std::uint32_t>(run.offset - batch_.byte_count_);
-      for (std::uint32_t i = 0; i < count; ++i) {
-        begins[i] = first + i;
-        ends[i] = first + i + 1;
-      }
+      for (std::uint32_t i = 0; i < count; ++i) sources[i] = first + i;
       batch_.source_at_ += count;
     }
     batch_.byte_count_ = run.offset;
@@ -139,10 +130,8 @@ class Filler {
 
   void Copy(const char* s, std::size_t n) {
     if (kTrack) {
-      for (std::size_t i = 0; i < n; ++i) {
-        batch_.source_begins_[batch_.byte_count_ + i] = source_begin_;
-        batch_.source_ends_[batch_.byte_count_ + i] = source_end_;
-      }
+      for (std::size_t i = 0; i < n; ++i) batch_.sources_[batch_.byte_count_ + i] = source_begin_;
+      if (n > 0) batch_.sources_[batch_.byte_count_ + n - 1] = source_end_ - 1;
     }
     std::memcpy(batch_.bytes_.data() + batch_.byte_count_, s, n);
     batch_.byte_count_ += n;

@@ -62,12 +62,12 @@ class WordBatch {
   // bytes() came from, to > from. (Canonical ordering may have moved them.) Counted from the start
   // of the text, or from the last RestartSources().
   std::uint32_t source_begin(std::uint32_t from, std::uint32_t to) const {
-    if (!reordered_) return source_begins_[from];
-    return *std::min_element(source_begins_.data() + from, source_begins_.data() + to);
+    if (!reordered_) return sources_[from];
+    return *std::min_element(sources_.data() + from, sources_.data() + to);
   }
   std::uint32_t source_end(std::uint32_t from, std::uint32_t to) const {
-    if (!reordered_) return source_ends_[to - 1];
-    return *std::max_element(source_ends_.data() + from, source_ends_.data() + to);
+    if (!reordered_) return sources_[to - 1] + 1;
+    return *std::max_element(sources_.data() + from, sources_.data() + to) + 1;
   }
   void RestartSources(std::uint32_t at) { source_at_ = at; }
   std::uint32_t source_at() const { return source_at_; }
@@ -98,8 +98,9 @@ class WordBatch {
   std::vector<char> bytes_;
   std::vector<std::uint32_t> starts_;
   std::vector<std::uint32_t> ends_;
-  std::vector<std::uint32_t> source_begins_;  // a byte each, while tracking
-  std::vector<std::uint32_t> source_ends_;
+  // While tracking, the code point that each byte came from; of the bytes of a composite the last one
+  // has the last. (A composite of several is not ASCII, so it has a byte for either end.)
+  std::vector<std::uint32_t> sources_;
   std::uint32_t source_at_ = 0;  // code points read so far
   bool track_ = false;
   bool reordered_ = false;  // sources may not ascend

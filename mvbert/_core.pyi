@@ -67,11 +67,12 @@ class Tokenizer:
         special: bool = False,
         words: bool = False,
     ) -> tuple[Any, ...]: ...
-    # like ids: the number of each one's word in its text, -1 where none is
+    # of rows one after another, the number of each piece's word in its text, -1 where none is
     def word_numbers(
         self,
         ids: NDArray[Any],
         starts: NDArray[np.int64],
+        places: NDArray[np.int64],
         lead: int,
         firsts: NDArray[np.int64],
         seconds: NDArray[np.int64] | None,

@@ -36,21 +36,24 @@ class EncodedRows:
     Attributes:
         ids: [N] flat or [B, T] padded.
         offsets: [B + 1], of the rows in the flattened ids.
+        places: [B + 1], of the rows in what is not padded.
         lead: special pieces before and after each text: 1 or 0.
         firsts, seconds: [B] pieces of the first and of the second text; seconds of pairs only.
-        words: like ids, the number of each piece's word, -1 where none is; None: not found yet.
-        spans: of ids in the flattened ids, [N, 2]; None: not found yet.
+        words: not padded, the number of each piece's word, -1 where none is; None: not found yet.
+        spans: not padded, [N, 2]; None: not found yet.
+        find_words, find_spans: find them when they are first asked for.
     """
 
     vocab: "Vocab"
     ids: NDArray[Any]
     offsets: NDArray[np.int64]
+    places: NDArray[np.int64]
     lead: int
     firsts: NDArray[np.int64]
     seconds: NDArray[np.int64] | None
     words: NDArray[np.int32] | None
     spans: NDArray[Any] | None
-    find_words: Callable[["EncodedRows"], NDArray[np.int32]] | None
+    find_words: Callable[[], NDArray[np.int32]] | None
     find_spans: Callable[[], NDArray[Any]] | None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,8 +63,8 @@ class EncodedRows:
     def all_words(self) -> NDArray[np.int32]:
         if self.words is None:
             assert self.find_words is not None
-            self.words = self.find_words(self)
-        return self.words.reshape(-1)
+            self.words = self.find_words()
+        return self.words
 
     def all_spans(self) -> NDArray[Any]:
         if self.spans is None:
@@ -70,22 +73,33 @@ class EncodedRows:
                     "this batch was pickled without offsets; pass return_offsets_mapping=True"
                 )
             self.spans = self.find_spans()
-        return self.spans.reshape(-1, 2)
+        return self.spans
+
+    def number(self, row: int) -> int:
+        """A row's number, which may be given from the end."""
+        rows = len(self.offsets) - 1
+        if not -rows <= row < rows:
+            raise InputError(f"there is no row {row}; the batch has {rows}")
+        return row % rows
 
     def row(self, number: int) -> slice:
-        rows = len(self.offsets) - 1
-        if not -rows <= number < rows:
-            raise InputError(f"there is no row {number}; the batch has {rows}")
-        number %= rows
-        return slice(int(self.offsets[number]), int(self.offsets[number + 1]))
+        """Where a row is in what is not padded."""
+        number = self.number(number)
+        return slice(int(self.places[number]), int(self.places[number + 1]))
+
+    def padding(self, number: int) -> int:
+        """How many pieces of padding a row has."""
+        number = self.number(number)
+        own = self.places[number + 1] - self.places[number]
+        return int(self.offsets[number + 1] - self.offsets[number] - own)
 
     def sequence_ids(self, number: int) -> list[int | None]:
-        row = self.row(number)
+        number = self.number(number)
         special: list[int | None] = [None] * self.lead
         ids = special + [0] * int(self.firsts[number]) + special
         if self.seconds is not None:
             ids += [1] * int(self.seconds[number]) + special
-        return ids + [None] * (row.stop - row.start - len(ids))
+        return ids + [None] * self.padding(number)
 
 
 class Later:
@@ -171,13 +185,14 @@ class BatchEncoding(MutableMapping[str, Any]):
 
     def tokens(self, batch_index: int = 0) -> list[str]:
         """The pieces of a row."""
-        ids = self.rows.ids.reshape(-1)[self.rows.row(batch_index)]
+        row = self.rows.number(batch_index)
+        ids = self.rows.ids.reshape(-1)[self.rows.offsets[row] : self.rows.offsets[row + 1]]
         return [self.rows.vocab.pieces[id] for id in ids.tolist()]
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """The number of each piece's word in its text, or in the list that was given."""
-        row = self.rows.row(batch_index)
-        return _core.word_list(self.rows.all_words()[row])
+        words = _core.word_list(self.rows.all_words()[self.rows.row(batch_index)])
+        return words + [None] * self.rows.padding(batch_index)
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
         """0 for pieces of the first text, 1 of the second, None for others."""

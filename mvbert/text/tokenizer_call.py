@@ -250,7 +250,7 @@ def call(
     width = shape.max_length if shape.padding == "max_length" else None
     threads = cores(threads)
 
-    def encode(spans: bool) -> tuple[Any, ...]:
+    def encode(padded: bool, spans: bool, words: bool) -> tuple[Any, ...]:
         try:
             return core.encode_rows(
                 texts.texts,
@@ -262,7 +262,7 @@ def call(
                 padded=padded,
                 width=width,
                 multiple=shape.multiple if shape.padding else 1,
-                wide=return_tensors is not None,
+                wide=return_tensors is not None and padded,
                 threads=threads,
                 layout=True,
                 stride=stride if return_overflowing_tokens else None,
@@ -270,7 +270,7 @@ def call(
                 pair_words=None if others is None else others.words,
                 spans=spans,
                 special=return_special_tokens_mask,
-                words=is_split_into_words or return_overflowing_tokens,
+                words=words,
             )
         except TypeError:
             texts.check()
@@ -280,23 +280,34 @@ def call(
         except ValueError as error:
             raise InputError(str(error)) from None
 
-    made = encode(return_offsets_mapping)
+    # Of ordinary rows, the ids say where words begin; but an array that was given away may change.
+    of_ids = not (is_split_into_words or return_overflowing_tokens)
+    made = encode(padded, return_offsets_mapping, not of_ids)
     samples, firsts, seconds, spans, special, words = made[3:]
+    lead = int(add_special_tokens)
+    special_pieces = lead * (2 if seconds is None else 3)
     if padded:
         ids, types, mask = made[:3]
         length = ids.shape[1]
         offsets = np.arange(0, ids.size + 1, length or 1)[: len(ids) + 1]
         if not length:
             offsets = np.zeros(len(ids) + 1, np.int64)
+        places = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(firsts + special_pieces + (0 if seconds is None else seconds), out=places[1:])
     else:
         ids, offsets, types = made[:3]
-    lead = int(add_special_tokens)
+        places = offsets
+
+    def find_words() -> NDArray[np.int32]:
+        if return_tensors is not None:
+            return encode(False, False, True)[8]
+        return core.word_numbers(ids, offsets[:-1], places, lead, firsts, seconds, threads)
+
     rows = EncodedRows(
-        vocab, ids, offsets, lead, firsts, seconds, words, spans,
-        find_words=lambda rows: core.word_numbers(
-            rows.ids, rows.offsets[:-1], lead, firsts, seconds, threads
-        ),
-        find_spans=lambda: encode(True)[6],
+        vocab, ids, offsets, places, lead, firsts, seconds, words,
+        spans=spans if not padded else None,
+        find_words=find_words,
+        find_spans=lambda: encode(False, True, False)[6],
     )  # fmt: skip
     values: dict[str, Any] = {"input_ids": ids}
     if _wanted(return_token_type_ids, "token_type_ids", tokenizer):
@@ -309,7 +320,7 @@ def call(
         values["offset_mapping"] = spans
     if return_tensors is not None:
         if shape.padding is None:
-            _check_even(firsts, seconds, length - lead * (2 if seconds is None else 3))
+            _check_even(firsts, seconds, length - special_pieces)
         if return_length:
             values["length"] = np.full(len(ids), length)
         if samples is not None:

@@ -1,8 +1,8 @@
 """Calling a tokenizer: what transformers' tokenizers answer, over options and awkward texts.
 
-Ids, token types and masks are those of the slow tokenizer (transformers 4), or of the fast one where
-5 has no other; offsets, words and overflow are the fast one's. Text has only characters that the two
-read alike; tests/text/test_tokenizer.py counts the others.
+Ids, token types and masks are those of the slow tokenizer (transformers 4), or of the fast one
+where 5 has no other; offsets, words and overflow are the fast one's, on texts that the two read
+alike (tests/text/test_tokenizer.py counts the characters that they do not).
 """
 
 import collections
@@ -185,12 +185,17 @@ def test_offsets_words_and_overflow_as_transformers(ours, fast, call):
     assert plain(got) == plain(expected)
     del options["return_offsets_mapping"]
     again = ours(texts, pairs, **options)
-    for batch in (got, again, pickle.loads(pickle.dumps(got))):
+    batches = [got, again, pickle.loads(pickle.dumps(got))]
+    if len({len(row.ids) for row in expected.encodings}) == 1:
+        batches.append(ours(texts, pairs, return_tensors="np", **options))
+        batches[-1]["input_ids"][:] = 0  # what becomes of the ids changes no word
+    for batch in batches:
         for row in range(len(expected.encodings)):
             words = expected.word_ids(row)
             assert batch.word_ids(row) == words
             assert batch.sequence_ids(row) == expected.sequence_ids(row)
-            assert batch.tokens(row) == expected.tokens(row)
+            if batch["input_ids"] is not batches[-1]["input_ids"]:
+                assert batch.tokens(row) == expected.tokens(row)
             for token in range(len(words)):
                 for name in ("token_to_word", "token_to_sequence", "token_to_chars"):
                     wanted = getattr(expected, name)(row, token)
