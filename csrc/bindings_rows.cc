@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "bindings.h"
+#include "masking.h"
 #include "mixer.h"
 #include "philox.h"
 #include "philox_blocks.h"
@@ -107,9 +108,38 @@ std::vector<std::pair<std::string, std::vector<std::uint32_t>>> PhiloxBlocksShim
   return results;
 }
 
+// Masks rows in place; their labels.
+py::array_t<std::int64_t> MaskRowsShim(Flat<std::int64_t> ids, const Flat<std::int64_t>& lengths,
+                                       const Flat<std::uint8_t>& kinds, std::int64_t mask,
+                                       bool by_word, std::vector<std::uint32_t> budgets,
+                                       std::uint64_t piece_threshold, std::uint64_t mask_threshold,
+                                       std::uint64_t other_threshold, std::uint64_t seed,
+                                       std::uint64_t epoch, int threads) {
+  if (ids.ndim() != 2 || lengths.size() != ids.shape(0)) {
+    throw std::invalid_argument("expected ids [B, T] and lengths [B]");
+  }
+  const MaskingOptions options = {
+      {kinds.data(), kinds.data() + kinds.size()}, mask, by_word, std::move(budgets),
+      piece_threshold, mask_threshold, other_threshold, seed, epoch};
+  py::array_t<std::int64_t> labels({ids.shape(0), ids.shape(1)});
+  std::int64_t* const ids_data = ids.mutable_data();
+  std::int64_t* const labels_data = labels.mutable_data();
+  const auto rows = static_cast<std::size_t>(ids.shape(0));
+  const auto width = static_cast<std::size_t>(ids.shape(1));
+  {
+    py::gil_scoped_release release;
+    MaskRows(options, rows, width, lengths.data(), threads, ids_data, labels_data);
+  }
+  return labels;
+}
+
 }  // namespace
 
 void BindRows(py::module_& m) {
+  m.def("mask_rows", &MaskRowsShim, py::arg("ids").noconvert(), py::arg("lengths"), py::kw_only(),
+        py::arg("kinds"), py::arg("mask"), py::arg("by_word"), py::arg("budgets"),
+        py::arg("piece_threshold"), py::arg("mask_threshold"), py::arg("other_threshold"),
+        py::arg("seed"), py::arg("epoch"), py::arg("threads"));
   m.def("philox4x32", &Philox4x32, py::arg("counter"), py::arg("key"));
   m.def("philox_blocks", &PhiloxBlocksShim, py::arg("first"), py::arg("rest"), py::arg("key"));
   py::class_<PieceTable, std::shared_ptr<PieceTable>>(m, "PieceTable")

@@ -15,8 +15,9 @@
 //   kRow             block             purpose               row number, low and high 32 bits
 //   kHeldOut         document, low     purpose               document, high 32 bits; 0
 //   kText            block             purpose               text number, low and high 32 bits
+//   kMasking         block             purpose               hash of the row, low and high 32 bits
 //
-// mixer.h and tokenizer.h say what the numbers decide. mvbert/text/philox.py is the same in plain
+// mixer.h, tokenizer.h and masking.h say what the numbers decide. mvbert/text/philox.py is the same in plain
 // Python.
 
 #ifndef MVBERT_PHILOX_H_
@@ -34,6 +35,7 @@ enum class Purpose : std::uint32_t {
   kRow = 4,
   kHeldOut = 5,
   kText = 6,
+  kMasking = 7,
 };
 
 inline constexpr std::uint32_t kPhiloxM0 = 0xD2511F53u;

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mvbert.drop_in import fuse, unfuse
     from mvbert.errors import InputError
     from mvbert.text.batches import Rows
+    from mvbert.text.collator import MaskingCollator
     from mvbert.text.corpus import Corpus
     from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
     from mvbert.text.vocab import Vocab
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Corpus": "text.corpus",
     "InputError": "errors",
+    "MaskingCollator": "text.collator",
     "MixedTokenizer": "text.tokenizer",
     "Rows": "text.batches",
     "Vocab": "text.vocab",
@@ -36,6 +38,7 @@ _HOMES = {
 __all__ = [
     "Corpus",
     "InputError",
+    "MaskingCollator",
     "MixedTokenizer",
     "Rows",
     "Vocab",

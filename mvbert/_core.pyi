@@ -169,6 +169,23 @@ def philox_blocks(
     first: Sequence[int], rest: Sequence[int], key: Sequence[int]
 ) -> list[tuple[str, list[int]]]: ...
 
+# masks [B, T] in place; labels [B, T]
+def mask_rows(
+    ids: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    *,
+    kinds: NDArray[np.uint8],
+    mask: int,
+    by_word: bool,
+    budgets: Sequence[int],
+    piece_threshold: int,
+    mask_threshold: int,
+    other_threshold: int,
+    seed: int,
+    epoch: int,
+    threads: int,
+) -> NDArray[np.int64]: ...
+
 class PieceTable:
     def __init__(self, teacher: Segments | None, student: Segments | None) -> None: ...
     def measure(self, stream: NDArray[np.uint32], threads: int) -> tuple[int, int, int]: ...

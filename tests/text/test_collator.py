@@ -1,0 +1,216 @@
+"""The masking collator: the definition's rows, transformers' distribution, nobody's workers."""
+
+import pickle
+import random
+import warnings
+
+import numpy as np
+import pytest
+
+from mvbert import MaskingCollator, WordPieceTokenizer
+from mvbert.errors import InputError
+from mvbert.text.masking import budget, mask_row
+from mvbert.text.vocab import SPECIAL_PIECES, Vocab
+
+PIECES = (*SPECIAL_PIECES, *"abcdefghij", *(f"##{c}" for c in "abcdefghij"))
+TEXTS = ["a bcd ef ghij a b c d", "abcdefghij", "a", "", "[MASK] é a b [UNK]", "j i hgfe d " * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return WordPieceTokenizer(Vocab(PIECES), 512)
+
+
+def rows_of(tokenizer):
+    return [tokenizer(text, TEXTS[0]) for text in TEXTS]
+
+
+@pytest.mark.parametrize("whole_word", [True, False], ids=["words", "pieces"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_are_the_definitions(tokenizer, whole_word, threads):
+    for seed, epoch, share in [(0, 0, 0.15), (2**64 - 1, 3, 0.5), (5, 2**40, 1.0), (1, 1, 0.0)]:
+        collator = MaskingCollator(
+            tokenizer, mlm_probability=share, whole_word=whole_word, seed=seed, threads=threads,
+            mask_replace_prob=0.5, random_replace_prob=0.3, return_tensors="np",
+        )  # fmt: skip
+        collator.set_epoch(epoch)
+        features = rows_of(tokenizer) * 30
+        batch = collator(features)
+        options = {
+            key: collator._options[key]
+            for key in ("mask", "by_word", "piece_threshold", "mask_threshold", "other_threshold")
+        }
+        kinds = collator._options["kinds"].tolist()
+        for i, row in enumerate(features[:6]):
+            ids = row["input_ids"]
+            masked, labels = mask_row(ids, kinds, budget=budget(len(ids), share), seed=seed,
+                                      epoch=epoch, **options)  # fmt: skip
+            rest = batch["input_ids"].shape[1] - len(ids)
+            assert batch["input_ids"][i].tolist() == masked + [0] * rest
+            assert batch["labels"][i].tolist() == labels + [-100] * rest
+            assert batch["token_type_ids"][i].tolist() == row["token_type_ids"] + [0] * rest
+        assert (batch["input_ids"][6:12] == batch["input_ids"][:6]).all()
+        assert (batch["labels"] == -100).all() == (share == 0)
+
+
+def test_what_comes_in(tokenizer):
+    torch = pytest.importorskip("torch")
+    collator = MaskingCollator(tokenizer)
+    features = rows_of(tokenizer)
+    expected = collator(features)
+    assert expected["labels"].dtype == torch.int64
+    before = tokenizer(TEXTS, [TEXTS[0]] * len(TEXTS), padding=True, return_tensors="pt")
+    kept = before["input_ids"].clone()
+    for given in (
+        before,
+        dict(before),
+        [{**row, "special_tokens_mask": row["attention_mask"], "labels": [1]} for row in features],
+        [{k: np.array(v) for k, v in row.items()} for row in features],
+    ):
+        got = collator(given)
+        assert torch.equal(got["input_ids"], expected["input_ids"])
+        assert torch.equal(got["labels"], expected["labels"])
+        assert "special_tokens_mask" not in got
+    assert torch.equal(before["input_ids"], kept)
+    ids = collator([row["input_ids"] for row in features])
+    assert torch.equal(ids["labels"], expected["labels"])
+    padded = MaskingCollator(tokenizer, pad_to_multiple_of=64)(features)
+    assert padded["input_ids"].shape[1] % 64 == 0
+    assert collator({"input_ids": np.zeros((0, 0), int)})["labels"].shape == (0, 0)
+    assert torch.equal(pickle.loads(pickle.dumps(collator))(features)["labels"], expected["labels"])
+
+
+def test_epochs_and_seeds_draw_anew(tokenizer):
+    found = set()
+    for seed in (0, 1):
+        collator = MaskingCollator(tokenizer, seed=seed, return_tensors="np")
+        for epoch in (0, 1):
+            collator.set_epoch(epoch)
+            found.add(collator(rows_of(tokenizer))["labels"].tobytes())
+    assert len(found) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_and_order_change_nothing(tokenizer):
+    torch = pytest.importorskip("torch")
+    features = [dict(row) for row in rows_of(tokenizer) * 4]
+    by_row = {}
+    for workers, shuffle in [(0, False), (2, False), (1, True)]:
+        collator = MaskingCollator(tokenizer, pad_to_multiple_of=256)
+        loader = torch.utils.data.DataLoader(
+            features, batch_size=4, collate_fn=collator, num_workers=workers, shuffle=shuffle,
+            persistent_workers=workers > 0,
+        )  # fmt: skip
+        for epoch in (0, 1):
+            collator.set_epoch(epoch)
+            for batch in loader:
+                labels, mask = batch["labels"], batch["labels"] != -100
+                original = torch.where(mask, labels, batch["input_ids"])
+                for ids, label, masked in zip(original, labels, batch["input_ids"], strict=True):
+                    key = epoch, ids.numpy().tobytes()
+                    value = label.numpy().tobytes(), masked.numpy().tobytes()
+                    assert by_row.setdefault(key, value) == value
+
+
+def far(count, trials, probability):
+    """How many standard errors a count is from what is expected."""
+    return abs(count - trials * probability) / max(
+        (trials * probability * (1 - probability)) ** 0.5, 1e-9
+    )
+
+
+def test_the_distribution_is_that_of_transformers(tokenizer):
+    """Per position, how often it is masked; what masked pieces become."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    if not hasattr(transformers, "DataCollatorForWholeWordMask"):
+        pytest.skip("needs transformers with DataCollatorForWholeWordMask")
+    row = tokenizer("a bcd ef ghij a b c d abcdefg h i j [UNK] a")
+    trials = 3000
+    for whole_word in (True, False):
+        cls = (
+            transformers.DataCollatorForWholeWordMask
+            if whole_word
+            else transformers.DataCollatorForLanguageModeling
+        )
+        torch.manual_seed(0)
+        random.seed(0)
+        features = [{"input_ids": row["input_ids"]} for _ in range(trials)]
+        with warnings.catch_warnings():  # it is deprecated, and asks for transformers' tokenizer
+            warnings.simplefilter("ignore")
+            theirs = cls(tokenizer.as_hf(), mlm_probability=0.3)
+            their = theirs([dict(feature) for feature in features])
+        collator = MaskingCollator(tokenizer, mlm_probability=0.3, whole_word=whole_word)
+        ours = []
+        for epoch in range(trials):
+            collator.set_epoch(epoch)
+            ours.append(collator(features[:1]))
+        labels = torch.cat([batch["labels"] for batch in ours])
+        inputs = torch.cat([batch["input_ids"] for batch in ours])
+        mine, other = (labels != -100).float().mean(0), (their["labels"] != -100).float().mean(0)
+        # Two shares of `trials`: 5 standard errors of their difference.
+        bound = 5 * (2 * 0.25 / trials) ** 0.5
+        assert (mine - other).abs().max() < bound
+        assert abs(mine.mean() - other.mean()) < bound
+        masked = labels != -100
+        count = int(masked.sum())
+        became = (inputs == tokenizer.mask_token_id) & masked
+        stayed = (inputs == labels) & masked
+        random_share = 0.1 / len(tokenizer)  # a random piece may be [MASK], or the same
+        assert far(int(became.sum()), count, 0.8 + random_share) < 5
+        assert far(int(stayed.sum()), count, 0.1 + random_share) < 5
+        for piece in (0, 5, 24):
+            hits = int(((inputs == piece) & masked & ~stayed).sum())
+            own = int((masked & (labels == piece)).sum())
+            assert far(hits, count - own, random_share) < 5
+
+
+def test_what_is_refused(tokenizer):
+    for options, message in [
+        ({"mlm_probability": 1.5}, r"mlm_probability is 1\.5, expected a number of \[0, 1\]"),
+        ({"mask_replace_prob": 0.9, "random_replace_prob": 0.2}, r"mask_replace_prob \+ random"),
+        ({"whole_word": 1}, "whole_word is 1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
+        ({"return_tensors": None}, "return_tensors is None"),
+        ({"threads": -2}, "threads must be 0"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            MaskingCollator(tokenizer, **options)
+    with pytest.raises(InputError, match=r"has no \[MASK\]"):
+        MaskingCollator(WordPieceTokenizer(Vocab(PIECES[:4])))
+    collator = MaskingCollator(tokenizer, return_tensors="np")
+    with pytest.raises(InputError, match="epoch is -1"):
+        collator.set_epoch(-1)
+    for features, message in [
+        ([], r"got \[\] \(list\), expected a list of rows"),
+        (5, r"got 5 \(int\)"),
+        ({"labels": [1]}, "the batch has labels, expected input_ids"),
+        ([{"input_ids": [1]}, {"labels": [1]}], "row 1 is .*, expected input_ids"),
+        ({"input_ids": [[1], [1, 2]]}, "input_ids has rows of different lengths"),
+        ({"input_ids": [1, 2]}, "input_ids has 1 dimensions"),
+        ({"input_ids": [[2, 99, 3]]}, "row 0 has the id 99, outside the vocabulary of 25 pieces"),
+        ({"input_ids": [[0, 2, 3]], "attention_mask": [[0, 1, 1]]}, "padded on the left"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            collator(features)
+
+
+def test_the_trainer_takes_it(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.BertConfig(len(PIECES), 16, 1, 2, 32)
+    collator = MaskingCollator(tokenizer)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), num_train_epochs=3, per_device_train_batch_size=4, report_to=[],
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    epochs = []
+    original = collator.set_epoch
+    collator.set_epoch = lambda epoch: (epochs.append(epoch), original(epoch))
+    transformers.Trainer(
+        transformers.BertForMaskedLM(config), arguments, data_collator=collator,
+        train_dataset=[dict(row) for row in rows_of(tokenizer)] * 2,
+        processing_class=tokenizer, callbacks=[collator.callback()],
+    ).train()  # fmt: skip
+    assert epochs == [0, 1, 2]
