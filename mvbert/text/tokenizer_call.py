@@ -419,12 +419,15 @@ def pad(
     fills = {"input_ids": tokenizer.vocab.pad, **_FILL}
     made: dict[str, Any] = {}
     for name, values in columns.items():
-        rows = values if name not in fills else [_widened(r, width, fills[name]) for r in values]
         if return_tensors is None:
-            plain = [_plain(row) for row in rows]
+            if name in fills:
+                values = [_widened(row, width, fills[name]) for row in values]
+            plain = [_plain(row) for row in values]
             made[name] = plain[0] if single else plain
+        elif name in fills and values and max(map(len, values)) <= width:
+            made[name] = as_tensors(_filled(name, values, width, fills[name]), return_tensors)
         else:
-            made[name] = as_tensors(_stacked(name, rows), return_tensors)
+            made[name] = as_tensors(_stacked(name, values), return_tensors)
     return BatchEncoding(made)
 
 
@@ -470,6 +473,22 @@ def _widened(row: Iterable[Any], width: int, fill: int) -> Any:
         return [*row, *[fill] * (width - len(row))]
     values = _array(row)
     return np.concatenate([values, np.full(max(0, width - len(values)), fill, values.dtype)])
+
+
+def _filled(name: str, rows: list[Any], width: int, fill: int) -> NDArray[Any]:
+    """Rows of at most `width` as an array, filled up: all at once, not row by row."""
+    sizes = np.array([len(row) for row in rows])
+    if all(isinstance(row, list) for row in rows):
+        flat = np.array(list(itertools.chain.from_iterable(rows)))
+    else:
+        flat = np.concatenate([_array(row) for row in rows])
+    if not len(flat):
+        flat = flat.astype(np.int64)
+    if flat.dtype.kind not in "biu" or flat.ndim != 1:
+        raise InputError(f"{name} has {flat.dtype} values, expected rows of integers")
+    made = np.full((len(rows), width), fill, flat.dtype)
+    made[np.arange(width) < sizes[:, None]] = flat
+    return made
 
 
 def _stacked(name: str, rows: list[Any]) -> NDArray[Any]:

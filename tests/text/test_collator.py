@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 import warnings
 
 import numpy as np
@@ -214,3 +215,17 @@ def test_the_trainer_takes_it(tokenizer, tmp_path):
         processing_class=tokenizer, callbacks=[collator.callback()],
     ).train()  # fmt: skip
     assert epochs == [0, 1, 2]
+
+
+def test_the_page_is_true(root, shared_file, tmp_path, monkeypatch):
+    """Runs the examples of docs/collator.md."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    (tmp_path / "vocab.txt").write_bytes(shared_file("vocab.txt").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    page = (root / "docs" / "collator.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    names = {}
+    for example in examples:
+        exec(compile(example, "docs/collator.md", "exec"), names)

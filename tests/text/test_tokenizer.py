@@ -811,7 +811,7 @@ def test_the_page_is_true(root, shared_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (root / "docs" / "tokenizer.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     names = {}
     for example in examples:
         exec(compile(example, "docs/tokenizer.md", "exec"), names)

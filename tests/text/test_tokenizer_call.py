@@ -456,6 +456,8 @@ def test_pad_refuses(ours):
         ({"input_ids": [[1], [2]], "labels": [1]}, {}, "labels has 1 rows and input_ids 2"),
         ({"input_ids": [[1], [2]], "labels": [[1], [2, 3]]}, {"return_tensors": "np"},
          "labels has rows of different lengths, which pad does not fill up"),
+        ({"input_ids": [[1.5], [2, 3]]}, {"return_tensors": "np"},
+         "input_ids has float64 values, expected rows of integers"),
         ({"input_ids": [[1]], "text": ["a"]}, {"return_tensors": "np"}, "text has <U1 values"),
     ]:  # fmt: skip
         with pytest.raises(InputError, match=message):
