@@ -118,9 +118,15 @@ py::array_t<std::int64_t> MaskRowsShim(Flat<std::int64_t> ids, const Flat<std::i
   if (ids.ndim() != 2 || lengths.size() != ids.shape(0)) {
     throw std::invalid_argument("expected ids [B, T] and lengths [B]");
   }
-  const MaskingOptions options = {
-      {kinds.data(), kinds.data() + kinds.size()}, mask, by_word, std::move(budgets),
-      piece_threshold, mask_threshold, other_threshold, seed, epoch};
+  const MaskingOptions options = {{kinds.data(), kinds.data() + kinds.size()},
+                                  mask,
+                                  by_word,
+                                  std::move(budgets),
+                                  piece_threshold,
+                                  mask_threshold,
+                                  other_threshold,
+                                  seed,
+                                  epoch};
   py::array_t<std::int64_t> labels({ids.shape(0), ids.shape(1)});
   std::int64_t* const ids_data = ids.mutable_data();
   std::int64_t* const labels_data = labels.mutable_data();

@@ -17,9 +17,10 @@ class Draws {
   Draws(std::uint64_t seed, std::uint64_t row) : key_(PhiloxKey(seed)), row_(row) {}
   std::uint32_t Next() {
     if (next_ % 4 == 0) {
-      block_ = Philox4x32({next_ / 4, static_cast<std::uint32_t>(Purpose::kMasking),
-                           static_cast<std::uint32_t>(row_), static_cast<std::uint32_t>(row_ >> 32)},
-                          key_);
+      block_ =
+          Philox4x32({next_ / 4, static_cast<std::uint32_t>(Purpose::kMasking),
+                      static_cast<std::uint32_t>(row_), static_cast<std::uint32_t>(row_ >> 32)},
+                     key_);
     }
     return block_[next_++ % 4];
   }

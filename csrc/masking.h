@@ -34,7 +34,8 @@ struct MaskingOptions {
 };
 
 // Masks rows [rows, width] in place, of which the first lengths[i] ids are looked at, and writes
-// labels of the same shape: the id where a piece is masked, -100 elsewhere. Up to `threads` threads.
+// labels of the same shape: the id where a piece is masked, -100 elsewhere. Up to `threads`
+// threads.
 //
 // Throws std::invalid_argument, before a thing is written, if a length is more than width or an id
 // of a row is not in the vocabulary.

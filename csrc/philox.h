@@ -17,8 +17,8 @@
 //   kText            block             purpose               text number, low and high 32 bits
 //   kMasking         block             purpose               hash of the row, low and high 32 bits
 //
-// mixer.h, tokenizer.h and masking.h say what the numbers decide. mvbert/text/philox.py is the same in plain
-// Python.
+// mixer.h, tokenizer.h and masking.h say what the numbers decide. mvbert/text/philox.py is the same
+// in plain Python.
 
 #ifndef MVBERT_PHILOX_H_
 #define MVBERT_PHILOX_H_

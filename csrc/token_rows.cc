@@ -181,10 +181,10 @@ void TokenRows::AddWindows(std::size_t sample, const std::uint64_t keep[2]) {
       continue;
     }
     if (options_.stride >= most) {
-      throw std::invalid_argument(
-          "stride is " + std::to_string(options_.stride) + ", but row " + std::to_string(sample) +
-          " has room for " + std::to_string(most) + " pieces of its " +
-          (which == 0 ? "first" : "second") + " text: the stride must be less");
+      throw std::invalid_argument("stride is " + std::to_string(options_.stride) + ", but row " +
+                                  std::to_string(sample) + " has room for " + std::to_string(most) +
+                                  " pieces of its " + (which == 0 ? "first" : "second") +
+                                  " text: the stride must be less");
     }
     const Ids& ids = texts_[which][sample];
     std::int32_t word = -1;
@@ -209,7 +209,9 @@ void TokenRows::AddWindows(std::size_t sample, const std::uint64_t keep[2]) {
 
 TokenRows::Window TokenRows::WindowOf(std::size_t row) const {
   if (!windows_.empty()) return windows_[row];
-  return {row, {0, 0}, {texts_[0][row].size(), texts_[1].empty() ? 0 : texts_[1][row].size()},
+  return {row,
+          {0, 0},
+          {texts_[0][row].size(), texts_[1].empty() ? 0 : texts_[1][row].size()},
           {-1, -1}};
 }
 
@@ -366,11 +368,11 @@ void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
 }
 
 template void FindWords(const Tokenizer&, const std::int32_t*, std::size_t, const std::int64_t*,
-                        const std::int64_t*, std::size_t, const std::int64_t*,
-                        const std::int64_t*, int, std::int32_t*);
+                        const std::int64_t*, std::size_t, const std::int64_t*, const std::int64_t*,
+                        int, std::int32_t*);
 template void FindWords(const Tokenizer&, const std::int64_t*, std::size_t, const std::int64_t*,
-                        const std::int64_t*, std::size_t, const std::int64_t*,
-                        const std::int64_t*, int, std::int32_t*);
+                        const std::int64_t*, std::size_t, const std::int64_t*, const std::int64_t*,
+                        int, std::int32_t*);
 
 void TokenRows::FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const {
   ForEachRow(threads,

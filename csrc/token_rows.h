@@ -75,7 +75,9 @@ class TokenRows {
   const std::vector<std::int64_t>& offsets() const { return offsets_; }
 
   // The sample of a row; its row's number unless samples overflow.
-  std::size_t sample(std::size_t row) const { return windows_.empty() ? row : windows_[row].sample; }
+  std::size_t sample(std::size_t row) const {
+    return windows_.empty() ? row : windows_[row].sample;
+  }
 
   // How many ids of its first text, or of its second, a row has.
   std::size_t text_size(std::size_t row, int which) const;
@@ -146,9 +148,9 @@ class TokenRows {
 // The numbers of the words that ids of a text belong to, of all rows of texts that were neither cut
 // into words before nor overflowed: the same as RowColumns::words of flat rows.
 //
-// Row i has its ids at ids[starts[i]] and its words at words[places[i]]: first `lead` special pieces,
-// then firsts[i] ids of its first text, `lead` special pieces and, unless `seconds` is null,
-// seconds[i] ids of its second. What is not written in *words is left.
+// Row i has its ids at ids[starts[i]] and its words at words[places[i]]: first `lead` special
+// pieces, then firsts[i] ids of its first text, `lead` special pieces and, unless `seconds` is
+// null, seconds[i] ids of its second. What is not written in *words is left.
 template <typename T>
 void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
                const std::int64_t* starts, const std::int64_t* places, std::size_t lead,

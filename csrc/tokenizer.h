@@ -125,8 +125,8 @@ class Tokenizer {
   const std::shared_ptr<const WordPiece> student_;
   const SpecialPieces special_;
   std::unique_ptr<const PieceCache> seeds_;
-  std::vector<std::uint8_t> begins_word_;     // by teacher's id
-  std::vector<std::uint32_t> letters_;        // by teacher's id: bytes without the ## in front
+  std::vector<std::uint8_t> begins_word_;  // by teacher's id
+  std::vector<std::uint32_t> letters_;     // by teacher's id: bytes without the ## in front
   mutable std::array<std::atomic<Worker*>, 64> idle_{};           // workers that no call is using
   mutable std::array<std::atomic<std::int32_t*>, 64> buffers_{};  // of kPartIds, unused
 };

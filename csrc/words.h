@@ -98,8 +98,8 @@ class WordBatch {
   std::vector<char> bytes_;
   std::vector<std::uint32_t> starts_;
   std::vector<std::uint32_t> ends_;
-  // While tracking, the code point that each byte came from; of the bytes of a composite the last one
-  // has the last. (A composite of several is not ASCII, so it has a byte for either end.)
+  // While tracking, the code point that each byte came from; of the bytes of a composite the last
+  // one has the last. (A composite of several is not ASCII, so it has a byte for either end.)
   std::vector<std::uint32_t> sources_;
   std::uint32_t source_at_ = 0;  // code points read so far
   bool track_ = false;

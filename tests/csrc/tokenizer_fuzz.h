@@ -102,8 +102,7 @@ inline void CheckText(std::string_view bytes, const FuzzTokenizers& all) {
   cut.assign(with_spans.data(), with_spans.end());
   equal(with_special, 0);
   for (const std::int32_t* span = spans.data(); span < spans.end(); span += 2) {
-    Require(0 <= span[0] && span[0] < span[1] &&
-                static_cast<std::size_t>(span[1]) <= bytes.size(),
+    Require(0 <= span[0] && span[0] < span[1] && static_cast<std::size_t>(span[1]) <= bytes.size(),
             "a span outside the text");
   }
   TextOptions coin;
