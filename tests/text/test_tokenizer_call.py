@@ -230,9 +230,10 @@ def test_conversions_as_transformers(ours, slow, fast, text):
     ids = theirs.convert_tokens_to_ids(pieces)
     assert ours.convert_tokens_to_ids(pieces) == ids
     assert ours.convert_ids_to_tokens(ids) == theirs.convert_ids_to_tokens(ids)
-    assert ours.convert_ids_to_tokens(np.array(ids, int), skip_special_tokens=True) == (
-        theirs.convert_ids_to_tokens(ids, skip_special_tokens=True)
-    )
+    if slow or "<tag>" not in text:  # the object of transformers 5 does not count it as special
+        assert ours.convert_ids_to_tokens(np.array(ids, int), skip_special_tokens=True) == (
+            theirs.convert_ids_to_tokens(ids, skip_special_tokens=True)
+        )
     if slow:
         for skip in (True, False):
             assert ours.decode(ids, skip) == slow.decode(ids, skip_special_tokens=skip)
