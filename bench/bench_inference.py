@@ -1,9 +1,10 @@
 """Size against latency: the student beside teachers of BERT's shapes, in usual runtimes.
 
 Hugging Face folders with random weights (speed and size do not depend on them), written by mvbert;
-the output is the hidden states of all positions; one thread on a CPU. Batches of 1 and 32 rows. The
-ONNX files are written by `mvbert export` for all shapes. `megabytes` in the records is the size of
-the file that is loaded.
+the output is the hidden states of all positions; one thread on a CPU. Batches of 1 and 32 rows of 128
+pieces, and single rows of 16 and 32. The ONNX files are written by `mvbert export` for all shapes,
+beside what ONNX Runtime's own quantiser makes of the same float32 file. `megabytes` in the records
+is the size of the file that is loaded.
 """
 
 import math
@@ -41,7 +42,9 @@ def cases(device: str, quick: bool) -> list[Case]:
     if quick:
         return [Case(models[0], 1, 128), Case(models[3], 1, 128)]
     many = models if device == "cuda" else models[:3]  # a row of a large one takes long enough
-    return [Case(model, 1, 128) for model in models] + [Case(model, 32, 128) for model in many]
+    short = [Case(model, 1, T) for model in models[:3] for T in (16, 32)]
+    rows = [Case(model, 1, 128) for model in models] + [Case(model, 32, 128) for model in many]
+    return rows + short
 
 
 @cache
@@ -65,13 +68,31 @@ def folder(model: str) -> Path:
 
 
 @cache
-def exported(model: str, int8: bool) -> Path:
-    """The ONNX file that `mvbert export` makes of the folder, hidden states out."""
+def exported(model: str, kind: str) -> Path:
+    """An ONNX file of the folder, hidden states out, of one thread.
+
+    Args:
+        kind: a precision of `mvbert export`, or "dynamic": what ONNX Runtime's quantiser makes of
+            the float32 file at its best settings, with one scale for the inputs of a batch.
+    """
     from mvbert.model.huggingface import load_masked_lm
+    from mvbert.publish.calibration import largest_inputs
     from mvbert.publish.onnx_graph import to_onnx
 
-    file = folder(model) / ("int8.onnx" if int8 else "float32.onnx")
-    file.write_bytes(to_onnx(load_masked_lm(folder(model))[0], int8=int8))
+    file = folder(model) / f"{kind}.onnx"
+    if kind == "dynamic":
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        quantize_dynamic(
+            exported(model, "float32"), file, per_channel=True, reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )  # fmt: skip
+        return file
+    bert, largest = load_masked_lm(folder(model))[0].eval(), None
+    if kind == "int8":
+        ids = inputs(Case(model, 16, 128), "cpu", 0)
+        largest = largest_inputs(bert, ids, torch.ones_like(ids).bool(), torch.zeros_like(ids))
+    file.write_bytes(to_onnx(bert, precision=kind, largest=largest))
     return file
 
 
@@ -141,10 +162,10 @@ BENCH.add("torch eager bf16", with_torch, **GPU)
 BENCH.add("torch.compile max-autotune bf16", with_torch, compiled=True, **GPU)
 
 
-def with_onnx(case: Case, device: str, int8: bool, bound: float):
+def with_onnx(case: Case, device: str, kind: str, bound: float):
     from mvbert.publish.export import Session
 
-    file = exported(case.model, int8)
+    file = exported(case.model, kind)
     session, size = Session(file), megabytes(file)
 
     def run(ids):
@@ -155,5 +176,6 @@ def with_onnx(case: Case, device: str, int8: bool, bound: float):
 
 
 ONNX = {"needs": ["onnxruntime", "onnx", "transformers"], "devices": ["cpu"]}
-BENCH.add("ONNX Runtime", with_onnx, int8=False, bound=1e-4, **ONNX)
-BENCH.add("ONNX Runtime int8", with_onnx, int8=True, bound=math.inf, **ONNX)
+BENCH.add("ONNX Runtime", with_onnx, kind="float32", bound=1e-4, **ONNX)
+BENCH.add("ONNX Runtime int8", with_onnx, kind="int8", bound=math.inf, **ONNX)
+BENCH.add("ONNX Runtime's quantize_dynamic", with_onnx, kind="dynamic", bound=math.inf, **ONNX)

@@ -387,8 +387,8 @@ def draw_loss(axes, results: Results) -> None:
 
 
 def one_row(results: Results) -> list[dict]:
-    """The records of inference with batches of one row."""
-    return [r for r in results.of("inference") if r["fields"]["B"] == 1]
+    """The records of inference with one row of 128 pieces."""
+    return [r for r in results.of("inference") if (r["fields"]["B"], r["fields"]["T"]) == (1, 128)]
 
 
 def draw_inference(axes, results: Results) -> None:

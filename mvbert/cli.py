@@ -493,23 +493,36 @@ class ExportCommand:
     """Treat its vocabulary as cased, whatever its folder says."""
     int8: bool = False
     """Also write an int8 graph, a quarter of the size."""
+    float16: bool = False
+    """Also write a float16 graph, half the size, for GPUs and browsers with WebGPU."""
     head: tuple[Literal["hidden", "pooled", "logits"], ...] = ()
-    """Outputs: hidden states, the sentence embedding pooled from them, or logits over labels or
-    pieces (default: logits if the BERT was fine-tuned for labels, else hidden states)."""
+    """Outputs: hidden states, the sentence embedding pooled from them (with them), or logits over
+    labels or pieces (default: logits if the BERT was fine-tuned for labels, else hidden states)."""
+    inputs: tuple[Literal["input_ids", "attention_mask", "token_type_ids"], ...] = ()
+    """Inputs: without token_type_ids all pieces are of the first type (default: all three, or two
+    if the model knows one type only)."""
+    max_error: float | None = None
+    """Refuse to write if int8 or float16 differ from torch by more (RMS, a share)."""
+    min_agreement: float | None = None
+    """Refuse to write if a smaller share of first choices or nearest neighbours is as in torch."""
     corpus: Path | None = None
     """Compare on this corpus's held-out text (default: on passages of old books)."""
     overwrite: bool = False
     """Replace an existing folder."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.publish.export import run_export
+        from mvbert.publish.export import Gate, run_export
 
+        gated = self.max_error is not None or self.min_agreement is not None
         return run_export(
             self.model,
             self.out,
             cased=self.cased,
             heads=self.head,
+            inputs=self.inputs,
             int8=self.int8,
+            float16=self.float16,
+            gate=Gate(self.max_error, self.min_agreement) if gated else None,
             corpus=self.corpus,
             overwrite=self.overwrite,
         )

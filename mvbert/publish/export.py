@@ -1,6 +1,7 @@
 """Writes a BERT as a folder of ONNX files, after comparing them with torch.
 
     OUT/onnx/model.onnx            float32
+    OUT/onnx/model_fp16.onnx       float16
     OUT/onnx/model_quantized.onnx  int8
     OUT/config.json, vocab.txt, tokenizer.json, tokenizer_config.json
 
@@ -13,6 +14,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch, LabelHead, MaskedLM
 from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
-from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, load_onnx, to_onnx
+from mvbert.publish.calibration import largest_inputs
+from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, Precision, load_onnx, to_onnx
 from mvbert.publish.pooling import Pooling, read_pooling
 from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus
@@ -42,8 +45,10 @@ from mvbert.text.stage_rows import heldout_rows
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
 
-FLOAT, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
+FLOAT, HALF, INT8 = "onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"
+PRECISION: dict[str, Precision] = {FLOAT: "float32", HALF: "float16", INT8: "int8"}
 ROWS, PIECES = 64, 128  # shape of the comparison's batch; timed rows have PIECES too
+CALIBRATION_ROWS = 16  # more rows on which the scales of int8 are measured
 CHECK_ROWS = 4  # rows per forward pass; few, because logits of all pieces are large
 BOUND = 1e-4  # maximum difference of float32 from torch, relative to the largest value
 # Passages of eleven books of the public domain, to compare on if no corpus is given.
@@ -63,12 +68,13 @@ class Session:
         self._session = onnxruntime.InferenceSession(
             file, options, providers=["CPUExecutionProvider"]
         )
-        self.outputs = [output.name for output in self._session.get_outputs()]
+        self.inputs = [value.name for value in self._session.get_inputs()]
+        self.outputs = [value.name for value in self._session.get_outputs()]
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Any:
         """Integer inputs [B, T] -> outputs by name."""
-        inputs = zip(INPUTS, (input_ids, attention_mask, token_type_ids), strict=True)
-        results = self._session.run(None, {name: x.long().numpy() for name, x in inputs})
+        values = dict(zip(INPUTS, (input_ids, attention_mask, token_type_ids), strict=True))
+        results = self._session.run(None, {n: values[n].long().numpy() for n in self.inputs})
         return {n: torch.from_numpy(x) for n, x in zip(self.outputs, results, strict=True)}
 
     def milliseconds(self, config: ModelConfig, seconds: float = 0.4) -> float:
@@ -90,7 +96,11 @@ class Session:
 
 
 def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
-    """Masked rows of a corpus's held-out text, or of SAMPLE."""
+    """Masked rows of a corpus's held-out text, or of SAMPLE: ROWS to compare on, then more.
+
+    The others, CALIBRATION_ROWS, are for the scales of int8.
+    """
+    count = ROWS + CALIBRATION_ROWS
     pairs = 0.5 if config.type_vocab_size > 1 else 0.0
     row = RowConfig(length=min(PIECES, config.max_position_embeddings), pair_prob=pairs)
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,8 +119,8 @@ def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
         cut = opened.segment(vocab)
         if "[MASK]" not in vocab.ids:  # a classifier's vocabulary: mask nothing
             rows = Rows(opened.heldout, student=cut, T=row.length, mask_prob=0, pair_prob=pairs)
-            return rows.read(0, ROWS)
-        return heldout_rows(opened, cut, row).read(0, ROWS)
+            return rows.read(0, count)
+        return heldout_rows(opened, cut, row).read(0, count)
 
 
 class Comparison:
@@ -129,14 +139,14 @@ class Comparison:
         self,
         model: MaskedLM,
         vocab: Vocab,
-        batch: Batch,
+        batch: DeviceBatch,
         head: bool,
         labels: LabelHead | None,
         pooling: Pooling,
     ) -> None:
         self._model, self._head, self._labels = model.eval(), head, labels
         self._pooling = pooling
-        inputs = DeviceBatch.of(batch, torch.device("cpu"))
+        inputs = batch
         B, T = batch.input_ids.shape
         shortest = T // 2
         lengths = T - torch.arange(B) * 7 % (T - shortest + 1)
@@ -158,10 +168,15 @@ class Comparison:
             By output, `largest`: the largest difference relative to the largest value, and `error`:
             the RMS of the difference relative to that of the value. If the outputs rank pieces or
             labels, `same_top1`: the share for which both have the same first choice; for pieces
-            also `right` and `right_torch`: the accuracies of both.
+            also `right` and `right_torch`: the accuracies of both. Of sentence embeddings
+            `same_neighbour`: the share of rows whose nearest other row is the same.
+            `alone`: the largest difference between a row's outputs alone and among padded rows,
+            relative to the largest value.
         """
         sums = {name: [0.0] * 4 for name in session.outputs}
         chosen = same = right = right_torch = 0
+        embeddings: tuple[list[Tensor], list[Tensor]] = [], []
+        alone = 0.0
         for first in range(0, len(self._ids), CHECK_ROWS):
             rows = slice(first, first + CHECK_ROWS)
             ids, mask, types = self._ids[rows], self._mask[rows], self._types[rows]
@@ -170,6 +185,11 @@ class Comparison:
                 embedded = self._model.embeddings(ids, types)
                 self._hidden[first] = self._model.encoder(embedded, mask)
             expected = self._outputs(self._hidden[first], mask, session.outputs)
+            if OUTPUTS["pooled"] in outputs:
+                for found, values in zip(embeddings, (outputs, expected), strict=True):
+                    found.append(values[OUTPUTS["pooled"]])
+            if first == 0:
+                alone = self._alone(session, outputs, (ids, mask, types))
             for name, total in sums.items():
                 a, b = outputs[name], expected[name]
                 if not self._of_text(name):
@@ -196,13 +216,31 @@ class Comparison:
         result: dict[str, Any] = {
             "largest": {name: t[0] / max(t[1], 1e-30) for name, t in sums.items()},
             "error": {name: math.sqrt(t[2] / max(t[3], 1e-30)) for name, t in sums.items()},
+            "alone": alone,
         }
+        if embeddings[0]:
+            ours, torchs = (_neighbours(torch.cat(found)) for found in embeddings)
+            result["same_neighbour"] = float((ours == torchs).double().mean())
         if chosen:
             result["masked" if self._labels is None else "labels"] = chosen
             result["same_top1"] = same / chosen
             if self._labels is None:
                 result |= {"right": right / chosen, "right_torch": right_torch / chosen}
         return result
+
+    def _alone(
+        self, session: Session, together: dict[str, Tensor], inputs: tuple[Tensor, ...]
+    ) -> float:
+        """The largest difference of rows that run one by one, without padding."""
+        worst = 0.0
+        for i, length in enumerate(inputs[1].sum(1).tolist()):
+            for name, values in session(*(x[i : i + 1, :length] for x in inputs)).items():
+                beside = together[name][i : i + 1]
+                if not self._of_text(name):
+                    beside = beside[:, :length]
+                largest = float(beside.abs().max())
+                worst = max(worst, float((values - beside).abs().max()) / max(largest, 1e-30))
+        return worst
 
     def _of_text(self, name: str) -> bool:
         """Whether an output has one value per text instead of one per piece."""
@@ -238,7 +276,56 @@ class Comparison:
         return self._model.logits(self._model.head(outputs[OUTPUTS["hidden"]][row, place]))
 
 
+def _neighbours(embeddings: Tensor) -> Tensor:
+    """The number of the nearest other row by cosine, [B, H] -> [B]."""
+    unit = torch.nn.functional.normalize(embeddings.double(), dim=-1)
+    return (unit @ unit.T).fill_diagonal_(-2).argmax(-1)
+
+
 # ---- the verb ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a smaller file must keep of the model's outputs; None: anything is written."""
+
+    max_error: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("max-error", self.max_error), ("min-agreement", self.min_agreement)):
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"--{name} is {value}, expected a share between 0 and 1")
+
+    def check(self, file: str, result: dict[str, Any]) -> None:
+        """Raises InputError if a comparison's result is not good enough."""
+        name, worst = max(result["error"].items(), key=lambda item: item[1])
+        if self.max_error is not None and not worst <= self.max_error:
+            raise InputError(
+                f"{file}: {name} differs from torch's by {worst:.2%} (RMS), more than --max-error "
+                f"{self.max_error:.2%}; nothing was written"
+            )
+        if self.min_agreement is None:
+            return
+        shares = {
+            what: result[key]
+            for key, what in (
+                ("same_top1", "the same first choice"),
+                ("same_neighbour", "the same nearest neighbour"),
+            )
+            if key in result
+        }
+        if not shares:
+            raise InputError(
+                f"--min-agreement: the outputs {', '.join(result['error'])} of this model rank "
+                "nothing that could agree; use --max-error"
+            )
+        what, least = min(shares.items(), key=lambda item: item[1])
+        if not least >= self.min_agreement:
+            raise InputError(
+                f"{file}: {least:.1%} have {what} as in torch, fewer than --min-agreement "
+                f"{self.min_agreement:.1%}; nothing was written"
+            )
 
 
 def run_export(
@@ -246,7 +333,10 @@ def run_export(
     out: Path,
     *,
     heads: Sequence[str] = (),
+    inputs: Sequence[str] = (),
     int8: bool = False,
+    float16: bool = False,
+    gate: Gate | None = None,
     cased: bool = False,
     corpus: Path | None = None,
     overwrite: bool = False,
@@ -256,6 +346,9 @@ def run_export(
     Args:
         name: a name for mvbert.model.huggingface.find_model, e.g. a BERT's folder or a run folder.
         heads: keys of OUTPUTS; empty: logits if the model has a label head, else hidden states.
+            Sentence embeddings come with the hidden states.
+        inputs: INPUTS, or the first two; empty: two if the model knows one token type, else three.
+        gate: what int8 and float16 must keep.
         cased: treat its vocabulary as cased, whatever the folder says.
         corpus: compare on its held-out text.
 
@@ -266,6 +359,9 @@ def run_export(
     """
     onnxruntime = load_onnx()[1]
     progress = Progress("export")
+    files = [FLOAT, *[HALF] * float16, *[INT8] * int8]
+    if gate is not None and len(files) == 1:
+        raise InputError("--max-error and --min-agreement need --int8 or --float16")
     folder = huggingface.find_model(name)
     for path in (folder, corpus):  # `out` is replaced as a whole
         if path is not None and path.resolve().is_relative_to(out.resolve()):
@@ -280,9 +376,11 @@ def run_export(
     if not heads:
         heads = ["hidden"] if labels is None else ["logits"]
         progress.note(f"outputs: {heads[0]} (default; see --head)")
-    heads = [key for key in OUTPUTS if key in heads]
-    if "pooled" in heads:
+    if "pooled" in heads:  # what other programs look for in a sentence encoder
+        heads = [*heads, "hidden"]
         progress.note(f"sentence_embedding: {pooling}")
+    heads = [key for key in OUTPUTS if key in heads]
+    inputs = _checked_inputs(inputs, shape)
     for note in (vocab.doubt, weights.unread()):
         if note:
             progress.note(note)
@@ -292,12 +390,22 @@ def run_export(
             "answering, so there are no logits"
         )
     rows = real_rows(vocab, model.config, corpus)
-    compare = Comparison(model, vocab, rows, head, labels, pooling)
-    files: dict[str, Json] = {}
+    compared, sample = (
+        DeviceBatch.of(rows, torch.device("cpu"), part) for part in (slice(ROWS), slice(ROWS, None))
+    )
+    if INPUTS[2] not in inputs:
+        for part in (compared, sample):
+            part.token_type_ids.zero_()
+    compare = Comparison(model, vocab, compared, head, labels, pooling)
+    largest = None
+    if int8:
+        counts = torch.ones_like(sample.input_ids, dtype=torch.bool)
+        largest = largest_inputs(model, sample.input_ids, counts, sample.token_type_ids)
+    report: dict[str, Json] = {}
     with atomic_folder(out, overwrite=overwrite) as partial:
         (partial / "onnx").mkdir()
-        for file in [FLOAT, INT8] if int8 else [FLOAT]:
-            data = to_onnx(model, heads, file == INT8, labels, pooling)
+        for file in files:
+            data = to_onnx(model, heads, PRECISION[file], labels, pooling, largest, inputs)
             atomic_write(partial / file, data)
             session = Session(data)
             result = compare(session)
@@ -310,9 +418,16 @@ def run_export(
                     f"torch's by {worst:.1e} of the largest value, more than {BOUND:.0e}; "
                     "nothing was written"
                 )
+            if not math.isfinite(worst):
+                raise InputError(
+                    f"{file}: outputs are not finite, because the model's values exceed what "
+                    f"{PRECISION[file]} holds; nothing was written"
+                )
+            if gate is not None and file != FLOAT:
+                gate.check(file, result)
             result |= {"bytes": len(data), "milliseconds": session.milliseconds(model.config)}
             progress.note(_summary(file, result))
-            files[file] = {
+            report[file] = {
                 key: _rounded(value) if isinstance(value, dict) else value
                 for key, value in _rounded(result).items()
             }
@@ -324,11 +439,24 @@ def run_export(
     return {
         "output": str(out),
         "model": str(folder),
+        "inputs": [*inputs],
         "outputs": session.outputs,
-        "files": files,
+        "files": report,
         "checked_on": str(corpus) if corpus is not None else "documentation strings of Python",
         "onnxruntime": onnxruntime.__version__,
     }
+
+
+def _checked_inputs(inputs: Sequence[str], shape: ModelConfig) -> tuple[str, ...]:
+    """The graph's inputs in order."""
+    if not inputs:
+        return INPUTS if shape.type_vocab_size > 1 else INPUTS[:2]
+    if {*inputs} not in ({*INPUTS}, {*INPUTS[:2]}):
+        raise InputError(
+            f"--inputs is {' '.join(inputs)}; expected {' '.join(INPUTS[:2])}, with or without "
+            f"{INPUTS[2]}"
+        )
+    return tuple(name for name in INPUTS if name in inputs)
 
 
 def _summary(file: str, result: dict[str, Any]) -> str:
@@ -340,7 +468,14 @@ def _summary(file: str, result: dict[str, Any]) -> str:
         worst = max(result["largest"].values())
         return f"{text}; differs from torch by {worst:.1e} of the largest value"
     for name, error in result["error"].items():
-        text += f"; {name} differs by {error:.1%} (RMS)"
+        text += (
+            f"; {name} differs by {error:.2g} (RMS)"
+            if error < 0.005
+            else (f"; {name} differs by {error:.1%} (RMS)")
+        )
+    text += f"; alone and among padded rows by {result['alone']:.1e}"
+    if "same_neighbour" in result:
+        text += f"; same nearest neighbour for {result['same_neighbour']:.1%}"
     if "masked" in result:
         text += (
             f"; same top-1 piece for {result['same_top1']:.1%} of {result['masked']} masked ones, "

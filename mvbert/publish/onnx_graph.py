@@ -1,17 +1,20 @@
 """Builds the ONNX graph of a BERT, in float32 or int8, from standard operators.
 
 Query, key and value are one matrix product; the word table is one tensor, used for the embeddings
-and, where tied, for the logits. In int8 each row of a table and each column of a matrix has its own
-scale, and inputs of matrices are quantised dynamically (DynamicQuantizeLinear). docs/export.md has
-the reasons, with measurements.
+and, where tied, for the logits.
+
+In int8 each row of a table and each column of a matrix has its own scale. What goes into a matrix
+is quantised so that a text's outputs do not depend on padding or on other texts: after a LayerNorm
+and after attention with one constant scale, measured on sample rows; elsewhere with a scale per
+row. Zero stays exactly zero. docs/export.md has the reasons, with measurements.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +32,13 @@ OPSET, IR_VERSION = 17, 8
 # With more than 7 bits, sums of two products of weights and 8-bit inputs can overflow the 16 bits
 # that x86 without VNNI uses. Tables that are only looked up have no products.
 MATRIX_BITS, TABLE_BITS = 7, 8
+
+# Inputs are stored as value / scale + zero in 0..255.
+SYMMETRIC, AFTER_ACTIVATION = 128, 15  # zeros
+MARGIN = 1.2  # of constant scales above the largest value measured
+LOWEST = {"gelu": -0.1701, "gelu_new": -0.1701, "silu": -0.2785, "relu": 0.0}  # rounded down
+
+Precision = Literal["float32", "float16", "int8"]
 
 
 def load_onnx() -> tuple[ModuleType, ModuleType]:
@@ -48,13 +58,14 @@ def load_onnx() -> tuple[ModuleType, ModuleType]:
 class _Graph:
     """Builds a graph; a call adds a node and returns the names of its outputs."""
 
-    def __init__(self, int8: bool) -> None:
+    def __init__(self, precision: Precision) -> None:
         self._helper = load_onnx()[0].helper
-        self.int8 = int8
+        self.int8 = precision == "int8"
+        self.dtype: type = np.float16 if precision == "float16" else np.float32
         self._nodes: list[Any] = []
         self._tensors: list[Any] = []
         self._count = 0
-        self._quantised: dict[str, tuple[str, str, str]] = {}
+        self._one: str | None = None
 
     def __call__(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
         names = [f"v{self._count + i}" for i in range(outputs)]
@@ -62,18 +73,19 @@ class _Graph:
         self._nodes.append(self._helper.make_node(operator, inputs, names, **attributes))
         return names[0] if outputs == 1 else tuple(names)
 
-    def constant(self, value: Any, dtype: type = np.float32) -> str:
-        array: np.ndarray = np.ascontiguousarray(value, dtype)
+    def constant(self, value: Any, dtype: type | None = None) -> str:
+        array: np.ndarray = np.ascontiguousarray(value, dtype or self.dtype)
         name = f"c{len(self._tensors)}"
         tensor = load_onnx()[0].numpy_helper.from_array(array.reshape(np.shape(value)), name)
         self._tensors.append(tensor)
         return name
 
-    def floats(self, x: str) -> str:
-        return self("Cast", x, to=load_onnx()[0].TensorProto.FLOAT)
+    def floats(self, x: str, dtype: type | None = None) -> str:
+        to = self._helper.np_dtype_to_tensor_dtype(np.dtype(dtype or self.dtype))
+        return self("Cast", x, to=to)
 
     def table(self, rows: np.ndarray, bits: int) -> tuple[str, ...]:
-        """Adds a table [V, H] for look-ups: float32, or int8 and scales [V, 1]."""
+        """Adds a table [V, H] for look-ups: floats, or int8 and scales [V, 1]."""
         if not self.int8:
             return (self.constant(rows),)
         values, scales = quantised(rows, bits)
@@ -84,25 +96,76 @@ class _Graph:
         parts = [self(operator, part, *indices) for part in table]
         return parts[0] if len(parts) == 1 else self("Mul", self.floats(parts[0]), parts[1])
 
-    def linear(self, x: str, weight: np.ndarray, bias: np.ndarray) -> str:
-        """x W^T + b for a weight [out, in]."""
+    def linear(
+        self,
+        x: str,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        scale: float | None = None,
+        lowest: float | None = None,
+    ) -> str:
+        """x W^T + b for a weight [out, in]; `scale` and `lowest` as in `product`."""
         if not self.int8:
             return self.product(x, (self.constant(weight.T),), bias)
         values, scales = quantised(weight, MATRIX_BITS)
         matrix = self.constant(values.T, np.int8), self.constant(scales[:, 0])
-        return self.product(x, matrix, bias)
+        return self.product(x, matrix, bias, scale, lowest)
 
-    def product(self, x: str, matrix: tuple[str, ...], bias: np.ndarray) -> str:
-        """x M + b for a matrix [in, out]: float32, or int8 and scales [out]."""
+    def product(
+        self,
+        x: str,
+        matrix: tuple[str, ...],
+        bias: np.ndarray,
+        scale: float | None = None,
+        lowest: float | None = None,
+    ) -> str:
+        """x M + b for a matrix [in, out]: floats, or int8 and scales [out].
+
+        Args:
+            scale: quantise x in int8 with this scale; None: with a scale per row.
+            lowest: x is never below it, which leaves more steps to what is above zero.
+        """
         if len(matrix) == 1:
             return self("Add", self("MatMul", x, *matrix), self.constant(bias))
-        if x not in self._quantised:
-            self._quantised[x] = self("DynamicQuantizeLinear", x, outputs=3)
-        values, scale, zero = self._quantised[x]
-        # The pattern of four nodes that ONNX Runtime fuses into one.
+        of_row: str | None = None
+        if scale is not None:
+            zero = self.constant(SYMMETRIC, np.uint8)
+            values = self("QuantizeLinear", x, self.constant(scale), zero)
+        else:
+            values, of_row, zero, scale = self._quantised_rows(x, lowest)
+        # The pattern of nodes that ONNX Runtime fuses into one; it multiplies the constants before.
+        scales = self("Mul", self.constant(scale), matrix[1])
         sums = self("MatMulInteger", values, matrix[0], zero, self.constant(0, np.int8))
-        scaled = self("Mul", self.floats(sums), self("Mul", scale, matrix[1]))
-        return self("Add", scaled, self.constant(bias))
+        y = self("Mul", self.floats(sums), self("Mul", self._variable_one(), scales))
+        if of_row is not None:
+            y = self("Mul", y, of_row)
+        return self("Add", y, self.constant(bias))
+
+    def _quantised_rows(self, x: str, lowest: float | None) -> tuple[str, str, str, float]:
+        """Quantises x [.., in]: x = (values - zero) * scale * of_row, of_row [.., 1].
+
+        Returns:
+            values, of_row, zero, scale.
+        """
+        zero, magnitudes, floor = SYMMETRIC, self("Abs", x) if lowest is None else x, 1e-30
+        if lowest is not None:
+            zero = AFTER_ACTIVATION if lowest < 0 else 0
+        steps = 255 - zero
+        if lowest:  # large enough that `lowest` is not clipped
+            floor = -lowest * steps / zero
+        of_row = self("ReduceMax", magnitudes, axes=[-1], keepdims=1)
+        of_row = self("Max", of_row, self.constant(floor))
+        shares = self("Mul", x, self("Reciprocal", of_row))
+        zero_name = self.constant(zero, np.uint8)
+        values = self("QuantizeLinear", shares, self.constant(1 / steps), zero_name)
+        return values, of_row, zero_name, 1 / steps
+
+    def _variable_one(self) -> str:
+        """1, computed, so that ONNX Runtime fuses products with it before it folds constants."""
+        if self._one is None:
+            size = self("Size", INPUTS[0])
+            self._one = self.floats(self("Min", size, self.constant(1, np.int64)))
+        return self._one
 
     def norm(self, x: str, weight: np.ndarray, bias: np.ndarray, eps: float) -> str:
         parameters = self.constant(weight), self.constant(bias)
@@ -122,16 +185,19 @@ class _Graph:
             inner = self("Tanh", scaled)
         return self("Mul", self("Mul", x, self("Add", inner, one)), half)
 
-    def model(self, outputs: dict[str, tuple[str, list[str | int]]]) -> bytes:
-        """Serialises the model; `outputs` maps each name to its value and shape."""
+    def model(
+        self, inputs: Sequence[str], outputs: dict[str, tuple[str, list[str | int]]]
+    ) -> bytes:
+        """Serialises the model; `outputs` maps each name to its value, floats, and its shape."""
         onnx, helper = load_onnx()[0], self._helper
         for name, (value, _) in outputs.items():
-            self._nodes.append(helper.make_node("Identity", [value], [name]))
+            to = onnx.TensorProto.FLOAT
+            self._nodes.append(helper.make_node("Cast", [value], [name], to=to))
         int64, float_ = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
         graph = helper.make_graph(
             self._nodes,
             "bert",
-            [helper.make_tensor_value_info(n, int64, ["batch", "length"]) for n in INPUTS],
+            [helper.make_tensor_value_info(n, int64, ["batch", "length"]) for n in inputs],
             [helper.make_tensor_value_info(n, float_, shape) for n, (_, shape) in outputs.items()],
             self._tensors,
         )
@@ -153,19 +219,50 @@ def quantised(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(weight / scales).astype(np.int8), scales.astype(np.float32)
 
 
+def smoothed(largest: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float]:
+    """Moves range between the input channels of a matrix, so that one scale suits them all.
+
+    SmoothQuant (Xiao et al. 2022, arXiv 2211.10438) with exponent 0.5: x / c has the channels'
+    ranges nearer to each other, and W c those of the weights.
+
+    Args:
+        largest: [in], the largest absolute value of every channel of x.
+        weight: [out, in].
+
+    Returns:
+        c [in], and the scale for x / c.
+    """
+    weights = np.abs(weight).max(0)
+    usable = (largest > 1e-5) & (weights > 1e-5)
+    ratio = np.sqrt(largest[usable] / weights[usable], dtype=np.float32)
+    channels = np.ones(len(largest), np.float32)
+    if len(ratio):
+        channels[usable] = ratio / np.exp(np.log(ratio).mean())
+    return channels, constant_scale(largest / channels)
+
+
+def constant_scale(largest: np.ndarray) -> float:
+    """The scale for inputs whose channels' largest absolute values are `largest`."""
+    return max(float(largest.max()), 1e-20) * MARGIN / (SYMMETRIC - 1)
+
+
 def _pooled(graph: _Graph, pooling: Pooling, hidden: str, counts: str) -> str:
-    """Adds the pooling of hidden states [B, T, H] with weights `counts` [B, T]."""
-    one, two = (graph.constant((n,), np.int64) for n in (1, 2))
-    each = graph("Unsqueeze", counts, two)
+    """Adds the pooling of hidden states [B, T, H] with weights `counts` [B, T], both float32."""
     if pooling.mode == "cls":
         x = graph("Gather", hidden, graph.constant(0, np.int64), axis=1)
     elif pooling.mode == "max":
+        each = graph("Unsqueeze", counts, graph.constant((2,), np.int64))
         absent = graph("Mul", graph("Sub", graph.constant(1.0), each), graph.constant(-1e9))
         x = graph(
             "ReduceMax", graph("Add", graph("Mul", hidden, each), absent), axes=[1], keepdims=0
         )
     else:
-        total = graph("ReduceSum", graph("Mul", hidden, each), one, keepdims=0)
+        # A product, because its sums do not depend on how many zeros follow, as ReduceSum's do;
+        # of two equal rows, because ONNX Runtime adds up differently where there is only one.
+        one = graph.constant((1,), np.int64)
+        twice = graph("Unsqueeze", counts, one)
+        total = graph("MatMul", graph("Concat", twice, twice, axis=1), hidden)
+        total = graph("Gather", total, graph.constant(0, np.int64), axis=1)
         count = graph("Max", graph("ReduceSum", counts, one), graph.constant(1.0))
         if pooling.mode == "mean_sqrt_len_tokens":
             count = graph("Sqrt", count)
@@ -186,23 +283,30 @@ def _pooled(graph: _Graph, pooling: Pooling, hidden: str, counts: str) -> str:
 def to_onnx(
     model: MaskedLM,
     heads: Sequence[str] = ("hidden",),
-    int8: bool = False,
+    precision: Precision = "float32",
     labels: LabelHead | None = None,
     pooling: Pooling | None = None,
+    largest: Mapping[str, np.ndarray] | None = None,
+    inputs: Sequence[str] = INPUTS,
 ) -> bytes:
     """Converts a model to an ONNX file.
 
     Args:
         heads: outputs, keys of OUTPUTS: hidden states [B, T, H]; sentence embeddings [B, width];
             logits over labels, if `labels` is given, else over the vocabulary [B, T, V].
-        int8: quantise weights and tables to int8, except those of `labels`.
+        precision: float16 computes in float16, pooling apart; int8 stores weights and tables in
+            int8, except those of `labels`, and multiplies them as integers. Outputs are float32.
         labels: the label head, if any.
         pooling: makes the sentence embeddings; None for the mean.
+        largest: for int8, what `calibration.largest_inputs` measured.
+        inputs: INPUTS, or without the last one: then all pieces are of the first token type.
 
     Raises:
         InputError: the file would be larger than ONNX allows.
     """
-    config, graph = model.config, _Graph(int8)
+    if precision == "int8" and largest is None:
+        raise ValueError("an int8 graph needs the largest inputs of its products")
+    config, graph = model.config, _Graph(precision)
     value = {n: p.detach().cpu().float().numpy() for n, p in model.named_parameters()}
     if sum(array.nbytes for array in value.values()) >= 2**31:
         raise InputError("a model of 2 GB or more does not fit one ONNX file")
@@ -213,7 +317,12 @@ def to_onnx(
         return graph.constant(numbers, np.int64)
 
     def linear(x: str, name: str) -> str:
-        return graph.linear(x, value[f"{name}.weight"], value[f"{name}.bias"])
+        """A linear layer after a LayerNorm."""
+        weight, scale = value[f"{name}.weight"], None
+        if graph.int8 and largest is not None:
+            channels, scale = smoothed(largest[name], weight)
+            x, weight = graph("Mul", x, graph.constant(1 / channels)), weight * channels
+        return graph.linear(x, weight, value[f"{name}.bias"], scale)
 
     def norm(x: str, name: str) -> str:
         return graph.norm(x, value[f"{name}.weight"], value[f"{name}.bias"], eps)
@@ -221,26 +330,39 @@ def to_onnx(
     scored = "logits" in heads and labels is None and config.tie_word_embeddings
     bits = MATRIX_BITS if scored else TABLE_BITS
     word = graph.table(value["embeddings.word.weight"], bits)
-    position = graph.table(value["embeddings.position.weight"], TABLE_BITS)
-    token_type = graph.constant(value["embeddings.token_type.weight"])
+    position_rows, type_rows = (value[f"embeddings.{n}.weight"] for n in ("position", "token_type"))
+    if types not in inputs:
+        position_rows = position_rows + type_rows[:1]
+    position = graph.table(position_rows, TABLE_BITS)
     length = graph("Slice", graph("Shape", ids), whole(1), whole(2))
-    rows = graph("Add", graph.rows(word, "Gather", ids), graph("Gather", token_type, types))
+    rows = graph.rows(word, "Gather", ids)
+    if types in inputs:
+        rows = graph("Add", rows, graph("Gather", graph.constant(type_rows), types))
     rows = graph("Add", rows, graph.rows(position, "Slice", whole(0), length, whole(0)))
     hidden = norm(rows, "embeddings.norm")
 
-    counts = graph.floats(mask)
     # A large number instead of infinity, so that a row without pieces does not give NaN.
-    absent = graph("Mul", graph("Sub", graph.constant(1.0), counts), graph.constant(-1e9))
-    absent = graph("Unsqueeze", absent, whole(1, 2))
+    large = -3e4 if precision == "float16" else -1e9
+    absent = graph("Sub", graph.constant(1.0), graph.floats(mask))
+    absent = graph("Unsqueeze", graph("Mul", absent, graph.constant(large)), whole(1, 2))
     split_heads, merge_heads = whole(0, 0, A, H // A), whole(0, 0, H)
     # Labels of a text depend on its first piece only, so the last layer computes no other.
     first_only = labels is not None and labels.of_text and list(heads) == ["logits"]
     for number in range(config.num_hidden_layers):
         layer = f"encoder.layers.{number}"
-        weight, bias = value[f"{layer}.qkv.weight"].copy(), value[f"{layer}.qkv.bias"].copy()
+        for part in ("weight", "bias"):
+            value[f"{layer}.qkv.{part}"] = value[f"{layer}.qkv.{part}"].copy()  # not the model's
+        weight, bias = value[f"{layer}.qkv.weight"], value[f"{layer}.qkv.bias"]
         weight[:H] *= (H // A) ** -0.5  # folds the scale of the scores into the weights
         bias[:H] *= (H // A) ** -0.5
-        qkv = graph.linear(hidden, weight, bias)
+        after, scale = value[f"{layer}.attention_output.weight"], None
+        if graph.int8 and largest is not None:
+            # What is moved from the attention's result is moved into the values' weights.
+            channels, scale = smoothed(largest[f"{layer}.attention_output"], after)
+            after = after * channels
+            weight[2 * H :] /= channels[:, None]
+            bias[2 * H :] /= channels
+        qkv = linear(hidden, f"{layer}.qkv")
         query, key, values = (
             graph("Transpose", graph("Reshape", part, split_heads), perm=order)
             for part, order in zip(
@@ -255,42 +377,58 @@ def to_onnx(
         scores = graph("Add", graph("MatMul", query, key), absent)
         context = graph("MatMul", graph("Softmax", scores, axis=-1), values)
         context = graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), merge_heads)
-        attended = linear(context, f"{layer}.attention_output")
+        attended = graph.linear(context, after, value[f"{layer}.attention_output.bias"], scale)
         hidden = norm(graph("Add", attended, hidden), f"{layer}.attention_norm")
         expanded = graph.activation(linear(hidden, f"{layer}.intermediate"), config.hidden_act)
-        contracted = linear(expanded, f"{layer}.output")
+        contracted = graph.linear(
+            expanded,
+            value[f"{layer}.output.weight"],
+            value[f"{layer}.output.bias"],
+            lowest=LOWEST[config.hidden_act],
+        )
         hidden = norm(graph("Add", contracted, hidden), f"{layer}.output_norm")
 
     outputs: dict[str, tuple[str, list[str | int]]] = {}
     if "hidden" in heads:
         outputs[OUTPUTS["hidden"]] = hidden, ["batch", "length", H]
-    if "pooled" in heads:
-        pooling = pooling or Pooling()
-        pooled = _pooled(graph, pooling, hidden, counts)
-        outputs[OUTPUTS["pooled"]] = pooled, ["batch", pooling.width(H)]
     if "logits" in heads and labels is not None:
-        x, shape = hidden, ["batch", "length"]
-        if labels.of_text:
-            first = graph("Gather", hidden, graph.constant(0, np.int64), axis=1)
-            x, shape = graph("Tanh", linear(first, "pooler")), ["batch"]
-        weight, bias = (p.detach().cpu().float().numpy() for p in labels.scores.parameters())
-        scores = graph.product(x, (graph.constant(weight.T),), bias)
-        if len(labels.outputs) == 1:
-            outputs[labels.outputs[0]] = scores, [*shape, len(bias)]
-        else:
-            for number, name in enumerate(labels.outputs):
-                one = graph.constant(number, np.int64)
-                outputs[name] = graph("Gather", scores, one, axis=-1), [*shape]
+        outputs |= _label_scores(graph, labels, hidden, value)
     elif "logits" in heads:
-        x = graph.activation(linear(hidden, "head.dense"), config.hidden_act)
+        x = norm(graph.activation(linear(hidden, "head.dense"), config.hidden_act), "head.norm")
         decoder = word
         if not config.tie_word_embeddings:
             decoder = graph.table(value["head.decoder"], MATRIX_BITS)
-        matrix = [
-            graph("Transpose", decoder[0], perm=[1, 0])
-        ]  # constant-folded when the file is opened
-        if int8:
+        # Constant-folded when the file is opened.
+        matrix = [graph("Transpose", decoder[0], perm=[1, 0])]
+        scale = None
+        if graph.int8 and largest is not None:
             matrix.append(graph("Reshape", decoder[1], whole(-1)))
-        scores = graph.product(norm(x, "head.norm"), tuple(matrix), value["head.bias"])
+            scale = constant_scale(largest["decoder"])
+        scores = graph.product(x, tuple(matrix), value["head.bias"], scale)
         outputs[OUTPUTS["logits"]] = scores, ["batch", "length", config.vocab_size]
-    return graph.model(outputs)
+    if "pooled" in heads:
+        pooling = pooling or Pooling()
+        graph.dtype = np.float32  # sums over a long text are too coarse in float16
+        pooled = _pooled(graph, pooling, graph.floats(hidden), graph.floats(mask))
+        outputs[OUTPUTS["pooled"]] = pooled, ["batch", pooling.width(H)]
+    ordered = {name: outputs[name] for name in OUTPUTS.values() if name in outputs}
+    return graph.model(inputs, ordered | outputs)
+
+
+def _label_scores(
+    graph: _Graph, labels: LabelHead, hidden: str, value: Mapping[str, np.ndarray]
+) -> dict[str, tuple[str, list[str | int]]]:
+    """Adds a label head, in floats; its outputs as _Graph.model takes them."""
+    x, shape = hidden, ["batch", "length"]
+    if labels.of_text:
+        first = graph("Gather", hidden, graph.constant(0, np.int64), axis=1)
+        pooled = graph.linear(first, value["pooler.weight"], value["pooler.bias"])
+        x, shape = graph("Tanh", pooled), ["batch"]
+    weight, bias = (p.detach().cpu().float().numpy() for p in labels.scores.parameters())
+    scores = graph.product(x, (graph.constant(weight.T),), bias)
+    if len(labels.outputs) == 1:
+        return {labels.outputs[0]: (scores, [*shape, len(bias)])}
+    return {
+        name: (graph("Gather", scores, graph.constant(number, np.int64), axis=-1), [*shape])
+        for number, name in enumerate(labels.outputs)
+    }

