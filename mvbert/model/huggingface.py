@@ -72,6 +72,8 @@ _LABEL_HEADS: dict[str, tuple[str, bool, list[str]]] = {
     "BertForTokenClassification": ("classifier", False, ["logits"]),
     "BertForQuestionAnswering": ("qa_outputs", False, ["start_logits", "end_logits"]),
 }
+# Before the names of labels of the text, in a token classifier that also has labels of words.
+INTENT = "intent:"
 _WITHOUT_LABELS = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertLMHeadModel")
 
 
@@ -320,9 +322,30 @@ def load_label_head(folder: Path, weights: Weights, config: ModelConfig) -> Labe
             f"{weights.place(f'{name}.weight')} of a {architecture} of hidden size "
             f"{config.hidden_size} is {tuple(weight.shape)}, its bias {tuple(bias.shape)}"
         )
-    head = LabelHead(config.hidden_size, len(weight), of_text, outputs)
+    intents = 0 if of_text or len(outputs) > 1 else _intents(folder, len(weight))
+    head = LabelHead(config.hidden_size, len(weight), of_text, outputs, intents)
     head.scores.load_state_dict({"weight": weight, "bias": bias})
     return head
+
+
+def _intents(folder: Path, labels: int) -> int:
+    """How many of a token classifier's labels are the text's: the last ones, named INTENT."""
+    named = read_json_object(folder / "config.json").get("id2label")
+    if not isinstance(named, dict):
+        return 0
+    of_text = [str(named.get(str(i))).startswith(INTENT) for i in range(labels)]
+    intents = sum(of_text)
+    if any(of_text[: labels - intents]):
+        raise InputError(
+            f"{folder / 'config.json'}: id2label has {INTENT!r} before the names of tags; expected "
+            "the labels of words first, then those of the text"
+        )
+    if intents == labels:
+        raise InputError(
+            f"{folder / 'config.json'}: id2label has {INTENT!r} before all names, so that no label "
+            'is of words; expected "architectures": ["BertForSequenceClassification"]'
+        )
+    return intents
 
 
 def _label_architecture(folder: Path, weights: Weights) -> str | None:

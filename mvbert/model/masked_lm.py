@@ -123,18 +123,34 @@ class LabelHead(nn.Module):
         labels: number of labels.
         of_text: whether labels are per text (from the pooled first piece) or per piece.
         outputs: "logits", or a name per label, which then has a separate output.
+        intents: the last so many labels, of a head of pieces, are the text's, scored at the first
+            piece alone, as in joint intent classification and slot filling (Chen, Zhuo and Wang
+            2019, arXiv 1902.10909).
     """
 
-    def __init__(self, hidden_size: int, labels: int, of_text: bool, outputs: list[str]) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        labels: int,
+        of_text: bool,
+        outputs: list[str],
+        intents: int = 0,
+    ) -> None:
         super().__init__()
         self.scores = nn.Linear(hidden_size, labels)
-        self.of_text, self.outputs = of_text, outputs
+        self.of_text, self.outputs, self.intents = of_text, outputs, intents
 
     def forward(self, model: MaskedLM, hidden: Tensor) -> dict[str, Tensor]:
-        """hidden [B, T, H] -> [B, labels] of a text; of pieces [B, T, labels], or [B, T] each."""
+        """hidden [B, T, H] -> [B, labels] of a text; of pieces [B, T, labels], or [B, T] each.
+
+        With intents: "logits" [B, T, labels - intents] and "intent_logits" [B, intents].
+        """
         if self.of_text:
             hidden = torch.tanh(model.pooler(hidden[:, 0]))
         scores = self.scores(hidden)
+        if self.intents:
+            tags = scores.shape[-1] - self.intents
+            return {"logits": scores[..., :tags], "intent_logits": scores[:, 0, tags:]}
         parts = [scores] if len(self.outputs) == 1 else scores.unbind(-1)
         return dict(zip(self.outputs, parts, strict=True))
 

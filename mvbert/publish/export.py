@@ -4,6 +4,7 @@
     OUT/onnx/model_fp16.onnx       float16
     OUT/onnx/model_quantized.onnx  int8
     OUT/config.json, vocab.txt, tokenizer.json, tokenizer_config.json
+    OUT/modules.json, 1_Pooling/ ...  for sentence-transformers, where a graph has embeddings
 
 transformers.js and Optimum look for these names.
 """
@@ -38,7 +39,7 @@ from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
 from mvbert.publish.calibration import largest_inputs
 from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, Precision, load_onnx, to_onnx
-from mvbert.publish.pooling import Pooling, read_pooling
+from mvbert.publish.pooling import Pooling, read_pooling, write_pooling
 from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.stage_rows import heldout_rows
@@ -50,6 +51,7 @@ PRECISION: dict[str, Precision] = {FLOAT: "float32", HALF: "float16", INT8: "int
 ROWS, PIECES = 64, 128  # shape of the comparison's batch; timed rows have PIECES too
 CALIBRATION_ROWS = 16  # more rows on which the scales of int8 are measured
 CHECK_ROWS = 4  # rows per forward pass; few, because logits of all pieces are large
+INTENTS = "intent_logits"  # of a joint model, beside the logits of its words
 BOUND = 1e-4  # maximum difference of float32 from torch, relative to the largest value
 # Passages of eleven books of the public domain, to compare on if no corpus is given.
 SAMPLE = Path(__file__).with_name("sample.txt")
@@ -169,12 +171,13 @@ class Comparison:
             the RMS of the difference relative to that of the value. If the outputs rank pieces or
             labels, `same_top1`: the share for which both have the same first choice; for pieces
             also `right` and `right_torch`: the accuracies of both. Of sentence embeddings
-            `same_neighbour`: the share of rows whose nearest other row is the same.
+            `same_neighbour`: the share of rows whose nearest other row is the same. Of a joint
+            model also `same_intent`: the share of rows with the same intent.
             `alone`: the largest difference between a row's outputs alone and among padded rows,
             relative to the largest value.
         """
         sums = {name: [0.0] * 4 for name in session.outputs}
-        chosen = same = right = right_torch = 0
+        chosen = same = right = right_torch = same_intent = 0
         embeddings: tuple[list[Tensor], list[Tensor]] = [], []
         alone = 0.0
         for first in range(0, len(self._ids), CHECK_ROWS):
@@ -200,6 +203,9 @@ class Comparison:
                 total[1] = float(np.maximum(total[1], float(b.abs().max())))
                 total[2] += float(difference.square().sum())
                 total[3] += float(b.double().square().sum())
+            if INTENTS in outputs:
+                intents = (values[INTENTS].argmax(-1) for values in (outputs, expected))
+                same_intent += int(torch.eq(*intents).sum())
             if not self._chooses(session.outputs):
                 continue
             here = (self._masked[0] >= first) & (self._masked[0] < rows.stop)
@@ -218,6 +224,8 @@ class Comparison:
             "error": {name: math.sqrt(t[2] / max(t[3], 1e-30)) for name, t in sums.items()},
             "alone": alone,
         }
+        if INTENTS in sums:
+            result["same_intent"] = same_intent / len(self._ids)
         if embeddings[0]:
             ours, torchs = (_neighbours(torch.cat(found)) for found in embeddings)
             result["same_neighbour"] = float((ours == torchs).double().mean())
@@ -245,7 +253,7 @@ class Comparison:
     def _of_text(self, name: str) -> bool:
         """Whether an output has one value per text instead of one per piece."""
         of_text = self._labels is not None and self._labels.of_text
-        return name == OUTPUTS["pooled"] or (name == OUTPUTS["logits"] and of_text)
+        return name in (OUTPUTS["pooled"], INTENTS) or (name == OUTPUTS["logits"] and of_text)
 
     def _outputs(self, hidden: Tensor, mask: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """The graph's outputs as torch computes them."""
@@ -311,6 +319,7 @@ class Gate:
             what: result[key]
             for key, what in (
                 ("same_top1", "the same first choice"),
+                ("same_intent", "the same intent"),
                 ("same_neighbour", "the same nearest neighbour"),
             )
             if key in result
@@ -434,7 +443,10 @@ def run_export(
         # Read and written, not copied: config.json may be a relative link.
         config = read_json_object(folder / "config.json")
         write_json(partial / "config.json", config | {"vocab_size": vocab.size})
-        save_tokenizer_files(vocab, partial, model.config.max_position_embeddings)
+        length = model.config.max_position_embeddings
+        save_tokenizer_files(vocab, partial, length)
+        if "pooled" in heads:
+            write_pooling(partial, pooling, shape.hidden_size, _max_length(folder, length))
         sync_folder(partial / "onnx")
     return {
         "output": str(out),
@@ -445,6 +457,13 @@ def run_export(
         "checked_on": str(corpus) if corpus is not None else "documentation strings of Python",
         "onnxruntime": onnxruntime.__version__,
     }
+
+
+def _max_length(folder: Path, positions: int) -> int:
+    """How many pieces of a text sentence-transformers reads in this folder."""
+    path = folder / "sentence_bert_config.json"
+    length = read_json_object(path).get("max_seq_length") if path.exists() else None
+    return min(length, positions) if isinstance(length, int) and length > 0 else positions
 
 
 def _checked_inputs(inputs: Sequence[str], shape: ModelConfig) -> tuple[str, ...]:
@@ -483,6 +502,8 @@ def _summary(file: str, result: dict[str, Any]) -> str:
         )
     if "labels" in result:
         text += f"; same label for {result['same_top1']:.1%} of {result['labels']}"
+    if "same_intent" in result:
+        text += f", same intent for {result['same_intent']:.1%} of the rows"
     return text
 
 

@@ -426,6 +426,16 @@ def _label_scores(
         x, shape = graph("Tanh", pooled), ["batch"]
     weight, bias = (p.detach().cpu().float().numpy() for p in labels.scores.parameters())
     scores = graph.product(x, (graph.constant(weight.T),), bias)
+    if labels.intents:
+        tags = len(bias) - labels.intents
+        ends = (graph.constant((n,), np.int64) for n in (0, tags, len(bias), 2))
+        start, middle, end, last = ends
+        first = graph("Gather", scores, graph.constant(0, np.int64), axis=1)
+        axis = graph.constant((1,), np.int64)
+        return {
+            "logits": (graph("Slice", scores, start, middle, last), [*shape, tags]),
+            "intent_logits": (graph("Slice", first, middle, end, axis), ["batch", labels.intents]),
+        }
     if len(labels.outputs) == 1:
         return {labels.outputs[0]: (scores, [*shape, len(bias)])}
     return {

@@ -1,7 +1,8 @@
 """Sentence embeddings as in sentence-transformers: pooling, dense layers, normalisation.
 
 Read from a folder's modules.json, in which sentence-transformers lists its modules in order; other
-modules are refused. The same computation as ONNX nodes is `_pooled` in onnx_graph.py.
+modules are refused. Written the same way beside exported graphs. The same computation as ONNX nodes
+is `_pooled` in onnx_graph.py.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvbert.errors import InputError
-from mvbert.files import read_json, read_json_object
-from mvbert.model.weights import read_weights
+from mvbert.files import Json, read_json, read_json_object, sync_folder, write_json
+from mvbert.model.huggingface import write_tensors
+from mvbert.model.weights import WEIGHTS, read_weights
 
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens")
 ACTIVATIONS = {"Identity": None, "Tanh": torch.tanh}
@@ -148,3 +150,58 @@ def _dense(folder: Path, width: int) -> Step:
         )
     bias = weights.read("linear.bias", (len(weight),)).float() if "linear.bias" in weights else None
     return Step(weight, bias, name)
+
+
+def write_pooling(folder: Path, pooling: Pooling, hidden_size: int, max_length: int) -> None:
+    """Writes the files by which sentence-transformers pools as `pooling` does.
+
+    Args:
+        folder: the model's, existing.
+        max_length: texts are cut to so many pieces.
+    """
+    kinds = ["Dense" if step.weight is not None else "Normalize" for step in pooling.steps]
+    parts = [f"{i}_{kind}" for i, kind in enumerate(["Pooling", *kinds], 1)]
+    modules: list[Json] = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(
+            zip(["", *parts], ["Transformer", "Pooling", *kinds], strict=True)
+        )
+    ]
+    write_json(folder / "modules.json", modules)
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": max_length, "do_lower_case": False},
+    )
+    keys = {
+        "cls": "cls_token",
+        "max": "max_tokens",
+        "mean": "mean_tokens",
+        "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    }
+    flags: dict[str, Json] = {
+        f"pooling_mode_{key}": mode == pooling.mode for mode, key in keys.items()
+    }
+    width = hidden_size
+    for path, step in zip(parts, [None, *pooling.steps], strict=True):
+        (folder / path).mkdir()
+        if step is None:
+            write_json(
+                folder / path / "config.json", {"word_embedding_dimension": hidden_size} | flags
+            )
+        elif step.weight is not None:
+            tensors = {"linear.weight": step.weight}
+            if step.bias is not None:
+                tensors["linear.bias"] = step.bias
+            write_tensors(folder / path / WEIGHTS, tensors)
+            module = {"Identity": "linear.Identity", "Tanh": "activation.Tanh"}[step.activation]
+            write_json(
+                folder / path / "config.json",
+                {
+                    "in_features": width,
+                    "out_features": len(step.weight),
+                    "bias": step.bias is not None,
+                    "activation_function": f"torch.nn.modules.{module}",
+                },
+            )
+            width = len(step.weight)
+        sync_folder(folder / path)

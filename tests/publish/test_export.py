@@ -21,6 +21,7 @@ from mvbert.config import ModelConfig
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.publish import export, onnx_graph
 from mvbert.publish.calibration import largest_inputs
+from mvbert.publish.pooling import read_pooling
 
 
 def bert(**changes) -> MaskedLM:
@@ -648,6 +649,15 @@ def test_pooling_is_what_modules_json_says(mode, pooled, training_inputs, tmp_pa
     found = exported(out, tokens)["sentence_embedding"]
     assert found.shape == (3, 7)
     assert distance(found, wanted) < 1e-5
+    assert report["outputs"] == ["last_hidden_state", "sentence_embedding"]
+    # The folder says so again, for sentence-transformers and for us.
+    assert [p.name for p in sorted(out.iterdir()) if p.is_dir()] == [
+        "1_Pooling", "2_Dense", "3_Normalize", "onnx"
+    ]  # fmt: skip
+    again = read_pooling(out, 32)
+    assert str(again) == str(read_pooling(tmp_path / "st", 32))
+    hidden = model(**tokens).last_hidden_state
+    assert distance(again(hidden, tokens["attention_mask"]), wanted) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -712,3 +722,44 @@ def test_a_classifier_without_a_mask_piece_is_exported(training_inputs, tmp_path
         file.unlink()
     command = ["eval", tmp_path / "mlm", "--corpus", training_inputs / "corpus", "--row.length", 16]
     refused(command, "vocab.txt has no [MASK], which masked language modelling needs")
+
+
+# ---- a joint model: words and text ---------------------------------------------------------------
+
+
+def joint(training_inputs, folder, names):
+    model, tokenizer = tuned(training_inputs, folder, "BertForTokenClassification", len(names))
+    change(folder, id2label={str(i): name for i, name in enumerate(names)},
+           label2id={name: i for i, name in enumerate(names)})  # fmt: skip
+    return model, tokenizer
+
+
+def test_a_joint_model_gives_slots_and_intent(training_inputs, tmp_path, verb):
+    names = ["O", "B-city", "I-city", "intent:weather", "intent:music"]
+    model, tokenizer = joint(training_inputs, tmp_path / "joint", names)
+    out = tmp_path / "out"
+    command = ["export", tmp_path / "joint", "-o", out, "--int8", "--float16"]
+    report, _ = verb(*command, "--corpus", training_inputs / "corpus")
+    assert report["outputs"] == ["logits", "intent_logits"]
+    tokens = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    on = tokens["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = model(**tokens).logits
+    for file, bound in (("model", 1e-5), ("model_fp16", 0.02), ("model_quantized", 0.2)):
+        session = export.Session(out / "onnx" / f"{file}.onnx")
+        found = session(tokens["input_ids"], on, tokens["token_type_ids"])
+        assert found["logits"].shape == (3, on.shape[1], 3)
+        assert found["intent_logits"].shape == (3, 2)
+        assert distance(found["logits"][on], wanted[on][:, :3]) < bound
+        assert distance(found["intent_logits"], wanted[:, 0, 3:]) < bound
+        facts = report["files"][f"onnx/{file}.onnx"]
+        assert facts["same_intent"] == 1 or "quantized" in file
+
+
+def test_names_of_a_joint_model_in_another_order_are_refused(training_inputs, tmp_path, refused):
+    for names, complaint in (
+        (["intent:a", "O", "B-x", "intent:b"], "before the names of tags"),
+        (["intent:a", "intent:b"], "no label is of words"),
+    ):
+        joint(training_inputs, tmp_path / "joint", names)
+        refused(["export", tmp_path / "joint", "-o", tmp_path / "out"], complaint)
