@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal
@@ -483,6 +483,9 @@ class ExportCommand:
     """Export a BERT to ONNX, in float32 and optionally int8, and compare it with torch.
 
     Example: mvbert export student --int8 -o onnx
+
+    With --wheel NAME, pack a model's folder, or an export, as a Python package instead.
+    Example: mvbert export student --wheel my-student --license Apache-2.0 -o dist
     """
 
     model: Positional[str]
@@ -507,10 +510,22 @@ class ExportCommand:
     """Refuse to write if a smaller share of first choices or nearest neighbours is as in torch."""
     corpus: Path | None = None
     """Compare on this corpus's held-out text (default: on passages of old books)."""
+    wheel: str | None = None
+    """Write NAME-VERSION-py3-none-any.whl into the output folder, with all files of the model's
+    folder, its licence and its card; `NAME.path()` is where they are once it is installed."""
+    version: str = "0.1.0"
+    """Version of the wheel."""
+    license: str | None = None
+    """SPDX identifier of the wheel's licence (default: the one in the model card)."""
     overwrite: bool = False
-    """Replace an existing folder."""
+    """Replace an existing folder, or an existing wheel."""
 
     def run(self) -> dict[str, Json]:
+        if self.wheel is not None:
+            return self._wheel(self.wheel)
+        for option in ("version", "license"):
+            if getattr(self, option) != getattr(ExportCommand, option):
+                raise InputError(f"--{option} is of a wheel; give --wheel NAME too")
         from mvbert.publish.export import Gate, run_export
 
         gated = self.max_error is not None or self.min_agreement is not None
@@ -524,6 +539,25 @@ class ExportCommand:
             float16=self.float16,
             gate=Gate(self.max_error, self.min_agreement) if gated else None,
             corpus=self.corpus,
+            overwrite=self.overwrite,
+        )
+
+    def _wheel(self, package: str) -> dict[str, Json]:
+        from mvbert.publish.wheel import run_wheel
+
+        kept = ("model", "out", "wheel", "version", "license", "overwrite")
+        for option in (option.name for option in fields(self) if option.name not in kept):
+            if getattr(self, option) != getattr(ExportCommand, option):
+                raise InputError(
+                    f"--{option.replace('_', '-')} is of ONNX files, and --wheel packs a folder as "
+                    "it is; export first, then pack the export"
+                )
+        return run_wheel(
+            self.model,
+            self.out,
+            package,
+            version=self.version,
+            licence=self.license,
             overwrite=self.overwrite,
         )
 

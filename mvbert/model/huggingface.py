@@ -22,7 +22,7 @@ from mvbert.config import ModelConfig, to_dict
 from mvbert.errors import InputError
 from mvbert.files import atomic_write, read_json_object, sync_file, write_error, write_json
 from mvbert.model.masked_lm import LabelHead, MaskedLM
-from mvbert.model.weights import WEIGHTS, Weights, read_weights
+from mvbert.model.weights import PYTORCH_WEIGHTS, WEIGHTS, Weights, read_weights
 from mvbert.text.hub import download, is_hub_name
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
@@ -128,6 +128,12 @@ def find_model(name: str, what: str = "model") -> Path:
     return _from_hub(name, what) if packaged is None else packaged
 
 
+_VOCABULARIES = {"vocab.txt", "tokenizer.json"}
+_WEIGHT_FILES = {
+    f"{name}{ending}" for name in (WEIGHTS, PYTORCH_WEIGHTS) for ending in ("", ".index.json")
+}
+
+
 def _packaged_model(name: str) -> Path | None:
     """The folder of an installed package's files that holds a model with a vocabulary."""
     try:
@@ -140,7 +146,7 @@ def _packaged_model(name: str) -> Path | None:
         if path.is_file():
             folders.setdefault(path.parent, set()).add(path.name)
     for folder, names in sorted(folders.items()):
-        if {"config.json", WEIGHTS, "vocab.txt"} <= names:
+        if "config.json" in names and names & _VOCABULARIES and names & _WEIGHT_FILES:
             return folder
     return None
 

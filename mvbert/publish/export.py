@@ -4,6 +4,7 @@
     OUT/onnx/model_fp16.onnx       float16
     OUT/onnx/model_quantized.onnx  int8
     OUT/config.json, vocab.txt, tokenizer.json, tokenizer_config.json
+    OUT/README.md, LICENSE         as in the model's folder
     OUT/modules.json, 1_Pooling/ ...  for sentence-transformers, where a graph has embeddings
 
 transformers.js and Optimum look for these names.
@@ -40,6 +41,7 @@ from mvbert.progress import Progress
 from mvbert.publish.calibration import largest_inputs
 from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, Precision, load_onnx, to_onnx
 from mvbert.publish.pooling import Pooling, read_pooling, write_pooling
+from mvbert.publish.wheel import LICENCE_FILE
 from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.stage_rows import heldout_rows
@@ -443,6 +445,10 @@ def run_export(
         # Read and written, not copied: config.json may be a relative link.
         config = read_json_object(folder / "config.json")
         write_json(partial / "config.json", config | {"vocab_size": vocab.size})
+        for file in folder.iterdir():  # the card and the licence stay with the model
+            carried = file.name == "README.md" or LICENCE_FILE.fullmatch(file.name)
+            if carried and file.is_file():
+                atomic_write(partial / file.name, file.read_bytes())
         length = model.config.max_position_embeddings
         save_tokenizer_files(vocab, partial, length)
         if "pooled" in heads:

@@ -340,7 +340,7 @@ def test_the_verb(training_inputs, tmp_path, verb, refused, assert_rounded):
     assert report["outputs"] == ["last_hidden_state", "logits"]
     assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {
         "onnx/model.onnx", "onnx/model_quantized.onnx", "config.json", "vocab.txt",
-        "tokenizer.json", "tokenizer_config.json",
+        "tokenizer.json", "tokenizer_config.json", "README.md",
     }  # fmt: skip
     for file, facts in report["files"].items():
         assert facts["bytes"] == (out / file).stat().st_size
