@@ -445,10 +445,10 @@ def run_export(
         # Read and written, not copied: config.json may be a relative link.
         config = read_json_object(folder / "config.json")
         write_json(partial / "config.json", config | {"vocab_size": vocab.size})
-        for file in folder.iterdir():  # the card and the licence stay with the model
-            carried = file.name == "README.md" or LICENCE_FILE.fullmatch(file.name)
-            if carried and file.is_file():
-                atomic_write(partial / file.name, file.read_bytes())
+        for path in folder.iterdir():  # the card and the licence stay with the model
+            carried = path.name == "README.md" or LICENCE_FILE.fullmatch(path.name)
+            if carried and path.is_file():
+                atomic_write(partial / path.name, path.read_bytes())
         length = model.config.max_position_embeddings
         save_tokenizer_files(vocab, partial, length)
         if "pooled" in heads:
