@@ -1,10 +1,10 @@
 """Size against latency: the student beside teachers of BERT's shapes, in usual runtimes.
 
 Hugging Face folders with random weights (speed and size do not depend on them), written by mvbert;
-the output is the hidden states of all positions; one thread on a CPU. Batches of 1 and 32 rows of 128
-pieces, and single rows of 16 and 32. The ONNX files are written by `mvbert export` for all shapes,
-beside what ONNX Runtime's own quantiser makes of the same float32 file. `megabytes` in the records
-is the size of the file that is loaded.
+the output is the hidden states of all positions; one thread on a CPU. Batches of 1 and 32 rows of
+128 pieces, and single rows of 16 and 32. The ONNX files are written by `mvbert export` for all
+shapes, beside what ONNX Runtime's own quantiser makes of the same float32 file. `megabytes` in the
+records is the size of the file that is loaded.
 """
 
 import math

@@ -236,7 +236,7 @@ def test_smoothing_leaves_the_product_and_balances_the_channels():
 
 
 @pytest.mark.slow
-def test_int8_of_a_trained_model(shared_data):
+def test_int8_of_a_trained_model():
     """A text alone and among others; the error is below that of ONNX Runtime's dynamic scheme."""
     try:
         from mvbert.model.huggingface import find_model, load_masked_lm, read_shape
