@@ -78,6 +78,7 @@ setup(
         "mvbert.text",
         "mvbert.model",
         "mvbert.training",
+        "mvbert.tasks",
         "mvbert.study",
         "mvbert.tasks",
         "mvbert.publish",

@@ -32,6 +32,7 @@ TITLES = {
     "kl": "Divergence of two linear layers, forward and backward",
     "relations": "Divergence of attention relations, forward and backward",
     "train_step": "Training step",
+    "finetune": "Fine-tuning",
     "inference": "Inference",
 }
 
