@@ -1,7 +1,7 @@
 """An epoch of fine-tuning on sentences of SST-2, against transformers' Trainer.
 
-The same BERT of 6 x 256, the same sentences, tokenized before the clock starts, 32 an update, AdamW,
-clipping, a linear schedule, dropout 0.1, on the same cores. Ours is what `mvbert finetune` does:
+The same BERT of 6 x 256, the same sentences, tokenized before the clock starts, 32 an update,
+AdamW, clipping, a linear schedule, dropout 0.1, on the same cores. Ours is what `mvbert finetune` does:
 batches of one length (mvbert.tasks.rows). `Trainer` pads each batch of a random order to its
 longest row, as its default collator does; `by length` has its group_by_length. On a CPU both are
 timed in float32 and in bfloat16: which is faster depends on the processor. Each provider runs in
@@ -23,7 +23,7 @@ from mvbert.model.huggingface import to_hugging_face
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, find_task, read_task
-from mvbert.tasks.loop import Run, Trainer
+from mvbert.tasks.loop import Run, Targets, Trainer, targets_of
 from mvbert.tasks.model import labels_of
 from mvbert.tasks.rows import make_rows
 from mvbert.tasks.score import Split
@@ -105,8 +105,9 @@ def ours(case: Case, device: str, dtype: str):
     few = Split(two, replace(rows, ids=rows.ids % VOCAB))
     config = FinetuneConfig(batch=(case.B,), lr=(LR,))
     labels = labels_of("classes", split.examples.labels, ())
+    where = Device.of(torch.device(device), dtype, "")
     trainer = Trainer(
-        task, labels, split, few, vocab, config, Device.of(torch.device(device), dtype, ""),
+        task, labels, split.rows, Targets(targets_of(labels, split)), few, vocab, config, where,
         Progress("bench", quiet=True),
     )  # fmt: skip
     return lambda x: trainer.fit(start(), Run(case.B, LR, 1, x["seed"])).loss

@@ -417,6 +417,16 @@ class FinetuneConfig:
     """Of matrices; biases and LayerNorm have none."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    teacher: str = ""
+    """A model fine-tuned on the same task, whose scores are learnt too: a folder."""
+    teacher_weight: float = 0.9
+    """Weight of the teacher's scores where there is a label; the label has the rest."""
+    temperature: float = 2.0
+    """Divides the scores of classes before they are compared."""
+    unlabelled: tuple[str, ...] = ()
+    """Further texts, which only the teacher labels: .txt with a text a line, or tables."""
+    augment: int = 0
+    """Variants of every training text with words sampled from MODEL's masked language model."""
     dropout: float = 0.1
     """Dropout of hidden states, attention and the label head's input."""
     length: int = 0
@@ -446,6 +456,14 @@ class FinetuneConfig:
             raise InputError(f"warmup must lie in [0, 1], got {self.warmup}")
         if not self.weight_decay >= 0:
             raise InputError(f"weight_decay must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.teacher_weight <= 1:
+            raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be above 0, got {self.temperature}")
+        if self.augment < 0:
+            raise InputError(f"augment must be 0 or more, got {self.augment}")
+        if (self.unlabelled or self.augment) and not self.teacher:
+            raise InputError("unlabelled and augment need a teacher, which labels the texts")
         if not self.clip > 0:
             raise InputError(f"clip must be above 0, got {self.clip}")
         _check_dropout(self.dropout)

@@ -6,6 +6,7 @@ runs.jsonl is a run that is done; the same command continues after it.
 
     OUT/finetune.json   settings and inputs, which must be the same to resume; dtype; the result
     OUT/runs.jsonl      one object per run
+    OUT/augmented.jsonl variants of the training texts, if they were asked for
     OUT/config.json ... the best run's model, a Hugging Face folder, when all runs are done
 """
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mvbert.config import FinetuneConfig, to_dict
@@ -40,18 +42,21 @@ from mvbert.model import huggingface
 from mvbert.model.flops import encoder_products, product_rates
 from mvbert.model.weights import weights_id
 from mvbert.progress import Progress
+from mvbert.tasks.augment import augmented
 from mvbert.tasks.card import task_card
 from mvbert.tasks.formats import Examples, Task, find_task, read_task
-from mvbert.tasks.loop import Fitted, Run, Trainer
+from mvbert.tasks.loop import IGNORED, Fitted, Run, Targets, Trainer, targets_of
 from mvbert.tasks.metrics import check_installed, has_spans
 from mvbert.tasks.model import Labels, labels_of, load_bert, load_task_model, write_task_model
-from mvbert.tasks.rows import check_room, make_rows
+from mvbert.tasks.rows import TaskRows, check_room, join_rows, make_rows
 from mvbert.tasks.score import Split, evaluate
+from mvbert.tasks.teacher import Teacher, cached_scores, keep_scores, read_unlabelled
 from mvbert.training.device import Device, choose_device, choose_dtype, keep_memory
 from mvbert.training.environment import environment
 from mvbert.training.runs import lock, make_folder
 
 DESCRIPTION, RUNS, KEPT = "finetune.json", "runs.jsonl", ".best"
+VARIANTS, SCORES = "augmented.jsonl", ".teacher.safetensors"
 
 # What may change when a job is continued: more seeds, and how it is computed.
 _LATER = ("seeds", "device", "threads", "dtype")
@@ -167,7 +172,7 @@ class _Job:
     ) -> None:  # fmt: skip
         self._folder, self._task, self._labels, self._out = folder, task, labels, out
         self._config, self._progress, self._cased = config, progress, cased
-        bert, self._vocab, _ = load_bert(folder, config.dropout, cased)
+        bert, self._vocab, head = load_bert(folder, config.dropout, cased)
         if self._vocab.doubt:
             progress.note(self._vocab.doubt)
         shape = bert.config
@@ -191,12 +196,20 @@ class _Job:
                 progress.note(f"{split}: {note}")
         self._splits = {split: Split(examples, rows[split]) for split, examples in splits.items()}
         self._settings = config.settings(task.epochs)
+        self._teacher, self._unlabelled = None, None
+        if config.teacher:
+            teacher = huggingface.find_model(config.teacher, "teacher")
+            self._teacher = Teacher(teacher, task, labels, progress), weights_id(teacher)
+        if config.unlabelled:
+            self._unlabelled = read_unlabelled(task, config.unlabelled)
+            progress.note(f"unlabelled: {len(self._unlabelled):,} texts")
+        if config.augment and not head:
+            raise InputError(
+                f"{folder} has no masked-language-model head, which augment samples words from"
+            )
         self._device = self._choose_device(shape)
         progress.note(f"device {self._device}; {torch.get_num_threads()} threads")
-        self._trainer = Trainer(
-            task, labels, self._splits["train"], self._splits["dev"], self._vocab, config,
-            self._device, progress,
-        )  # fmt: skip
+        self._trainer: Trainer | None = None  # made when a run is to be trained
 
     def _choose_device(self, shape: Any) -> Device:
         device = choose_device(self._config.device)
@@ -229,6 +242,8 @@ class _Job:
             "model": weights_id(self._folder),
             "cased": self._cased,
             **settings,
+            "teacher": self._teacher[1] if self._teacher else "",
+            "unlabelled_texts": len(self._unlabelled) if self._unlabelled else 0,
         }
         description = json.loads(json.dumps(description))
         path = self._out / DESCRIPTION
@@ -245,7 +260,7 @@ class _Job:
                     "another --out, or remove that folder"
                 )
             return read_json_object(path)
-        if any(p.name not in (".lock", KEPT) for p in self._out.iterdir()):
+        if any(not p.name.startswith(".") for p in self._out.iterdir()):
             raise InputError(
                 f"{self._out} is not empty and no job of fine-tuning; give another --out"
             )
@@ -256,6 +271,55 @@ class _Job:
         }
         write_json(path, facts)
         return facts
+
+    def _make_trainer(self) -> Trainer:
+        """The training rows and what they are to give: labels, and the teacher's scores."""
+        train = self._splits["train"]
+        rows = train.rows
+        hard = targets_of(self._labels, train)
+        targets = Targets(hard)
+        if self._teacher is not None:
+            parts = [train.examples]
+            if self._unlabelled is not None:
+                parts.append(self._unlabelled)
+            if self._config.augment:
+                # Dropout is off, and the weights are those of MODEL.
+                bert, _, _ = load_bert(self._folder, 0.0, self._cased)
+                parts.append(
+                    augmented(
+                        self._out / VARIANTS, train.examples, self._config.augment, 0, bert,
+                        self._vocab, self._length, self._device, self._progress,
+                    )
+                )  # fmt: skip
+            rows_of = [make_rows(self._task, part, self._vocab, self._length) for part in parts]
+            rows = join_rows(rows_of)
+            soft, known = self._teacher_scores(parts, rows_of)
+            none = np.nan if self._labels.kind == "number" else IGNORED
+            hard = np.concatenate([hard, np.full(len(soft) - len(hard), none, hard.dtype)])
+            targets = Targets(hard, soft, known)
+        return Trainer(
+            self._task, self._labels, rows, targets, self._splits["dev"], self._vocab,
+            self._config, self._device, self._progress,
+        )  # fmt: skip
+
+    def _teacher_scores(
+        self, parts: list[Examples], rows: list[TaskRows]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's scores at all places; found once, kept in OUT until the job is done."""
+        assert self._teacher is not None
+        path = self._out / SCORES
+        places = sum(len(of.places) for of in rows)
+        kept = cached_scores(path, places, self._labels.width)
+        if kept is not None:
+            return kept
+        self._progress.note(f"teacher: scoring {sum(map(len, parts)):,} texts")
+        found = [
+            self._teacher[0].scores(part, of, self._device)
+            for part, of in zip(parts, rows, strict=True)
+        ]
+        soft, known = (np.concatenate(values) for values in zip(*found, strict=True))
+        keep_scores(path, soft, known)
+        return soft, known
 
     def run(self) -> list[dict[str, Any]]:
         """All runs; returns the records of the chosen setting, by seed."""
@@ -298,6 +362,8 @@ class _Job:
         self._progress.note(_line(run, record))
 
     def _fit(self, run: Run) -> Fitted:
+        if self._trainer is None:
+            self._trainer = self._make_trainer()
         torch.manual_seed(run.seed)
         bert, _, _ = load_bert(self._folder, self._config.dropout, self._cased, run.seed)
         return self._trainer.fit(bert, run)
@@ -344,6 +410,7 @@ class _Job:
         except OSError as error:
             raise write_error(self._out, error) from error
         shutil.rmtree(kept, ignore_errors=True)
+        (self._out / SCORES).unlink(missing_ok=True)
 
 
 def _setting(record: Mapping[str, Any]) -> tuple[int, float, int]:

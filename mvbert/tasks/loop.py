@@ -21,7 +21,7 @@ from mvbert.progress import Progress
 from mvbert.tasks.formats import Task
 from mvbert.tasks.metrics import score_of
 from mvbert.tasks.model import INTENT, Labels, TaskModel
-from mvbert.tasks.rows import CLASS, TaskBatch, batches_of_epoch, read_batch
+from mvbert.tasks.rows import CLASS, TaskBatch, TaskRows, batches_of_epoch, read_batch
 from mvbert.tasks.score import Split, evaluate
 from mvbert.text.vocab import Vocab
 from mvbert.training.device import Device
@@ -67,17 +67,33 @@ class Fitted:
         }
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What every place of the training rows is to give.
+
+    Attributes:
+        hard: [places], the number of its label, IGNORED where it has none; of numbers the score,
+            NaN where it has none.
+        soft: [places, labels], the teacher's scores, if there is a teacher.
+        known: [places], where the teacher has some.
+    """
+
+    hard: np.ndarray
+    soft: np.ndarray | None = None
+    known: np.ndarray | None = None
+
+
 class Trainer:
-    """Trains models on the same examples."""
+    """Trains models on the same rows."""
 
     def __init__(
-        self, task: Task, labels: Labels, train: Split, dev: Split, vocab: Vocab,
-        config: FinetuneConfig, device: Device, progress: Progress,
+        self, task: Task, labels: Labels, rows: TaskRows, targets: Targets, dev: Split,
+        vocab: Vocab, config: FinetuneConfig, device: Device, progress: Progress,
     ) -> None:  # fmt: skip
-        self._task, self._labels, self._train, self._dev = task, labels, train, dev
+        self._task, self._labels, self._dev = task, labels, dev
+        self._rows, self._targets = rows, targets
         self._vocab, self._config, self._device = vocab, config, device
         self._progress = progress
-        self._targets = targets_of(labels, train)
 
     def fit(self, bert: MaskedLM, run: Run) -> Fitted:
         """One run; `bert` is trained in place.
@@ -88,7 +104,7 @@ class Trainer:
         model = TaskModel(bert, self._labels)
         model.init_head(run.seed)
         model.to(self._device.device).train()
-        lengths = self._train.rows.lengths
+        lengths = self._rows.lengths
         per_epoch = -(-len(lengths) // run.batch)
         optimizer = make_optimizer(model, self._config)
         best: dict[str, Tensor] = {}
@@ -103,9 +119,7 @@ class Trainer:
                     rate = rate_at(step, run.epochs * per_epoch, self._config.warmup)
                     for group in optimizer.param_groups:
                         group["lr"] = run.lr * rate
-                    batch = read_batch(
-                        self._train.rows, chosen, self._vocab.pad, self._device.device
-                    )
+                    batch = read_batch(self._rows, chosen, self._vocab.pad, self._device.device)
                     loss = self._loss(model, batch)
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(
@@ -141,12 +155,34 @@ class Trainer:
         """The mean loss of a batch's places."""
         with self._device.cast():
             scores = model(batch)
-        truth = torch.from_numpy(self._targets[batch.numbers]).to(scores.device)
-        if self._labels.kind == "number":
-            return F.mse_loss(scores.float()[:, 0], truth)
+        scores, targets = scores.float(), self._targets
+        hard = torch.from_numpy(targets.hard[batch.numbers]).to(scores.device)
+        if targets.soft is None or targets.known is None:
+            loss = hard_loss(self._labels, scores, hard)
+        else:
+            soft = torch.from_numpy(targets.soft[batch.numbers]).to(scores.device)
+            known = torch.from_numpy(targets.known[batch.numbers]).to(scores.device)
+            weight = torch.where(known, self._config.teacher_weight, 0.0)
+            loss = (1 - weight) * hard_loss(self._labels, scores, hard)
+            loss = loss + weight * soft_loss(self._labels, scores, soft, self._config.temperature)
         # A sum over places and not their mean, so that a batch without any has loss 0.
-        loss = F.cross_entropy(scores.float(), truth, ignore_index=IGNORED, reduction="sum")
-        return loss / max(len(truth), 1)
+        return loss.sum() / max(len(hard), 1)
+
+
+def hard_loss(labels: Labels, scores: Tensor, truth: Tensor) -> Tensor:
+    """Of every place, [N]: cross-entropy or squared error; 0 where there is no label."""
+    if labels.kind == "number":
+        return (scores[:, 0] - truth).square().where(truth.isfinite(), 0.0)
+    return F.cross_entropy(scores, truth, ignore_index=IGNORED, reduction="none")
+
+
+def soft_loss(labels: Labels, scores: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Of every place, [N]: KL(teacher || student) at a temperature, times its square, so that the
+    gradient keeps its size (Hinton et al. 2015); of numbers the squared error."""
+    if labels.kind == "number":
+        return (scores[:, 0] - teacher[:, 0]).square()
+    ours, theirs = ((x / temperature).log_softmax(-1) for x in (scores, teacher))
+    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
 
 
 def targets_of(labels: Labels, split: Split) -> np.ndarray:

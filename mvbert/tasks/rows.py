@@ -63,6 +63,22 @@ class TaskRows:
         return "; ".join(said)
 
 
+def join_rows(parts: Sequence[TaskRows]) -> TaskRows:
+    """The rows of several, one after another."""
+
+    def ends(name: str) -> NDArray[np.int64]:
+        counts = [np.diff(getattr(part, name)) for part in parts]
+        return np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+
+    def flat(name: str) -> NDArray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return TaskRows(
+        flat("ids"), flat("types"), ends("ends"), flat("places"), flat("words"),
+        ends("place_ends"), sum(p.cut for p in parts), sum(p.lost for p in parts),
+    )  # fmt: skip
+
+
 def make_rows(task: Task, examples: Examples, vocab: Vocab, length: int) -> TaskRows:
     """Tokenizes examples; rows have at most `length` pieces.
 

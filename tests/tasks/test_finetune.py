@@ -186,8 +186,9 @@ def test_training_is_what_a_plain_loop_of_transformers_computes(bert, task_data,
     config = FinetuneConfig(batch=(4,), lr=(1e-3,), dropout=0.0, weight_decay=0.1, patience=0)
     labels = Labels("classes", ("negative", "positive"))
     split = Split(examples, make_rows(task, examples, teacher_vocab, 32))
+    targets = loop.Targets(loop.targets_of(labels, split))
     trainer = loop.Trainer(
-        task, labels, split, split, teacher_vocab, config, CPU, job.Progress("t")
+        task, labels, split.rows, targets, split, teacher_vocab, config, CPU, job.Progress("t")
     )
     model, _, _ = load_bert(bert, 0.0, False)
     start = TaskModel(model, labels)
