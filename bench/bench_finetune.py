@@ -1,11 +1,11 @@
 """An epoch of fine-tuning on sentences of SST-2, against transformers' Trainer.
 
 The same BERT of 6 x 256, the same sentences, tokenized before the clock starts, 32 an update,
-AdamW, clipping, a linear schedule, dropout 0.1, on the same cores. Ours is what `mvbert finetune` does:
-batches of one length (mvbert.tasks.rows). `Trainer` pads each batch of a random order to its
-longest row, as its default collator does; `by length` has its group_by_length. On a CPU both are
-timed in float32 and in bfloat16: which is faster depends on the processor. Each provider runs in
-this process; ours keeps malloc's memory, which the Trainer then has, too.
+AdamW, clipping, a linear schedule, dropout 0.1, on the same cores. Ours is what `mvbert finetune`
+does, with batches of one length (mvbert.tasks.rows). `Trainer` pads each batch of a random order to
+its longest row, as its default collator does; `by length` has its group_by_length. On a CPU both
+are timed in float32 and in bfloat16: which is faster depends on the processor. All run in this
+process; ours makes malloc keep its memory, which the Trainer then has, too.
 
 The gate: with a learning rate near 0 the mean loss of the epoch is that of the initial weights, but
 for dropout.

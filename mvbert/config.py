@@ -477,6 +477,69 @@ class FinetuneConfig:
         return [(b, r, e) for b in batch for r in lr for e in self.epochs or (default_epochs,)]
 
 
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Distilling sentence vectors."""
+
+    teacher: str = ""
+    """A model of sentence vectors: a sentence-transformers folder of a BERT, or a name of one."""
+    sentences: int = 500_000
+    """Sentences to train on, a sample."""
+    heldout: int = 10_000
+    """Further sentences, for the share of the teacher's ten nearest."""
+    sts: str = ""
+    """STS-B (folder, archive or file) whose dev set is scored at the end."""
+    prefixes: tuple[int, ...] = ()
+    """Shorter vectors by prefix, such as 64 128 256, in the teacher's principal directions."""
+    similarity_weight: float = 1.0
+    """Weight of the similarities within a batch; the direction has 1."""
+    temperature: float = 0.05
+    """Divides cosines before their softmax."""
+    batch: int = 128
+    """Sentences per update."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    epochs: int = 1
+    """Passes over the sentences."""
+    warmup: float = 0.05
+    """Share of the updates with a rising learning rate."""
+    weight_decay: float = 0.01
+    """Of matrices."""
+    dropout: float = 0.0
+    """Dropout of the student."""
+    length: int = 0
+    """Most pieces of a sentence (0: 128)."""
+    text: str = "text"
+    """Field of jsonl and parquet records that holds the text."""
+    seed: int = 0
+    """Seed of sample, order and initial map."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of matrix products; auto: on a CPU the faster one, measured."""
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1, ...; auto: cuda if available."""
+    threads: int = 0
+    """CPU threads (0: all available cores)."""
+
+    def __post_init__(self) -> None:
+        for name in ("sentences", "batch", "epochs", "heldout", "lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("similarity_weight", "weight_decay", "length", "threads", "seed"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.heldout < 2:
+            raise InputError(f"heldout must be at least 2, got {self.heldout}")
+        if self.lr > 1:
+            raise InputError(f"lr must be at most 1, got {self.lr}")
+        if self.length in (1, 2):
+            raise InputError(f"length must be at least 3, got {self.length}")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup must lie in [0, 1], got {self.warmup}")
+        if any(p < 1 for p in self.prefixes) or [*self.prefixes] != sorted({*self.prefixes}):
+            raise InputError(f"prefixes must be rising numbers, got {list(self.prefixes)}")
+        _check_dropout(self.dropout)
+
+
 GRID_BATCH, GRID_LR = (16, 32), (5e-5, 1e-4, 2e-4, 4e-4)
 
 

@@ -36,11 +36,11 @@ from mvbert.files import (
 )
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch, LabelHead, MaskedLM
+from mvbert.model.pooling import Pooling, read_pooling, write_pooling
 from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
 from mvbert.publish.calibration import largest_inputs
 from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, Precision, load_onnx, to_onnx
-from mvbert.publish.pooling import Pooling, read_pooling, write_pooling
 from mvbert.publish.wheel import LICENCE_FILE
 from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus

@@ -21,7 +21,7 @@ import numpy as np
 from mvbert import __version__
 from mvbert.errors import InputError, MissingExtra
 from mvbert.model.masked_lm import LabelHead, MaskedLM
-from mvbert.publish.pooling import Pooling
+from mvbert.model.pooling import Pooling
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUTS = {"hidden": "last_hidden_state", "pooled": "sentence_embedding", "logits": "logits"}

@@ -1,0 +1,399 @@
+"""Distils sentence vectors from a teacher, on plain text (the verb `finetune MODEL embed`).
+
+The student's mean hidden state goes through a linear map to the teacher's width. Learnt are the
+direction of the teacher's vector (1 - cosine; Reimers and Gurevych 2020, arXiv 2004.09813, take the
+squared error) and, within a batch, whom each sentence is similar to: the divergence between the
+softmax of the teacher's and of the student's similarities.
+
+With prefixes (Matryoshka; Kusupati et al. 2022, arXiv 2205.13147) the vectors are in the teacher's
+principal directions, largest first, and each prefix is trained like the whole. Without, they are in
+the teacher's own coordinates, so that an index of the teacher's vectors still works.
+
+    OUT/embed.json   settings and result
+    OUT/vectors/     the teacher's vectors while the job runs
+    OUT/modules.json ... a sentence-transformers folder, when it is done
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mvbert.config import EmbedConfig, to_dict
+from mvbert.cores import cores
+from mvbert.errors import InputError, MissingExtra
+from mvbert.files import (
+    Json,
+    atomic_file,
+    atomic_folder,
+    read_json_object,
+    write_error,
+    write_json,
+)
+from mvbert.model import huggingface
+from mvbert.model.flops import encoder_products, product_rates
+from mvbert.model.weights import weights_id
+from mvbert.progress import Progress
+from mvbert.tasks.formats import Examples, find_task, read_examples
+from mvbert.tasks.loop import rate_at
+from mvbert.tasks.model import load_bert
+from mvbert.tasks.rows import batches_of_epoch, make_rows, read_batch
+from mvbert.tasks.sentence_model import (
+    SentenceModel,
+    SentenceStudent,
+    load_sentence_model,
+    vectors_of,
+    write_sentence_model,
+)
+from mvbert.tasks.sentences import sample_sentences
+from mvbert.training.device import Device, choose_device, choose_dtype, keep_memory
+from mvbert.training.environment import environment
+from mvbert.training.runs import lock, make_folder
+
+DESCRIPTION, VECTORS = "embed.json", "vectors"
+CHUNK = 8192  # sentences in a file of vectors
+NEAREST = 10
+
+
+# ---- the losses ----------------------------------------------------------------------------------
+
+
+def direction_loss(ours: Tensor, theirs: Tensor) -> Tensor:
+    """1 - cosine, the mean over [B, D]."""
+    return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean()
+
+
+def similarity_loss(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
+    """KL between the softmax of the similarities of each sentence to the others of the batch.
+
+    Args:
+        ours: [B, d], any d.
+        theirs: [B, D].
+    """
+    B = len(ours)
+    if B < 3:  # no two others to choose between
+        return ours.sum() * 0.0
+    others = ~torch.eye(B, dtype=torch.bool, device=ours.device)
+
+    def logs(vectors: Tensor) -> Tensor:
+        unit = F.normalize(vectors, dim=-1)
+        return (unit @ unit.T / temperature)[others].view(B, B - 1).log_softmax(-1)
+
+    return F.kl_div(logs(ours), logs(theirs), reduction="batchmean", log_target=True)
+
+
+def embed_loss(ours: Tensor, theirs: Tensor, config: EmbedConfig) -> Tensor:
+    """The mean over the whole vectors and each prefix."""
+    total = torch.zeros((), device=ours.device)
+    widths = [*config.prefixes, ours.shape[1]]
+    for width in widths:
+        total = total + direction_loss(ours[:, :width], theirs[:, :width])
+        # The prefix is to find the neighbours that the teacher's whole vector has.
+        similar = similarity_loss(ours[:, :width], theirs, config.temperature)
+        total = total + config.similarity_weight * similar
+    return total / len(widths)
+
+
+def principal_directions(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    """An orthogonal matrix [D, D]; v @ it has the directions of most length first."""
+    total = np.zeros((vectors.shape[1],) * 2)
+    for first in range(0, len(vectors), CHUNK):
+        part = vectors[first : first + CHUNK].astype(np.float64)
+        total += part.T @ part
+    return np.linalg.eigh(total)[1][:, ::-1].astype(np.float32)
+
+
+# ---- measures ------------------------------------------------------------------------------------
+
+
+def shared_nearest(ours: NDArray[Any], theirs: NDArray[Any], count: int = NEAREST) -> float:
+    """The share of the `count` nearest sentences that two sets of unit vectors have in common."""
+    count = min(count, len(ours) - 1)
+    hits = 0
+    for first in range(0, len(ours), 1024):
+        nearest = []
+        for vectors in (ours, theirs):
+            similar = vectors[first : first + 1024] @ vectors.T
+            rows = np.arange(len(similar))
+            similar[rows, rows + first] = -np.inf
+            nearest.append(np.argpartition(-similar, count - 1, axis=1)[:, :count])
+        hits += sum(len({*a} & {*b}) for a, b in zip(*map(np.ndarray.tolist, nearest), strict=True))
+    return hits / (len(ours) * count)
+
+
+def sts_spearman(
+    model: SentenceModel, examples: Examples, device: Device, widths: Sequence[int]
+) -> dict[int, float]:
+    """Spearman's correlation of the cosine with the scores of pairs, for each prefix."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise MissingExtra("scoring similarities", "scipy", "finetune") from None
+    assert examples.pairs is not None
+    assert examples.labels is not None
+    both = vectors_of(model, [*examples.texts, *examples.pairs], device)
+    found = {}
+    for width in widths:
+        unit = _unit(both[:, :width])
+        cosine = (unit[: len(examples)] * unit[len(examples) :]).sum(1)
+        value = float(stats.spearmanr(cosine, examples.labels).statistic)
+        found[width] = 0.0 if math.isnan(value) else value
+    return found
+
+
+def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def run_embed_score(name: str, data: str, dtype: str, device: str, threads: int) -> dict[str, Json]:
+    """Scores a model of sentence vectors on pairs in STS-B's format."""
+    progress = Progress("eval")
+    model = load_sentence_model(huggingface.find_model(name))
+    torch.set_num_threads(cores(threads))
+    where = _device(dtype, device, model.bert.config, gradients=False)
+    progress.note(f"device {where}; {model.pooling}")
+    report: dict[str, Json] = {"model": name, "task": "embed", "data": data, "width": model.width}
+    splits = read_examples(find_task("sts-b"), data)
+    splits = {n: e for n, e in splits.items() if e.labelled and n != "train"}
+    if not splits:
+        raise InputError(f"{data} has no labelled pairs but those of training")
+    for split, examples in splits.items():
+        found = sts_spearman(model, examples, where, [model.width])[model.width]
+        report[split] = {"examples": len(examples), "spearman": round(found, 5)}
+        progress.note(f"{split}: Spearman {found:.4f}")
+    return report
+
+
+def _device(dtype: str, device: str, shape: Any, gradients: bool) -> Device:
+    chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_memory()
+    products = encoder_products(shape, 2048)
+    return Device.of(
+        chosen, *choose_dtype(dtype, chosen, lambda: product_rates(products, gradients=gradients))
+    )
+
+
+# ---- the job -------------------------------------------------------------------------------------
+
+
+def run_embed(
+    name: str, texts: Sequence[str], out: Path, config: EmbedConfig, cased: bool = False
+) -> dict[str, Json]:
+    """Trains a student on sentences of text files; writes a sentence-transformers folder.
+
+    Raises:
+        InputError: bad input, or `out` holds another job.
+    """
+    started = time.perf_counter()
+    progress = Progress("embed")
+    if not config.teacher:
+        raise InputError("embed needs --teacher, a model of sentence vectors")
+    folder = huggingface.find_model(name)
+    teacher_folder = huggingface.find_model(config.teacher, "teacher")
+    sts = None
+    if config.sts:
+        splits = read_examples(find_task("sts-b"), config.sts)
+        sts = splits["dev"] if "dev" in splits else next(iter(splits.values()))
+        if not sts.labelled or not len(sts):
+            raise InputError(f"{config.sts} has no labelled pairs")
+    teacher = load_sentence_model(teacher_folder, "teacher")
+    for prefix in config.prefixes:
+        if prefix >= teacher.width:
+            raise InputError(f"prefix {prefix} is not below the teacher's width, {teacher.width}")
+    bert, vocab, _ = load_bert(folder, config.dropout, cased, config.seed)
+    room = bert.config.max_position_embeddings
+    if config.length > room:
+        raise InputError(f"length is {config.length}, but {folder} has {room} positions")
+    length = min(config.length, room) or min(128, room)
+    make_folder(out)
+    with lock(out):
+        torch.set_num_threads(cores(config.threads))
+        description = json.loads(json.dumps({
+            "model": weights_id(folder), "teacher": weights_id(teacher_folder),
+            "texts": [*texts], "cased": cased,
+            **{k: v for k, v in to_dict(config).items()
+               if k not in ("teacher", "device", "threads", "dtype", "sts")},
+        }))  # fmt: skip
+        path = out / DESCRIPTION
+        recorded: dict[str, Any] = read_json_object(path) if path.exists() else {}
+        if recorded and recorded.get("description") != description:
+            raise InputError(f"{out} holds a job with other settings; give another --out")
+        if "result" in recorded:
+            progress.note(f"{out} is complete")
+            return dict(recorded["result"])
+        if not recorded and any(not p.name.startswith(".") for p in out.iterdir()):
+            raise InputError(f"{out} is not empty; give another --out")
+        device = _device(config.dtype, config.device, bert.config, gradients=True)
+        progress.note(f"device {device}; {torch.get_num_threads()} threads")
+        facts: dict[str, Json] = {"description": description, "environment": environment(device)}
+        write_json(path, facts)
+        train, heldout = sample_sentences(
+            texts, config.sentences, config.heldout, config.seed, config.text
+        )
+        progress.note(f"{len(train):,} sentences to train on, {len(heldout):,} held out")
+        theirs = _teacher_vectors(teacher, heldout + train, out / VECTORS, device, progress)
+        theirs, asked = theirs[len(heldout) :], theirs[: len(heldout)].astype(np.float32)
+        turn = principal_directions(theirs) if config.prefixes else None
+        student = SentenceStudent(bert, teacher.width, config.seed).to(device.device)
+        _train(student, vocab, train, theirs, turn, length, config, device, progress)
+        with atomic_folder(out / ".model", overwrite=True) as partial:
+            write_sentence_model(partial, student, vocab, length, _card(config, teacher.width))
+        model = load_sentence_model(out / ".model")
+        result: dict[str, Json] = {
+            "output": str(out), "model": str(folder), "teacher": str(teacher_folder),
+            "sentences": len(train), "widths": {},
+        }  # fmt: skip
+        ours = vectors_of(model, heldout, device)
+        widths = [*config.prefixes, teacher.width]
+        scores = {} if sts is None else sts_spearman(model, sts, device, widths)
+        for width in widths:
+            facts_of: dict[str, Json] = {
+                "nearest": round(shared_nearest(_unit(ours[:, :width]), asked), 4)
+            }
+            if sts is not None:
+                facts_of["sts_spearman"] = round(scores[width], 5)
+            result["widths"][str(width)] = facts_of  # type: ignore[index,call-overload]
+            said = ", ".join(f"{key} {value}" for key, value in facts_of.items())
+            progress.note(f"width {width}: {said}")
+        if sts is not None:
+            of_teacher = sts_spearman(teacher, sts, device, [teacher.width])[teacher.width]
+            result["teacher_sts_spearman"] = round(of_teacher, 5)
+        _publish(out)
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        write_json(path, {**facts, "result": result})
+        shutil.rmtree(out / VECTORS, ignore_errors=True)
+    return result
+
+
+def _teacher_vectors(
+    teacher: SentenceModel, texts: list[str], folder: Path, device: Device, progress: Progress
+) -> NDArray[np.float16]:
+    """The teacher's vectors; each file of them is made once."""
+    make_folder(folder)
+    parts = []
+    progress.note(f"teacher: {len(texts):,} vectors of {teacher.width}")
+    with progress.steps(len(texts), 0):
+        for first in range(0, len(texts), CHUNK):
+            some = texts[first : first + CHUNK]
+            path = folder / f"{first // CHUNK:06}.npy"
+            if not path.exists():
+                found = vectors_of(teacher, some, device).astype(np.float16)
+                with atomic_file(path) as file:
+                    np.save(file, found, allow_pickle=False)
+            try:
+                part = np.load(path, allow_pickle=False)
+            except (OSError, ValueError):
+                part = np.zeros(0)
+            if part.shape != (len(some), teacher.width):
+                raise InputError(f"{path} is not complete; remove it and run the command again")
+            parts.append(part)
+            progress.advance(first + len(some))
+    return np.concatenate(parts)
+
+
+def _train(
+    student: SentenceStudent, vocab: Any, texts: list[str], theirs: NDArray[np.float16],
+    turn: NDArray[np.float32] | None, length: int, config: EmbedConfig, device: Device,
+    progress: Progress,
+) -> None:  # fmt: skip
+    rows = make_rows(find_task("classes"), Examples(texts, None, None, None, []), vocab, length)
+    if note := rows.note(length):
+        progress.note(note)
+    per_epoch = -(-len(texts) // config.batch)
+    steps = config.epochs * per_epoch
+    parameters = [p for _, p in student.trained()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        fused=True,
+    )
+    rotation = None if turn is None else torch.from_numpy(turn).to(device.device)
+    torch.manual_seed(config.seed)
+    student.train()
+    step, since, started = 0, torch.zeros((), device=device.device), time.perf_counter()
+    with progress.steps(steps, 0):
+        for epoch in range(config.epochs):
+            for chosen in batches_of_epoch(rows.lengths, config.batch, config.seed, epoch):
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * rate_at(step, steps, config.warmup)
+                batch = read_batch(rows, chosen, vocab.pad, device.device)
+                target = torch.from_numpy(theirs[chosen].astype(np.float32)).to(device.device)
+                if rotation is not None:
+                    target = target @ rotation
+                with device.cast():
+                    ours = student(batch)
+                loss = embed_loss(ours.float(), target, config)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                since += loss.detach()
+                step += 1
+                progress.advance(step)
+                every = max(1, steps // 20)
+                if step % every == 0 or step == steps:
+                    mean = float(since) / (step % every or every)
+                    if not math.isfinite(mean):
+                        raise InputError(f"the loss is {mean} at step {step}; try a lower lr")
+                    seconds = time.perf_counter() - started
+                    progress.note(f"step {step} of {steps}: loss {mean:.4f} ({seconds:.0f} s)")
+                    since = torch.zeros_like(since)
+    student.eval()
+
+
+def _publish(out: Path) -> None:
+    """Moves the model's files to OUT, modules.json last."""
+    source = out / ".model"
+    try:
+        names = sorted(p.name for p in source.iterdir() if p.name != "modules.json")
+        for name in [*names, "modules.json"]:
+            target = out / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(source / name, target)
+    except OSError as error:
+        raise write_error(out, error) from error
+    shutil.rmtree(source, ignore_errors=True)
+
+
+def _card(config: EmbedConfig, width: int) -> str:
+    prefixes = ""
+    if config.prefixes:
+        shorter = ", ".join(map(str, config.prefixes))
+        prefixes = f"\nPrefixes of {shorter} are vectors, too (`truncate_dim`).\n"
+    else:
+        prefixes = (
+            "\nVectors are in the teacher's coordinates: an index of its vectors still works.\n"
+        )
+    return f"""\
+---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+---
+
+# Sentence vectors distilled from {Path(config.teacher).name}
+
+Unit vectors of {width}, from the mean hidden state through a linear map.
+{prefixes}
+```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer("THIS_FOLDER").encode(["A sentence.", "Another one."])
+```
+"""

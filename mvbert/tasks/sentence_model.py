@@ -1,0 +1,181 @@
+"""A BERT of sentence vectors: read from a sentence-transformers folder, written as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mvbert import __version__
+from mvbert.config import to_dict
+from mvbert.errors import InputError
+from mvbert.files import Json, atomic_write, read_json_object, write_json
+from mvbert.model import huggingface
+from mvbert.model.masked_lm import MaskedLM
+from mvbert.model.pooling import Pooling, read_pooling
+from mvbert.model.weights import WEIGHTS
+from mvbert.tasks.formats import Examples, find_task
+from mvbert.tasks.rows import TaskBatch, batches_by_length, make_rows, read_batch
+from mvbert.text.tokenizer import save_tokenizer_files
+from mvbert.text.vocab import Vocab
+from mvbert.training.device import Device
+
+PIECES = 4096  # about, of a forward pass
+
+
+@dataclass(frozen=True)
+class SentenceModel:
+    """A finished model of sentence vectors.
+
+    Attributes:
+        length: most pieces of a row; a longer text is cut.
+    """
+
+    bert: MaskedLM
+    vocab: Vocab
+    pooling: Pooling
+    length: int
+
+    @property
+    def width(self) -> int:
+        return self.pooling.width(self.bert.config.hidden_size)
+
+
+def load_sentence_model(folder: Path, what: str = "model") -> SentenceModel:
+    """Reads a folder with modules.json, or any BERT, whose vectors are then means.
+
+    Raises:
+        InputError: it has no such model, or a module that is not supported.
+    """
+    shape, vocab = huggingface.read_shape(folder)
+    bert, _ = huggingface.load_masked_lm(folder, MaskedLM(shape))
+    length = shape.max_position_embeddings
+    path = folder / "sentence_bert_config.json"
+    if path.exists():
+        named = read_json_object(path).get("max_seq_length")
+        if isinstance(named, int) and named > 2:
+            length = min(length, named)
+    return SentenceModel(bert.eval(), vocab, read_pooling(folder, shape.hidden_size), length)
+
+
+@torch.no_grad()
+def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArray[np.float32]:
+    """Unit vectors of texts, [texts, width].
+
+    Raises:
+        InputError: they are not finite.
+    """
+    rows = make_rows(
+        find_task("classes"), Examples(texts, None, None, None, []), model.vocab, model.length
+    )
+    found = np.zeros((len(texts), model.width), np.float32)
+    bert = model.bert.to(device.device)
+    longest = max(int(rows.lengths.max(initial=1)), 1)
+    for chosen in batches_by_length(rows.lengths, max(1, PIECES // longest)):
+        batch = read_batch(rows, chosen, model.vocab.pad, device.device)
+        with device.cast():
+            hidden = bert.embeddings(batch.input_ids, batch.token_type_ids)
+            hidden = bert.encoder(hidden, batch.mask).float()
+        mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
+        pooled = model.pooling(hidden, mask.to(hidden.device))
+        found[chosen] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
+    if not np.isfinite(found).all():
+        raise InputError("sentence vectors are not finite (NaN): the model's weights are corrupt")
+    return found
+
+
+class SentenceStudent(nn.Module):
+    """A BERT in training, with the linear map from its mean hidden state to the teacher's width."""
+
+    def __init__(self, bert: MaskedLM, width: int, seed: int) -> None:
+        super().__init__()
+        self.bert = bert
+        self.map = nn.Linear(bert.config.hidden_size, width)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            # A map that keeps lengths, about.
+            self.map.weight.normal_(0.0, bert.config.hidden_size**-0.5, generator=generator)
+            self.map.bias.zero_()
+
+    def forward(self, batch: TaskBatch) -> Tensor:
+        """Vectors before normalisation, [B, width]."""
+        hidden = self.bert.embeddings(batch.input_ids, batch.token_type_ids)
+        hidden = self.bert.encoder(hidden, batch.mask)
+        if batch.mask is None:
+            return self.map(hidden.mean(1))
+        mask = batch.mask[..., None]
+        return self.map((hidden * mask).sum(1) / mask.sum(1))
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        unused = ("bert.head.", "bert.pooler.")
+        return [(n, p) for n, p in self.named_parameters() if not n.startswith(unused)]
+
+
+def write_sentence_model(
+    folder: Path, student: SentenceStudent, vocab: Vocab, length: int, card: str
+) -> None:
+    """Writes a sentence-transformers folder into an existing folder: mean, linear map, unit length.
+
+    SentenceTransformer opens it with no code of ours; modules.json, which it asks for, comes last.
+    """
+    bert, width = student.bert, student.map.out_features
+    state = {n: p for n, p in bert.named_parameters() if not n.startswith("head.")}
+    huggingface.write_tensors(folder / WEIGHTS, huggingface.to_hugging_face(state))
+    save_tokenizer_files(vocab, folder, bert.config.max_position_embeddings)
+    shape = replace(
+        bert.config, pad_token_id=vocab.pad, hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )  # fmt: skip
+    facts: dict[str, Json] = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        **to_dict(shape),
+        "position_embedding_type": "absolute",
+        "torch_dtype": "float32",
+    }
+    write_json(folder / "config.json", facts)
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {"__version__": {"mvbert": __version__}, "similarity_fn_name": "cosine"},
+    )
+    for name in ("1_Pooling", "2_Dense", "3_Normalize"):
+        (folder / name).mkdir()
+    modes: dict[str, Json] = {
+        f"pooling_mode_{name}": name == "mean_tokens"
+        for name in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    }
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": bert.config.hidden_size, **modes},
+    )
+    write_json(
+        folder / "2_Dense" / "config.json",
+        {
+            "in_features": bert.config.hidden_size,
+            "out_features": width,
+            "bias": True,
+            "activation_function": "torch.nn.modules.linear.Identity",
+        },
+    )
+    linear = {
+        f"linear.{n}": p.detach().cpu().contiguous() for n, p in student.map.named_parameters()
+    }
+    huggingface.write_tensors(folder / "2_Dense" / WEIGHTS, linear)
+    atomic_write(folder / "README.md", card)
+    modules: list[Any] = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(
+            [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"),
+             ("3_Normalize", "Normalize")]
+        )
+    ]  # fmt: skip
+    write_json(folder / "modules.json", modules)
