@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor
 
 from mvbert.config import EmbedConfig, to_dict
@@ -44,7 +45,7 @@ from mvbert.files import (
 )
 from mvbert.model import huggingface
 from mvbert.model.flops import encoder_products, product_rates
-from mvbert.model.weights import weights_id
+from mvbert.model.weights import read_tensors, weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, find_task, read_examples
 from mvbert.tasks.loop import rate_at
@@ -236,19 +237,23 @@ def run_embed(
             return dict(recorded["result"])
         if not recorded and any(not p.name.startswith(".") for p in out.iterdir()):
             raise InputError(f"{out} is not empty; give another --out")
-        device = _device(config.dtype, config.device, bert.config, gradients=True)
+        dtype = config.dtype
+        if dtype == "auto" and recorded:
+            dtype = recorded["environment"]["dtype"]
+        device = _device(dtype, config.device, bert.config, gradients=True)
         progress.note(f"device {device}; {torch.get_num_threads()} threads")
-        facts: dict[str, Json] = {"description": description, "environment": environment(device)}
-        write_json(path, facts)
         train, heldout = sample_sentences(
             texts, config.sentences, config.heldout, config.seed, config.text
         )
         progress.note(f"{len(train):,} sentences to train on, {len(heldout):,} held out")
+        facts: dict[str, Json] = {"description": description, "environment": environment(device)}
+        write_json(path, facts)
         theirs = _teacher_vectors(teacher, heldout + train, out / VECTORS, device, progress)
         theirs, asked = theirs[len(heldout) :], theirs[: len(heldout)].astype(np.float32)
         turn = principal_directions(theirs) if config.prefixes else None
         student = SentenceStudent(bert, teacher.width, config.seed).to(device.device)
-        _train(student, vocab, train, theirs, turn, length, config, device, progress)
+        kept = out / ".training.safetensors"
+        _train(student, vocab, train, theirs, turn, length, config, device, progress, kept)
         with atomic_folder(out / ".model", overwrite=True) as partial:
             write_sentence_model(partial, student, vocab, length, _card(config, teacher.width))
         model = load_sentence_model(out / ".model")
@@ -275,6 +280,7 @@ def run_embed(
         result["seconds"] = round(time.perf_counter() - started, 1)
         write_json(path, {**facts, "result": result})
         shutil.rmtree(out / VECTORS, ignore_errors=True)
+        kept.unlink(missing_ok=True)
     return result
 
 
@@ -307,8 +313,9 @@ def _teacher_vectors(
 def _train(
     student: SentenceStudent, vocab: Any, texts: list[str], theirs: NDArray[np.float16],
     turn: NDArray[np.float32] | None, length: int, config: EmbedConfig, device: Device,
-    progress: Progress,
+    progress: Progress, kept: Path,
 ) -> None:  # fmt: skip
+    """Trains in place; `kept` has the state of twenty steps on the way, from which it continues."""
     rows = make_rows(find_task("classes"), Examples(texts, None, None, None, []), vocab, length)
     if note := rows.note(length):
         progress.note(note)
@@ -324,12 +331,19 @@ def _train(
         fused=True,
     )
     rotation = None if turn is None else torch.from_numpy(turn).to(device.device)
-    torch.manual_seed(config.seed)
+    every = max(1, steps // 20)
+    first = _load_state(kept, student, optimizer)
+    if first:
+        progress.note(f"continues from step {first}")
+    torch.manual_seed(config.seed + first)
     student.train()
     step, since, started = 0, torch.zeros((), device=device.device), time.perf_counter()
-    with progress.steps(steps, 0):
+    with progress.steps(steps, first):
         for epoch in range(config.epochs):
             for chosen in batches_of_epoch(rows.lengths, config.batch, config.seed, epoch):
+                if step < first:
+                    step += 1
+                    continue
                 for group in optimizer.param_groups:
                     group["lr"] = config.lr * rate_at(step, steps, config.warmup)
                 batch = read_batch(rows, chosen, vocab.pad, device.device)
@@ -346,7 +360,6 @@ def _train(
                 since += loss.detach()
                 step += 1
                 progress.advance(step)
-                every = max(1, steps // 20)
                 if step % every == 0 or step == steps:
                     mean = float(since) / (step % every or every)
                     if not math.isfinite(mean):
@@ -354,7 +367,36 @@ def _train(
                     seconds = time.perf_counter() - started
                     progress.note(f"step {step} of {steps}: loss {mean:.4f} ({seconds:.0f} s)")
                     since = torch.zeros_like(since)
+                    _save_state(kept, student, optimizer, step)
     student.eval()
+
+
+def _save_state(
+    path: Path, student: SentenceStudent, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    """Weights, moments and the number of steps, as safetensors."""
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter in student.trained():
+        tensors[name] = parameter.detach().cpu()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}:{name}"] = value.detach().cpu()
+    with atomic_file(path) as file:
+        file.write(save(tensors))
+
+
+def _load_state(path: Path, student: SentenceStudent, optimizer: torch.optim.Optimizer) -> int:
+    """Sets what `_save_state` saved; returns the number of steps, 0 if there is nothing."""
+    if not path.exists():
+        return 0
+    tensors = read_tensors(path)
+    with torch.no_grad():
+        for name, parameter in student.trained():
+            parameter.copy_(tensors[name])
+            optimizer.state[parameter] = {
+                key: tensors[f"{key}:{name}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+    return int(tensors["step"])
 
 
 def _publish(out: Path) -> None:

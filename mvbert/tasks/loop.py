@@ -139,6 +139,10 @@ class Trainer:
                 seconds += time.perf_counter() - started
                 metrics = evaluate(self._task, model, self._dev, self._vocab, self._device)
                 scores.append(score_of(self._task, metrics))
+                self._progress.note(
+                    f"epoch {epoch + 1} of {run.epochs}: loss {mean:.4f}, dev {scores[-1]:.4f} "
+                    f"({seconds:.0f} s)"
+                )
                 if scores[-1] > max(scores[:-1], default=-math.inf):
                     kept = {**metrics}
                     best = {n: p.detach().clone() for n, p in model.trained()}

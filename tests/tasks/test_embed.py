@@ -216,6 +216,32 @@ def test_the_teachers_vectors_are_made_once(bert, teacher, prose, tmp_path, monk
     assert total + 2 * 64 >= 250
 
 
+def test_training_continues_where_it_was_stopped(bert, teacher, prose, tmp_path, monkeypatch):
+    command = ["finetune", bert, "embed", prose, "--teacher", teacher, *FAST,
+               "--epochs", 2, "--batch", 16, "-o"]  # fmt: skip
+    assert cli.main([str(part) for part in [*command, tmp_path / "whole"]]) == 0
+    save, steps = embed._save_state, []
+
+    def stopped(path, student, optimizer, step):
+        save(path, student, optimizer, step)
+        steps.append(step)
+        if step > 10:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed, "_save_state", stopped)
+    cut = [str(part) for part in [*command, tmp_path / "cut"]]
+    assert cli.main(cut) == 130
+    assert not (tmp_path / "cut" / "modules.json").exists()
+    monkeypatch.setattr(embed, "_save_state", lambda *given: steps.append(given[-1]))
+    before = len(steps)
+    assert cli.main(cut) == 0
+    assert steps[before] == steps[before - 1] + 1
+    for name in ("model.safetensors", "2_Dense/model.safetensors"):
+        files = [(tmp_path / folder / name).read_bytes() for folder in ("cut", "whole")]
+        assert files[0] == files[1], name
+    assert not (tmp_path / "cut" / ".training.safetensors").exists()
+
+
 def test_eval_scores_any_model_of_sentence_vectors(vectors, sts, verb):
     report, _ = verb("eval", vectors, "--task", "embed", "--data", sts, "--dtype", "float32")
     result = json.loads((vectors / "embed.json").read_text())["result"]
@@ -241,5 +267,6 @@ def test_wrong_input(bert, teacher, prose, sts, tmp_path, refused):
     (tmp_path / "full" / "a").write_text("")
     refused(["finetune", bert, "embed", prose, "-o", tmp_path / "full", "--teacher", teacher,
              *FAST], "is not empty")  # fmt: skip
-    refused([*good, "--lr", 1e-4, "--seed", 9], "holds a job with other settings")
+    (tmp_path / "out" / "embed.json").write_text('{"description": {"seed": 1}}')
+    refused(good, "holds a job with other settings")
     refused(["eval", teacher, "--task", "embed", "--data", prose], "expected one of *.tsv")
