@@ -78,7 +78,6 @@ setup(
         "mvbert.text",
         "mvbert.model",
         "mvbert.training",
-        "mvbert.tasks",
         "mvbert.study",
         "mvbert.tasks",
         "mvbert.publish",
