@@ -1,13 +1,14 @@
 """Builds the tokenizer as WebAssembly: python csrc/build_wasm.py, with Emscripten's em++ on PATH.
 
-Writes mvbert/publish/page/tokenizer.wasm and, beside it, tokenizer.wasm.json: the compiler's version
-and checksums of the sources and of the module. tests/publish/test_wasm.py compares them with the
-sources that stand here, and rebuilds where it finds the same compiler.
+Writes mvbert/publish/page/tokenizer.wasm and, beside it, tokenizer.wasm.json: the version of the
+compiler and checksums of the sources and of the module. tests/publish/test_wasm.py compares them
+with the sources that stand here, and rebuilds where it finds the same compiler.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,11 +25,11 @@ EXPORTS = (
     "mvbert_error_message",
 )  # fmt: skip
 
-# Without JavaScript of Emscripten's: the module asks for nothing but a function or two of WASI. Native
-# exceptions, which browsers have had since 2022. No SIMD, so that it runs where there is none.
+# Without JavaScript of Emscripten's: the module asks for a function or two of WASI. With native
+# exceptions and memory.copy, which browsers have had since 2022; without SIMD: it runs everywhere.
 FLAGS = (
-    "-std=c++17", "-Os", "-fwasm-exceptions", "-DNDEBUG", "-Wall", "-Wextra", "--no-entry",
-    "-sSTANDALONE_WASM", "-sALLOW_MEMORY_GROWTH", "-sEXPORTED_FUNCTIONS="
+    "-std=c++17", "-O2", "-fwasm-exceptions", "-mbulk-memory", "-DNDEBUG", "-Wall", "-Wextra",
+    "--no-entry", "-sSTANDALONE_WASM", "-sALLOW_MEMORY_GROWTH", "-sEXPORTED_FUNCTIONS="
     + ",".join(f"_{name}" for name in EXPORTS),
 )  # fmt: skip
 
@@ -43,8 +44,8 @@ def sources() -> list[Path]:
 
 
 def source_hash() -> str:
-    """SHA-256 over one line "<name> <SHA-256>" per file that the module is made from."""
-    used = {Path(__file__).resolve(), *sources()}
+    """SHA-256 over the flags and one line "<name> <SHA-256>" per file the module is made from."""
+    used = {*sources()}
     pending = list(used)
     while pending:
         text = pending.pop().read_text(encoding="utf-8")
@@ -56,13 +57,20 @@ def source_hash() -> str:
     lines = (
         f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(used)
     )
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join([*FLAGS, "\n", *lines]).encode()).hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """Without PYTHONSAFEPATH: em++ is a Python script that imports what lies beside it."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
 
 
 def compiler() -> str | None:
     """The first line of `em++ --version`; None if there is none."""
     try:
-        done = subprocess.run(["em++", "--version"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["em++", "--version"], capture_output=True, text=True, check=True, env=environment()
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.splitlines()[0]
@@ -82,7 +90,7 @@ def build(target: Path) -> None:
             'const char* const kSourceHash = "";\n}\n'
         )
         command = ["em++", *FLAGS, f"-I{ROOT / 'csrc'}", *map(str, sources()), str(info)]
-        subprocess.run([*command, "-o", str(target)], check=True)
+        subprocess.run([*command, "-o", str(target)], check=True, env=environment())
 
 
 def main() -> None:
