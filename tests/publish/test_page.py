@@ -113,6 +113,14 @@ def test_the_page_follows_from_the_head(
     assert (site / "sw.js").read_text() != worker  # browsers that kept the old files take the new
 
 
+def test_a_large_model_is_named_as_such(
+    models, no_runtime, training_inputs, tmp_path, verb, monkeypatch
+):
+    monkeypatch.setattr(page, "LARGE", 1000)
+    _, shown = verb(*command(models / "fill", tmp_path / "site", no_runtime, training_inputs))
+    assert "model.onnx has 0 MB, which is much for a phone to load" in shown
+
+
 def test_the_page_names_no_other_server():
     for path in page.PAGE.iterdir():
         if path.suffix in (".html", ".css", ".js", ".mjs"):

@@ -60,6 +60,14 @@ def test_the_same_compiler_builds_the_same_module(builder, tmp_path):
     assert (tmp_path / "tokenizer.wasm").read_bytes() == builder.TARGET.read_bytes()
 
 
+def test_building_without_the_compiler(builder, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["build_wasm.py", "-o", str(tmp_path / "tokenizer.wasm")])
+    with pytest.raises(SystemExit, match=r"needs em\+\+ of Emscripten"):
+        builder.main()
+    assert not any(tmp_path.iterdir())
+
+
 def compare(root, vocab: Vocab, texts: list[str], folder) -> dict:
     """Encodes texts in Node, compares with Python, and returns what Node found."""
     vocab.save(folder / "vocab.txt")

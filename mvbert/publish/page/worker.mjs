@@ -45,7 +45,17 @@ function softmax(scores) {
 
 const row = ({ values, width }, i) => values.subarray(i * width, (i + 1) * width);
 
-const largest = (values) => values.reduce((best, value, i) => (value > values[best] ? i : best), 0);
+/** The places of the largest values, the largest first. */
+function top(values, count) {
+  const best = [];
+  values.forEach((value, i) => {
+    if (best.length === count && value <= values[best.at(-1)]) return;
+    const place = best.findIndex((other) => values[other] < value);
+    best.splice(place < 0 ? best.length : place, 0, i);
+    best.length = Math.min(best.length, count);
+  });
+  return best;
+}
 
 // By task: what a text becomes.
 const ANSWERS = {
@@ -55,8 +65,7 @@ const ANSWERS = {
     return output.ids.flatMap((id, i) => {
       if (id !== mask) return [];
       const shares = softmax(row(output, i));
-      const best = shares.map((_, piece) => piece).sort((a, b) => shares[b] - shares[a]);
-      return [best.slice(0, SHOWN).map((piece) => [tokenizer.piece(piece), shares[piece]])];
+      return [top(shares, SHOWN).map((piece) => [tokenizer.piece(piece), shares[piece]])];
     });
   },
   // Shares of the labels of a text.
@@ -75,7 +84,7 @@ const ANSWERS = {
       if (tokenizer.piece(ids[i]).startsWith('##') && words.length > 0 && words.at(-1)[1] === begin) {
         words.at(-1)[1] = end;
       } else {
-        words.push([begin, end, config.labels[largest(row(output, i + 1))]]);
+        words.push([begin, end, config.labels[top(row(output, i + 1), 1)[0]]]);
       }
     }
     return words;
