@@ -378,13 +378,11 @@ int64_t mvbert_encode_spans(const mvbert_tokenizer* tokenizer, const char* text,
                     "the ids or the spans are a null pointer");
     const std::string_view view = mvbert::Text(text, size);
     mvbert::RequireUtf8(view, "the text");
-    mvbert::IdBuffer found;
-    std::vector<mvbert::Span> places;
+    mvbert::Require(size <= std::numeric_limits<std::int32_t>::max(),
+                    "the text has 2^31 bytes or more, whose places do not fit into 32 bits");
+    mvbert::IdBuffer found, places;
     tokenizer->tokenizer->EncodeSpans(view, true, &found, &places);
-    for (std::size_t i = 0; i < std::min(places.size(), capacity); ++i) {
-      spans[2 * i] = places[i].begin;
-      spans[2 * i + 1] = places[i].end;
-    }
+    std::copy_n(places.data(), 2 * std::min(found.size(), capacity), spans);
     return mvbert::Copy(found, ids, capacity);
   });
 }

@@ -103,7 +103,7 @@ MVBERT_API int64_t mvbert_encode(const mvbert_tokenizer* tokenizer, const char* 
                                  int32_t special, int32_t* ids, size_t capacity);
 
 /* The same without [CLS] and [SEP], and where each piece lies in the text: piece i has its letters
- * in the code points [spans[2 * i], spans[2 * i + 1]). Slower. */
+ * in the code points [spans[2 * i], spans[2 * i + 1]). */
 MVBERT_API int64_t mvbert_encode_spans(const mvbert_tokenizer* tokenizer, const char* text,
                                        size_t size, int32_t* ids, uint32_t* spans, size_t capacity);
 

@@ -37,6 +37,7 @@ from mvbert.model.weights import Weights, read_weights
 from mvbert.progress import Progress
 from mvbert.publish.export import INT8, run_export
 from mvbert.publish.onnx_graph import OUTPUTS
+from mvbert.tasks.model import INTENT
 from mvbert.text.vocab import Vocab
 
 PAGE = Path(__file__).with_name("page")
@@ -81,13 +82,15 @@ class Task:
     Args:
         name: a key of EXAMPLES.
         head: a key of OUTPUTS.
-        labels: names of the labels it scores.
+        labels: names of the labels it scores, for a joint model those of words.
+        intents: of a joint model, names of the labels of a text, which come after the others.
         independent: whether several labels of a text may be right.
     """
 
     name: str
     head: str
     labels: tuple[str, ...] = ()
+    intents: tuple[str, ...] = ()
     independent: bool = False
 
 
@@ -112,8 +115,12 @@ def page_task(folder: Path, shape: ModelConfig, weights: Weights, heads: Sequenc
         given = config.get("id2label")
         given = given if isinstance(given, dict) else {}
         names = tuple(str(given.get(str(i), f"LABEL_{i}")) for i in range(count))
-        independent = config.get("problem_type") == "multi_label_classification"
-        return Task("labels" if labels.of_text else "slots", "logits", names, independent)
+        if labels.of_text:
+            independent = config.get("problem_type") == "multi_label_classification"
+            return Task("labels", "logits", names, independent=independent)
+        tags = tuple(name for name in names if not name.startswith(INTENT))
+        intents = tuple(name.removeprefix(INTENT) for name in names[len(tags) :])
+        return Task("slots", "logits", tags, intents)
     predicts = "cls.predictions.transform.dense.weight" in weights
     if heads or (predicts and not (folder / "modules.json").exists()):
         return Task("fill", "logits")
@@ -260,6 +267,7 @@ def run_page(
                 "task": task.name,
                 "output": OUTPUTS[task.head],
                 "labels": list(task.labels),
+                "intents": list(task.intents),
                 "independent": task.independent,
                 "maxLength": shape.max_position_embeddings,
                 "tokenizer": options,

@@ -35,24 +35,26 @@ from mvbert.text.vocab import Vocab
 # ---- models --------------------------------------------------------------------------------------
 
 LABELS = ["O", "B-city", "I-city", "B-time", "I-time"]
+INTENTS = ["travel", "weather"]
 
 
 @pytest.fixture(scope="module")
 def models(training_inputs, awkward_vocab, tmp_path_factory) -> Path:
-    """Folders of tiny models whose weights are far from nothing: fill, labels, slots, awkward."""
+    """Folders of tiny models, weights far from nothing: fill, labels, slots, joint, awkward."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(3)
-    for name in ("fill", "labels", "slots"):
+    for name in ("fill", "labels", "slots", "joint"):
         shutil.copytree(training_inputs / "teacher", folder / name)
         weights = load_file(folder / name / "model.safetensors")
         weights = {key: value + torch.randn_like(value) * 0.5 for key, value in weights.items()}
         config = json.loads((folder / name / "config.json").read_text())
         if name != "fill":
-            head = {"labels": "Sequence", "slots": "Token"}[name]
+            head = "Sequence" if name == "labels" else "Token"
+            labels = LABELS + [f"intent:{intent}" for intent in INTENTS] * (name == "joint")
             config["architectures"] = [f"BertFor{head}Classification"]
-            config["id2label"] = {str(i): label for i, label in enumerate(LABELS)}
-            weights["classifier.weight"] = torch.randn(len(LABELS), 32)
-            weights["classifier.bias"] = torch.randn(len(LABELS))
+            config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+            weights["classifier.weight"] = torch.randn(len(labels), 32)
+            weights["classifier.bias"] = torch.randn(len(labels))
             weights["bert.pooler.dense.weight"] = torch.randn(32, 32) * 0.2
             weights["bert.pooler.dense.bias"] = torch.randn(32)
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -88,7 +90,7 @@ def command(model: Path, out: Path, ort: Path, corpus: Path, *more) -> list:
 @pytest.mark.parametrize(
     ("name", "more", "task"),
     [("fill", [], "fill"), ("fill", ["--head", "pooled"], "search"), ("labels", [], "labels"),
-     ("slots", [], "slots"), ("slots", ["--head", "pooled"], "search")],
+     ("slots", [], "slots"), ("joint", [], "slots"), ("slots", ["--head", "pooled"], "search")],
 )  # fmt: skip
 def test_the_page_follows_from_the_head(
     models, no_runtime, training_inputs, tmp_path, verb, name, more, task
@@ -99,7 +101,8 @@ def test_the_page_follows_from_the_head(
     config = json.loads((site / "page.json").read_text())
     assert config["task"] == task
     assert config["bytes"] == report["bytes"] == (site / "model.onnx").stat().st_size
-    assert config["labels"] == (LABELS if name in ("labels", "slots") and not more else [])
+    assert config["labels"] == (LABELS if name != "fill" and not more else [])
+    assert config["intents"] == (INTENTS if name == "joint" else [])
     written = {str(path.relative_to(site)) for path in site.rglob("*") if path.is_file()}
     assert written == {*config["files"]}
     worker = (site / "sw.js").read_text()
@@ -108,7 +111,7 @@ def test_the_page_follows_from_the_head(
     assert re.search(r"const VERSION = '[0-9a-f]{16}';", worker)
     verb(*command(models / name, site, no_runtime, training_inputs, *more, "--overwrite"))
     assert (site / "sw.js").read_text() == worker
-    (no_runtime / "ort.wasm.min.mjs").write_text(f"// {task}")
+    (no_runtime / "ort.wasm.min.mjs").write_text(f"// {name} {more}")
     verb(*command(models / name, site, no_runtime, training_inputs, *more, "--overwrite"))
     assert (site / "sw.js").read_text() != worker  # browsers that kept the old files take the new
 
@@ -486,9 +489,10 @@ def test_labels_are_those_of_python(browser, sites, models):
         assert browser.problems == []
 
 
-def test_slots_are_those_of_python(browser, sites, models):
-    site = sites("slots")
-    python = Python(site, Vocab.load(models / "slots"))
+@pytest.mark.parametrize("name", ["slots", "joint"])
+def test_slots_are_those_of_python(browser, sites, models, name):
+    site = sites(name)
+    python = Python(site, Vocab.load(models / name))
     with served(site) as port:
         start(browser, port)
         for text in ("The river is old, and the house by the river 😀 older.", "words"):
@@ -502,14 +506,19 @@ def test_slots_are_those_of_python(browser, sites, models):
                     if kind != "O":
                         slots[-1][2] = end
                     continue
-                label = LABELS[int(logits[i + 1].argmax())]
+                label = LABELS[int(logits[i + 1, : len(LABELS)].argmax())]
                 before, kind = kind, label.removeprefix("B-").removeprefix("I-")
                 if kind != "O" and kind == before and label.startswith("I-"):
                     slots[-1][2] = end
                 elif kind != "O":
                     slots.append([kind, begin, end])
-            expected = "; ".join(f"{kind}: {text[begin:end]}" for kind, begin, end in slots)
-            assert hint == (expected or "No labels.")
+            expected = [f"{kind}: {text[begin:end]}" for kind, begin, end in slots]
+            if name == "joint":
+                share = logits[0, len(LABELS) :].softmax(-1)
+                expected.insert(0, INTENTS[int(share.argmax())])
+                shown = dict(browser.evaluate(SCORES.replace("results", "intents")))
+                assert all(abs(shown[k] - v) < NEAR for k, v in zip(INTENTS, share, strict=True))
+            assert hint == ("; ".join(expected) or "No labels.")
             shown = browser.evaluate("document.querySelector('#results').textContent")
             assert re.sub("city|time", "", shown) == text
         assert browser.problems == []

@@ -177,7 +177,9 @@ const TASKS = {
     const [label, area] = field('A sentence', config.examples[0]);
     const hint = element('p', { id: 'hint', role: 'status' });
     const results = element('p', { id: 'results', class: 'sentence', dir: 'auto' });
-    main.append(label, area, examples(config, (text) => use(text)), hint, element('h2', {}, 'Labels'), results);
+    const intents = element('section', { hidden: '' }, element('h2', {}, 'Intent'),
+      element('ol', { id: 'intents', class: 'scores' }));
+    main.append(label, area, examples(config, (text) => use(text)), hint, intents, element('h2', {}, 'Labels'), results);
     const kinds = [...new Set(config.labels.map((name) => name.replace(/^[BIES]-/, '')))].filter((name) => name !== 'O');
     const use = typed(area, async (current) => {
       const text = area.value, reply = await run([text]);
@@ -185,7 +187,8 @@ const TASKS = {
       measured(reply);
       const slots = [];
       let open;  // the slot that a word may continue
-      for (const [begin, end, name] of reply.results[0]) {
+      const answer = reply.results[0];
+      for (const [begin, end, name] of answer.words) {
         const kind = name.replace(/^[BIES]-/, '');
         if (kind !== 'O' && open?.kind === kind && !/^[BS]-/.test(name)) open.end = end;
         else if (kind === 'O') open = undefined;
@@ -200,8 +203,12 @@ const TASKS = {
         at = end;
       }
       results.replaceChildren(...parts, text.slice(at));
-      if (slots.length === 0) tell(hint, 'No labels.', true);
-      else tell(hint, slots.map(({ begin, end, kind }) => `${kind}: ${text.slice(begin, end)}`).join('; '));
+      const best = answer.intents.sort((a, b) => b[1] - a[1]).slice(0, 3);
+      intents.hidden = best.length === 0;
+      intents.lastChild.replaceChildren(...best.map(([name, share]) => score(name, share)));
+      const said = slots.map(({ begin, end, kind }) => `${kind}: ${text.slice(begin, end)}`);
+      if (best.length > 0) said.unshift(best[0][0]);
+      tell(hint, said.join('; ') || 'No labels.', said.length === 0);
     });
   },
 

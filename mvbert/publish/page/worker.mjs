@@ -75,8 +75,11 @@ const ANSWERS = {
       ? Array.from(scores, (score) => 1 / (1 + Math.exp(-score))) : softmax(scores);
     return shares.map((share, i) => [config.labels[i], share]);
   },
-  // Words with labels: [begin, end, label]. A word has the label of its first piece.
+  // Words with labels: [begin, end, label]. A word has the label of its first piece. A joint model
+  // scores the labels of the text, the last of all, at [CLS].
   slots(text, output) {
+    const tags = config.labels.length;
+    const intents = softmax(row(output, 0).subarray(tags)).map((share, i) => [config.intents[i], share]);
     const { ids, spans } = tokenizer.encodeSpans(text);
     const words = [];
     for (let i = 0; i < Math.min(ids.length, output.ids.length - 2); ++i) {
@@ -84,10 +87,10 @@ const ANSWERS = {
       if (tokenizer.piece(ids[i]).startsWith('##') && words.length > 0 && words.at(-1)[1] === begin) {
         words.at(-1)[1] = end;
       } else {
-        words.push([begin, end, config.labels[top(row(output, i + 1), 1)[0]]]);
+        words.push([begin, end, config.labels[top(row(output, i + 1).subarray(0, tags), 1)[0]]]);
       }
     }
-    return words;
+    return { words, intents };
   },
   // A vector of length 1.
   search(text, output) {
