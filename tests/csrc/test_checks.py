@@ -26,7 +26,7 @@ def _configure(root, folder: Path, *options: str) -> None:
             pytest.skip(f"needs {tool}")
     configure = _run(
         "cmake", "-S", root, "-B", folder, "-G", "Ninja", "-DMVBERT_PYTHON=OFF",
-        "-DMVBERT_CHECKS=ON", "-DCMAKE_CXX_FLAGS=-Werror", *options,
+        "-DMVBERT_CHECKS=ON", "-DCMAKE_C_FLAGS=-Werror", "-DCMAKE_CXX_FLAGS=-Werror", *options,
     )  # fmt: skip
     assert configure.returncode == 0, configure.stderr
 
@@ -133,7 +133,7 @@ def test_neon(root):
     folder = _folder(root, "neon")
     _configure(
         root, folder, "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
-        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+        "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
     )  # fmt: skip
     build = _run("cmake", "--build", folder)
     assert build.returncode == 0, build.stdout + build.stderr
