@@ -44,7 +44,7 @@ def sources() -> list[Path]:
 
 
 def source_hash() -> str:
-    """SHA-256 over the flags and one line "<name> <SHA-256>" per file the module is made from."""
+    """SHA-256 over the flags and the code the module is made from, without comments and layout."""
     used = {*sources()}
     pending = list(used)
     while pending:
@@ -54,10 +54,11 @@ def source_hash() -> str:
             if header not in used:
                 used.add(header)
                 pending.append(header)
-    lines = (
-        f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for path in sorted(used)
-    )
-    return hashlib.sha256("".join([*FLAGS, "\n", *lines]).encode()).hexdigest()
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sorted(used):
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.S)
+        digest.update(f"\n{path.name} {''.join(code.split())}".encode())
+    return digest.hexdigest()
 
 
 def environment() -> dict[str, str]:

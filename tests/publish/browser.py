@@ -16,7 +16,7 @@ class Browser:
 
     Args:
         program: its path.
-        width, height, dark, touch: the screen, and what the page is told of it.
+        width, height: of the page, in CSS pixels.
     """
 
     def __init__(self, program: str, width: int = 1280, height: int = 900) -> None:
