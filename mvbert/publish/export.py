@@ -116,7 +116,6 @@ def real_rows(vocab: Vocab, config: ModelConfig, corpus: Path | None) -> Batch:
                 lowercase=vocab.lowercase,
                 strip_accents=vocab.strip_accents,
                 heldout_share=0.9,
-                seed=1,  # 0 draws every document
             )
             opened = Corpus.open(folder)
         else:
