@@ -577,7 +577,9 @@ class ExportCommand:
             )
             return self._wheel(self.wheel, self.out)
         if self.page:
-            self._refuse_all_but((*every, *onnx, "page", "ort", "serve", "port"), "is not for --page")
+            self._refuse_all_but(
+                (*every, *onnx, "page", "ort", "serve", "port"), "is not for --page"
+            )
             return self._page(self.out)
         self._refuse_all_but(
             (*every, *onnx, "int8", "float16", "inputs", "max_error", "min_agreement"),

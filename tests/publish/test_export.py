@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from mvbert.config import ModelConfig
 from mvbert.model.masked_lm import MaskedLM
+from mvbert.model.pooling import read_pooling
 from mvbert.publish import export, onnx_graph
 from mvbert.publish.calibration import largest_inputs
-from mvbert.model.pooling import read_pooling
 
 
 def bert(**changes) -> MaskedLM:
