@@ -559,7 +559,8 @@ def flash_dweight_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + tl.minimum(v, V - 1)).to(ACC)
     if WEIGHTED and SMOOTHING > 0:
-        even = tl.load(class_weight_ptr + v, mask=v < V, other=0.0).to(ACC) * (SMOOTHING / V)
+        even = tl.load(class_weight_ptr + v, mask=v < V, other=0.0).to(ACC)
+        even *= tl.full((1,), SMOOTHING, ACC) / V
         spread = SMOOTHING * tl.load(mean_class_weight_ptr).to(ACC)
     if Z_LOSS:
         z_factor = 2.0 * tl.load(z_loss_ptr).to(ACC)

@@ -261,7 +261,7 @@ def test_help_version_and_what_is_said_without_a_verb(tmp_path):
         assert f"Example: mvbert train --stage {stage} " in command.__doc__
     assert "mvbert train --stage 1 --help" in train
     for verb, command in cli.VERBS.items():
-        assert f"  {verb:8} {command.__doc__.splitlines()[0]}\n" in usage
+        assert f"  {verb:9} {command.__doc__.splitlines()[0]}\n" in usage
         assert verb == "train" or f"Example: mvbert {verb} " in command.__doc__
     assert mvbert(tmp_path, "--version").stdout.startswith("mvbert 0.")
     bare = mvbert(tmp_path)

@@ -33,11 +33,11 @@ from mvbert.files import (
     write_json,
 )
 from mvbert.model import huggingface
+from mvbert.model.huggingface import INTENT
 from mvbert.model.weights import Weights, read_weights
 from mvbert.progress import Progress
 from mvbert.publish.export import INT8, run_export
 from mvbert.publish.onnx_graph import OUTPUTS
-from mvbert.tasks.model import INTENT
 from mvbert.text.vocab import Vocab
 
 PAGE = Path(__file__).with_name("page")

@@ -16,11 +16,12 @@ from torch import Tensor
 from mvbert.config import FinetuneConfig, to_dict
 from mvbert.errors import InputError
 from mvbert.files import Json
+from mvbert.model.huggingface import INTENT
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Task
 from mvbert.tasks.metrics import score_of
-from mvbert.tasks.model import INTENT, Labels, TaskModel
+from mvbert.tasks.model import Labels, TaskModel
 from mvbert.tasks.rows import CLASS, TaskBatch, TaskRows, batches_of_epoch, read_batch
 from mvbert.tasks.score import Split, evaluate
 from mvbert.text.vocab import Vocab

@@ -15,14 +15,13 @@ from mvbert.config import ModelConfig, to_dict
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object, write_json
 from mvbert.model import huggingface
+from mvbert.model.huggingface import INTENT
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.weights import WEIGHTS, read_weights
 from mvbert.tasks.formats import Kind
 from mvbert.tasks.rows import TaskBatch
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
-
-INTENT = "intent:"  # in front of the names of a joint model's classes, which [CLS] is scored with
 
 _ARCHITECTURE = {
     "classes": "BertForSequenceClassification",

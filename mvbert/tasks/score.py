@@ -16,10 +16,11 @@ from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object
 from mvbert.model import huggingface
 from mvbert.model.flops import encoder_products, product_rates
+from mvbert.model.huggingface import INTENT
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, Task, find_task, read_examples
 from mvbert.tasks.metrics import check_installed, joint_metrics, tag_metrics, text_metrics
-from mvbert.tasks.model import INTENT, Labels, TaskModel, load_task_model
+from mvbert.tasks.model import Labels, TaskModel, load_task_model
 from mvbert.tasks.rows import CLASS, TaskRows, batches_by_length, make_rows, read_batch
 from mvbert.text.vocab import Vocab
 from mvbert.training.device import Device, choose_device, choose_dtype

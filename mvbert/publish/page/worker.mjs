@@ -32,8 +32,10 @@ async function forward(text) {
   const given = { input_ids: inputIds, attention_mask: attentionMask, token_type_ids: tokenTypeIds };
   const feeds = Object.fromEntries(session.inputNames.map(
     (name) => [name, new ort.Tensor('int64', given[name], dims)]));
-  const output = (await session.run(feeds))[config.output];
-  return { ids: Array.from(inputIds, Number), values: output.data, width: output.dims.at(-1) };
+  const outputs = await session.run(feeds);
+  const output = outputs[config.output];
+  const ids = Array.from(inputIds, Number);
+  return { ids, values: output.data, width: output.dims.at(-1), intents: outputs.intent_logits?.data };
 }
 
 function softmax(scores) {
@@ -76,10 +78,9 @@ const ANSWERS = {
     return shares.map((share, i) => [config.labels[i], share]);
   },
   // Words with labels: [begin, end, label]. A word has the label of its first piece. A joint model
-  // scores the labels of the text, the last of all, at [CLS].
+  // scores labels of the text too.
   slots(text, output) {
-    const tags = config.labels.length;
-    const intents = softmax(row(output, 0).subarray(tags)).map((share, i) => [config.intents[i], share]);
+    const intents = softmax(output.intents ?? []).map((share, i) => [config.intents[i], share]);
     const { ids, spans } = tokenizer.encodeSpans(text);
     const words = [];
     for (let i = 0; i < Math.min(ids.length, output.ids.length - 2); ++i) {
@@ -87,7 +88,7 @@ const ANSWERS = {
       if (tokenizer.piece(ids[i]).startsWith('##') && words.length > 0 && words.at(-1)[1] === begin) {
         words.at(-1)[1] = end;
       } else {
-        words.push([begin, end, config.labels[top(row(output, i + 1).subarray(0, tags), 1)[0]]]);
+        words.push([begin, end, config.labels[top(row(output, i + 1), 1)[0]]]);
       }
     }
     return { words, intents };
