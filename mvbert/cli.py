@@ -391,8 +391,8 @@ class EmbedCommand:
 class EvalCommand:
     """Evaluate a BERT on held-out text, or a fine-tuned one on its task.
 
-    Examples: mvbert eval student --corpus corpus;
-    mvbert eval tuned --task sst-2 --data data:glue-sst-2.tar.xz
+    Example: mvbert eval student --corpus corpus
+    Example: mvbert eval tuned --task sst-2 --data data:glue-sst-2.tar.xz
     """
 
     model: Positional[str]
