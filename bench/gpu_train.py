@@ -141,8 +141,9 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(prefix="mvbert-train-"))
     try:
         env = environment(work / "site")
-        build = [PYTHON, "setup.py", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        if not args.dry_run:
+            build = [PYTHON, "setup.py", "build_ext", "--inplace"]
+            subprocess.run(build, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
         minutes = args.minutes - PACKING - (time.monotonic() - begin) / 60
         (work / "job.toml").write_text(job(args, work, minutes))
         train = [PYTHON, "-m", "mvbert", "distill", str(work / "job.toml")]

@@ -447,6 +447,7 @@ def test_a_student_trained_in_one_call_is_continued_in_the_next(gpu_train):
     assert "student.tar.00 is missing or damaged" in done.stderr
 
 
+@pytest.mark.slow  # it builds the C++ part and runs all benches: two minutes and a half
 def test_dry_run(root, tmp_path):
     """Every part runs at toy size, here where there may be no GPU."""
     draw = random.Random(0)
