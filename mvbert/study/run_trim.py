@@ -90,7 +90,7 @@ def run_trim(
     width = trimmed.tensors[trimmed.rewritten[0]].numel() // new.size
     progress.note(
         f"{old.size:,} pieces -> {new.size:,}, {trimmed.kept:,} of them the model's own; "
-        f"{(old.size - new.size) * width / 1e6:+.2f} M parameters fewer in the word table"
+        f"word table: {(new.size - old.size) * width / 1e6:+.2f} M parameters"
     )
     report: dict[str, Json] = {
         "model": str(folder),
