@@ -48,7 +48,6 @@ from mvbert.model.flops import encoder_products, product_rates
 from mvbert.model.weights import read_tensors, weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, find_task, read_examples
-from mvbert.tasks.loop import rate_at
 from mvbert.tasks.model import load_bert
 from mvbert.tasks.rows import batches_of_epoch, make_rows, read_batch
 from mvbert.tasks.sentence_model import (
@@ -61,6 +60,7 @@ from mvbert.tasks.sentence_model import (
 from mvbert.tasks.sentences import sample_sentences
 from mvbert.training.device import Device, choose_device, choose_dtype, keep_memory
 from mvbert.training.environment import environment
+from mvbert.training.optim import decay_groups, linear_schedule
 from mvbert.training.runs import lock, make_folder
 
 DESCRIPTION, VECTORS = "embed.json", "vectors"
@@ -322,14 +322,8 @@ def _train(
     per_epoch = -(-len(texts) // config.batch)
     steps = config.epochs * per_epoch
     parameters = [p for _, p in student.trained()]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        fused=True,
-    )
+    groups = decay_groups(parameters, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True)  # each step sets its rate
     rotation = None if turn is None else torch.from_numpy(turn).to(device.device)
     every = max(1, steps // 20)
     first = _load_state(kept, student, optimizer)
@@ -345,7 +339,7 @@ def _train(
                     step += 1
                     continue
                 for group in optimizer.param_groups:
-                    group["lr"] = config.lr * rate_at(step, steps, config.warmup)
+                    group["lr"] = config.lr * linear_schedule(step, steps, config.warmup)
                 batch = read_batch(rows, chosen, vocab.pad, device.device)
                 target = torch.from_numpy(theirs[chosen].astype(np.float32)).to(device.device)
                 if rotation is not None:

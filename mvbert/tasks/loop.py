@@ -26,6 +26,7 @@ from mvbert.tasks.rows import CLASS, TaskBatch, TaskRows, batches_of_epoch, read
 from mvbert.tasks.score import Split, evaluate
 from mvbert.text.vocab import Vocab
 from mvbert.training.device import Device
+from mvbert.training.optim import decay_groups, linear_schedule
 
 IGNORED = -100  # a place without a label
 
@@ -107,7 +108,8 @@ class Trainer:
         model.to(self._device.device).train()
         lengths = self._rows.lengths
         per_epoch = -(-len(lengths) // run.batch)
-        optimizer = make_optimizer(model, self._config)
+        groups = decay_groups((p for _, p in model.trained()), self._config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, fused=True)  # each step sets its rate
         best: dict[str, Tensor] = {}
         kept: dict[str, Json] = {}
         scores: list[float] = []
@@ -117,7 +119,7 @@ class Trainer:
                 started = time.perf_counter()
                 total = torch.zeros((), dtype=torch.float64, device=self._device.device)
                 for chosen in batches_of_epoch(lengths, run.batch, run.seed, epoch):
-                    rate = rate_at(step, run.epochs * per_epoch, self._config.warmup)
+                    rate = linear_schedule(step, run.epochs * per_epoch, self._config.warmup)
                     for group in optimizer.param_groups:
                         group["lr"] = run.lr * rate
                     batch = read_batch(self._rows, chosen, self._vocab.pad, self._device.device)
@@ -209,21 +211,3 @@ def targets_of(labels: Labels, split: Split) -> np.ndarray:
             else:
                 targets[place] = number[examples.tags[row][word]]
     return targets
-
-
-def make_optimizer(model: TaskModel, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), fused; no weight decay on biases and LayerNorm."""
-    parameters = [p for _, p in model.trained()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr[0], fused=True)
-
-
-def rate_at(step: int, steps: int, warmup: float) -> float:
-    """The share of the peak learning rate at `step`, from 0: linear up, then linear to 0."""
-    rising = round(warmup * steps)
-    if step < rising:
-        return (step + 1) / rising
-    return (steps - step) / max(steps - rising, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,18 +17,16 @@ from mvbert.training.muon import Muon
 class Optimizer:
     """AdamW, and Muon for an encoder's matrices if the config says so, as one optimiser.
 
-    AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) is torch's, fused. No weight decay on
-    biases and LayerNorm, as in BERT. Learning rate and step count are on the device, and an update
-    can be left out there, so a step never waits for the device.
+    AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) is torch's, fused. Learning rate and step
+    count are on the device, and an update can be left out there, so a step never waits for the
+    device.
     """
 
     def __init__(self, module: nn.Module, config: TrainConfig, device: Device) -> None:
         self._lr = torch.tensor(config.lr, device=device.device)
         matrices = dict(_matrices(module)) if config.optimizer == "muon" else {}
         rest = [p for _, p in trained_parameters(module) if p not in matrices]
-        decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay}
-        plain = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
-        groups: list[dict[str, Any]] = [group for group in (decayed, plain) if group["params"]]
+        groups = decay_groups(rest, config.weight_decay)
         betas = (config.beta1, config.beta2)
         self._parts: list[torch.optim.Optimizer] = [
             torch.optim.AdamW(groups, lr=self._lr, betas=betas, eps=config.eps, fused=True)
@@ -77,15 +75,33 @@ def _matrices(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
                     yield linear.weight, count
 
 
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for torch's optimisers: no weight decay on biases and LayerNorm, as in BERT."""
+    parameters = list(parameters)
+    decayed = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
+    plain = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (decayed, plain) if group["params"]]
+
+
 def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters that require gradients, in a fixed order."""
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of `step` (from 0): linear warm-up, then linear decay to final_lr."""
-    warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    left = (config.steps - step) / max(config.steps - warmup, 1)
-    return config.lr * (config.final_lr + (1 - config.final_lr) * left)
+    """Learning rate of `step`, from 0."""
+    return config.lr * linear_schedule(step, config.steps, config.warmup, config.final_lr)
+
+
+def linear_schedule(step: int, steps: int, warmup: float, final: float = 0.0) -> float:
+    """The share of the peak learning rate at `step`, from 0: linear warm-up, then linear decay.
+
+    Args:
+        warmup: share of the steps with a rising rate.
+        final: share of the peak that the decay ends at.
+    """
+    rising = round(warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    left = (steps - step) / max(steps - rising, 1)
+    return final + (1 - final) * left
