@@ -314,7 +314,7 @@ class Stage2Config(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "distill", tuple(self.distill))
-        if self.start not in ("stage1", "random") and not Path(self.start).is_dir():
+        if self.continues and not Path(self.start).is_dir():
             raise InputError(
                 f"start must be stage1, random or the folder of a student, got {self.start!r}"
             )
@@ -338,6 +338,11 @@ class Stage2Config(TrainConfig):
         _check_dropout(self.dropout)
         if self.temperature <= 0:
             raise InputError(f"temperature must be positive, got {self.temperature}")
+
+    @property
+    def continues(self) -> bool:
+        """Whether `start` is the folder of a student that this run continues."""
+        return self.start not in ("stage1", "random")
 
 
 @dataclass(frozen=True)

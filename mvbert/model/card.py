@@ -52,7 +52,7 @@ embeddings, the affine map to this model's width and the bias of the student's s
         }.get(stage2.start, "It continues an earlier student.")
         positions = "as sinusoids" if stage2.positions == "sinusoidal" else "randomly"
         initial = f" Its position\nembeddings were initialised {positions}, the encoder randomly."
-        if stage2.start not in ("stage1", "random"):
+        if stage2.continues:
             initial = ""
         losses = "masked language modelling"
         if stage2.distill:

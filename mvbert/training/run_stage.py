@@ -101,7 +101,7 @@ def run_stage2(
 
     def describe() -> dict[str, Json]:
         start: dict[str, Json] = {}
-        if config.start not in ("stage1", "random"):
+        if config.continues:
             start["start"] = weights_id(huggingface.find_model(config.start, "start"))
         return {
             "stage": 2,

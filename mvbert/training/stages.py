@@ -234,7 +234,7 @@ class Stage2:
         self.model.init_weights(config.seed)
         self.model.embeddings.frequent_ids = (self.vocab.mask,)
         self.model.pooler.requires_grad_(False)
-        if config.start not in ("stage1", "random"):
+        if config.continues:
             load_student(huggingface.find_model(config.start, "start"), self.model, self.vocab)
         elif config.start == "stage1":
             E = teacher.student.table.shape[1]
@@ -247,7 +247,7 @@ class Stage2:
             with torch.no_grad():
                 self.model.embeddings.word.weight.copy_(teacher.student.table)
                 self.model.head.bias.copy_(teacher.student.bias)
-        if config.positions == "sinusoidal" and config.start in ("stage1", "random"):
+        if config.positions == "sinusoidal" and not config.continues:
             tables = self.model.embeddings
             sinusoidal_start(tables.position.weight, float(tables.word.weight.detach().std()))
         self.module = nn.ModuleDict({"model": self.model})
