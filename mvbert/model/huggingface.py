@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mvbert.config import ModelConfig, to_dict
 from mvbert.errors import InputError
-from mvbert.files import atomic_write, read_json_object, sync_file, write_error, write_json
+from mvbert.files import Json, atomic_write, read_json_object, sync_file, write_error, write_json
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.weights import PYTORCH_WEIGHTS, WEIGHTS, Weights, read_weights
 from mvbert.text.hub import download, is_hub_name
@@ -396,6 +396,21 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise InputError(f"cannot write {path}: {error}; existing files are unchanged") from error
 
 
+def config_json(shape: ModelConfig, vocab: Vocab, architecture: str) -> dict[str, Json]:
+    """The contents of config.json for one of transformers' BERT classes."""
+    # Dropout is a setting of a run; a folder carries BERT's, for whoever fine-tunes it.
+    shape = replace(
+        shape, pad_token_id=vocab.pad, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1
+    )
+    return {
+        "architectures": [architecture],
+        "model_type": "bert",
+        **to_dict(shape),
+        "position_embedding_type": "absolute",
+        "torch_dtype": "float32",
+    }
+
+
 def write_model(folder: Path, model: MaskedLM, vocab: Vocab, card: str) -> None:
     """Writes all files of a Hugging Face folder into an existing folder.
 
@@ -403,22 +418,6 @@ def write_model(folder: Path, model: MaskedLM, vocab: Vocab, card: str) -> None:
     """
     state = {n: p for n, p in model.named_parameters() if not n.startswith("student.")}
     write_tensors(folder / WEIGHTS, to_hugging_face(state))
-    # Dropout is a setting of a run; a folder carries BERT's, for whoever fine-tunes it.
-    config = replace(
-        model.config,
-        pad_token_id=vocab.pad,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )
-    write_json(
-        folder / "config.json",
-        {
-            "architectures": ["BertForMaskedLM"],
-            "model_type": "bert",
-            **to_dict(config),
-            "position_embedding_type": "absolute",
-            "torch_dtype": "float32",
-        },
-    )
+    write_json(folder / "config.json", config_json(model.config, vocab, "BertForMaskedLM"))
     save_tokenizer_files(vocab, folder)
     atomic_write(folder / "README.md", card)

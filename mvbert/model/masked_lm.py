@@ -86,9 +86,18 @@ class MaskedLM(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         init_weights(self, self.config.initializer_range, generator)
 
-    def encode(self, input_ids: Tensor, token_type_ids: Tensor, taps: Taps | None = None) -> Tensor:
-        """input_ids, token_type_ids [B, T] -> last hidden states [B, T, H]; fills `taps`."""
-        return self.encoder(self.embeddings(input_ids, token_type_ids), taps=taps)
+    def encode(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """input_ids, token_type_ids [B, T] -> last hidden states [B, T, H]; fills `taps`.
+
+        attention_mask is bool [B, T], False on padding, or None (all positions count).
+        """
+        return self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, taps)
 
     def masked_hidden(self, hidden: Tensor, masked_index: Tensor) -> Tensor:
         """Gathers the masked rows of hidden [B, T, H] and transforms them: [N, H]."""

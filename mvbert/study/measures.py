@@ -151,7 +151,7 @@ def bits_per_word(
         part = order[first : first + BATCH]
         ids, mask = padded([q.ids for q in part], pad, device.device)
         with device.cast():
-            hidden = model.encoder(model.embeddings(ids, torch.zeros_like(ids)), mask)
+            hidden = model.encode(ids, torch.zeros_like(ids), attention_mask=mask)
             index = torch.tensor(
                 [i * ids.shape[1] + q.place for i, q in enumerate(part)], device=device.device
             )

@@ -121,7 +121,7 @@ def sentence_states(
         part = order[first : first + BATCH]
         ids, mask = padded([rows[i] for i in part], pad, device.device)
         with device.cast():
-            hidden = model.encoder(model.embeddings(ids, torch.zeros_like(ids)), mask)
+            hidden = model.encode(ids, torch.zeros_like(ids), attention_mask=mask)
         inside = (mask & (ids != cls) & (ids != sep))[..., None]
         total = (hidden.double() * inside).sum(1) / inside.sum(1).clamp_min(1)
         states[part] = total.cpu()

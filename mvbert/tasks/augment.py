@@ -136,8 +136,7 @@ class Filler:
             inside = torch.arange(T) < torch.from_numpy(lengths[chosen])[:, None]
             ids, inside = ids.to(self._device.device), inside.to(self._device.device)
             with self._device.cast():
-                hidden = self._bert.embeddings(ids, torch.zeros_like(ids))
-                hidden = self._bert.encoder(hidden, inside)
+                hidden = self._bert.encode(ids, torch.zeros_like(ids), inside)
                 index = (row * T + column).to(self._device.device)
                 scores = self._bert.logits(self._bert.masked_hidden(hidden, index)).float()
             scores = scores.masked_fill(self._barred[later.long()], float("-inf"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvbert import functional
-from mvbert.config import ModelConfig, to_dict
+from mvbert.config import ModelConfig
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object, write_json
 from mvbert.model import huggingface
@@ -76,9 +76,8 @@ class TaskModel(nn.Module):
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """Scores of the labels at the batch's places, [N, labels]."""
-        hidden = self.bert.embeddings(batch.input_ids, batch.token_type_ids)
-        hidden = self.bert.encoder(hidden, batch.mask).flatten(0, 1)
-        hidden = hidden.index_select(0, batch.index)
+        hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask)
+        hidden = hidden.flatten(0, 1).index_select(0, batch.index)
         if self.head.of_text:
             hidden = torch.tanh(self.bert.pooler(hidden))
         return self.head.scores(functional.dropout(hidden, self.dropout, self.training))
@@ -165,19 +164,10 @@ def write_task_model(folder: Path, model: TaskModel, vocab: Vocab) -> None:
 
 
 def _config(shape: ModelConfig, vocab: Vocab, labels: Labels) -> dict[str, Json]:
-    shape = replace(
-        shape, pad_token_id=vocab.pad, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1
-    )
     names = labels.names or ("LABEL_0",)
-    facts: dict[str, Json] = {
-        "architectures": [_ARCHITECTURE[labels.kind]],
-        "model_type": "bert",
-        **to_dict(shape),
-        "position_embedding_type": "absolute",
-        "torch_dtype": "float32",
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
+    facts = huggingface.config_json(shape, vocab, _ARCHITECTURE[labels.kind])
+    facts["id2label"] = {str(i): name for i, name in enumerate(names)}
+    facts["label2id"] = {name: i for i, name in enumerate(names)}
     if labels.kind in ("classes", "number"):
         one = labels.kind == "number"
         facts["problem_type"] = "regression" if one else "single_label_classification"

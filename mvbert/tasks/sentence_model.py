@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mvbert import __version__
-from mvbert.config import to_dict
 from mvbert.errors import InputError
-from mvbert.files import Json, atomic_write, read_json_object, write_json
+from mvbert.files import atomic_write, read_json_object, write_json
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
-from mvbert.model.pooling import Pooling, read_pooling
+from mvbert.model.pooling import Pooling, Step, read_pooling, write_pooling
 from mvbert.model.weights import WEIGHTS
 from mvbert.tasks.formats import Examples, find_task
 from mvbert.tasks.rows import TaskBatch, batches_by_length, make_rows, read_batch
@@ -80,8 +78,7 @@ def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArra
     for chosen in batches_by_length(rows.lengths, max(1, PIECES // longest)):
         batch = read_batch(rows, chosen, model.vocab.pad, device.device)
         with device.cast():
-            hidden = bert.embeddings(batch.input_ids, batch.token_type_ids)
-            hidden = bert.encoder(hidden, batch.mask).float()
+            hidden = bert.encode(batch.input_ids, batch.token_type_ids, batch.mask).float()
         mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
         pooled = model.pooling(hidden, mask.to(hidden.device))
         found[chosen] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
@@ -105,8 +102,7 @@ class SentenceStudent(nn.Module):
 
     def forward(self, batch: TaskBatch) -> Tensor:
         """Vectors before normalisation, [B, width]."""
-        hidden = self.bert.embeddings(batch.input_ids, batch.token_type_ids)
-        hidden = self.bert.encoder(hidden, batch.mask)
+        hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask)
         if batch.mask is None:
             return self.map(hidden.mean(1))
         mask = batch.mask[..., None]
@@ -122,60 +118,19 @@ def write_sentence_model(
 ) -> None:
     """Writes a sentence-transformers folder into an existing folder: mean, linear map, unit length.
 
-    SentenceTransformer opens it with no code of ours; modules.json, which it asks for, comes last.
+    SentenceTransformer opens it with no code of ours.
     """
-    bert, width = student.bert, student.map.out_features
+    bert = student.bert
     state = {n: p for n, p in bert.named_parameters() if not n.startswith("head.")}
     huggingface.write_tensors(folder / WEIGHTS, huggingface.to_hugging_face(state))
     save_tokenizer_files(vocab, folder, bert.config.max_position_embeddings)
-    shape = replace(
-        bert.config, pad_token_id=vocab.pad, hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-    )  # fmt: skip
-    facts: dict[str, Json] = {
-        "architectures": ["BertModel"],
-        "model_type": "bert",
-        **to_dict(shape),
-        "position_embedding_type": "absolute",
-        "torch_dtype": "float32",
-    }
-    write_json(folder / "config.json", facts)
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False}
-    )
+    config = huggingface.config_json(bert.config, vocab, "BertModel")
+    write_json(folder / "config.json", config)
     write_json(
         folder / "config_sentence_transformers.json",
         {"__version__": {"mvbert": __version__}, "similarity_fn_name": "cosine"},
     )
-    for name in ("1_Pooling", "2_Dense", "3_Normalize"):
-        (folder / name).mkdir()
-    modes: dict[str, Json] = {
-        f"pooling_mode_{name}": name == "mean_tokens"
-        for name in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-    }
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": bert.config.hidden_size, **modes},
-    )
-    write_json(
-        folder / "2_Dense" / "config.json",
-        {
-            "in_features": bert.config.hidden_size,
-            "out_features": width,
-            "bias": True,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        },
-    )
-    linear = {
-        f"linear.{n}": p.detach().cpu().contiguous() for n, p in student.map.named_parameters()
-    }
-    huggingface.write_tensors(folder / "2_Dense" / WEIGHTS, linear)
+    weight, bias = (p.detach().cpu().contiguous() for p in student.map.parameters())
+    pooling = Pooling("mean", (Step(weight, bias), Step()))
+    write_pooling(folder, pooling, bert.config.hidden_size, length)
     atomic_write(folder / "README.md", card)
-    modules: list[Any] = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(
-            [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"),
-             ("3_Normalize", "Normalize")]
-        )
-    ]  # fmt: skip
-    write_json(folder / "modules.json", modules)

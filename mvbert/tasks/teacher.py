@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from mvbert.errors import InputError
-from mvbert.files import atomic_file
+from mvbert.files import atomic_write
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, Task
 from mvbert.tasks.model import Labels, TaskModel, load_task_model
@@ -140,8 +140,4 @@ def cached_scores(
 
 
 def keep_scores(path: Path, soft: NDArray[np.float32], known: NDArray[np.bool_]) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    save_file({"scores": soft, "known": known.astype(np.uint8)}, partial)
-    with atomic_file(path) as file:
-        file.write(partial.read_bytes())
-    partial.unlink()
+    atomic_write(path, save({"scores": soft, "known": known.astype(np.uint8)}))
