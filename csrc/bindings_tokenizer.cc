@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <tuple>
-#include <type_traits>
 
 #include "ascii_run.h"
 #include "bindings.h"
@@ -28,24 +27,38 @@ std::vector<std::string> InstructionSets() {
   return names;
 }
 
+// Calls call(utf8) with the checked UTF-8 of a text, without the GIL.
+template <typename Call>
+void WithText(const py::object& text, Call&& call) {
+  const TextView view(text, TextView::kUnchecked);
+  py::gil_scoped_release release;
+  view.Check();
+  call(view.get());
+}
+
+// The list of item(i), a new reference or null after an error, for i in [0, size).
+template <typename Item>
+py::list ListOf(std::size_t size, Item&& item) {
+  py::list list(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    PyObject* const made = item(i);
+    if (made == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), made);
+  }
+  return list;
+}
+
 py::list Split(const py::object& text, bool lowercase,
                const std::optional<std::string>& instruction_set, bool strip_accents) {
   const WordSplitter splitter({lowercase, strip_accents}, instruction_set
                                                               ? AsciiRunNamed(*instruction_set)
                                                               : FastestAsciiRun());
-  const TextView view(text);
   Words words;
-  {
-    py::gil_scoped_release release;
-    splitter.Split(view.get(), &words);
-  }
-  py::list result(words.ends.size());
-  std::uint32_t begin = 0;
-  for (std::size_t i = 0; i < words.ends.size(); ++i) {
-    result[i] = py::str(words.bytes.data() + begin, words.ends[i] - begin);
-    begin = words.ends[i];
-  }
-  return result;
+  WithText(text, [&](std::string_view utf8) { splitter.Split(utf8, &words); });
+  return ListOf(words.ends.size(), [&](std::size_t i) {
+    const std::uint32_t begin = i == 0 ? 0 : words.ends[i - 1];
+    return PyUnicode_DecodeUTF8(words.bytes.data() + begin, words.ends[i] - begin, nullptr);
+  });
 }
 
 py::object Utf8Error(const py::buffer& data) {
@@ -118,6 +131,19 @@ Truncation TruncationNamed(const std::optional<std::string>& name) {
   throw std::invalid_argument("there is no truncation '" + *name + "'");
 }
 
+// Ids, offsets and token types of flat rows.
+py::tuple FlatArrays(const TokenRows& rows, int threads) {
+  py::array_t<std::int32_t> ids(rows.offsets().back());
+  py::array_t<std::uint8_t> types(rows.offsets().back());
+  std::int32_t* const ids_data = ids.mutable_data();
+  std::uint8_t* const types_data = types.mutable_data();
+  {
+    py::gil_scoped_release release;
+    rows.FillFlat(threads, ids_data, types_data);
+  }
+  return py::make_tuple(ids, CopyArray<std::int64_t>(rows.offsets()), types);
+}
+
 template <typename T>
 py::tuple PaddedArrays(const TokenRows& rows, std::size_t width, int threads) {
   const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(rows.size()),
@@ -143,34 +169,31 @@ RowOptions MakeRowOptions(const ClsSep& cls_sep) {
 }
 
 // An array of whole 64-bit numbers, or none.
-using Ends = std::optional<Flat<std::int64_t>>;
+using Numbers = std::optional<Flat<std::int64_t>>;
 
-// The ends of the words of each sample, checked; empty for none.
-std::vector<std::uint64_t> WordEnds(const Ends& ends, std::size_t texts, const char* what) {
-  if (!ends) return {};
-  std::vector<std::uint64_t> values(ends->data(), ends->data() + ends->size());
-  if (!std::is_sorted(values.begin(), values.end()) ||
-      (values.empty() ? 0 : values.back()) != texts) {
-    throw std::invalid_argument(std::string(what) + " must ascend to the number of words");
-  }
-  return values;
+std::vector<std::uint64_t> CopyNumbers(const Numbers& numbers) {
+  if (!numbers) return {};
+  return {numbers->data(), numbers->data() + numbers->size()};
 }
 
-// The sizes of one text of every row.
-py::array_t<std::int64_t> TextSizes(const TokenRows& rows, int which) {
-  py::array_t<std::int64_t> sizes(static_cast<py::ssize_t>(rows.size()));
-  std::int64_t* const data = sizes.mutable_data();
+// The array of number(row) for every row.
+template <typename Number>
+py::array_t<std::int64_t> OfRows(const TokenRows& rows, Number&& number) {
+  py::array_t<std::int64_t> array(static_cast<py::ssize_t>(rows.size()));
+  std::int64_t* const data = array.mutable_data();
   for (std::size_t row = 0; row < rows.size(); ++row) {
-    data[row] = static_cast<std::int64_t>(rows.text_size(row, which));
+    data[row] = static_cast<std::int64_t>(number(row));
   }
-  return sizes;
+  return array;
 }
 
 // Further columns, each None unless asked for: spans, special pieces, words. Padded ones are of
-// `shape` [B, width], flat ones, and words, of [N].
+// shape [B, width], flat ones, and words, of [N].
 template <typename T>
-py::tuple ColumnArrays(const TokenRows& rows, const std::vector<py::ssize_t>& shape, bool spans,
+py::tuple ColumnArrays(const TokenRows& rows, std::optional<std::size_t> width, bool spans,
                        bool special, bool words, int threads) {
+  std::vector<py::ssize_t> shape = {rows.offsets().back()};
+  if (width) shape = {static_cast<py::ssize_t>(rows.size()), static_cast<py::ssize_t>(*width)};
   std::vector<py::ssize_t> pairs = shape;
   pairs.push_back(2);
   py::object arrays[3] = {py::none(), py::none(), py::none()};
@@ -183,8 +206,6 @@ py::tuple ColumnArrays(const TokenRows& rows, const std::vector<py::ssize_t>& sh
   if (special) make(1, py::array_t<T>(shape), &columns.special);
   if (words) make(2, py::array_t<std::int32_t>(rows.offsets().back()), &columns.words);
   if (spans || special || words) {
-    const auto width = shape.size() == 2 ? std::optional(static_cast<std::size_t>(shape[1]))
-                                         : std::optional<std::size_t>();
     py::gil_scoped_release release;
     rows.FillColumns(threads, width, columns);
   }
@@ -200,8 +221,8 @@ py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
                      std::int32_t pad, const std::optional<std::string>& truncation,
                      std::uint64_t max_length, bool padded, std::optional<std::size_t> width,
                      std::size_t multiple, bool wide, int threads, bool layout,
-                     std::optional<std::uint64_t> stride, const Ends& text_words,
-                     const Ends& pair_words, bool spans, bool special, bool words) {
+                     std::optional<std::uint64_t> stride, const Numbers& text_words,
+                     const Numbers& pair_words, bool spans, bool special, bool words) {
   RowOptions options = MakeRowOptions(cls_sep);
   options.pad = pad;
   options.truncation = TruncationNamed(truncation);
@@ -212,13 +233,11 @@ py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
   const TextViews first(texts);
   std::optional<TextViews> second;
   if (pairs) second.emplace(*pairs);
-  const std::vector<std::uint64_t> ends[2] = {
-      WordEnds(text_words, first.get().size(), "text_words"),
-      WordEnds(pair_words, second ? second->get().size() : 0, "pair_words")};
+  const std::vector<std::uint64_t> ends[2] = {CopyNumbers(text_words), CopyNumbers(pair_words)};
   if (text_words) options.words[0] = &ends[0];
   if (pair_words) options.words[1] = &ends[1];
   std::optional<TokenRows> rows;
-  std::size_t columns = 0;
+  std::optional<std::size_t> columns;
   {
     py::gil_scoped_release release;
     first.Check("text");
@@ -226,90 +245,55 @@ py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
     rows.emplace(tokenizer, first.get(), second ? &second->get() : nullptr, options, threads);
     if (padded) columns = rows->Width(width, multiple);
   }
-  py::tuple arrays;
-  std::vector<py::ssize_t> shape;
-  if (padded) {
-    shape = {static_cast<py::ssize_t>(rows->size()), static_cast<py::ssize_t>(columns)};
-    arrays = wide ? PaddedArrays<std::int64_t>(*rows, columns, threads)
-                  : PaddedArrays<std::int32_t>(*rows, columns, threads);
-  } else {
-    shape = {static_cast<py::ssize_t>(rows->offsets().back())};
-    py::array_t<std::int32_t> ids(shape);
-    py::array_t<std::uint8_t> types(shape);
-    std::int32_t* const ids_data = ids.mutable_data();
-    std::uint8_t* const types_data = types.mutable_data();
-    {
-      py::gil_scoped_release release;
-      rows->FillFlat(threads, ids_data, types_data);
-    }
-    arrays = py::make_tuple(ids, CopyArray<std::int64_t>(rows->offsets()), types);
-  }
+  const py::tuple arrays = !padded ? FlatArrays(*rows, threads)
+                           : wide  ? PaddedArrays<std::int64_t>(*rows, *columns, threads)
+                                   : PaddedArrays<std::int32_t>(*rows, *columns, threads);
   if (!layout) return arrays;
-  py::object samples = py::none();
-  if (stride) {
-    py::array_t<std::int64_t> made(static_cast<py::ssize_t>(rows->size()));
-    std::int64_t* const data = made.mutable_data();
-    for (std::size_t row = 0; row < rows->size(); ++row) {
-      data[row] = static_cast<std::int64_t>(rows->sample(row));
-    }
-    samples = made;
-  }
-  const py::tuple more =
-      wide ? ColumnArrays<std::int64_t>(*rows, shape, spans, special, words, threads)
-           : ColumnArrays<std::int32_t>(*rows, shape, spans, special, words, threads);
-  return py::make_tuple(arrays[0], arrays[1], arrays[2], samples, TextSizes(*rows, 0),
-                        pairs ? py::object(TextSizes(*rows, 1)) : py::none(), more[0], more[1],
-                        more[2]);
+  py::object samples = py::none(), second_sizes = py::none();
+  if (stride) samples = OfRows(*rows, [&](std::size_t row) { return rows->sample(row); });
+  if (pairs) second_sizes = OfRows(*rows, [&](std::size_t row) { return rows->text_size(row, 1); });
+  const py::tuple sizes = py::make_tuple(
+      samples, OfRows(*rows, [&](std::size_t row) { return rows->text_size(row, 0); }),
+      second_sizes);
+  return arrays + sizes +
+         (wide ? ColumnArrays<std::int64_t>(*rows, columns, spans, special, words, threads)
+               : ColumnArrays<std::int32_t>(*rows, columns, spans, special, words, threads));
 }
 
-// FindWords: the words of rows one after another, from ids that are flat or padded.
+// FindWords.
 template <typename T>
 py::array_t<std::int32_t> WordNumbers(const Tokenizer& tokenizer, const Flat<T>& ids,
                                       const Flat<std::int64_t>& starts,
-                                      const Flat<std::int64_t>& places, std::size_t lead,
-                                      const Flat<std::int64_t>& firsts, const Ends& seconds,
+                                      const Flat<std::int64_t>& places, bool special,
+                                      const Flat<std::int64_t>& firsts, const Numbers& seconds,
                                       int threads) {
   const auto rows = starts.size();
   if (firsts.size() != rows || places.size() != rows + 1 || (seconds && seconds->size() != rows)) {
     throw std::invalid_argument("every row needs the sizes of its texts");
   }
-  for (py::ssize_t row = 0; row < rows; ++row) {
-    const std::int64_t size = places.data()[row + 1] - places.data()[row];
-    const std::int64_t texts = firsts.data()[row] + (seconds ? seconds->data()[row] : 0);
-    const auto special = static_cast<std::int64_t>((seconds ? 3 : 2) * lead);
-    if (size != texts + special || starts.data()[row] < 0 ||
-        starts.data()[row] + size > ids.size()) {
-      throw std::invalid_argument("row " + std::to_string(row) + " is not within the ids");
-    }
-  }
-  using Unsigned = std::make_unsigned_t<T>;
-  const auto pieces = static_cast<Unsigned>(tokenizer.begins_word().size());
-  bool outside = false;
-  for (py::ssize_t i = 0; i < ids.size(); ++i) {
-    outside |= static_cast<Unsigned>(ids.data()[i]) >= pieces;
-  }
-  if (outside) throw std::invalid_argument("an id is not in the vocabulary");
-  py::array_t<std::int32_t> words(places.data()[rows]);
-  std::int32_t* const data = words.mutable_data();
+  RowIds<T> found;
+  found.ids = ids.data();
+  found.size = static_cast<std::size_t>(ids.size());
+  found.rows = static_cast<std::size_t>(rows);
+  found.starts = starts.data();
+  found.places = places.data();
+  found.special = special;
+  found.firsts = firsts.data();
+  found.seconds = seconds ? seconds->data() : nullptr;
+  std::vector<std::int32_t> words;
   {
     py::gil_scoped_release release;
-    std::fill(data, data + words.size(), -1);
-    FindWords(tokenizer, ids.data(), static_cast<std::size_t>(rows), starts.data(), places.data(),
-              lead, firsts.data(), seconds ? seconds->data() : nullptr, threads, data);
+    words = FindWords(tokenizer, found, threads);
   }
-  return words;
+  return Own(std::move(words));
 }
 
 // Numbers of words as a list, None where there is none.
 py::list WordList(const Flat<std::int32_t>& words) {
-  py::list list(static_cast<std::size_t>(words.size()));
-  for (py::ssize_t i = 0; i < words.size(); ++i) {
-    const std::int32_t word = words.data()[i];
-    PyObject* item = word < 0 ? py::none().release().ptr() : PyLong_FromLong(word);
-    if (item == nullptr) throw py::error_already_set();
-    PyList_SET_ITEM(list.ptr(), i, item);
-  }
-  return list;
+  const std::int32_t* const data = words.data();
+  return ListOf(static_cast<std::size_t>(words.size()), [data](std::size_t i) {
+    return data[i] < 0 ? py::none().release().ptr() : PyLong_FromLong(data[i]);
+  });
 }
 
 // The ids of one row as a list.
@@ -327,13 +311,7 @@ py::list EncodeList(const Tokenizer& tokenizer, const py::object& text,
     EncodeRow(tokenizer, first.get(), second ? &second_text : nullptr, MakeRowOptions(cls_sep),
               &ids);
   }
-  py::list list(ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    PyObject* id = PyLong_FromLong(ids.data()[i]);
-    if (id == nullptr) throw py::error_already_set();
-    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), id);
-  }
-  return list;
+  return ListOf(ids.size(), [&](std::size_t i) { return PyLong_FromLong(ids.data()[i]); });
 }
 
 py::array_t<std::int32_t> EncodeLong(const Tokenizer& tokenizer, const py::buffer& data,
@@ -351,28 +329,21 @@ py::array_t<std::int32_t> EncodeLong(const Tokenizer& tokenizer, const py::buffe
 // ids, where each word's ids begin, whether the student cut it.
 py::tuple EncodeWords(const Tokenizer& tokenizer, const py::object& text, bool find_special,
                       std::uint64_t threshold, std::uint64_t seed, std::uint64_t number) {
-  const TextView view(text, TextView::kUnchecked);
+  const TextOptions options = MakeTextOptions(find_special, threshold, seed);
   IdBuffer ids;
   WordMap words;
-  {
-    py::gil_scoped_release release;
-    view.Check();
-    tokenizer.EncodeWords(view.get(), MakeTextOptions(find_special, threshold, seed), number, &ids,
-                          &words);
-  }
+  WithText(text, [&](std::string_view utf8) {
+    tokenizer.EncodeWords(utf8, options, number, &ids, &words);
+  });
   return py::make_tuple(TakeIds(&ids), CopyArray<std::int32_t>(words.starts),
                         CopyArray<bool>(words.from_student));
 }
 
 // ids, and spans [n, 2] in characters of the text.
 py::tuple EncodeSpans(const Tokenizer& tokenizer, const py::object& text, bool find_special) {
-  const TextView view(text, TextView::kUnchecked);
   IdBuffer ids, spans;
-  {
-    py::gil_scoped_release release;
-    view.Check();
-    tokenizer.EncodeSpans(view.get(), find_special, &ids, &spans);
-  }
+  WithText(text,
+           [&](std::string_view utf8) { tokenizer.EncodeSpans(utf8, find_special, &ids, &spans); });
   return py::make_tuple(TakeIds(&ids), TakeIds(&spans).reshape({-1, 2}));
 }
 
@@ -387,7 +358,8 @@ void BindTokenizer(py::module_& m) {
   m.def("utf8_error", &Utf8Error, py::arg("data"),
         "Offset of the first byte that is not well-formed UTF-8, or None.");
   m.def("word_list", &WordList, py::arg("words"));
-  py::class_<Tokenizer>(m, "Tokenizer")
+  py::class_<Tokenizer> tokenizer(m, "Tokenizer");
+  tokenizer
       .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"),
            py::arg("strip_accents") = true, py::arg("teacher"), py::arg("student") = nullptr,
            py::arg("special") = std::vector<std::tuple<std::string, std::int32_t, bool>>())
@@ -398,12 +370,6 @@ void BindTokenizer(py::module_& m) {
            py::arg("threads"), py::arg("layout") = false, py::arg("stride") = py::none(),
            py::arg("text_words") = py::none(), py::arg("pair_words") = py::none(),
            py::arg("spans") = false, py::arg("special") = false, py::arg("words") = false)
-      .def("word_numbers", &WordNumbers<std::int32_t>, py::arg("ids").noconvert(),
-           py::arg("starts"), py::arg("places"), py::arg("lead"), py::arg("firsts"),
-           py::arg("seconds"), py::arg("threads"))
-      .def("word_numbers", &WordNumbers<std::int64_t>, py::arg("ids").noconvert(),
-           py::arg("starts"), py::arg("places"), py::arg("lead"), py::arg("firsts"),
-           py::arg("seconds"), py::arg("threads"))
       .def("encode_texts", &EncodeTexts, py::arg("texts"), py::arg("find_special"),
            py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("first_number") = 0,
            py::arg("threads") = 1)
@@ -413,6 +379,13 @@ void BindTokenizer(py::module_& m) {
            py::arg("threshold") = 0, py::arg("seed") = 0, py::arg("number") = 0)
       .def("encode_spans", &EncodeSpans, py::arg("text"), py::arg("find_special"))
       .def("forget_words", &Tokenizer::ForgetWords);
+  const auto def_word_numbers = [&](auto word_numbers) {
+    tokenizer.def("word_numbers", word_numbers, py::arg("ids").noconvert(), py::arg("starts"),
+                  py::arg("places"), py::arg("special"), py::arg("firsts"), py::arg("seconds"),
+                  py::arg("threads"));
+  };
+  def_word_numbers(&WordNumbers<std::int32_t>);
+  def_word_numbers(&WordNumbers<std::int64_t>);
 }
 
 }  // namespace mvbert::python

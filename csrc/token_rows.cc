@@ -4,6 +4,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "share.h"
 
@@ -55,6 +56,15 @@ std::uint64_t Limit(const RowOptions& options) {
   return std::max(options.max_length, options.max_length + 1);  // (2^64 is 0)
 }
 
+// RowOptions::words of so many texts.
+void CheckWords(const std::vector<std::uint64_t>* ends, std::size_t texts, const char* what) {
+  if (ends == nullptr) return;
+  if (!std::is_sorted(ends->begin(), ends->end()) || (ends->empty() ? 0 : ends->back()) != texts) {
+    throw std::invalid_argument("where the words of each " + std::string(what) +
+                                " end must ascend to their number, " + std::to_string(texts));
+  }
+}
+
 }  // namespace
 
 std::vector<TokenRows::Ids> TokenRows::AllIds(const std::vector<Encoding>& parts,
@@ -93,6 +103,8 @@ TokenRows::TokenRows(const Tokenizer& tokenizer, const std::vector<std::string_v
                      const std::vector<std::string_view>* pairs, const RowOptions& options,
                      int threads)
     : tokenizer_(tokenizer), options_(options) {
+  CheckWords(options.words[0], texts.size(), "text");
+  CheckWords(options.words[1], pairs == nullptr ? 0 : pairs->size(), "pair");
   const auto count = [&](int which, const std::vector<std::string_view>& list) {
     return options.words[which] == nullptr ? list.size() : options.words[which]->size();
   };
@@ -339,20 +351,51 @@ template void TokenRows::FillColumns(int, std::optional<std::size_t>,
 template void TokenRows::FillColumns(int, std::optional<std::size_t>,
                                      const RowColumns<std::int64_t>&) const;
 
+namespace {
+
+// What FindWords refuses.
 template <typename T>
-void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
-               const std::int64_t* starts, const std::int64_t* places, std::size_t lead,
-               const std::int64_t* firsts, const std::int64_t* seconds, int threads,
-               std::int32_t* words) {
+void CheckRowIds(const Tokenizer& tokenizer, const RowIds<T>& rows) {
+  const std::int64_t special = !rows.special ? 0 : rows.seconds == nullptr ? 2 : 3;
+  const auto ids = static_cast<std::int64_t>(rows.size);
+  if (rows.places[0] != 0) throw std::invalid_argument("the places of rows must begin with 0");
+  for (std::size_t row = 0; row < rows.rows; ++row) {
+    const std::int64_t first = rows.firsts[row], start = rows.starts[row];
+    const std::int64_t second = rows.seconds == nullptr ? 0 : rows.seconds[row];
+    // (In this order no sum of any numbers overflows.)
+    const bool within = 0 <= first && first <= ids && 0 <= second && second <= ids - first &&
+                        0 <= start && start <= ids - first - second - special &&
+                        rows.places[row + 1] == rows.places[row] + first + second + special;
+    if (!within) {
+      throw std::invalid_argument("row " + std::to_string(row) + " is not within the ids");
+    }
+  }
+  using Unsigned = std::make_unsigned_t<T>;
+  const auto pieces = static_cast<Unsigned>(tokenizer.begins_word().size());
+  bool outside = false;  // (of all at once: so it vectorises)
+  for (std::size_t i = 0; i < rows.size; ++i) {
+    outside |= static_cast<Unsigned>(rows.ids[i]) >= pieces;
+  }
+  if (outside) throw std::invalid_argument("an id is not in the vocabulary");
+}
+
+}  // namespace
+
+template <typename T>
+std::vector<std::int32_t> FindWords(const Tokenizer& tokenizer, const RowIds<T>& rows,
+                                    int threads) {
+  CheckRowIds(tokenizer, rows);
+  std::vector<std::int32_t> words(static_cast<std::size_t>(rows.places[rows.rows]), -1);
   const std::uint8_t* const begins = tokenizer.begins_word().data();
+  const std::size_t lead = rows.special ? 1 : 0;
   constexpr std::size_t kRows = 512;
-  Share((rows + kRows - 1) / kRows, threads, [&](auto&& next) {
+  Share((rows.rows + kRows - 1) / kRows, threads, [&](auto&& next) {
     for (std::size_t part; next(&part);) {
-      const std::size_t end = std::min(rows, (part + 1) * kRows);
+      const std::size_t end = std::min(rows.rows, (part + 1) * kRows);
       for (std::size_t row = part * kRows; row < end; ++row) {
-        const T* id = ids + starts[row] + lead;
-        std::int32_t* out = words + places[row] + lead;
-        for (const std::int64_t* const sizes : {firsts, seconds}) {
+        const T* id = rows.ids + rows.starts[row] + lead;
+        std::int32_t* out = words.data() + rows.places[row] + lead;
+        for (const std::int64_t* const sizes : {rows.firsts, rows.seconds}) {
           if (sizes == nullptr) continue;
           std::int32_t word = -1;
           for (const T* const stop = id + sizes[row]; id < stop; ++id) {
@@ -365,14 +408,11 @@ void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
       }
     }
   });
+  return words;
 }
 
-template void FindWords(const Tokenizer&, const std::int32_t*, std::size_t, const std::int64_t*,
-                        const std::int64_t*, std::size_t, const std::int64_t*, const std::int64_t*,
-                        int, std::int32_t*);
-template void FindWords(const Tokenizer&, const std::int64_t*, std::size_t, const std::int64_t*,
-                        const std::int64_t*, std::size_t, const std::int64_t*, const std::int64_t*,
-                        int, std::int32_t*);
+template std::vector<std::int32_t> FindWords(const Tokenizer&, const RowIds<std::int32_t>&, int);
+template std::vector<std::int32_t> FindWords(const Tokenizer&, const RowIds<std::int64_t>&, int);
 
 void TokenRows::FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const {
   ForEachRow(threads,

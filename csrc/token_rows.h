@@ -33,8 +33,8 @@ struct RowOptions {
   bool overflow = false;
   std::uint64_t stride = 0;
   bool spans = false;
-  // If not null, texts are words that stand by themselves: sample i has words up to (*words[0])[i],
-  // ascending to the number of texts; words[1] says the same of pairs.
+  // If not null, texts are words that stand by themselves: sample i has words up to (*words[0])[i];
+  // words[1] says the same of pairs.
   const std::vector<std::uint64_t>* words[2] = {nullptr, nullptr};
 };
 
@@ -54,7 +54,8 @@ class TokenRows {
   // Special pieces in texts are recognised. Up to `threads` >= 1 threads are used; what comes out
   // does not depend on it. `tokenizer` must outlive the rows.
   //
-  // Throws std::invalid_argument if there are not as many pairs as texts, if the special pieces of
+  // Throws std::invalid_argument if there are not as many pairs as texts, if the numbers of
+  // RowOptions::words do not ascend to the number of texts, if the special pieces of
   // a row alone are longer than max_length, if truncating one text of a row is not enough, or if a
   // row that repeats `stride` ids has no room for another.
   TokenRows(const Tokenizer& tokenizer, const std::vector<std::string_view>& texts,
@@ -145,17 +146,24 @@ class TokenRows {
   std::uint64_t longest_ = 0;
 };
 
-// The numbers of the words that ids of a text belong to, of all rows of texts that were neither cut
-// into words before nor overflowed: the same as RowColumns::words of flat rows.
-//
-// Row i has its ids at ids[starts[i]] and its words at words[places[i]]: first `lead` special
-// pieces, then firsts[i] ids of its first text, `lead` special pieces and, unless `seconds` is
-// null, seconds[i] ids of its second. What is not written in *words is left.
+// Rows of TokenRows, flat or padded, whose texts were neither cut into words before nor overflowed.
 template <typename T>
-void FindWords(const Tokenizer& tokenizer, const T* ids, std::size_t rows,
-               const std::int64_t* starts, const std::int64_t* places, std::size_t lead,
-               const std::int64_t* firsts, const std::int64_t* seconds, int threads,
-               std::int32_t* words);
+struct RowIds {
+  const T* ids = nullptr;
+  std::size_t size = 0;  // of ids
+  std::size_t rows = 0;
+  const std::int64_t* starts = nullptr;   // [rows], where each row's ids begin
+  const std::int64_t* places = nullptr;   // [rows + 1], offsets of the rows without padding
+  bool special = true;                    // as in RowOptions
+  const std::int64_t* firsts = nullptr;   // [rows], ids of each row's first text
+  const std::int64_t* seconds = nullptr;  // the same of pairs; else null
+};
+
+// RowColumns::words of such rows, found from the ids alone. Up to `threads` >= 1 threads are used.
+// Throws std::invalid_argument, naming the row, if one does not lie within the ids or is not of the
+// size that its texts make, and if an id is not in the vocabulary.
+template <typename T>
+std::vector<std::int32_t> FindWords(const Tokenizer& tokenizer, const RowIds<T>& rows, int threads);
 
 // Appends one row, not truncated, to *ids; its second text may be null.
 void EncodeRow(const Tokenizer& tokenizer, std::string_view text, const std::string_view* pair,

@@ -73,7 +73,7 @@ class Tokenizer:
         ids: NDArray[Any],
         starts: NDArray[np.int64],
         places: NDArray[np.int64],
-        lead: int,
+        special: bool,
         firsts: NDArray[np.int64],
         seconds: NDArray[np.int64] | None,
         threads: int,

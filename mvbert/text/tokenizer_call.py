@@ -301,7 +301,9 @@ def call(
     def find_words() -> NDArray[np.int32]:
         if return_tensors is not None:
             return encode(False, False, True)[8]
-        return core.word_numbers(ids, offsets[:-1], places, lead, firsts, seconds, threads)
+        return core.word_numbers(
+            ids, offsets[:-1], places, add_special_tokens, firsts, seconds, threads
+        )
 
     rows = EncodedRows(
         vocab, ids, offsets, places, lead, firsts, seconds, words,

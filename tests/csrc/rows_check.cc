@@ -82,6 +82,83 @@ void CheckRows() {
       "wrong single rows");
 }
 
+// Texts given as words, and the words of rows found again from ids.
+void CheckWords() {
+  const auto pieces = std::make_shared<WordPiece>(
+      std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"}, kUnk);
+  const Tokenizer tokenizer({}, pieces, nullptr, {});
+  RowOptions options;
+  options.cls = kCls;
+  options.sep = kSep;
+  const std::vector<std::string_view> texts = {"ab", "a", "a"}, none;
+  using Ends = std::vector<std::uint64_t>;
+  const auto refusal = [&](const Ends& first, const Ends* second) {
+    options.words[0] = &first;
+    options.words[1] = second;
+    return Refusal([&] { TokenRows(tokenizer, texts, nullptr, options, 1); });
+  };
+  const std::string refused = "where the words of each text end must ascend to their number, 3";
+  Require(refusal({1, 3}, nullptr).empty() && refusal({0, 3, 3}, nullptr).empty(),
+          "words of samples were refused");
+  Require(refusal({1, 2}, nullptr) == refused && refusal({4}, nullptr) == refused &&
+              refusal({3, 1, 3}, nullptr) == refused && refusal({}, nullptr) == refused,
+          "words that are not those of the samples were taken");
+  const Ends pair_ends = {1};
+  Require(
+      refusal({3}, &pair_ends) == "where the words of each pair end must ascend to their number, 0",
+      "words of pairs were taken without pairs");
+
+  // [CLS] a ##b [SEP] a [SEP], [CLS] [SEP] a ##b [SEP], then padding.
+  const std::int32_t ids[] = {kCls, kA,   kB, kSep, kA,   kSep, kPad,
+                              kCls, kSep, kA, kB,   kSep, kPad, kPad};
+  std::int64_t starts[] = {0, 7}, places[] = {0, 6, 11}, firsts[] = {2, 0}, seconds[] = {1, 2};
+  RowIds<std::int32_t> rows;
+  rows.ids = ids;
+  rows.size = 14;
+  rows.rows = 2;
+  rows.starts = starts;
+  rows.places = places;
+  rows.firsts = firsts;
+  rows.seconds = seconds;
+  for (const int threads : {1, 2}) {
+    Require(FindWords(tokenizer, rows, threads) ==
+                std::vector<std::int32_t>{-1, 0, 0, -1, 0, -1, -1, -1, 0, 0, -1},
+            "wrong words of ids");
+  }
+  const auto refused_with = [&](std::int64_t* number, std::int64_t value) {
+    const std::int64_t before = std::exchange(*number, value);
+    const std::string message = Refusal([&] { FindWords(tokenizer, rows, 1); });
+    *number = before;
+    return message;
+  };
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  for (const std::int64_t number : {std::int64_t{-1}, std::int64_t{5}, kMost, -kMost - 1}) {
+    const std::string first = "row 0 is not within the ids", second = "row 1 is not within the ids";
+    Require(refused_with(&firsts[0], number) == first && refused_with(&seconds[0], number) == first,
+            "a text of another size was taken");
+    Require(refused_with(&firsts[1], number) == second, "a text of another size was taken");
+    Require(refused_with(&places[1], number) == first && refused_with(&places[2], number) == second,
+            "a row of another size was taken");
+    Require(refused_with(&places[0], number) == "the places of rows must begin with 0",
+            "places before the first were taken");
+  }
+  for (const std::int64_t number : {std::int64_t{-1}, std::int64_t{10}, kMost, -kMost - 1}) {
+    Require(refused_with(&starts[1], number) == "row 1 is not within the ids",
+            "a row outside the ids was taken");
+  }
+  rows.special = false;
+  Require(Refusal([&] { FindWords(tokenizer, rows, 1); }) == "row 0 is not within the ids",
+          "a row with special pieces was taken for one without");
+  rows.special = true;
+  for (const std::int32_t id : {-1, 7}) {
+    std::vector<std::int32_t> others(ids, ids + rows.size);
+    others.back() = id;
+    rows.ids = others.data();
+    Require(Refusal([&] { FindWords(tokenizer, rows, 1); }) == "an id is not in the vocabulary",
+            "an id outside the vocabulary was taken");
+  }
+}
+
 using Found = std::vector<std::pair<std::string, std::int32_t>>;
 
 Found Split(const SpecialPieces& pieces, std::string_view text) {
@@ -125,6 +202,7 @@ void CheckSpecialPieces() {
 
 int main() {
   CheckRows();
+  CheckWords();
   CheckSpecialPieces();
   if (failures == 0) std::puts("rows_check: all rows and special pieces are right");
   return failures != 0;

@@ -90,3 +90,23 @@ def test_a_width_that_overflows_is_refused():
         TOKENIZER.encode_rows(["a"], None, **options)
     options = {**ROWS, "truncation": "longest_first", "max_length": most}
     assert TOKENIZER.encode_rows(["a a"], None, **options)[0].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_rows_outside_their_ids_are_refused(dtype):
+    numbers = partial(np.array, dtype=np.int64)
+    ids = np.array([0, 1, 0], dtype)  # one row: a piece between two special ones
+    rows = [numbers([0]), numbers([0, 3]), True, numbers([1]), None, 1]
+    assert TOKENIZER.word_numbers(ids, *rows).tolist() == [-1, 0, -1]
+    with pytest.raises(ValueError, match="row 0 is not within the ids"):
+        TOKENIZER.word_numbers(ids[:2].copy(), *rows)
+    with pytest.raises(ValueError, match="an id is not in the vocabulary"):
+        TOKENIZER.word_numbers(ids + 1, *rows)
+    with pytest.raises(ValueError, match="every row needs the sizes of its texts"):
+        TOKENIZER.word_numbers(ids, numbers([0, 0]), *rows[1:])
+
+
+def test_words_that_are_not_those_of_their_texts_are_refused():
+    for ends in ([1], [2, 1], [-1, 2], []):
+        with pytest.raises(ValueError, match="the words of each text end must ascend to their num"):
+            TOKENIZER.encode_rows(["a", "a"], None, **ROWS, text_words=np.array(ends, np.int64))
