@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal
@@ -40,6 +40,33 @@ from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json, json_text
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+def _refuse_all_but(command: Any, known: Sequence[str], why: str) -> None:
+    """Refuses the first option of a command that differs from its default and is not known.
+
+    Args:
+        known: names of fields, for a group of options the group's.
+        why: the rest of the sentence that begins with the option.
+
+    Raises:
+        InputError: there is such an option.
+    """
+    for option in fields(command):
+        if option.name in known:
+            continue
+        value, name = getattr(command, option.name), option.name
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        if value == default:
+            continue
+        if is_dataclass(value):
+            inner = next(
+                each.name for each in fields(value)
+                if getattr(value, each.name) != getattr(default, each.name)
+            )  # fmt: skip
+            prefixed = not str(option.type).startswith("OmitArgPrefixes")
+            name = f"{name}.{inner}" if prefixed else inner
+        raise InputError(f"--{name.replace('_', '-')} {why}")
 
 
 @dataclass(frozen=True)
@@ -429,11 +456,17 @@ class EvalCommand:
     def run(self) -> dict[str, Json]:
         if (self.corpus is None) == (not self.data):
             raise InputError("give either --corpus or --data")
+        every = ("model", "dtype", "device", "threads")
         if self.data and self.task == "embed":
+            _refuse_all_but(
+                self, (*every, "data", "task"), "is not for --task embed, whose pairs are STS-B's"
+            )
             from mvbert.tasks.embed import run_embed_score
 
             return run_embed_score(self.model, self.data, self.dtype, self.device, self.threads)
         if self.data:
+            of_task = ("data", "task", "text", "pair", "label", "length")
+            _refuse_all_but(self, (*every, *of_task), "is for --corpus, not for --data")
             from mvbert.tasks.score import run_score
 
             return run_score(
@@ -446,6 +479,8 @@ class EvalCommand:
                 device=self.device,
                 threads=self.threads,
             )
+        of_text = ("corpus", "cased", "row", "eval_rows", "measure", "seed")
+        _refuse_all_but(self, (*every, *of_text), "is for --data, not for --corpus")
         from mvbert.study.evaluate import run_eval
 
         assert self.corpus is not None
@@ -563,6 +598,11 @@ class ExportCommand:
 
     def run(self) -> dict[str, Json]:
         if self.serve and not self.page and self.out is None:
+            _refuse_all_but(
+                self,
+                ("model", "serve", "port"),
+                "is not for --serve alone: give --page -o FOLDER too",
+            )
             from mvbert.publish.serve import run_serve
 
             return run_serve(Path(self.model), self.port)
@@ -571,17 +611,19 @@ class ExportCommand:
         every = ("model", "out", "overwrite")
         onnx = ("cased", "head", "corpus")
         if self.wheel is not None:
-            self._refuse_all_but(
+            _refuse_all_but(
+                self,
                 (*every, "wheel", "version", "license"),
                 "is not for --wheel, which packs a folder as it is: export first, then pack that",
             )
             return self._wheel(self.wheel, self.out)
         if self.page:
-            self._refuse_all_but(
-                (*every, *onnx, "page", "ort", "serve", "port"), "is not for --page"
+            _refuse_all_but(
+                self, (*every, *onnx, "page", "ort", "serve", "port"), "is not for --page"
             )
             return self._page(self.out)
-        self._refuse_all_but(
+        _refuse_all_but(
+            self,
             (*every, *onnx, "int8", "float16", "inputs", "max_error", "min_agreement"),
             "is for --page or --wheel NAME: give that too",
         )
@@ -600,11 +642,6 @@ class ExportCommand:
             corpus=self.corpus,
             overwrite=self.overwrite,
         )
-
-    def _refuse_all_but(self, known: tuple[str, ...], why: str) -> None:
-        for option in (option.name for option in fields(self)):
-            if option not in known and getattr(self, option) != getattr(ExportCommand, option):
-                raise InputError(f"--{option.replace('_', '-')} {why}")
 
     def _page(self, out: Path) -> dict[str, Json]:
         from mvbert.publish.page import run_page

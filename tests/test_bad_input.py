@@ -609,6 +609,42 @@ def test_wrong_settings_of_eval(ground, refused):
     refused([*evaluated(ground, teacher), "--corpus", ground / "nowhere"], "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data d --row.length 64", "--row.length is for --corpus, not for --data"),
+        ("--data d --row.mask-prob 0.2", "--row.mask-prob is for --corpus, not for --data"),
+        ("--data d --words 9", "--words is for --corpus, not for --data"),
+        ("--data d --eval-rows 9", "--eval-rows is for --corpus, not for --data"),
+        ("--data d --cased", "--cased is for --corpus, not for --data"),
+        ("--corpus c --task sst-2", "--task is for --data, not for --corpus"),
+        ("--corpus c --length 64", "--length is for --data, not for --corpus"),
+        ("--corpus c --text t", "--text is for --data, not for --corpus"),
+        ("--corpus c --label l", "--label is for --data, not for --corpus"),
+        ("--data d --task embed --length 64", "--length is not for --task embed, whose"),
+        ("--data d --task embed --cased", "--cased is not for --task embed, whose"),
+    ],
+)
+def test_options_of_the_other_kind_of_eval(tmp_path, monkeypatch, refused, options, message):
+    monkeypatch.chdir(tmp_path)
+    refused(["eval", "model", *options.split()], message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--serve --cased", "--cased is not for --serve alone: give --page -o FOLDER too"),
+        ("-o new --port 80", "--port is for --page or --wheel NAME: give that too"),
+        ("-o new --page --int8", "--int8 is not for --page"),
+        ("-o new --wheel w --head hidden", "--head is not for --wheel, which packs"),
+    ],
+)
+def test_options_of_another_kind_of_export(tmp_path, monkeypatch, refused, options, message):
+    monkeypatch.chdir(tmp_path)
+    refused(["export", "model", *options.split()], message)
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_export_to_where_something_is(ground, refused):
     teacher = ground / "teacher"
     (ground / "new").mkdir()
