@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mvbert.config import MeasureConfig, RowConfig
-from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object
 from mvbert.model import huggingface
-from mvbert.model.flops import Product, encoder_products, product_rates
+from mvbert.model.flops import encoder_products
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, masked_sums
 from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
@@ -28,7 +26,8 @@ from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.study.probe import linear_probe, read_sst2
 from mvbert.text.batches import Rows
 from mvbert.text.stage_rows import heldout_rows
-from mvbert.training.device import Device, choose_device, choose_dtype
+from mvbert.training.device import Device
+from mvbert.training.machine import set_up_alone
 from mvbert.training.run_stage import checked_corpus
 from mvbert.training.runs import dtype_of_run
 from mvbert.training.stages import check_lengths
@@ -89,8 +88,14 @@ def run_eval(
         )
     opened = checked_corpus(corpus)
     cut = opened.segment(vocab)
-    torch.set_num_threads(cores(threads))
-    chosen = _device(device, dtype, folder, encoder_products(model.config, pass_rows * row.length))
+    chosen = set_up_alone(
+        device,
+        dtype,
+        threads,
+        encoder_products(model.config, pass_rows * row.length),
+        gradients=False,
+        recorded=dtype_of_run(folder.parent) if dtype == "auto" else None,
+    )
     progress.note(f"device {chosen}")
     model = model.to(chosen.device).eval()
     report: dict[str, Json] = {
@@ -129,14 +134,6 @@ def run_eval(
         report["sst2"] = accuracy
     report["seconds"] = round(time.perf_counter() - started, 1)
     return report
-
-
-def _device(name: str, dtype: str, folder: Path, products: list[Product]) -> Device:
-    """The device and dtype to evaluate the model in `folder` with."""
-    device = choose_device(name)
-    recorded = dtype_of_run(folder.parent) if dtype == "auto" else None
-    rates = partial(product_rates, products, gradients=False)
-    return Device.of(device, *(recorded or choose_dtype(dtype, device, rates)))
 
 
 def _training_length(folder: Path) -> int | None:

@@ -33,7 +33,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mvbert.config import EmbedConfig, to_dict
-from mvbert.cores import cores
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import (
     Json,
@@ -44,7 +43,7 @@ from mvbert.files import (
     write_json,
 )
 from mvbert.model import huggingface
-from mvbert.model.flops import encoder_products, product_rates
+from mvbert.model.flops import encoder_products
 from mvbert.model.weights import read_tensors, weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, find_task, read_examples
@@ -58,14 +57,16 @@ from mvbert.tasks.sentence_model import (
     write_sentence_model,
 )
 from mvbert.tasks.sentences import sample_sentences
-from mvbert.training.device import Device, choose_device, choose_dtype, keep_memory
+from mvbert.training.device import Device
 from mvbert.training.environment import environment
+from mvbert.training.machine import recorded_choice, set_up_alone
 from mvbert.training.optim import decay_groups, linear_schedule
 from mvbert.training.runs import lock, make_folder
 
 DESCRIPTION, VECTORS = "embed.json", "vectors"
 CHUNK = 8192  # sentences in a file of vectors
 NEAREST = 10
+PIECES = 2048  # about, of a forward pass
 
 
 # ---- the losses ----------------------------------------------------------------------------------
@@ -162,8 +163,8 @@ def run_embed_score(name: str, data: str, dtype: str, device: str, threads: int)
     """Scores a model of sentence vectors on pairs in STS-B's format."""
     progress = Progress("eval")
     model = load_sentence_model(huggingface.find_model(name))
-    torch.set_num_threads(cores(threads))
-    where = _device(dtype, device, model.bert.config, gradients=False)
+    products = encoder_products(model.bert.config, PIECES)
+    where = set_up_alone(device, dtype, threads, products, gradients=False)
     progress.note(f"device {where}; {model.pooling}")
     report: dict[str, Json] = {"model": name, "task": "embed", "data": data, "width": model.width}
     splits = read_examples(find_task("sts-b"), data)
@@ -175,16 +176,6 @@ def run_embed_score(name: str, data: str, dtype: str, device: str, threads: int)
         report[split] = {"examples": len(examples), "spearman": round(found, 5)}
         progress.note(f"{split}: Spearman {found:.4f}")
     return report
-
-
-def _device(dtype: str, device: str, shape: Any, gradients: bool) -> Device:
-    chosen = choose_device(device)
-    if chosen.type == "cpu":
-        keep_memory()
-    products = encoder_products(shape, 2048)
-    return Device.of(
-        chosen, *choose_dtype(dtype, chosen, lambda: product_rates(products, gradients=gradients))
-    )
 
 
 # ---- the job -------------------------------------------------------------------------------------
@@ -221,7 +212,6 @@ def run_embed(
     length = min(config.length, room) or min(128, room)
     make_folder(out)
     with lock(out):
-        torch.set_num_threads(cores(config.threads))
         description = json.loads(json.dumps({
             "model": weights_id(folder), "teacher": weights_id(teacher_folder),
             "texts": [*texts], "cased": cased,
@@ -237,10 +227,14 @@ def run_embed(
             return dict(recorded["result"])
         if not recorded and any(not p.name.startswith(".") for p in out.iterdir()):
             raise InputError(f"{out} is not empty; give another --out")
-        dtype = config.dtype
-        if dtype == "auto" and recorded:
-            dtype = recorded["environment"]["dtype"]
-        device = _device(dtype, config.device, bert.config, gradients=True)
+        device = set_up_alone(
+            config.device,
+            config.dtype,
+            config.threads,
+            encoder_products(bert.config, PIECES),
+            gradients=True,
+            recorded=recorded_choice(recorded.get("environment", {})),
+        )
         progress.note(f"device {device}; {torch.get_num_threads()} threads")
         train, heldout = sample_sentences(
             texts, config.sentences, config.heldout, config.seed, config.text

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from mvbert.config import FinetuneConfig, to_dict
-from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import (
     Json,
@@ -39,7 +38,7 @@ from mvbert.files import (
     write_json,
 )
 from mvbert.model import huggingface
-from mvbert.model.flops import encoder_products, product_rates
+from mvbert.model.flops import encoder_products
 from mvbert.model.weights import weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.augment import augmented
@@ -51,8 +50,9 @@ from mvbert.tasks.model import Labels, labels_of, load_bert, load_task_model, wr
 from mvbert.tasks.rows import TaskRows, check_room, join_rows, make_rows
 from mvbert.tasks.score import Split, evaluate
 from mvbert.tasks.teacher import Teacher, cached_scores, keep_scores, read_unlabelled
-from mvbert.training.device import Device, choose_device, choose_dtype, keep_memory
+from mvbert.training.device import Device
 from mvbert.training.environment import environment
+from mvbert.training.machine import recorded_choice, set_up_alone
 from mvbert.training.runs import lock, make_folder
 
 DESCRIPTION, RUNS, KEPT = "finetune.json", "runs.jsonl", ".best"
@@ -186,7 +186,6 @@ class _Job:
         check_room(self._length, paired)
         if paired and shape.type_vocab_size < 2:
             progress.note(f"{folder} has one token type: both texts of a pair get it")
-        torch.set_num_threads(cores(config.threads))
         rows = {
             split: make_rows(task, examples, self._vocab, self._length)
             for split, examples in splits.items()
@@ -212,20 +211,16 @@ class _Job:
         self._trainer: Trainer | None = None  # made when a run is to be trained
 
     def _choose_device(self, shape: Any) -> Device:
-        device = choose_device(self._config.device)
-        if device.type == "cpu":
-            keep_memory()
         path = self._out / DESCRIPTION
         facts: Any = read_json_object(path).get("environment", {}) if path.exists() else {}
-        if self._config.dtype == "auto" and facts.get("dtype") in ("float32", "bfloat16"):
-            return Device.of(device, str(facts["dtype"]), str(facts.get("dtype_reason", "")))
         lengths = self._splits["train"].rows.lengths
-        products = encoder_products(shape, int(self._settings[0][0] * lengths.mean()))
-        return Device.of(
-            device,
-            *choose_dtype(
-                self._config.dtype, device, lambda: product_rates(products, gradients=True)
-            ),
+        return set_up_alone(
+            self._config.device,
+            self._config.dtype,
+            self._config.threads,
+            encoder_products(shape, int(self._settings[0][0] * lengths.mean())),
+            gradients=True,
+            recorded=recorded_choice(facts),
         )
 
     def describe(self, data: Sequence[str], columns: Columns) -> dict[str, Json]:

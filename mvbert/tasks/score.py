@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object
 from mvbert.model import huggingface
-from mvbert.model.flops import encoder_products, product_rates
+from mvbert.model.flops import encoder_products
 from mvbert.model.huggingface import INTENT
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, Task, find_task, read_examples
@@ -23,7 +22,8 @@ from mvbert.tasks.metrics import check_installed, joint_metrics, tag_metrics, te
 from mvbert.tasks.model import Labels, TaskModel, load_task_model
 from mvbert.tasks.rows import CLASS, TaskRows, batches_by_length, make_rows, read_batch
 from mvbert.text.vocab import Vocab
-from mvbert.training.device import Device, choose_device, choose_dtype
+from mvbert.training.device import Device
+from mvbert.training.machine import set_up_alone
 
 PIECES = 4096  # about, of a forward pass
 
@@ -147,18 +147,14 @@ def run_score(
     splits = {n: e for n, e in read_examples(task, data).items() if e.labelled and n != "train"}
     if not splits:
         raise InputError(f"{data} has no labelled examples but those of training")
-    torch.set_num_threads(cores(threads))
     room = model.bert.config.max_position_embeddings
     if length > room:
         raise InputError(f"length is {length}, but {folder} has {room} positions")
     length = length or int(recorded.get("length") or 0) or room
-    chosen = choose_device(device)
     products = encoder_products(model.bert.config, PIECES)
-    where = Device.of(
-        chosen, *choose_dtype(dtype, chosen, lambda: product_rates(products, gradients=False))
-    )
+    where = set_up_alone(device, dtype, threads, products, gradients=False)
     progress.note(f"device {where}")
-    model = model.to(chosen)
+    model = model.to(where.device)
     report: dict[str, Json] = {"model": str(folder), "task": task.name, "data": data}
     for split, examples in splits.items():
         if not len(examples):

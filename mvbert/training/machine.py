@@ -6,8 +6,9 @@ a job share one decision, so that its students differ only in their settings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,6 +59,45 @@ def set_up(
         return choose_dtype(config.dtype, device, lambda: product_rates(products, gradients=True))
 
     return Device.of(device, *join_ranks().first(decide))
+
+
+def set_up_alone(
+    device: str,
+    dtype: str,
+    threads: int,
+    products: Sequence[Product],
+    *,
+    gradients: bool,
+    recorded: Choice | None = None,
+) -> Device:
+    """Sets threads and malloc of a process that trains or evaluates without others; its device.
+
+    Args:
+        device: auto, cpu or cuda[:N].
+        dtype: float32, bfloat16 or auto.
+        threads: CPU threads (0: all available cores).
+        products: matrix products that `dtype = auto` measures on a CPU.
+        gradients: measure their backward products too.
+        recorded: what `dtype = auto` was when the work began, which it keeps.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    torch.set_num_threads(cores(threads))
+    found = choose_device(device)
+    if found.type == "cpu":
+        keep_memory()
+    if dtype == "auto" and recorded is not None:
+        return Device.of(found, *recorded)
+    return Device.of(
+        found, *choose_dtype(dtype, found, lambda: product_rates(products, gradients=gradients))
+    )
+
+
+def recorded_choice(facts: Mapping[str, Any]) -> Choice | None:
+    """The dtype that an `environment` records, and the reason; None if it records none."""
+    dtype = str(facts.get("dtype"))
+    return (dtype, str(facts.get("dtype_reason", ""))) if dtype in DTYPES else None
 
 
 def pass_products(config: TrainConfig, row: RowConfig, teacher: ModelConfig) -> list[Product]:

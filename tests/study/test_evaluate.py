@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mvbert.model.huggingface import load_masked_lm, read_shape
-from mvbert.study import evaluate
 from mvbert.study.measures import bits_per_word, choose_words, make_questions
 from mvbert.text.corpus import Corpus
-from mvbert.training import runs
+from mvbert.training import machine, runs
 from mvbert.training.device import Device
 
 ROWS = ("--row.length", 16, "--eval-rows", 8, "--device", "cpu", "--threads", 1)
@@ -100,7 +99,7 @@ def test_a_model_is_measured_in_the_dtype_of_its_run_others_in_the_faster_one(
         measured.append((products, gradients))
         return {torch.float32: 50e9, torch.bfloat16: 100e9}
 
-    monkeypatch.setattr(evaluate, "product_rates", rates)
+    monkeypatch.setattr(machine, "product_rates", rates)
     options = ("--corpus", corpus, *ROWS, "--words", 0)
     _, said = verb("eval", run, *options)
     assert "device cpu, float32 products: as set" in said

@@ -69,6 +69,25 @@ def test_a_gpu_is_asked_whether_it_has_bfloat16(monkeypatch, has, dtype):
     assert choose_dtype("auto", torch.device("cuda:0"), pytest.fail)[0] == dtype
 
 
+def test_a_process_without_others_keeps_what_was_recorded(rates):
+    measured = rates(FAST)
+    alone = partial(machine.set_up_alone, "cpu", threads=1, products=[(1, 2, 3)], gradients=False)
+    recorded = machine.recorded_choice({"dtype": "float32", "dtype_reason": "measured before"})
+    assert str(alone("auto", recorded=recorded)) == "cpu, float32 products: measured before"
+    assert alone("bfloat16", recorded=recorded).reason == "as set"
+    assert measured == []
+    assert alone("auto").dtype == "bfloat16"
+    assert measured == [[(1, 2, 3)]]
+    assert torch.get_num_threads() == 1
+    with pytest.raises(InputError, match="device must be auto, cpu or cuda"):
+        machine.set_up_alone("tpu", "auto", 1, [], gradients=False)
+
+
+@pytest.mark.parametrize("facts", [{}, {"dtype": "float16"}, {"dtype": ["float32"]}])
+def test_an_environment_without_a_known_dtype(facts):
+    assert machine.recorded_choice(facts) is None
+
+
 # ---- the measurement ------------------------------------------------------------------------
 
 
