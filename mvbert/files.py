@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -209,6 +209,30 @@ def move_folder(source: Path, target: Path) -> None:
     else:
         os.rename(source, target)
     sync_folder(target.parent)
+    shutil.rmtree(source, ignore_errors=True)
+
+
+def move_contents(source: Path, target: Path, *, last: str, leave: Collection[str] = ()) -> None:
+    """Moves what a folder holds into another, which has further files, then removes the folder.
+
+    After an interruption the same call moves the rest.
+
+    Args:
+        last: the file without which no program opens the target; it is moved when the others are.
+        leave: names that are not moved.
+
+    Raises:
+        InputError: something cannot be moved.
+    """
+    try:
+        names = sorted({path.name for path in source.iterdir()} - {last, *leave})
+        for name in [*names, last]:
+            if (target / name).is_dir():
+                shutil.rmtree(target / name)
+            os.replace(source / name, target / name)
+        sync_folder(target)
+    except OSError as error:
+        raise write_error(target, error) from error
     shutil.rmtree(source, ignore_errors=True)
 
 

@@ -130,6 +130,32 @@ def test_atomic_folder_refuses_a_file(tmp_path):
         pass
 
 
+def test_the_contents_of_a_folder_move_the_last_one_last(tmp_path, monkeypatch):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for path in (source / "sub" / "new", target / "sub" / "old", source / "a", source / "config",
+                 source / "z", source / "note", target / "log", target / "a"):  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.parent.name)
+    replace, moved = os.replace, []
+
+    def fail_at_z(old, new):
+        moved.append(Path(old).name)
+        if moved.count("z") == 1 and moved[-1] == "z":
+            raise OSError(28, "No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", fail_at_z)
+    with pytest.raises(InputError, match=re.escape(str(target))):
+        files.move_contents(source, target, last="config", leave=["note"])
+    assert (source / "config").exists()
+    assert not (target / "config").exists()
+    files.move_contents(source, target, last="config", leave=["note"])
+    assert moved == ["a", "sub", "z", "z", "config"]
+    assert not source.exists()
+    assert {p.name for p in target.rglob("*")} == {"sub", "new", "a", "config", "z", "log"}
+    assert (target / "a").read_text() == "source"
+
+
 def test_sha256_file(tmp_path):
     data = os.urandom((1 << 20) + 17)  # more than one block
     (tmp_path / "a").write_bytes(data)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -38,8 +37,8 @@ from mvbert.files import (
     Json,
     atomic_file,
     atomic_folder,
+    move_contents,
     read_json_object,
-    write_error,
     write_json,
 )
 from mvbert.model import huggingface
@@ -270,7 +269,7 @@ def run_embed(
         if sts is not None:
             of_teacher = sts_spearman(teacher, sts, device, [teacher.width])[teacher.width]
             result["teacher_sts_spearman"] = round(of_teacher, 5)
-        _publish(out)
+        move_contents(out / ".model", out, last="modules.json")
         result["seconds"] = round(time.perf_counter() - started, 1)
         write_json(path, {**facts, "result": result})
         shutil.rmtree(out / VECTORS, ignore_errors=True)
@@ -385,21 +384,6 @@ def _load_state(path: Path, student: SentenceStudent, optimizer: torch.optim.Opt
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
     return int(tensors["step"])
-
-
-def _publish(out: Path) -> None:
-    """Moves the model's files to OUT, modules.json last."""
-    source = out / ".model"
-    try:
-        names = sorted(p.name for p in source.iterdir() if p.name != "modules.json")
-        for name in [*names, "modules.json"]:
-            target = out / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(source / name, target)
-    except OSError as error:
-        raise write_error(out, error) from error
-    shutil.rmtree(source, ignore_errors=True)
 
 
 def _card(config: EmbedConfig, width: int) -> str:

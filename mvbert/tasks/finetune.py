@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -33,8 +31,8 @@ from mvbert.files import (
     atomic_folder,
     atomic_write,
     json_text,
+    move_contents,
     read_json_object,
-    write_error,
     write_json,
 )
 from mvbert.model import huggingface
@@ -390,7 +388,7 @@ class _Job:
         return result
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
-        """Moves the kept model's files to OUT, config.json last: without it no program opens it."""
+        """Moves the kept model's files to OUT."""
         kept, run = self._out / KEPT, self._kept_run()
         if run is None:
             return
@@ -398,13 +396,7 @@ class _Job:
         shape = huggingface.read_model_config(kept)
         card = task_card(self._task.name, shape, self._labels.kind, record)
         atomic_write(kept / "README.md", card)
-        names = sorted(p.name for p in kept.iterdir() if p.name != "config.json")
-        try:
-            for name in [*(n for n in names if n != "run.json"), "config.json"]:
-                os.replace(kept / name, self._out / name)
-        except OSError as error:
-            raise write_error(self._out, error) from error
-        shutil.rmtree(kept, ignore_errors=True)
+        move_contents(kept, self._out, last="config.json", leave=("run.json",))
         (self._out / SCORES).unlink(missing_ok=True)
 
 
