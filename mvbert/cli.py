@@ -33,11 +33,10 @@ from mvbert.config import (
     Stage2Config,
     TrainConfig,
     VocabConfig,
-    load_toml,
-    to_dict,
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json, json_text
+from mvbert.toml import load_toml, to_dict
 
 PRESETS = Path(__file__).parent / "presets"
 

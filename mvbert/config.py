@@ -1,25 +1,16 @@
-"""Settings: frozen dataclasses, read from TOML or the command line and written as JSON."""
+"""Settings: frozen dataclasses that check their values."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-import sys
-import types
-import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mvbert.errors import InputError
+from mvbert.toml import from_dict, to_dict
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-C = TypeVar("C")
 T = TypeVar("T", bound="TrainConfig")
 
 # Settings that are not part of a run's identity: they may differ when it is resumed.
@@ -233,13 +224,13 @@ class TrainConfig:
         """This config with `steps` computed from `pieces`, if set, and the row length."""
         if not self.pieces:
             return self
-        return dataclasses.replace(self, steps=-(-self.pieces // (self.rows * length)))
+        return replace(self, steps=-(-self.pieces // (self.rows * length)))
 
     def shortened(self: T, share: float) -> T:
         """This config with `share` of its steps, at least one; unchanged for a share of 1."""
         if share == 1:
             return self
-        return dataclasses.replace(self, steps=max(1, round(share * self.steps)), pieces=0)
+        return replace(self, steps=max(1, round(share * self.steps)), pieces=0)
 
     def deadline(self, start: float) -> float:
         """End time of a command that started at `start` (time.monotonic); infinity: no limit."""
@@ -608,79 +599,3 @@ class DistillConfig(JobConfig):
 def _check_dropout(value: float) -> None:
     if not 0 <= value < 1:
         raise InputError(f"dropout must lie in [0, 1), got {value}")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Converts a config to plain data for JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
-    """Builds a config from plain data; errors locate unknown keys and wrong types by `where`."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise InputError(
-                f"{where}: unknown key {key!r}; expected one of {', '.join(sorted(known))}"
-            )
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    try:
-        return cls(**values)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from None
-
-
-def load_toml(cls: type[C], path: Path | str) -> C:
-    """Reads a config from a TOML file."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a TOML file with settings") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} as UTF-8 text: {error}") from None
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
-    return from_dict(cls, data, str(path))
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise InputError(
-                f"{where}: must be one of {', '.join(map(str, choices))}, got {value!r}"
-            )
-        return value
-    if origin in (typing.Union, types.UnionType):
-        raise TypeError(f"{where}: unions are not used in configs")
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: must be a list, got {value!r}")
-        (item, _) = typing.get_args(hint)
-        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: must be a table, got {value!r}")
-        return dict(value)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: must be a table, got {value!r}")
-        return from_dict(hint, value, where)
-    if hint is Any:
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
-        raise InputError(f"{where}: must be {hint.__name__}, got {value!r}")
-    if hint is float and not math.isfinite(value):
-        raise InputError(f"{where}: must be finite, got {value}")
-    return value

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mvbert.config import DistillConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
+from mvbert.config import DistillConfig, Stage1Config, Stage2Config, TrainConfig
 from mvbert.files import Json, write_json
 from mvbert.model import huggingface
 from mvbert.model.fill import fill_masks
@@ -26,6 +26,7 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.vocab import Vocab
+from mvbert.toml import to_dict
 from mvbert.training.budget import Cost, measure_cost, share_of_steps
 from mvbert.training.device import Choice
 from mvbert.training.distillation import reader

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 # Lowest first. A module imports from its own row and from those before it.
-GROUND = {"config", "errors", "files", "cores", "progress"}
+GROUND = {"config", "toml", "errors", "files", "cores", "progress"}
 ROWS = [GROUND, {"text"}, {"kernels", "functional", "layers", "drop_in"}, {"model"}, {"training"},
         {"tasks"}, {"study"}, {"publish"}, {"distill", "cli", "__main__"}]  # fmt: skip
 NEUTRAL = {"__init__", "_core"}  # the version and the public names; the C++ core

@@ -3,18 +3,10 @@
 import pytest
 import torch
 
-from mvbert.config import (
-    DistillConfig,
-    ModelConfig,
-    Stage1Config,
-    Stage2Config,
-    from_dict,
-    load_toml,
-    student_shape,
-    to_dict,
-)
+from mvbert.config import DistillConfig, ModelConfig, Stage1Config, Stage2Config, student_shape
 from mvbert.errors import InputError
 from mvbert.model.masked_lm import MaskedLM
+from mvbert.toml import from_dict, load_toml, to_dict
 
 
 def test_the_papers_two_shapes_have_the_papers_parameter_counts():

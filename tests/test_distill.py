@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from mvbert import cli, distill
-from mvbert.config import DistillConfig, load_toml
+from mvbert.config import DistillConfig
 from mvbert.model import huggingface
 from mvbert.text.tokenizer import WordPieceTokenizer
 from mvbert.text.vocab import SPECIAL_PIECES, AddedPiece, Vocab
+from mvbert.toml import load_toml
 from mvbert.training import machine
 from mvbert.training.budget import Cost
 from mvbert.training.info import run_info

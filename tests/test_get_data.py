@@ -13,12 +13,12 @@ from dataclasses import replace
 
 import pytest
 
-from mvbert.config import load_toml
 from mvbert.errors import InputError
 from mvbert.files import data_folder, data_path
 from mvbert.study.probe import read_sst2
 from mvbert.study.study import StudyConfig
 from mvbert.text.readers import find_texts
+from mvbert.toml import load_toml
 
 PAIRS = "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n"
 MNLI = (

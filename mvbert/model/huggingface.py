@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mvbert.config import ModelConfig, to_dict
+from mvbert.config import ModelConfig
 from mvbert.errors import InputError
 from mvbert.files import Json, atomic_write, read_json_object, sync_file, write_error, write_json
 from mvbert.model.masked_lm import LabelHead, MaskedLM
@@ -26,6 +26,7 @@ from mvbert.model.weights import PYTORCH_WEIGHTS, WEIGHTS, Weights, read_weights
 from mvbert.text.hub import download, is_hub_name
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
+from mvbert.toml import to_dict
 
 # Our name -> transformers', without the trailing .weight / .bias.
 _GLOBAL_NAMES = {

@@ -25,14 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from mvbert.config import (
-    JobConfig,
-    MeasureConfig,
-    Stage1Config,
-    Stage2Config,
-    from_dict,
-    to_dict,
-)
+from mvbert.config import JobConfig, MeasureConfig, Stage1Config, Stage2Config
 from mvbert.errors import InputError
 from mvbert.files import Json, atomic_write, read_json, write_json
 from mvbert.model import huggingface
@@ -44,6 +37,7 @@ from mvbert.text.batches import Rows
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.stage_rows import student_rows
 from mvbert.text.vocab import Vocab
+from mvbert.toml import from_dict, to_dict
 from mvbert.training.device import Device, choose_device
 from mvbert.training.machine import decide_for_job, pass_products
 from mvbert.training.ranks import join_ranks

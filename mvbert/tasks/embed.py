@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from mvbert.config import EmbedConfig, to_dict
+from mvbert.config import EmbedConfig
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import (
     Json,
@@ -56,6 +56,7 @@ from mvbert.tasks.sentence_model import (
     write_sentence_model,
 )
 from mvbert.tasks.sentences import sample_sentences
+from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone

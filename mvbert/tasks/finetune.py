@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvbert.config import FinetuneConfig, to_dict
+from mvbert.config import FinetuneConfig
 from mvbert.errors import InputError
 from mvbert.files import (
     Json,
@@ -48,6 +48,7 @@ from mvbert.tasks.model import Labels, labels_of, load_bert, load_task_model, wr
 from mvbert.tasks.rows import TaskRows, check_room, join_rows, make_rows
 from mvbert.tasks.score import Split, evaluate
 from mvbert.tasks.teacher import Teacher, cached_scores, keep_scores, read_unlabelled
+from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone

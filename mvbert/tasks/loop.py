@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvbert.config import FinetuneConfig, to_dict
+from mvbert.config import FinetuneConfig
 from mvbert.errors import InputError
 from mvbert.files import Json
 from mvbert.model.huggingface import INTENT
@@ -25,6 +25,7 @@ from mvbert.tasks.model import Labels, TaskModel
 from mvbert.tasks.rows import CLASS, TaskBatch, TaskRows, batches_of_epoch, read_batch
 from mvbert.tasks.score import Split, evaluate
 from mvbert.text.vocab import Vocab
+from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.optim import decay_groups, linear_schedule
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig, to_dict
+from mvbert.config import RowConfig, Stage1Config, Stage2Config, TrainConfig
 from mvbert.errors import InputError
 from mvbert.files import Json, sha256_file
 from mvbert.model import huggingface
@@ -15,6 +15,7 @@ from mvbert.model.weights import weights_id
 from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.vocab import Vocab
+from mvbert.toml import to_dict
 from mvbert.training import checkpoint
 from mvbert.training.device import Choice, Device
 from mvbert.training.machine import pass_products, set_up

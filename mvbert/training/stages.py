@@ -16,14 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mvbert.config import (
-    ModelConfig,
-    RowConfig,
-    Stage1Config,
-    Stage2Config,
-    student_shape,
-    to_dict,
-)
+from mvbert.config import ModelConfig, RowConfig, Stage1Config, Stage2Config, student_shape
 from mvbert.errors import InputError
 from mvbert.model import huggingface
 from mvbert.model.card import model_card
@@ -35,6 +28,7 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.stage_rows import stage_rows
 from mvbert.text.vocab import Vocab
+from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.distillation import Distillation, Teacher
 from mvbert.training.machine import pass_rows

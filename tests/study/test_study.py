@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mvbert import cli
-from mvbert.config import ModelConfig, load_toml
+from mvbert.config import ModelConfig
 from mvbert.errors import InputError
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
@@ -22,6 +22,7 @@ from mvbert.study import measures, probe, study_report
 from mvbert.study.study import StudyConfig
 from mvbert.text.tokenizer import WordPieceTokenizer
 from mvbert.text.vocab import Vocab
+from mvbert.toml import load_toml
 from mvbert.training.device import Device
 
 CPU = Device(torch.device("cpu"), None, "float32")

@@ -20,13 +20,14 @@ import pytest
 import torch
 
 from mvbert import cli
-from mvbert.config import RowConfig, Stage1Config, Stage2Config, to_dict
+from mvbert.config import RowConfig, Stage1Config, Stage2Config
 from mvbert.errors import InputError, Interrupted, MissingExtra, OutOfTime
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import DeviceBatch
 from mvbert.model.weights import read_tensors
 from mvbert.progress import Progress
 from mvbert.text.batches import Rows
+from mvbert.toml import to_dict
 from mvbert.training import checkpoint, device, info, runs, train
 from mvbert.training.device import Device
 from mvbert.training.optim import learning_rate
@@ -390,7 +391,8 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from mvbert.training import train
-from mvbert.config import RowConfig, Stage2Config, to_dict
+from mvbert.config import RowConfig, Stage2Config
+from mvbert.toml import to_dict
 from mvbert.text.corpus import Corpus
 from mvbert.progress import Progress
 from mvbert.training.device import Device
