@@ -80,11 +80,14 @@ class Tokenizer::Worker {
         if (mixed_) std::copy_n(choices, batch_.size(), words->from_student.begin() + before);
         starts = words->starts.data() + before;
       } else if (spans_ != nullptr) {
-        starts_.resize(std::max(starts_.size(), batch_.size()));
+        starts_.resize(std::max(starts_.size(), batch_.size() + 1));
         starts = starts_.data();
       }
       cache_->Look(batch_, choices, text_ends_, ids, ends, starts);
-      if (spans_ != nullptr) AddSpans(starts, *ids);
+      if (spans_ != nullptr) {
+        starts[batch_.size()] = static_cast<std::uint32_t>(ids->size());
+        AddSpans(starts, *ids);
+      }
       if (cache_->overfull()) cache_ = std::make_unique<PieceCache>(*tokenizer_.seeds_);
     }
     batch_.Clear();
@@ -110,21 +113,30 @@ class Tokenizer::Worker {
     ids->Append(&id, 1);
   }
 
-  // Where the pieces of the batch's words lie, whose ids begin at starts[w] of *ids.
+  // Where the pieces of the batch's words lie: word w has ids[starts[w], starts[w + 1]), the last
+  // one ends them.
   void AddSpans(const std::uint32_t* starts, const IdBuffer& ids) {
     spans_->Reserve(2 * ids.size() - spans_->size());
     std::int32_t* out = spans_->end();
     const std::uint32_t* const letters = tokenizer_.letters_.data();
-    for (std::size_t word = 0; word < batch_.size(); ++word) {
-      const std::size_t end = word + 1 < batch_.size() ? starts[word + 1] : ids.size();
+    const auto add = [&](std::uint32_t from, std::uint32_t to) {
+      out[0] = static_cast<std::int32_t>(batch_.source_begin(from, to));
+      out[1] = static_cast<std::int32_t>(batch_.source_end(from, to));
+      out += 2;
+    };
+    const std::size_t words = batch_.size();
+    const std::int32_t* id = ids.data() + starts[0];
+    for (std::size_t word = 0; word < words; ++word) {
       std::uint32_t from = batch_.start(word);
-      for (std::size_t i = starts[word]; i < end; ++i) {
-        // (The last piece of a word takes the rest: of [UNK] that is all.)
-        const std::uint32_t to = i + 1 == end ? batch_.end(word) : from + letters[ids.data()[i]];
-        *out++ = static_cast<std::int32_t>(batch_.source_begin(from, to));
-        *out++ = static_cast<std::int32_t>(batch_.source_end(from, to));
+      // (The last piece of a word takes the rest: of [UNK] that is all.)
+      const std::int32_t* const last = ids.data() + starts[word + 1] - 1;
+      for (; id < last; ++id) {
+        const std::uint32_t to = from + letters[*id];
+        add(from, to);
         from = to;
       }
+      add(from, batch_.end(word));
+      ++id;
     }
     spans_->SetEnd(out);
   }

@@ -96,6 +96,7 @@ def test_work_grows_as_the_text_does(root):
 INSTRUCTIONS = {
     ("encode_check", "plain"): 26.3,  # a byte of text
     ("encode_check", "mixed"): 29.5,  # a byte of text
+    ("encode_check", "spans"): 36.2,  # a byte of text
     ("mixer_check", "500"): 61.8,  # a piece
 }
 COLLECTED = {"encode_check": "*Measured*", "mixer_check": "mvbert::Mixer::Read(*"}
@@ -103,7 +104,9 @@ COLLECTED = {"encode_check": "*Measured*", "mixer_check": "mvbert::Mixer::Read(*
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("check", "argument"), INSTRUCTIONS, ids=["encode-plain", "encode-mixed", "mixer"]
+    ("check", "argument"),
+    INSTRUCTIONS,
+    ids=["encode-plain", "encode-mixed", "encode-spans", "mixer"],
 )
 def test_instructions(plain, check, argument, tmp_path):
     if not shutil.which("valgrind"):
