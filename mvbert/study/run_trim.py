@@ -13,7 +13,7 @@ from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json, atomic_folder, atomic_write, check_new_folder
 from mvbert.model import huggingface
-from mvbert.model.trim import write_trimmed
+from mvbert.model.trim import fitted_vocab, read_vocab, write_trimmed
 from mvbert.progress import Progress
 from mvbert.study.evaluate import run_eval
 from mvbert.text.corpus import Corpus
@@ -65,7 +65,7 @@ def run_trim(
     for path in (folder, corpus):  # `out` is replaced as a whole
         if path is not None and path.resolve().is_relative_to(out.resolve()):
             raise InputError(f"{out} contains the input {path}; give another path")
-    old = Vocab.load(folder, lowercase=False if cased else None)
+    old = read_vocab(folder, cased)
     if old.doubt:
         progress.note(old.doubt)
     torch.set_num_threads(cores(threads))
@@ -79,6 +79,7 @@ def run_trim(
         assert opened is not None
         pieces = learn_vocab(opened.words, opened.counts, size, threads=cores(threads))
         new = Vocab(tuple(pieces), old.lowercase, old.strip_accents)
+    new = fitted_vocab(folder, new)
     if "[MASK]" in old.ids and "[MASK]" not in new.ids:
         raise InputError(f"{new.source} has no [MASK], which the model's vocabulary has")
     lost = [a.piece for a in old.added if a.piece not in new.ids]

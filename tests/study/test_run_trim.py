@@ -179,6 +179,89 @@ def test_families_of_transformers(family, tied, teacher_vocab, smaller, tmp_path
     assert torch.allclose(logits[0][..., shared], logits[1][..., :-3], atol=1e-5)
 
 
+def mpnet_folder(folder, vocab, **config):
+    """A small MPNet as transformers saves it, its vocabulary BERT's within MPNet's own pieces."""
+    transformers = pytest.importorskip("transformers")
+    pieces = ("<s>", "<pad>", "</s>", "<unk>", *vocab.pieces, "<mask>")
+    shape = {"vocab_size": len(pieces), "hidden_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "intermediate_size": 32}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MPNetForMaskedLM(transformers.MPNetConfig(**shape | config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    transformers.MPNetTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["vocabulary-with-own-pieces", "without"])
+def test_mpnet(own, teacher_vocab, smaller, tmp_path):
+    """Ids are those of transformers' tokenizers on the new folder, logits those of before."""
+    transformers = pytest.importorskip("transformers")
+    model = mpnet_folder(tmp_path / "model", teacher_vocab)
+    kept = Vocab.load(smaller).pieces
+    given = tmp_path / "vocab.txt"
+    given.write_text("\n".join((*kept, "<mask>", "<s>") if own else kept) + "\n", encoding="utf-8")
+    report = run_trim(str(tmp_path / "model"), tmp_path / "out", vocab=given, eval_rows=0)
+    new = (tmp_path / "out" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    assert new == ["<s>", "<pad>", "</s>", "<unk>", *kept, "<mask>"]
+    assert report["vocab_after"] == len(new)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["vocab_size"], config["pad_token_id"]) == (len(new), 1)
+    trimmed = transformers.MPNetForMaskedLM.from_pretrained(tmp_path / "out").eval()
+    texts = ["the river", "The <mask> River?"]
+    results = []
+    for net, folder in ((model, "model"), (trimmed, "out")):
+        fast = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
+        slow = transformers.MPNetTokenizer.from_pretrained(tmp_path / folder)
+        batch = fast(texts, padding=True, return_tensors="pt")
+        assert slow(texts, padding=True)["input_ids"] == batch["input_ids"].tolist()
+        with torch.no_grad():
+            logits = net(**batch).logits
+        results.append((fast, batch["input_ids"], logits[batch["attention_mask"].bool()]))
+    (before, ids, logits), (after, new_ids, new_logits) = results
+    pieces = before.convert_ids_to_tokens(ids.flatten())
+    assert after.convert_ids_to_tokens(new_ids.flatten()) == pieces
+    shared = [i for i, piece in enumerate(new) if piece in before.vocab]
+    old_ids = before.convert_tokens_to_ids([new[i] for i in shared])
+    assert len(shared) == report["kept"]
+    assert torch.allclose(logits[:, old_ids], new_logits[:, shared], atol=1e-5)
+
+
+def test_mpnet_files_that_contradict(teacher_vocab, smaller, tmp_path, refused):
+    mpnet_folder(tmp_path / "model", teacher_vocab)
+    path = tmp_path / "model" / "vocab.txt"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    command = ["trim", tmp_path / "model", "--vocab", smaller, "-o", tmp_path / "out"]
+    path.write_text("\n".join([*lines[:-2], "other", lines[-2], ""]), encoding="utf-8")
+    tokenizer = tmp_path / "model" / "tokenizer.json"
+    refused(command, "rows for a vocabulary of")
+    path.write_text("\n".join([*lines[:-3], "other", *lines[-2:]]), encoding="utf-8")
+    refused(command, f"{tokenizer} has other pieces than {path}")
+    path.write_text("\n".join(lines[1:]), encoding="utf-8")
+    refused(command, "begins with <s> <pad> </s> <unk>")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer"),
+    [("roberta", "byte-level BPE"), ("albert", "SentencePiece"), ("modernbert", "byte-level BPE")],
+)
+def test_other_tokenizers_are_refused(
+    family, tokenizer, training_inputs, smaller, tmp_path, refused
+):
+    shutil.copytree(training_inputs / "teacher", tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": family}))
+    refused(
+        ["trim", tmp_path / "model", "--vocab", smaller, "-o", tmp_path / "out"],
+        f"model_type is '{family}', whose tokenizer is {tokenizer}", "needs a WordPiece",
+    )  # fmt: skip
+
+
 def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refused):
     teacher, corpus, out = training_inputs / "teacher", training_inputs / "corpus", tmp_path / "o"
     refused(["trim", teacher, "-o", out], "give either --vocab, or --corpus with --size")
