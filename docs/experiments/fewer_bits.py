@@ -161,7 +161,6 @@ def nbits_graph(model: TaskModel, block: int) -> bytes:
             made.append(onnx.helper.make_tensor(name, kind, array.shape, array.ravel()))
         return name
 
-    replaced: set[str] = set()
     nodes: list[Any] = []
     for node in graph.graph.node:
         name = node.input[1] if node.op_type == "MatMul" else node.input[0]
@@ -173,7 +172,6 @@ def nbits_graph(model: TaskModel, block: int) -> bytes:
             continue
         array = torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).copy())
         values, scales = rounded(array if table else array.T, 4, block)
-        replaced.add(name)
         of_scales = keep(f"{name}_scales", scales.numpy())
         if matrix:
             two = (values.numpy() + 8).astype(np.uint8)
@@ -200,7 +198,8 @@ def nbits_graph(model: TaskModel, block: int) -> bytes:
         ))  # fmt: skip
     del graph.graph.node[:]
     graph.graph.node.extend(nodes)
-    rest = [tensor for name, tensor in stored.items() if name not in replaced]
+    used = {name for node in nodes for name in node.input}
+    rest = [tensor for name, tensor in stored.items() if name in used]
     del graph.graph.initializer[:]
     graph.graph.initializer.extend([*rest, *made])
     graph.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
@@ -240,7 +239,7 @@ def graph_scores(folder: Path, data: str, block: int) -> dict[str, Any]:
     for name, examples in read_examples(task, data).items():
         if examples.labelled and name != "train":
             split = score.Split(examples, make_rows(task, examples, vocab, length))
-            cpu = Device.of(torch.device("cpu"), torch.float32)
+            cpu = Device.of(torch.device("cpu"), "float32", "as the graph")
             found[name] = score.evaluate(task, stand_in, split, vocab, cpu)
     return {"onnx_bytes": len(graph), "onnx_zipped": zipped(graph), "onnx_score": found}
 
