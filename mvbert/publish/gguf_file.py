@@ -75,12 +75,12 @@ def gguf_tokens(vocab: Vocab) -> tuple[list[str], list[str]]:
     Raises:
         InputError: an added piece would be found in other places than by mvbert.
     """
-    added = {piece.piece: piece for piece in vocab.added}
-    for piece in added.values():
-        if piece.normalized or _core.split(piece.piece, lowercase=False) == [piece.piece]:
-            how = "in text of any case" if piece.normalized else "where it is a word"
+    added = {extra.piece: extra for extra in vocab.added}
+    for extra in vocab.added:
+        if extra.normalized or _core.split(extra.piece, lowercase=False) == [extra.piece]:
+            how = "in text of any case" if extra.normalized else "where it is a word"
             raise InputError(
-                f"{vocab.source}: the added piece {piece.piece!r} is found {how}, which "
+                f"{vocab.source}: the added piece {extra.piece!r} is found {how}, which "
                 "llama.cpp's WordPiece cannot do; only added pieces with punctuation in them, "
                 "found as they are written, can be in a GGUF file"
             )
