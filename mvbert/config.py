@@ -380,13 +380,9 @@ class MeasureConfig:
     """Held-out words for bits per word (0: skip)."""
     context: int = 6
     """Words of context on each side."""
-    sst2: str = ""
-    """SST-2 folder or .tar archive (or data:NAME) for the linear probe (empty: no probe)."""
-    sentences: int = 8000
-    """Training sentences for the probe (0: all)."""
 
     def __post_init__(self) -> None:
-        for name in ("words", "context", "sentences"):
+        for name in ("words", "context"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -419,6 +415,14 @@ class FinetuneConfig:
     """Weight of the teacher's scores where there is a label; the label has the rest."""
     temperature: float = 2.0
     """Divides the scores of classes before they are compared."""
+    distill: tuple[Literal["relations", "hidden"], ...] = ("relations", "hidden")
+    """What a teacher of MODEL's vocabulary also teaches, position by position (empty: nothing)."""
+    relations_weight: float = 1.0
+    """Weight of the attention relations, beside 1 of labels and scores."""
+    hidden_weight: float = 1.0
+    """Weight of the hidden states."""
+    extra: tuple[str, ...] = ()
+    """Further training examples with labels: tables, or folders and archives of tables."""
     unlabelled: tuple[str, ...] = ()
     """Further texts, which only the teacher labels: .txt with a text a line, or tables."""
     augment: int = 0
@@ -456,6 +460,11 @@ class FinetuneConfig:
             raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be above 0, got {self.temperature}")
+        for name in ("relations_weight", "hidden_weight"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if len({*self.distill}) < len(self.distill):
+            raise InputError(f"distill lists a loss twice: {', '.join(self.distill)}")
         if self.augment < 0:
             raise InputError(f"augment must be 0 or more, got {self.augment}")
         if (self.unlabelled or self.augment) and not self.teacher:

@@ -13,7 +13,7 @@ import pytest
 # Lowest first. A module imports from its own row and from those before it.
 GROUND = {"config", "toml", "errors", "files", "cores", "progress"}
 ROWS = [GROUND, {"text"}, {"kernels", "functional", "layers", "drop_in"}, {"model"}, {"training"},
-        {"tasks"}, {"study"}, {"publish"}, {"distill", "cli", "__main__"}]  # fmt: skip
+        {"tasks"}, {"publish"}, {"study"}, {"distill", "cli", "__main__"}]  # fmt: skip
 NEUTRAL = {"__init__", "_core"}  # the version and the public names; the C++ core
 
 

@@ -605,7 +605,6 @@ def test_wrong_settings_of_eval(ground, refused):
     refused(evaluated(ground, teacher, "--row.length", "500"), "500", "32 positions")
     refused(evaluated(ground, teacher, "--eval-rows", "0"), "eval_rows", "0")
     refused(evaluated(ground, teacher, "--words", "-1"), "words", "-1")
-    refused(evaluated(ground, teacher, "--sst2", ground / "text.txt"), "text.txt", "SST-2")
     refused([*evaluated(ground, teacher), "--corpus", ground / "nowhere"], "nowhere")
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from mvbert.errors import InputError
 from mvbert.files import data_folder, data_path
-from mvbert.study.probe import read_sst2
-from mvbert.study.study import StudyConfig
+from mvbert.study.settings import StudyConfig
+from mvbert.tasks.formats import find_task, read_task
 from mvbert.text.readers import find_texts
 from mvbert.toml import load_toml
 
@@ -32,6 +32,10 @@ SENTENCE = "A sentence of a book that is long enough to be kept, "
 ARTICLE = "\n\n".join(
     ["Heading", *(f"The {n}th paragraph says something in a full sentence." for n in range(9))]
 )
+
+
+def read_sst2(path):
+    return read_task(find_task("sst-2"), [str(path)])
 
 
 class Publisher(http.server.ThreadingHTTPServer):
@@ -182,8 +186,9 @@ def test_everything_arrives_in_the_formats_that_mvbert_reads(get_data, publisher
     assert not (tmp_path / ".get_data").exists()
 
     assert (tmp_path / "vocab-cased.txt").read_text() == "[UNK]\n"
-    train, dev = read_sst2(tmp_path / "glue-sst-2.tar.xz")
-    assert train == dev == (["good "], [1])
+    splits = read_sst2(tmp_path / "glue-sst-2.tar.xz")
+    for part in ("train", "dev"):
+        assert (splits[part].texts, splits[part].labels) == (["good "], ["positive"])
     assert members(tmp_path / "glue-rte.tar.xz") == {
         f"RTE/{part}.tsv": PAIRS for part in ("train", "dev", "test")
     }
@@ -230,7 +235,7 @@ def test_a_download_that_is_cut_off_continues_where_it_was(get_data, publisher, 
     assert get_data.main(["sst-2", "--out", str(tmp_path)]) == 0
     half = len(publisher.files["/sst-2/0"]) // 2
     assert publisher.requests == [("/sst-2/0", ""), ("/sst-2/0", f"bytes={half}-")]
-    assert read_sst2(tmp_path / "glue-sst-2.tar.xz")[0] == (["good "], [1])
+    assert read_sst2(tmp_path / "glue-sst-2.tar.xz")["train"].texts == ["good "]
 
 
 def test_a_later_command_continues_what_an_earlier_one_left(get_data, publisher, tmp_path, capsys):
@@ -347,7 +352,7 @@ def test_an_interrupted_conversion_leaves_nothing_and_needs_no_second_download(
     get_data.ITEMS["sst-2"] = whole
     assert get_data.main(["sst-2", "--out", str(tmp_path)]) == 0
     assert len(publisher.requests) == 1
-    assert read_sst2(tmp_path / "glue-sst-2.tar.xz")[0] == (["good "], [1])
+    assert read_sst2(tmp_path / "glue-sst-2.tar.xz")["train"].texts == ["good "]
 
 
 def test_an_unknown_name_is_refused(get_data, tmp_path, capsys):
@@ -411,7 +416,7 @@ def test_every_file_of_the_studies_is_one_that_get_data_makes(
         (tmp_path / file).write_text("text\n")
     for study in studies:
         config = load_toml(StudyConfig, study)
-        paths = [*config.corpus.text, *config.corpus.heldout_text, config.measure.sst2]
-        for path in filter(None, paths):
+        data = [path for name in config.measure.tasks for path in config.task(name)[1]]
+        for path in [*config.corpus.text, *config.corpus.heldout_text, *data]:
             assert path.startswith("data:"), f"{study.name}: {path}"
             assert data_path(path).name in made

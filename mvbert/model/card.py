@@ -44,6 +44,15 @@ an ordinary BERT with its own vocabulary. In addition, `student.safetensors` hol
 embeddings, the affine map to this model's width and the bias of the student's softmax, and
 `student_vocab.txt` the student's pieces.
 """
+    elif stage == "reader":
+        body = f"""\
+# A Stage I teacher that reads the student's pieces
+
+{what}.
+
+A teacher after Stage I of mixed-vocabulary training, with the projected table of the student's
+pieces in place of its own: an ordinary BERT with the student's vocabulary.
+"""
     else:
         assert stage2 is not None
         start = {

@@ -1,8 +1,7 @@
 """Evaluates a BERT on held-out text: the measures of a study, for any Hugging Face folder.
 
 Loss and accuracy are over masked pieces of the model's vocabulary, on the same rows as in training
-with the same settings; bits per word are comparable between vocabularies (mvbert.study.measures);
-the probe tests the hidden states as sentence features (mvbert.study.probe).
+with the same settings; bits per word are comparable between vocabularies (mvbert.study.measures).
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from mvbert.model.masked_lm import DeviceBatch, MaskedLM, masked_sums
 from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
 from mvbert.study.measures import bits_per_word, choose_words, make_questions
-from mvbert.study.probe import linear_probe, read_sst2
 from mvbert.text.batches import Rows
 from mvbert.text.stage_rows import heldout_rows
 from mvbert.training.device import Device
@@ -42,7 +40,6 @@ def run_eval(
     *,
     eval_rows: int = 512,
     pass_rows: int = 32,
-    seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
     threads: int = 0,
@@ -54,7 +51,6 @@ def run_eval(
         cased: treat its vocabulary as cased, whatever the folder says.
         eval_rows: held-out rows to evaluate.
         pass_rows: rows per forward pass.
-        seed: seed of the sample of sentences that the probe is fitted on.
         dtype: dtype of matrix products; auto: as in the run that made the model, else on a CPU the
             faster one.
         device: auto, cpu or cuda[:N].
@@ -68,7 +64,6 @@ def run_eval(
     """
     started = time.perf_counter()
     progress = Progress("eval")
-    sst2 = read_sst2(Path(measure.sst2)) if measure.sst2 else None
     folder = huggingface.find_model(name)
     shape, vocab = huggingface.read_shape(folder, cased=cased)
     weights = read_weights(folder)
@@ -76,9 +71,11 @@ def run_eval(
     for note in (vocab.doubt, weights.unread()):
         if note:
             progress.note(note)
-    predicts = not any(part.startswith("cls.") for part in missing)
-    if not predicts and sst2 is None:
-        raise InputError(f"{folder} has no masked-language-model head; only --sst2 applies")
+    if any(part.startswith("cls.") for part in missing):
+        raise InputError(
+            f"{folder} has no masked-language-model head, so it has no held-out loss; fine-tune it "
+            "on a task to score it (mvbert finetune)"
+        )
     check_lengths(row, model.config)
     trained = _training_length(folder)
     if trained not in (None, row.length):
@@ -104,34 +101,24 @@ def run_eval(
         "parameters": model.config.encoder_parameters,
         "vocab": vocab.size,
     }
-    if predicts:
-        rows = heldout_rows(opened, cut, row)
-        if eval_rows > rows.count:
-            progress.note(f"eval_rows is {eval_rows}, but the held-out text has {rows.count} rows")
-        measures = masked_measures(model, rows, eval_rows, pass_rows, chosen)
+    rows = heldout_rows(opened, cut, row)
+    if eval_rows > rows.count:
+        progress.note(f"eval_rows is {eval_rows}, but the held-out text has {rows.count} rows")
+    measures = masked_measures(model, rows, eval_rows, pass_rows, chosen)
+    progress.note(
+        f"loss {measures['loss']:.4f} nats per masked piece, accuracy "
+        f"{measures['accuracy']:.1%} ({measures['masked']} masked pieces)"
+    )
+    report |= measures
+    if measure.words:
+        places = choose_words(opened.heldout, measure.words)
+        words = make_questions(opened.heldout, cut, places, measure.context, row.length)
+        bits = bits_per_word(model, vocab.pad, words, chosen)
         progress.note(
-            f"loss {measures['loss']:.4f} nats per masked piece, accuracy "
-            f"{measures['accuracy']:.1%} ({measures['masked']} masked pieces)"
+            f"{bits['bits_per_word']:.3f} bits per word, standard error "
+            f"{bits['bits_error']:.3f} ({words.count} words; skipped {words.unknown} unknown)"
         )
-        report |= measures
-        if measure.words:
-            places = choose_words(opened.heldout, measure.words)
-            words = make_questions(opened.heldout, cut, places, measure.context, row.length)
-            bits = bits_per_word(model, vocab.pad, words, chosen)
-            progress.note(
-                f"{bits['bits_per_word']:.3f} bits per word, standard error "
-                f"{bits['bits_error']:.3f} ({words.count} words; skipped {words.unknown} unknown)"
-            )
-            report |= bits | words.facts()
-    else:
-        progress.note(f"{folder} has no masked-language-model head: only the probe is run")
-    if sst2 is not None:
-        accuracy = linear_probe(
-            model, vocab, *sst2, chosen,
-            length=row.length, count=measure.sentences, seed=seed,
-        )  # fmt: skip
-        progress.note(f"SST-2 linear probe: accuracy {accuracy:.1%}")
-        report["sst2"] = accuracy
+        report |= bits | words.facts()
     report["seconds"] = round(time.perf_counter() - started, 1)
     return report
 

@@ -18,7 +18,6 @@ _COLUMNS: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "held-out loss", "{:.3f}".format),
     ("accuracy", "accuracy", "{:.1%}".format),
     ("word_accuracy", "word accuracy", "{:.1%}".format),
-    ("sst2", "SST-2 linear probe", "{:.1%}".format),
 ]
 
 

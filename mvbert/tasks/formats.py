@@ -191,6 +191,39 @@ def read_examples(task: Task, where: str) -> dict[str, Examples]:
     return _of_files(task, files, where)
 
 
+def read_extra(task: Task, where: Sequence[str]) -> list[Examples]:
+    """Further labelled examples: every table of these files, folders and archives.
+
+    Raises:
+        InputError: the task is not one of tables, there is no table, or one has no labels.
+    """
+    if task.name in _SEQUENCES:
+        raise InputError(f"{task.name} takes no extra examples: they are read from tables alone")
+    parts = []
+    for path in where:
+        files = [file for file in read_files(path) if file.suffix in TABLES]
+        if not files:
+            raise InputError(f"{path} has no table; expected *{', *'.join(TABLES)}")
+        for file in files:
+            parts.append(_read(task, [file]))
+            if not parts[-1].labelled:
+                raise InputError(f"{file.name}: extra training examples need labels")
+    return parts
+
+
+def join_examples(parts: Sequence[Examples]) -> Examples:
+    """The examples of several sets of one task, one after another; all have labels."""
+
+    def of(name: str) -> list[Any] | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else [value for part in values for value in part]
+
+    notes = "; ".join(part.note for part in parts if part.note)
+    return Examples(
+        of("texts") or [], of("pairs"), of("labels"), of("tags"), of("places") or [], notes
+    )
+
+
 def _of_files(task: Task, files: list[File], where: str) -> dict[str, Examples]:
     """Puts the files of a folder or archive to the splits that their names say."""
     found: dict[str, list[File]] = {}

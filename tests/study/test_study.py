@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
@@ -16,11 +15,9 @@ import torch
 from mvbert import cli
 from mvbert.config import ModelConfig
 from mvbert.errors import InputError
-from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
-from mvbert.study import measures, probe, study_report
-from mvbert.study.study import StudyConfig
-from mvbert.text.tokenizer import WordPieceTokenizer
+from mvbert.study import measures, study_report
+from mvbert.study.settings import StudyConfig
 from mvbert.text.vocab import Vocab
 from mvbert.toml import load_toml
 from mvbert.training.device import Device
@@ -40,8 +37,6 @@ relation_heads = 8
 [measure]
 words = 40
 context = 3
-sst2 = "sst2.tar"
-sentences = 20
 [arms.nokd.stage2]
 start = "random"
 [arms.paper.stage1]
@@ -61,18 +56,9 @@ def settings(job_tables) -> str:
 
 @pytest.fixture
 def job(tmp_path, training_inputs, settings):
-    """A folder with settings, text, a teacher and a few labelled sentences."""
+    """A folder with settings, text and a teacher."""
     shutil.copytree(training_inputs, tmp_path, dirs_exist_ok=True)
     (tmp_path / "study.toml").write_text(settings)
-    (tmp_path / "SST-2").mkdir()
-    lines = [
-        "sentence\tlabel",
-        *(f"a {'great' if i % 2 else 'cold'} river\t{i % 2}" for i in range(30)),
-    ]
-    for name in ("train.tsv", "dev.tsv"):
-        (tmp_path / "SST-2" / name).write_text("\n".join(lines) + "\n")
-    with tarfile.open(tmp_path / "sst2.tar", "w") as archive:
-        archive.add(tmp_path / "SST-2", "SST-2")
     return tmp_path
 
 
@@ -106,7 +92,6 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_results(job, study):
     assert by["all", 0]["student_mflop"] == by["nokd", 0]["student_mflop"]
     assert by["smaller", 0]["vocab"] == 75
     assert by["smaller", 0]["pieces_per_word"] > by["paper", 0]["pieces_per_word"]
-    assert all(0 <= r["sst2"] <= 1 for r in by.values())
     assert all(r["bits_per_word"] > 0 and r["words_asked"] <= 40 for r in found)
     made = sorted(p.name.split("-")[0] for p in (job / "study" / "stage1").iterdir())
     assert made == ["75", "90", "90"]  # cold, warm, and that of the smaller vocabulary
@@ -175,7 +160,7 @@ def test_a_study_that_compares_nothing_is_refused(tmp_path, settings, old, new, 
 
 
 def test_the_studies_in_the_docs_are_valid(root):
-    found = sorted((root / "docs" / "experiments").glob("study-*.toml"))
+    found = sorted((root / "docs" / "experiments").glob("*.toml"))
     assert found
     for path in found:
         config = load_toml(StudyConfig, path)
@@ -288,94 +273,6 @@ def test_what_is_measured_is_the_definition(corpus, student_vocab):
     assert 0 < found["word_accuracy"] < 1
 
 
-# ---- the probe ------------------------------------------------------------------------------
-
-
-def test_logistic_regression_is_at_its_minimum():
-    generator = torch.manual_seed(0)
-    x = torch.randn(200, 5, dtype=torch.float64, generator=generator)
-    labels = (x[:, 0] + 0.5 * torch.randn(200, generator=generator) > 0).long()
-    weights = probe.fit_logistic(x, labels).requires_grad_()
-    scores = x @ weights[:-1] + weights[-1]
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, labels.double())
-    (loss + probe.L2 / 2 * weights[:-1].square().sum()).backward()
-    assert weights.grad.abs().max() < 1e-6
-    assert ((scores > 0).long() == labels).double().mean() > 0.8
-
-
-def test_the_probe_tells_words_apart_and_is_the_same_each_time(job):
-    train, dev = probe.read_sst2(job / "sst2.tar")
-    assert probe.read_sst2(job / "SST-2") == (train, dev)
-    vocab = Vocab.load(job / "teacher")
-    model, _ = huggingface.load_masked_lm(job / "teacher")
-    options = {"length": 16, "count": 20, "seed": 3}
-    found = [probe.linear_probe(model, vocab, train, dev, CPU, **options) for _ in range(2)]
-    assert found == [1.0, 1.0]
-
-
-def test_states_are_means_over_the_pieces_of_a_sentence(training_inputs):
-    vocab = Vocab.load(training_inputs / "teacher")
-    model = huggingface.load_masked_lm(training_inputs / "teacher")[0].double()
-    tokenizer = WordPieceTokenizer(vocab)
-    sentences = ["a great old river", "cold", "the light of the world is great", "a house"]
-    states = probe.sentence_states(model, tokenizer, sentences, CPU, 7)
-    for sentence, state in zip(sentences, states, strict=True):
-        ids = torch.tensor([[vocab.cls, *tokenizer.encode(sentence)[1:-1][:5], vocab.sep]])
-        with torch.no_grad():
-            hidden = model.eval().encode(ids, torch.zeros_like(ids))
-        torch.testing.assert_close(state, hidden[0, 1:-1].mean(0))
-
-
-def test_both_sides_of_the_probe_are_scaled_by_the_training_sentences(monkeypatch, student_vocab):
-    states = {"train": torch.randn(40, 3) * torch.tensor([9.0, 1.0, 0.1]) + 5, "dev": None}
-    states["dev"] = states["train"][:10] * 2
-    seen = []
-    monkeypatch.setattr(probe, "sentence_states", lambda m, t, sentences, *_: states[sentences])
-    monkeypatch.setattr(
-        probe, "fit_logistic", lambda x, y: seen.append(x) or torch.tensor([0.0, 0, 1, 0])
-    )
-    train, dev = ("train", [0] * 40), ("dev", [1] * 10)
-    share = probe.linear_probe(None, student_vocab, train, dev, CPU, length=9)
-    mean, spread = states["train"].mean(0), states["train"].std(0)
-    torch.testing.assert_close(seen[0], (states["train"] - mean) / spread)
-    assert share == pytest.approx(float((states["dev"] > mean)[:, 2].float().mean()))
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_sst2_may_have_a_mark_an_empty_last_line_and_other_line_breaks(tmp_path, packed, end):
-    """As spreadsheets and editors write it; a sentence ends at a line feed and nowhere else."""
-    sentences = ["a\u0085b", "c\u2028d", "e\x0bf", "g\x0ch", "i\rj", "k \ufeffl"]
-    lines = ["sentence\tlabel", *(f"{text}\t{i % 2}" for i, text in enumerate(sentences)), "", ""]
-    folder = tmp_path / "SST-2"
-    folder.mkdir()
-    for name in ("train.tsv", "dev.tsv"):
-        (folder / name).write_bytes(("\ufeff" + end.join(lines)).encode())
-    path = folder
-    if packed:
-        path = tmp_path / "sst2.tar"
-        with tarfile.open(path, "w") as archive:
-            archive.add(folder, "SST-2")
-    assert probe.read_sst2(path) == ((sentences, [0, 1] * 3), (sentences, [0, 1] * 3))
-
-
-@pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        ("a\tb\n", "train.tsv:1: expected the columns"),
-        ("sentence\tlabel\ngood\t2\n", "train.tsv:2: expected a sentence, a tab, and 0 or 1"),
-        ("sentence\tlabel\ngood\n", "train.tsv:2"),
-        ("", "train.tsv:1"),
-    ],
-)
-def test_what_is_not_sst2_is_named(tmp_path, content, part):
-    (tmp_path / "train.tsv").write_text(content)
-    with pytest.raises(InputError, match=re.escape(part)):
-        probe.read_sst2(tmp_path)
-    with pytest.raises(InputError, match=r"cannot read .* as SST-2"):
-        probe.read_sst2(tmp_path / "nowhere.tar")
-
-
 # ---- the report -----------------------------------------------------------------------------
 
 
@@ -397,7 +294,7 @@ def test_the_table_compares_seed_by_seed():
     table = study_report.table(study_report.last_points(records), "base")
     assert "| kd | 2 | 4,928 | 8.250 (8.000 to 8.500) | -1.250 | 4.000 (4.000 to 4.000) |" in table
     assert "| 30.0 + 21.0 |" in table
-    assert "SST-2" not in table  # not measured
+    assert "word accuracy" not in table  # not measured
     assert "over 2,048 held-out words, standard error at most 0.200" in table
     assert "checksums agree" in table
     # A baseline that lacks a seed is compared where it has one; other rows are told.
