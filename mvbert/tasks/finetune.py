@@ -41,13 +41,22 @@ from mvbert.model.weights import weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.augment import augmented
 from mvbert.tasks.card import task_card
-from mvbert.tasks.formats import Examples, Task, find_task, read_task
+from mvbert.tasks.formats import (
+    Examples,
+    Task,
+    find_task,
+    join_examples,
+    read_extra,
+    read_task,
+)
 from mvbert.tasks.loop import IGNORED, Fitted, Run, Targets, Trainer, targets_of
 from mvbert.tasks.metrics import check_installed, has_spans
 from mvbert.tasks.model import Labels, labels_of, load_bert, load_task_model, write_task_model
+from mvbert.tasks.positions import Positions
 from mvbert.tasks.rows import TaskRows, check_room, join_rows, make_rows
 from mvbert.tasks.score import Split, evaluate
 from mvbert.tasks.teacher import Teacher, cached_scores, keep_scores, read_unlabelled
+from mvbert.text.vocab import Vocab
 from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
@@ -100,6 +109,8 @@ def run_finetune(
     if folder.resolve() == out.resolve():
         raise InputError(f"{out} is the model itself; give another --out")
     splits = read_task(task, data)
+    if config.extra and "train" in splits:
+        splits["train"] = join_examples([splits["train"], *read_extra(task, config.extra)])
     labels = _check(task, splits, data, progress)
     make_folder(out)
     with lock(out):
@@ -174,7 +185,7 @@ class _Job:
         bert, self._vocab, head = load_bert(folder, config.dropout, cased)
         if self._vocab.doubt:
             progress.note(self._vocab.doubt)
-        shape = bert.config
+        shape = self._shape = bert.config
         paired = splits["train"].pairs is not None
         if config.length > shape.max_position_embeddings:
             raise InputError(
@@ -194,10 +205,11 @@ class _Job:
                 progress.note(f"{split}: {note}")
         self._splits = {split: Split(examples, rows[split]) for split, examples in splits.items()}
         self._settings = config.settings(task.epochs)
-        self._teacher, self._unlabelled = None, None
+        self._teacher, self._unlabelled, self._positions = None, None, False
         if config.teacher:
             teacher = huggingface.find_model(config.teacher, "teacher")
             self._teacher = Teacher(teacher, task, labels, progress), weights_id(teacher)
+            self._positions = self._read_positions(self._teacher[0].vocab)
         if config.unlabelled:
             self._unlabelled = read_unlabelled(task, config.unlabelled)
             progress.note(f"unlabelled: {len(self._unlabelled):,} texts")
@@ -208,6 +220,20 @@ class _Job:
         self._device = self._choose_device(shape)
         progress.note(f"device {self._device}; {torch.get_num_threads()} threads")
         self._trainer: Trainer | None = None  # made when a run is to be trained
+
+    def _read_positions(self, of_teacher: Vocab) -> bool:
+        """Whether the teacher's states are learnt position by position; says so."""
+        if not self._config.distill:
+            return False
+        ours, theirs = ((v.sha256, v.lowercase, v.strip_accents) for v in (self._vocab, of_teacher))
+        if ours != theirs:
+            self._progress.note("the teacher has another vocabulary: its scores alone are learnt")
+            return False
+        self._progress.note(
+            f"the teacher reads the same pieces: {' and '.join(self._config.distill)} are learnt "
+            "at every position"
+        )
+        return True
 
     def _choose_device(self, shape: Any) -> Device:
         path = self._out / DESCRIPTION
@@ -291,9 +317,15 @@ class _Job:
             none = np.nan if self._labels.kind == "number" else IGNORED
             hard = np.concatenate([hard, np.full(len(soft) - len(hard), none, hard.dtype)])
             targets = Targets(hard, soft, known)
+        positions = None
+        if self._positions:
+            assert self._teacher is not None
+            teacher = self._teacher[0].bert.to(self._device.device)
+            positions = Positions(self._config, teacher, self._shape)
+            positions.check(rows)
         return Trainer(
             self._task, self._labels, rows, targets, self._splits["dev"], self._vocab,
-            self._config, self._device, self._progress,
+            self._config, self._device, self._progress, positions,
         )  # fmt: skip
 
     def _teacher_scores(

@@ -22,6 +22,7 @@ from mvbert.progress import Progress
 from mvbert.tasks.formats import Task
 from mvbert.tasks.metrics import score_of
 from mvbert.tasks.model import Labels, TaskModel
+from mvbert.tasks.positions import Positions
 from mvbert.tasks.rows import CLASS, TaskBatch, TaskRows, batches_of_epoch, read_batch
 from mvbert.tasks.score import Split, evaluate
 from mvbert.text.vocab import Vocab
@@ -92,11 +93,12 @@ class Trainer:
     def __init__(
         self, task: Task, labels: Labels, rows: TaskRows, targets: Targets, dev: Split,
         vocab: Vocab, config: FinetuneConfig, device: Device, progress: Progress,
+        positions: Positions | None = None,
     ) -> None:  # fmt: skip
         self._task, self._labels, self._dev = task, labels, dev
         self._rows, self._targets = rows, targets
         self._vocab, self._config, self._device = vocab, config, device
-        self._progress = progress
+        self._progress, self._positions = progress, positions
 
     def fit(self, bert: MaskedLM, run: Run) -> Fitted:
         """One run; `bert` is trained in place.
@@ -109,7 +111,10 @@ class Trainer:
         model.to(self._device.device).train()
         lengths = self._rows.lengths
         per_epoch = -(-len(lengths) // run.batch)
-        groups = decay_groups((p for _, p in model.trained()), self._config.weight_decay)
+        trained = [p for _, p in model.trained()]
+        if self._positions is not None:
+            trained += self._positions.start(run.seed, self._device.device)
+        groups = decay_groups(trained, self._config.weight_decay)
         optimizer = torch.optim.AdamW(groups, fused=True)  # each step sets its rate
         best: dict[str, Tensor] = {}
         kept: dict[str, Json] = {}
@@ -126,9 +131,7 @@ class Trainer:
                     batch = read_batch(self._rows, chosen, self._vocab.pad, self._device.device)
                     loss = self._loss(model, batch)
                     loss.backward()
-                    torch.nn.utils.clip_grad_norm_(
-                        [p for _, p in model.trained()], self._config.clip
-                    )
+                    torch.nn.utils.clip_grad_norm_(trained, self._config.clip)
                     optimizer.step()
                     optimizer.zero_grad()
                     total += loss.detach()
@@ -160,9 +163,12 @@ class Trainer:
         return Fitted(model, kept, max(scores), number, scores, mean, seconds)
 
     def _loss(self, model: TaskModel, batch: TaskBatch) -> Tensor:
-        """The mean loss of a batch's places."""
+        """The mean loss of a batch's places, and of its positions."""
+        positions = self._positions
+        taps = None if positions is None else positions.student_taps()
         with self._device.cast():
-            scores = model(batch)
+            scores = model(batch, taps)
+            more = 0.0 if positions is None or taps is None else positions(batch, taps)
         scores, targets = scores.float(), self._targets
         hard = torch.from_numpy(targets.hard[batch.numbers]).to(scores.device)
         if targets.soft is None or targets.known is None:
@@ -174,7 +180,7 @@ class Trainer:
             loss = (1 - weight) * hard_loss(self._labels, scores, hard)
             loss = loss + weight * soft_loss(self._labels, scores, soft, self._config.temperature)
         # A sum over places and not their mean, so that a batch without any has loss 0.
-        return loss.sum() / max(len(hard), 1)
+        return loss.sum() / max(len(hard), 1) + more
 
 
 def hard_loss(labels: Labels, scores: Tensor, truth: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from mvbert.config import ModelConfig
 from mvbert.errors import InputError
 from mvbert.files import Json, read_json_object, write_json
 from mvbert.model import huggingface
+from mvbert.model.encoder import Taps
 from mvbert.model.huggingface import INTENT
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.weights import WEIGHTS, read_weights
@@ -22,6 +23,8 @@ from mvbert.tasks.formats import Kind
 from mvbert.tasks.rows import TaskBatch
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
+from mvbert.training.distillation import reader
+from mvbert.training.stages import STUDENT_TABLE, load_stage1
 
 _ARCHITECTURE = {
     "classes": "BertForSequenceClassification",
@@ -74,9 +77,9 @@ class TaskModel(nn.Module):
         self.head = LabelHead(bert.config.hidden_size, labels.width, of_text, ["logits"])
         self.dropout = bert.config.hidden_dropout_prob
 
-    def forward(self, batch: TaskBatch) -> Tensor:
-        """Scores of the labels at the batch's places, [N, labels]."""
-        hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask)
+    def forward(self, batch: TaskBatch, taps: Taps | None = None) -> Tensor:
+        """Scores of the labels at the batch's places, [N, labels]; fills `taps`."""
+        hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask, taps)
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
         if self.head.of_text:
             hidden = torch.tanh(self.bert.pooler(hidden))
@@ -101,8 +104,11 @@ def load_bert(
 ) -> tuple[MaskedLM, Vocab, bool]:
     """The BERT in a folder, its vocabulary, and whether it has a masked-language-model head.
 
-    A missing pooler is drawn from the seed.
+    A missing pooler is drawn from the seed. Of Stage I it is the teacher that reads student pieces.
     """
+    if (folder / STUDENT_TABLE).is_file():
+        mixed, vocab = load_stage1(folder)
+        return reader(mixed, dropout), vocab, True
     shape, vocab = huggingface.read_shape(folder, cased=cased)
     shape = replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     model = MaskedLM(shape)

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save
 
 from mvbert.errors import InputError
 from mvbert.files import atomic_write
+from mvbert.model.masked_lm import MaskedLM
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, Task
 from mvbert.tasks.model import Labels, TaskModel, load_task_model
@@ -28,14 +29,22 @@ from mvbert.training.device import Device
 class Teacher:
     """A fine-tuned model whose labels are those of the task.
 
+    Attributes:
+        vocab: its vocabulary.
+
     Raises:
         InputError: it scores something else.
     """
 
     def __init__(self, folder: Path, task: Task, labels: Labels, progress: Progress) -> None:
-        self._model, self._vocab = load_task_model(folder, "teacher")
+        self._model, self.vocab = load_task_model(folder, "teacher")
         self._task, self._labels = task, labels
         self._order = _order(folder, self._model, labels, progress)
+
+    @property
+    def bert(self) -> MaskedLM:
+        """Its encoder."""
+        return self._model.bert
 
     def scores(
         self, examples: Examples, rows: TaskRows, device: Device
@@ -46,9 +55,9 @@ class Teacher:
             rows: the student's rows of these examples.
         """
         room = self._model.bert.config.max_position_embeddings
-        own = make_rows(self._task, examples, self._vocab, room)
+        own = make_rows(self._task, examples, self.vocab, room)
         model = self._model.to(device.device)
-        found = scores_of(model, own, self._vocab, device)[:, self._order]
+        found = scores_of(model, own, self.vocab, device)[:, self._order]
         if not np.isfinite(found).all():
             raise InputError("the teacher's scores are not finite (NaN): its weights are corrupt")
         # Places by their row and word; a word behind the teacher's last position has none there.

@@ -80,14 +80,18 @@ class Teacher:
 
 
 @torch.no_grad()
-def reader(mixed: MixedMaskedLM) -> MaskedLM:
-    """Makes the teacher a BERT with the student's vocabulary and the projected table."""
+def reader(mixed: MixedMaskedLM, dropout: float = 0.0) -> MaskedLM:
+    """Makes the teacher a BERT with the student's vocabulary and the projected table.
+
+    Args:
+        dropout: of the BERT that is made.
+    """
     model = MaskedLM(
         replace(
             mixed.config,
             vocab_size=len(mixed.student.table),
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
             tie_word_embeddings=True,
         )
     )
@@ -111,7 +115,7 @@ class Distillation(nn.Module):
         self.config, self.teacher = config, teacher
         shape = teacher.model.config
         self.pairs = hidden_pairs(config, student, shape) if "hidden" in config.distill else {}
-        self.relations_layer = relations_layer(config, shape)
+        self.relations_layer = relations_layer(config.relations_layer, shape)
         H_s, H_t = student.hidden_size, shape.hidden_size
         if "relations" in config.distill and (
             H_s % config.relation_heads or H_t % config.relation_heads
@@ -123,11 +127,7 @@ class Distillation(nn.Module):
         self.maps = nn.ModuleDict()
         generator = torch.Generator().manual_seed(config.seed + 1)
         for layer in self.pairs:
-            linear = nn.Linear(H_s, H_t)
-            with torch.no_grad():
-                linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
-                linear.bias.zero_()
-            self.maps[str(layer)] = linear
+            self.maps[str(layer)] = state_map(H_s, H_t, generator)
         self._last = student.num_hidden_layers
 
     def student_taps(self) -> Taps:
@@ -254,14 +254,14 @@ def hidden_pairs(
     return {layer: round(layer * L_t / L_s) for layer in chosen}
 
 
-def relations_layer(config: Stage2Config, teacher: ModelConfig) -> int:
+def relations_layer(chosen: int, teacher: ModelConfig) -> int:
     """The teacher layer of the relations loss.
 
-    By default the last; in deep teachers the one at 7/8 of the depth, e.g. the 21st of 24, as
+    With 0 the last; in deep teachers the one at 7/8 of the depth, e.g. the 21st of 24, as
     MiniLMv2 found for BERT-large (section 4.2 there: upper-middle beats last).
     """
     L = teacher.num_hidden_layers
-    layer = config.relations_layer or (L if L <= DEEP else round(L * 7 / 8))
+    layer = chosen or (L if L <= DEEP else round(L * 7 / 8))
     if layer > L:
         raise InputError(f"relations_layer: the teacher has {L} layers, got {layer}")
     return layer
@@ -270,11 +270,20 @@ def relations_layer(config: Stage2Config, teacher: ModelConfig) -> int:
 # ---- the losses --------------------------------------------------------------------------------
 
 
+def state_map(H_s: int, H_t: int, generator: torch.Generator) -> nn.Linear:
+    """The map of the hidden loss from the student's width into the teacher's, at its start."""
+    linear = nn.Linear(H_s, H_t)
+    with torch.no_grad():
+        linear.weight.normal_(0.0, H_s**-0.5, generator=generator)
+        linear.bias.zero_()
+    return linear
+
+
 def hidden_error(mapped: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error against the teacher's states, each normalised to mean 0, variance 1.
 
     Normalised, because a few directions with huge LayerNorm scales would dominate the error.
-    [B, T, H_t] twice -> []
+    [..., H_t] twice -> []
     """
     target = F.layer_norm(teacher.float(), teacher.shape[-1:])
     return (mapped.float() - target).square().mean()

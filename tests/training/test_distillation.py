@@ -172,7 +172,7 @@ def test_the_hidden_loss_matches_layers_by_relative_depth(mixed, student, batch,
 )
 def test_the_layer_of_relations(layers, chosen, expected):
     shape = replace(TEACHER, num_hidden_layers=layers)
-    assert distillation.relations_layer(replace(ALL, relations_layer=chosen), shape) == expected
+    assert distillation.relations_layer(chosen, shape) == expected
 
 
 # ---- what takes gradients -------------------------------------------------------------------
