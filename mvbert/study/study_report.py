@@ -33,7 +33,7 @@ def write_report(out: Path, records: Records, baseline: str) -> dict[str, Json]:
         Progress("study").note(
             "skipping curves: they need matplotlib (pip install 'mvbert[study]')"
         )
-    else:
+    elif records:
         draw_curves(out, records)
     return {
         arm: {

@@ -147,6 +147,13 @@ def test_a_study_fine_tunes_every_model_and_is_resumed(job, monkeypatch):
         assert drawn.count(">Somebody") == 1
         assert drawn.count(">distilled<") == 1
 
+    # What fine-tuning keeps of a run that is not done is no run for `mvbert info`.
+    kept = out / "tuned" / "ours" / "0" / "polarity" / ".best"
+    kept.mkdir()
+    (kept / "run.json").write_text("{}")
+    assert len(cli.parse(["info", "study"]).run()["runs"]) == 3
+    shutil.rmtree(kept)
+
     # The same command runs nothing again.
     monkeypatch.setattr("mvbert.tasks.loop.Trainer.fit", None)
     monkeypatch.setattr("mvbert.study.tuning.run_export", None)

@@ -254,6 +254,34 @@ def test_numbers_are_learnt(bert, task_data, tmp_path, finetune, verb):
     assert again["test"]["pearson"] == pytest.approx(report["test"]["pearson"]["median"], abs=1e-4)
 
 
+def test_extra_examples_are_trained_on_and_nothing_else(
+    bert, task_data, tmp_path, finetune, refused, monkeypatch
+):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.tsv").write_text("sentence\tlabel\na great river\t1\n")
+    (tmp_path / "more" / "b.tsv").write_text("index\tlabel\tsentence\n0\t0\tan old table\n")
+    seen = []
+    fit = loop.Trainer.fit
+
+    def spy(self, model, run):
+        seen.append((len(self._rows), len(self._dev.rows), self._targets.hard[-2:].tolist()))
+        return fit(self, model, run)
+
+    monkeypatch.setattr(loop.Trainer, "fit", spy)
+    command = (bert, "sst-2", task_data / "sst", tmp_path / "out", "--epochs", 1)
+    _, said = finetune(*command, "--extra", tmp_path / "more")
+    assert seen == [(98, 24, [1, 0])]
+    assert "train: 98 examples" in said
+    own = ["finetune", bert, "sst-2", task_data / "sst", "-o", tmp_path / "none", "--extra"]
+    (tmp_path / "x.tsv").write_text("sentence\na river\n")
+    refused([*own, tmp_path / "x.tsv"], "x.tsv", "need labels")
+    (tmp_path / "x.txt").write_text("a river\n")
+    refused([*own, tmp_path / "x.txt"], "x.txt has no table")
+    snips = ["finetune", bert, "joint", task_data / "snips", "-o", tmp_path / "none", "--extra"]
+    refused([*snips, tmp_path / "more"], "joint takes no extra examples")
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_setting_of_the_grid():
     config = FinetuneConfig(grid=True)
     assert len(config.settings(3)) == 8
