@@ -85,6 +85,9 @@ class StudyConfig(JobConfig):
             raise InputError(f"seeds must be different numbers, got {list(self.seeds)}")
         if self.baseline and self.baseline not in self.arms:
             raise InputError(f"the baseline {self.baseline!r} is not one of the arms")
+        for name in self.chosen:
+            if name not in self.arms:
+                raise InputError(f"chosen: {name!r} is not one of the arms")
         settings = {}
         for name, tables in self.arms.items():
             if not re.fullmatch(r"[A-Za-z0-9_+-]+", name):
@@ -115,7 +118,7 @@ class StudyConfig(JobConfig):
         for name in self.measure.tasks:
             self.task(name)
             for arm in self.arms:
-                self._check_teacher(arm, self.tuning(arm, name).teacher)
+                self._check_teacher(arm, name)
         for name in self.published:
             self.published_model(name)
 
@@ -140,12 +143,13 @@ class StudyConfig(JobConfig):
                 f"arms.{name} has nothing to be fine-tuned on; add a table [measure.tasks.TASK]"
             )
 
-    def _check_teacher(self, arm: str, teacher: str) -> None:
+    def _check_teacher(self, arm: str, task: str) -> None:
+        teacher = self.tuning(arm, task).teacher
         if not teacher:
             return
         if teacher not in self.arms:
             raise InputError(f"arms.{arm}.finetune.teacher: {teacher!r} is not one of the arms")
-        if self.arms[teacher].get("finetune", {}).get("teacher"):
+        if self.tuning(teacher, task).teacher:
             raise InputError(
                 f"arms.{arm}.finetune.teacher: the arm {teacher!r} has a teacher as well; expected "
                 "an arm that learns from the labels alone"

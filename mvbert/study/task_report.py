@@ -203,7 +203,8 @@ def draw_scores(path: Path, axis: str, arms: dict[str, Lines], config: StudyConf
         figure = Figure(figsize=(4.5 * len(tasks), 4), layout="constrained")
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]
         for panel, task in zip(panels, tasks, strict=True):
-            column = task, find_task(kinds[task]).main[-1]
+            main = find_task(kinds[task]).main[-1]
+            column = task, main if (task, main) in columns(arms) else "accuracy"
             for i, (arm, lines) in enumerate(arms.items()):
                 values = [100 * value for value in values_of(lines, column)]
                 if values:
@@ -221,7 +222,9 @@ def draw_scores(path: Path, axis: str, arms: dict[str, Lines], config: StudyConf
                 if axis == "bytes":
                     at = 2 * model.parameters / unit
                     panel.plot(at, 100 * value, marker="x", color="grey", linestyle="")
-                    place = {"xy": (at, 100 * value), "ha": "center", "va": "bottom"}
+                    place: dict[str, Any] = {
+                        "xy": (at, 100 * value), "ha": "center", "va": "bottom"
+                    }  # fmt: skip
                 else:
                     edge = panel.get_yaxis_transform()
                     panel.plot(

@@ -184,6 +184,8 @@ def test_the_same_code_as_finetune_does_it(job):
         ("lr = [1e-3]", "rate = 1", "arms.teacher on polarity: unknown key 'rate'"),
         ('teacher = "teacher"\n[pub', 'teacher = "master"\n[pub', "'master' is not one of the"),
         ("lr = [1e-3]", 'teacher = "ours"', "the arm 'teacher' has a teacher as well"),
+        ('data = ["sst"]', 'data = ["sst"]\nteacher = "ours"', "'ours' has a teacher as well"),
+        ("seeds = [0, 1]", 'seeds = [0, 1]\nchosen = ["our"]', "'our' is not one of the arms"),
         ("[measure.finetune]", '[measure.finetune]\nteacher = "ours"', "a setting of an arm"),
         ("parameters = 14_500_000", "parameters = 0", "published.Somebody's: a published model"),
         ("accuracy = 0.926", "accuracy = 92.6", "scores.polarity.accuracy must be a number from 0"),
