@@ -98,8 +98,8 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
         tasks: dict[str, Json] = {}
         if config.measure.tasks or config.measure.export:
             for name in chosen:
-                for seed in config.seeds if config.trained(name) else (None,):
-                    tuning.measure(name, seed)
+                for own_seed in config.seeds if config.trained(name) else (None,):
+                    tuning.measure(name, own_seed)
                     tasks = write_task_report(out, tuning.lines, config)
     return {
         "output": str(out),
