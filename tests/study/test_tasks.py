@@ -13,7 +13,6 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("matplotlib")
 
 from mvbert import cli
-from mvbert.config import load_toml
 from mvbert.errors import InputError
 from mvbert.files import read_json_object
 from mvbert.model import huggingface
@@ -21,6 +20,7 @@ from mvbert.study import task_report
 from mvbert.study.settings import StudyConfig
 from mvbert.tasks.finetune import run_finetune
 from mvbert.text.vocab import Vocab
+from mvbert.toml import load_toml
 
 ARMS = """
 eval_every = 4
