@@ -81,6 +81,7 @@ setup(
         "mvbert.study",
         "mvbert.tasks",
         "mvbert.publish",
+        "mvbert.publish.page",
     ],
     # The folder's own name is Hugging Face's: it is imported as mvbert.kernels (CONTRIBUTING.md).
     package_dir={"mvbert": "mvbert", "mvbert.kernels": "kernels"},
@@ -88,7 +89,8 @@ setup(
         "mvbert": ["py.typed", "*.pyi"],
         "mvbert.kernels": ["*.json", "*.md"],
         "mvbert.presets": ["*.toml"],
-        "mvbert.publish": ["sample.txt", "page/*"],
+        "mvbert.publish": ["sample.txt"],
+        "mvbert.publish.page": ["*"],
     },
     ext_modules=[Extension("mvbert._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "editable_wheel": EditableWheel},
