@@ -124,8 +124,7 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
     try:
         handle, partial = tempfile.mkstemp(prefix=partial_prefix(path), dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            # mkstemp makes private files; a finished file has the mode that open() would give.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            open_to_readers(file.fileno())  # mkstemp makes private files
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -298,6 +297,11 @@ def read_json_object(path: str | Path) -> dict[str, Json]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def open_to_readers(file: Path | int) -> None:
+    """Gives a file the mode that open() would have made it with."""
+    os.chmod(file, 0o666 & ~_umask())
 
 
 def _umask() -> int:

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from mvbert.config import ModelConfig
 from mvbert.errors import InputError
-from mvbert.files import Json, atomic_write, read_json_object, sync_file, write_error, write_json
+from mvbert.files import (
+    Json,
+    atomic_write,
+    open_to_readers,
+    read_json_object,
+    sync_file,
+    write_error,
+    write_json,
+)
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.weights import PYTORCH_WEIGHTS, WEIGHTS, Weights, read_weights
 from mvbert.text.hub import download, is_hub_name
@@ -390,6 +398,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes one safetensors file and syncs it to disk."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        open_to_readers(path)  # some versions make private files
         sync_file(path)
     except OSError as error:
         raise write_error(path, error) from error

@@ -305,6 +305,12 @@ def test_every_name_of_an_activation_is_read(folder, ids, act):
     assert_same(folder, ids)
 
 
+def test_weights_are_written_for_all_to_read(tmp_path):
+    huggingface.write_tensors(tmp_path / "a", {"x": torch.zeros(1)})
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_an_untied_decoder_is_used_and_written(folder, model, ids, student_vocab, tmp_path):
     V, H = student_vocab.size, model.config.hidden_size
     edit_config(folder, tie_word_embeddings=False)

@@ -159,6 +159,28 @@ def test_it_resumes_run_by_run(
     assert weights[0] == weights[1]
 
 
+def test_it_resumes_after_the_model_was_moved(
+    bert, task_data, tmp_path, finetune, monkeypatch, command_line
+):
+    out, rmtree = tmp_path / "cut", shutil.rmtree
+    options = ("--epochs", 1, "--batch", 8)
+
+    def interrupted(path, *args, **kwargs):
+        if path == out / job.KEPT:
+            raise KeyboardInterrupt
+        rmtree(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    command = ["finetune", bert, "tags", task_data / "conll", "-o", out, *options,
+               "--device", "cpu", "--threads", 1, "--dtype", "float32"]  # fmt: skip
+    code, _, said = command_line(*command)
+    assert code == 130, said
+    monkeypatch.undo()
+    report, _ = finetune(bert, "tags", task_data / "conll", out, *options)
+    assert report["dev"]
+    assert not (out / job.KEPT).exists()
+
+
 def test_a_grid_chooses_by_dev_and_scores_the_test_set_of_its_best_alone(
     bert, task_data, tmp_path, finetune
 ):
