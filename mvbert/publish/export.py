@@ -460,7 +460,7 @@ def run_export(
         "inputs": [*inputs],
         "outputs": session.outputs,
         "files": report,
-        "checked_on": str(corpus) if corpus is not None else "documentation strings of Python",
+        "checked_on": str(corpus) if corpus is not None else "passages of English books",
         "onnxruntime": onnxruntime.__version__,
     }
 

@@ -79,7 +79,10 @@ class TaskModel(nn.Module):
 
     def forward(self, batch: TaskBatch, taps: Taps | None = None) -> Tensor:
         """Scores of the labels at the batch's places, [N, labels]; fills `taps`."""
-        hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask, taps)
+        types = batch.token_type_ids
+        if self.bert.config.type_vocab_size == 1:  # both texts of a pair have it
+            types = torch.zeros_like(types)
+        hidden = self.bert.encode(batch.input_ids, types, batch.mask, taps)
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
         if self.head.of_text:
             hidden = torch.tanh(self.bert.pooler(hidden))

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from mvbert import cli
-from mvbert.config import FinetuneConfig
+from mvbert.config import FinetuneConfig, ModelConfig
 from mvbert.errors import InputError
+from mvbert.model.masked_lm import MaskedLM
 from mvbert.tasks import finetune as job
 from mvbert.tasks import loop
 from mvbert.tasks.formats import find_task
 from mvbert.tasks.model import Labels, TaskModel, load_bert, load_task_model
-from mvbert.tasks.rows import make_rows, read_batch
+from mvbert.tasks.rows import TaskBatch, make_rows, read_batch
 from mvbert.tasks.score import Split, scores_of
 from mvbert.training.device import Device
 from mvbert.training.optim import linear_schedule
@@ -376,6 +377,20 @@ def test_another_job_is_not_overwritten(bert, task_data, tmp_path, finetune, ref
     with open(out / "runs.jsonl", "a") as file:
         file.write('{"batch": 1}\n')
     refused([*same, "--epochs", 1], "runs.jsonl:2 is not the record of a run")
+
+
+def test_both_texts_of_a_pair_get_the_only_token_type():
+    shape = ModelConfig(40, 32, 1, 2, 64, max_position_embeddings=16, type_vocab_size=1)
+    bert = MaskedLM(shape)
+    bert.init_weights(0)
+    model = TaskModel(bert, Labels("classes", ("no", "yes"))).eval()
+    ids = torch.arange(5, 15, dtype=torch.int32)[None]
+    second = torch.tensor([[0] * 6 + [1] * 4], dtype=torch.int32)
+    batch = TaskBatch(ids, second, None, torch.tensor([0]), np.array([0]))
+    with torch.no_grad():
+        scores = model(batch)
+        expected = model(replace(batch, token_type_ids=torch.zeros_like(second)))
+    torch.testing.assert_close(scores, expected, rtol=0, atol=0)
 
 
 def test_a_rate_that_is_too_high_ends_in_a_sentence(refuse, task_data, monkeypatch):
