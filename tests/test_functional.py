@@ -338,6 +338,26 @@ def test_bfloat16_autocast_rounds_what_it_must(rows, monkeypatch, assert_rounded
         assert_rounded(ours, right, longest_sum=V, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("rows", [1024, 32], ids=["one chunk", "several"])
+def test_memory_between_the_rows_of_logits_does_not_count(rows, monkeypatch):
+    """Some processors' products read it, times zero, and zero times NaN is NaN."""
+    monkeypatch.setattr(chunked, "chunk_rows", lambda V, itemsize: rows)
+    N, H, V = 300, 64, 503
+    hidden, weight = (x.detach() for x in parameters((N, H), (V, H), dtype=torch.bfloat16))
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        chunks = chunked.LinearChunks(
+            hidden, weight, None, torch.arange(N), chunked.Need(True, True, False)
+        )
+        assert chunks.buffer.shape[1] > V
+        assert not chunks.buffer[:, V:].any()
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        MF.linear_cross_entropy(*inputs, labels_of(N, V)).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
 @pytest.mark.parametrize("apart", [1.0, 2.0**-4, 2.0**-8])
 def test_a_divergence_of_near_models_has_the_error_of_its_terms(
     apart, share_of_bound, assert_rounded
