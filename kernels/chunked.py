@@ -109,7 +109,7 @@ class LinearChunks:
         # Chunks of one size; no small last one.
         self.chunk = given or (chunk if count <= 1 else min(chunk, -(-N // count // 16) * 16))
         self.buffer = hidden.new_empty(self.chunk, pitch(V))
-        # oneDNN's bfloat16 products on AMX read past the end of a row, times zero: no NaN may be there.
+        # bfloat16 products on AMX read past the end of a row, times zero: no NaN may be there.
         self.buffer[:, V:].zero_()
         block = max(1, min(self.chunk, BLOCK_BYTES // (4 * V)))
         self.blocks = hidden.new_empty(2, block, V, dtype=acc)

@@ -16,11 +16,9 @@ def blocks(page: str, *languages: str) -> list[str]:
 
 def test_the_examples_of_the_readme_run(root, training_inputs, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
-    bert, run = training_inputs / "teacher", tmp_path / "runs" / "student"
-    run.mkdir(parents=True)
+    bert = training_inputs / "teacher"
     for link, target in [
-        (tmp_path / "my-bert", bert), (run / "model", bert),
-        (tmp_path / "corpus", training_inputs / "corpus"),
+        (tmp_path / "my-bert", bert), (tmp_path / "corpus", training_inputs / "corpus"),
         (tmp_path / "vocab.txt", bert / "vocab.txt"), (tmp_path / "models", root / "models"),
     ]:  # fmt: skip
         link.symlink_to(target)
@@ -34,7 +32,8 @@ def test_the_examples_of_the_readme_run(root, training_inputs, tmp_path, monkeyp
         exec(compile(example, "README.md", "exec"), names)
     assert unfuse(names["model"])
     assert names["batch"].input_ids.shape[0] == 2
-    assert names["student"].config.vocab_size == len(names["tokenizer"])
+    if "fill" in names:
+        assert names["fill"]("New [MASK] City")[0]["token_str"] == "york"
 
 
 def commands(root: Path) -> list[tuple[str, str]]:
