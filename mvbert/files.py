@@ -218,14 +218,15 @@ def move_contents(source: Path, target: Path, *, last: str, leave: Collection[st
 
     Args:
         last: the file without which no program opens the target; it is moved when the others are.
+            Where it is not there, it was moved before an interruption.
         leave: names that are not moved.
 
     Raises:
         InputError: something cannot be moved.
     """
     try:
-        names = sorted({path.name for path in source.iterdir()} - {last, *leave})
-        for name in [*names, last]:
+        names = {path.name for path in source.iterdir()} - {*leave}
+        for name in sorted(names, key=lambda name: (name == last, name)):
             if (target / name).is_dir():
                 shutil.rmtree(target / name)
             os.replace(source / name, target / name)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -426,14 +425,12 @@ class _Job:
         kept, run = self._out / KEPT, self._kept_run()
         if run is None:
             return
-        if (kept / "config.json").exists():
+        if (kept / "config.json").exists():  # not moved before an interruption
             record = next(r for r in records if Run.of(r) == run)
             shape = huggingface.read_model_config(kept)
             card = task_card(self._task.name, shape, self._labels.kind, record)
             atomic_write(kept / "README.md", card)
-            move_contents(kept, self._out, last="config.json", leave=("run.json",))
-        else:  # moved, last of all, before an interruption
-            shutil.rmtree(kept)
+        move_contents(kept, self._out, last="config.json", leave=("run.json",))
         (self._out / SCORES).unlink(missing_ok=True)
 
 
