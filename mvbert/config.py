@@ -17,7 +17,7 @@ T = TypeVar("T", bound="TrainConfig")
 NOT_IDENTITY = ("max_hours", "keep_last", "keep_best", "cuda_graph")
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
-DISTILL_LOSSES = ("logits", "hidden", "relations")
+DISTILL_LOSSES = ("logits", "hidden", "relations", "sentence")
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class Stage2Config(TrainConfig):
     positions: Literal["sinusoidal", "random"] = "sinusoidal"
     """Initial position embeddings; they train either way."""
     distill: tuple[str, ...] = ("relations",)
-    """Distillation losses: logits, hidden, relations (empty: none, as in the paper)."""
+    """Distillation losses: logits, hidden, relations, sentence (empty: none, as in the paper)."""
     temperature: float = 1.0
     """Temperature of the logits loss."""
     logits_at: Literal["masked", "all"] = "masked"
@@ -299,6 +299,8 @@ class Stage2Config(TrainConfig):
     """Weight of the hidden-state loss."""
     relations_weight: float = 30.0
     """Weight of the relations loss."""
+    sentence_weight: float = 1.0
+    """Weight of the sentence loss."""
     dropout: float = 0.0
     """Dropout of the student."""
 
@@ -315,7 +317,8 @@ class Stage2Config(TrainConfig):
         if len({*self.distill}) < len(self.distill):
             raise InputError(f"distill lists a loss twice: {', '.join(self.distill)}")
         for name in (
-            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "relations_layer",
+            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "sentence_weight",
+            "relations_layer",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -74,6 +74,9 @@ pieces in place of its own: an ordinary BERT with the student's vocabulary.
 {start}{initial} It was trained with {losses}
 for {stage2.steps} steps of {stage2.rows} rows of {length} pieces.
 """
+    pooler = "The pooler was not trained; fine-tuning trains it."
+    if stage == "stage2" and stage2 is not None and "sentence" in stage2.distill:
+        pooler = "The pooler was trained, on the mean of the teacher's states."
     return f"""{_FRONT}
 {body}
 Made with mvbert {__version__}. The method: {PAPER}.
@@ -87,5 +90,5 @@ tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
 model = AutoModelForMaskedLM.from_pretrained("THIS_FOLDER")
 ```
 
-The pooler was not trained; fine-tuning trains it.
+{pooler}
 """

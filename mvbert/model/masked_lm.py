@@ -1,7 +1,7 @@
 """Masked language models: one vocabulary (the student), or two (the teacher in Stage I).
 
-A BERT encoder, its pooler (carried for fine-tuning, never trained here) and the head, which runs
-on masked rows only; they are gathered once, in `MaskedLM.masked_hidden`.
+A BERT encoder, its pooler, which only the sentence loss of Stage II and fine-tuning train, and the
+head, which runs on masked rows only; they are gathered once, in `MaskedLM.masked_hidden`.
 """
 
 from __future__ import annotations
@@ -99,6 +99,10 @@ class MaskedLM(nn.Module):
         """
         return self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask, taps)
 
+    def pooled(self, first: Tensor) -> Tensor:
+        """The pooler's output [N, H] for the states of first pieces, [CLS], [N, H]."""
+        return torch.tanh(self.pooler(first))
+
     def masked_hidden(self, hidden: Tensor, masked_index: Tensor) -> Tensor:
         """Gathers the masked rows of hidden [B, T, H] and transforms them: [N, H]."""
         return self.head(hidden.flatten(0, 1).index_select(0, masked_index))
@@ -155,7 +159,7 @@ class LabelHead(nn.Module):
         With intents: "logits" [B, T, labels - intents] and "intent_logits" [B, intents].
         """
         if self.of_text:
-            hidden = torch.tanh(model.pooler(hidden[:, 0]))
+            hidden = model.pooled(hidden[:, 0])
         scores = self.scores(hidden)
         if self.intents:
             tags = scores.shape[-1] - self.intents

@@ -85,7 +85,7 @@ class TaskModel(nn.Module):
         hidden = self.bert.encode(batch.input_ids, types, batch.mask, taps)
         hidden = hidden.flatten(0, 1).index_select(0, batch.index)
         if self.head.of_text:
-            hidden = torch.tanh(self.bert.pooler(hidden))
+            hidden = self.bert.pooled(hidden)
         return self.head.scores(functional.dropout(hidden, self.dropout, self.training))
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:

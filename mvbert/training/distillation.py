@@ -11,6 +11,10 @@ position, although teacher and student had different vocabularies:
     relations   KL between softmax(Q Q^T), softmax(K K^T), softmax(V V^T) of one layer each, heads
                 re-cut so that neither width nor number of heads has to match
                 (MiniLMv2: Wang et al. 2021, arXiv 2012.15828)
+    sentence    squared error between the student's mapped pooler output, of [CLS], and the mean of
+                the teacher's states over the row, normalised. None of the others asks anything of
+                [CLS], from which classes of texts are learnt; BERT had next-sentence prediction
+                for it. It trains the pooler too.
 
 Nothing here waits for the device and every shape is fixed, so a step with a teacher can be one CUDA
 graph. Letters: B rows, T pieces per row, H width (H_s student, H_t teacher), R relation heads.
@@ -126,8 +130,8 @@ class Distillation(nn.Module):
             )
         self.maps = nn.ModuleDict()
         generator = torch.Generator().manual_seed(config.seed + 1)
-        for layer in self.pairs:
-            self.maps[str(layer)] = state_map(H_s, H_t, generator)
+        for name in (*map(str, self.pairs), *["sentence"] * ("sentence" in config.distill)):
+            self.maps[name] = state_map(H_s, H_t, generator)
         self._last = student.num_hidden_layers
 
     def student_taps(self) -> Taps:
@@ -141,7 +145,7 @@ class Distillation(nn.Module):
         return Taps(
             hidden=self.pairs.values(),
             qkv=[self.relations_layer] if relations else [],
-            last="logits" in self.config.distill,
+            last=not {"logits", "sentence"}.isdisjoint(self.config.distill),
         )
 
     def forward(
@@ -193,6 +197,10 @@ class Distillation(nn.Module):
                 taps.qkv[self._last], teacher_taps.qkv[self.relations_layer], config.relation_heads
             )
             sums["relations_sum"] = losses["relations"].detach()
+        if "sentence" in config.distill:
+            mapped = self.maps["sentence"](student.pooled(hidden[:, 0]))
+            losses["sentence"] = hidden_error(mapped, teacher_hidden.float().mean(1)) * share
+            sums["sentence_sum"] = losses["sentence"].detach()
         return losses, sums
 
     def _logits(
@@ -231,9 +239,10 @@ class Distillation(nn.Module):
     def map_flops(self) -> float:
         """Forward FLOPs of the hidden loss's maps per piece.
 
-        The student's relations are not counted: under 1 % of its FLOPs in rows of 128.
+        Not counted: the student's relations, under 1 % of its FLOPs in rows of 128, and the
+        sentence loss, a map a row.
         """
-        return sum(2.0 * p.numel() for p in self.maps.parameters() if p.ndim == 2)
+        return sum(2.0 * self.maps[str(layer)].weight.numel() for layer in self.pairs)
 
 
 # ---- which layers ------------------------------------------------------------------------------

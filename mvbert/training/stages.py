@@ -227,7 +227,7 @@ class Stage2:
         self.model = MaskedLM(shape)
         self.model.init_weights(config.seed)
         self.model.embeddings.frequent_ids = (self.vocab.mask,)
-        self.model.pooler.requires_grad_(False)
+        self.model.pooler.requires_grad_("sentence" in config.distill)
         if config.continues:
             load_student(huggingface.find_model(config.start, "start"), self.model, self.vocab)
         elif config.start == "stage1":
@@ -302,7 +302,7 @@ class Stage2:
             out["accuracy"] = _mean(sums["right"], count)
         if "logits_sum" in sums:
             out["logits_loss"] = _mean(sums["logits_sum"], sums["logits_count"])
-        for name in ("hidden", "relations"):
+        for name in ("hidden", "relations", "sentence"):
             if f"{name}_sum" in sums:
                 out[f"{name}_loss"] = _mean(sums[f"{name}_sum"], sums["updates"])
         if "steps" in sums:

@@ -19,7 +19,7 @@ TEACHER = ModelConfig(V_T, 24, 4, 2, 48, max_position_embeddings=12)
 STUDENT = ModelConfig(
     V_S, 16, 2, 1, 32, 12, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
 )
-ALL = Stage2Config(distill=("logits", "hidden", "relations"), relation_heads=4, rows=3)
+ALL = Stage2Config(distill=("logits", "hidden", "relations", "sentence"), relation_heads=4, rows=3)
 
 
 @pytest.fixture
@@ -166,6 +166,21 @@ def test_the_hidden_loss_matches_layers_by_relative_depth(mixed, student, batch,
     assert_rounded(found["hidden"], torch.stack(errors).mean(), longest_sum=720)
 
 
+def test_the_sentence_loss_is_of_the_pooler_and_the_mean_of_the_teacher_states(
+    mixed, student, batch, assert_rounded
+):
+    config = replace(ALL, distill=("sentence",))
+    part, found, sums, hidden, _ = losses(config, student, mixed, batch)
+    reader = distillation.reader(mixed).double().eval()
+    x = reader.encode(batch.input_ids, batch.token_type_ids).mean(1)
+    target = (x - x.mean(-1, keepdim=True)) / x.var(-1, correction=0, keepdim=True).sqrt()
+    pooled = torch.tanh(F.linear(hidden[:, 0], student.pooler.weight, student.pooler.bias))
+    expected = ((part.maps["sentence"](pooled) - target) ** 2).mean()
+    # Averaged over 10 pieces, normalised and summed in float32: 3 rows of 24.
+    assert_rounded(found["sentence"], expected, longest_sum=720)
+    assert torch.equal(sums["sentence_sum"], found["sentence"].detach())
+
+
 @pytest.mark.parametrize(
     ("layers", "chosen", "expected"),
     [(6, 0, 6), (12, 0, 12), (24, 0, 21), (24, 24, 24), (24, 2, 2)],
@@ -182,14 +197,16 @@ def test_the_layer_of_relations(layers, chosen, expected):
 def test_every_loss_reaches_the_student_and_none_the_teacher(mixed, student, batch, at):
     config = replace(ALL, logits_at=at)
     part, found, _, _, _ = losses(config, student, mixed, batch)
-    assert set(found) == {"logits", "hidden", "relations"}
-    assert set(dict(part.named_parameters())) == {"maps.2.weight", "maps.2.bias"}
+    assert set(found) == {"logits", "hidden", "relations", "sentence"}
+    maps = {f"maps.{name}.{which}" for name in ("2", "sentence") for which in ("weight", "bias")}
+    assert set(dict(part.named_parameters())) == maps
     for name, loss in found.items():
         student.zero_grad(set_to_none=True)
         loss.backward(retain_graph=True)
         grads = {n for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
         assert "encoder.layers.0.qkv.weight" in grads, name
         assert ("head.dense.weight" in grads) == (name == "logits"), name
+        assert ("pooler.weight" in grads) == (name == "sentence"), name
     assert all(p.grad is None for p in part.teacher.model.parameters())
     assert all(p.grad is not None for p in part.parameters())
 
@@ -197,7 +214,7 @@ def test_every_loss_reaches_the_student_and_none_the_teacher(mixed, student, bat
 def test_a_part_of_the_rows_counts_for_its_share(mixed, student, batch):
     whole = losses(ALL, student, mixed, batch)[1]
     half = losses(ALL, student, mixed, batch, share=0.5)[1]
-    for name in ("hidden", "relations"):
+    for name in ("hidden", "relations", "sentence"):
         torch.testing.assert_close(half[name], whole[name] / 2)
 
 

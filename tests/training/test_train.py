@@ -134,7 +134,8 @@ def test_the_student_learns_to_predict(stage2, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "distill", [("logits",), ("hidden",), ("relations",), ("logits", "hidden", "relations")]
+    "distill",
+    [("logits",), ("hidden",), ("relations",), ("sentence",), ("logits", "hidden", "relations")],
 )
 def test_the_student_learns_what_the_teacher_says(stage2, tmp_path, distill, numbers):
     # Without its own loss, which pulls elsewhere: this teacher knows next to nothing.
@@ -209,8 +210,8 @@ def test_accumulated_micro_batches_give_the_whole_batch(stage2, tmp_path, at, as
     # A large eps, so that a step is about as wrong as its gradient: with a small one the last bit
     # of a gradient near 0 decides which way its parameter goes.
     whole = replace(
-        STAGE2, dropout=0.0, distill=("logits", "hidden", "relations"), logits_at=at, rows=8,
-        eps=1e-2,
+        STAGE2, dropout=0.0, distill=("logits", "hidden", "relations", "sentence"), logits_at=at,
+        rows=8, eps=1e-2,
     )  # fmt: skip
     results = []
     for name, micro in (("a", 0), ("b", 2)):
@@ -268,7 +269,7 @@ def _terminate() -> None:
 def test_distillation_resumes_to_the_same_bits(stage2, tmp_path, optimizer, assert_same_run):
     config = replace(
         STAGE2,
-        distill=("hidden", "logits", "relations"),
+        distill=("hidden", "logits", "relations", "sentence"),
         hidden_layers=(0, 1),
         mlm_weight=0.2,
         logits_weight=0.5,
