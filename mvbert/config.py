@@ -493,6 +493,8 @@ class EmbedConfig:
     """A model of sentence vectors: a sentence-transformers folder of a BERT, or a name of one."""
     sentences: int = 500_000
     """Sentences to train on, a sample."""
+    also: tuple[str, ...] = ()
+    """Further texts, such as those that the vectors are for: all their sentences are trained on."""
     heldout: int = 10_000
     """Further sentences, for the share of the teacher's ten nearest."""
     sts: str = ""
@@ -503,10 +505,16 @@ class EmbedConfig:
     """Weight of the similarities within a batch; the direction has 1."""
     temperature: float = 0.05
     """Divides cosines before their softmax."""
+    pooler_weight: float = 0.5
+    """Weight of the same losses of the pooler's output, which fine-tuning wants."""
     batch: int = 128
     """Sentences per update."""
-    lr: float = 5e-4
+    lr: float = 3e-4
     """Peak learning rate."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """Optimiser; muon: of the encoder's matrices, with AdamW for everything else."""
+    muon_lr_ratio: float = 3.0
+    """Learning rate of Muon's matrices, as a multiple of lr."""
     epochs: int = 1
     """Passes over the sentences."""
     warmup: float = 0.05
@@ -529,10 +537,14 @@ class EmbedConfig:
     """CPU threads (0: all available cores)."""
 
     def __post_init__(self) -> None:
-        for name in ("sentences", "batch", "epochs", "heldout", "lr", "temperature"):
+        for name in (
+            "sentences", "batch", "epochs", "heldout", "lr", "muon_lr_ratio", "temperature",
+        ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("similarity_weight", "weight_decay", "length", "threads", "seed"):
+        for name in (
+            "similarity_weight", "pooler_weight", "weight_decay", "length", "threads", "seed",
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.heldout < 2:

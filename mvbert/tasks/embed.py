@@ -3,7 +3,8 @@
 The student's mean hidden state goes through a linear map to the teacher's width. Learnt are the
 direction of the teacher's vector (1 - cosine; Reimers and Gurevych 2020, arXiv 2004.09813, take the
 squared error) and, within a batch, whom each sentence is similar to: the divergence between the
-softmax of the teacher's and of the student's similarities.
+softmax of the teacher's and of the student's similarities. The pooler's output learns the same
+through a map of its own, which is not kept: so that classes can be learnt from [CLS] later.
 
 With prefixes (Matryoshka; Kusupati et al. 2022, arXiv 2205.13147) the vectors are in the teacher's
 principal directions, largest first, and each prefix is trained like the whole. Without, they are in
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from mvbert.config import EmbedConfig
+from mvbert.config import EmbedConfig, TrainConfig
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import (
     Json,
@@ -55,12 +56,12 @@ from mvbert.tasks.sentence_model import (
     vectors_of,
     write_sentence_model,
 )
-from mvbert.tasks.sentences import sample_sentences
+from mvbert.tasks.sentences import sample_sentences, sentences_of
 from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone
-from mvbert.training.optim import decay_groups, linear_schedule
+from mvbert.training.optim import Optimizer, linear_schedule, trained_parameters
 from mvbert.training.runs import lock, make_folder
 
 DESCRIPTION, VECTORS = "embed.json", "vectors"
@@ -239,6 +240,7 @@ def run_embed(
         train, heldout = sample_sentences(
             texts, config.sentences, config.heldout, config.seed, config.text
         )
+        train += sorted({*sentences_of(config.also, config.text)} - {*train, *heldout})
         progress.note(f"{len(train):,} sentences to train on, {len(heldout):,} held out")
         facts: dict[str, Json] = {"description": description, "environment": environment(device)}
         write_json(path, facts)
@@ -315,9 +317,11 @@ def _train(
         progress.note(note)
     per_epoch = -(-len(texts) // config.batch)
     steps = config.epochs * per_epoch
-    parameters = [p for _, p in student.trained()]
-    groups = decay_groups(parameters, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, fused=True)  # each step sets its rate
+    parameters = [p for _, p in trained_parameters(student)]
+    names = ("lr", "optimizer", "muon_lr_ratio", "weight_decay")
+    settings = TrainConfig(**{name: getattr(config, name) for name in names})
+    optimizer = Optimizer(student, settings, device)
+    never = torch.zeros((), dtype=torch.bool, device=device.device)
     rotation = None if turn is None else torch.from_numpy(turn).to(device.device)
     every = max(1, steps // 20)
     first = _load_state(kept, student, optimizer)
@@ -332,19 +336,22 @@ def _train(
                 if step < first:
                     step += 1
                     continue
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * linear_schedule(step, steps, config.warmup)
+                rate = config.lr * linear_schedule(step, steps, config.warmup)
+                optimizer.set_learning_rate(rate)
                 batch = read_batch(rows, chosen, vocab.pad, device.device)
                 target = torch.from_numpy(theirs[chosen].astype(np.float32)).to(device.device)
                 if rotation is not None:
                     target = target @ rotation
                 with device.cast():
-                    ours = student(batch)
+                    ours, of_pooler = student(batch)
                 loss = embed_loss(ours.float(), target, config)
+                if config.pooler_weight:
+                    more = embed_loss(of_pooler.float(), target, config)
+                    loss = loss + config.pooler_weight * more
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
+                optimizer.step(skip=never)
+                student.zero_grad()
                 since += loss.detach()
                 step += 1
                 progress.advance(step)
@@ -359,31 +366,27 @@ def _train(
     student.eval()
 
 
-def _save_state(
-    path: Path, student: SentenceStudent, optimizer: torch.optim.Optimizer, step: int
-) -> None:
+def _save_state(path: Path, student: SentenceStudent, optimizer: Optimizer, step: int) -> None:
     """Weights, moments and the number of steps, as safetensors."""
     tensors = {"step": torch.tensor(step)}
-    for name, parameter in student.trained():
+    for name, parameter in trained_parameters(student):
         tensors[name] = parameter.detach().cpu()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optimizer.state(parameter).items():
             tensors[f"{key}:{name}"] = value.detach().cpu()
     with atomic_file(path) as file:
         file.write(save(tensors))
 
 
-def _load_state(path: Path, student: SentenceStudent, optimizer: torch.optim.Optimizer) -> int:
+def _load_state(path: Path, student: SentenceStudent, optimizer: Optimizer) -> int:
     """Sets what `_save_state` saved; returns the number of steps, 0 if there is nothing."""
     if not path.exists():
         return 0
     tensors = read_tensors(path)
     with torch.no_grad():
-        for name, parameter in student.trained():
+        for name, parameter in trained_parameters(student):
             parameter.copy_(tensors[name])
-            optimizer.state[parameter] = {
-                key: tensors[f"{key}:{name}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            for key, value in optimizer.state(parameter).items():
+                value.copy_(tensors[f"{key}:{name}"])
     return int(tensors["step"])
 
 

@@ -23,6 +23,7 @@ from mvbert.tasks.rows import TaskBatch, batches_by_length, make_rows, read_batc
 from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.vocab import Vocab
 from mvbert.training.device import Device
+from mvbert.training.distillation import state_map
 
 PIECES = 4096  # about, of a forward pass
 
@@ -88,29 +89,26 @@ def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArra
 
 
 class SentenceStudent(nn.Module):
-    """A BERT in training, with the linear map from its mean hidden state to the teacher's width."""
+    """A BERT in training, with linear maps to the teacher's width: from its mean hidden state, and,
+    for training alone, from its pooler's output."""
 
     def __init__(self, bert: MaskedLM, width: int, seed: int) -> None:
         super().__init__()
         self.bert = bert
-        self.map = nn.Linear(bert.config.hidden_size, width)
+        bert.head.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            # A map that keeps lengths, about.
-            self.map.weight.normal_(0.0, bert.config.hidden_size**-0.5, generator=generator)
-            self.map.bias.zero_()
+        self.map = state_map(bert.config.hidden_size, width, generator)
+        self.pooler_map = state_map(bert.config.hidden_size, width, generator)
 
-    def forward(self, batch: TaskBatch) -> Tensor:
-        """Vectors before normalisation, [B, width]."""
+    def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
+        """Vectors before normalisation, and what the pooler's output gives, [B, width] each."""
         hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask)
         if batch.mask is None:
-            return self.map(hidden.mean(1))
-        mask = batch.mask[..., None]
-        return self.map((hidden * mask).sum(1) / mask.sum(1))
-
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
-        unused = ("bert.head.", "bert.pooler.")
-        return [(n, p) for n, p in self.named_parameters() if not n.startswith(unused)]
+            mean = hidden.mean(1)
+        else:
+            mask = batch.mask[..., None]
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+        return self.map(mean), self.pooler_map(self.bert.pooled(hidden[:, 0]))
 
 
 def write_sentence_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from mvbert.errors import InputError
 from mvbert.text.readers import documents, find_texts
@@ -16,6 +16,20 @@ WORDS = (3, 60)  # fewest and most of a sentence
 def split_sentences(paragraph: str) -> list[str]:
     """Cuts a paragraph where a full stop, space and a capital meet."""
     return [part.strip() for part in _END.split(paragraph)]
+
+
+def sentences_of(texts: Iterable[str], field: str) -> Iterator[str]:
+    """The sentences of text files that are neither too short nor too long.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    for file in find_texts(texts).files:
+        for document in documents(file, field):
+            for paragraph in document.split("\n"):
+                for sentence in split_sentences(paragraph):
+                    if WORDS[0] <= sentence.count(" ") + 1 <= WORDS[1]:
+                        yield sentence
 
 
 def sample_sentences(
@@ -32,16 +46,11 @@ def sample_sentences(
     wanted = count + heldout
     found: dict[bytes, str] = {}
     salt = seed.to_bytes(8, "little")
-    for file in find_texts(texts).files:
-        for document in documents(file, field):
-            for paragraph in document.split("\n"):
-                for sentence in split_sentences(paragraph):
-                    if WORDS[0] <= sentence.count(" ") + 1 <= WORDS[1]:
-                        data = sentence.encode("utf-8", "ignore")
-                        key = hashlib.blake2b(data, digest_size=10, salt=salt).digest()
-                        found[key] = sentence
-            if len(found) > 2 * wanted + 10_000:
-                found = {key: found[key] for key in sorted(found)[:wanted]}
+    for sentence in sentences_of(texts, field):
+        data = sentence.encode("utf-8", "ignore")
+        found[hashlib.blake2b(data, digest_size=10, salt=salt).digest()] = sentence
+        if len(found) > 2 * wanted + 10_000:
+            found = {key: found[key] for key in sorted(found)[:wanted]}
     order = sorted(found)[:wanted]
     if len(order) <= heldout:
         raise InputError(

@@ -242,7 +242,8 @@ class Distillation(nn.Module):
         Not counted: the student's relations, under 1 % of its FLOPs in rows of 128, and the
         sentence loss, a map a row.
         """
-        return sum(2.0 * self.maps[str(layer)].weight.numel() for layer in self.pairs)
+        maps = {n: p for n, p in self.maps.named_parameters() if not n.startswith("sentence.")}
+        return sum(2.0 * p.numel() for p in maps.values() if p.ndim == 2)
 
 
 # ---- which layers ------------------------------------------------------------------------------
