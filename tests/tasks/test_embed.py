@@ -13,7 +13,9 @@ from mvbert.config import EmbedConfig
 from mvbert.errors import InputError
 from mvbert.model.huggingface import read_shape
 from mvbert.tasks import embed
+from mvbert.tasks.formats import Examples, find_task
 from mvbert.tasks.model import load_bert
+from mvbert.tasks.rows import make_rows, read_batch
 from mvbert.tasks.sentence_model import (
     SentenceStudent,
     load_sentence_model,
@@ -184,6 +186,39 @@ def test_without_prefixes_coordinates_are_the_teachers(bert, teacher, prose, tmp
     assert "is complete" in said
 
 
+def test_every_sentence_of_further_texts_is_trained_on(bert, teacher, prose, tmp_path, verb):
+    also = tmp_path / "also.txt"
+    also.write_text("The old house was small. No.\nA great river!\n\nA great river!\n")
+    command = ["finetune", bert, "embed", prose, "--teacher", teacher, *FAST, "--sentences", 30]
+    report, _ = verb(*command, "--also", also, prose, "-o", tmp_path / "out")
+    sample, heldout = sample_sentences([str(prose)], 10_000, 20, 0, "text")
+    assert report["sentences"] == len({*sample, *heldout}) - 20 + 2  # none twice, none held out
+
+
+def test_the_pooler_learns_the_vectors_too(bert, teacher, prose, tmp_path, verb):
+    texts = sample_sentences([str(prose)], 100, 20, 0, "text")[1]
+    theirs = vectors_of(load_sentence_model(teacher), texts, CPU)
+    rows = make_rows(find_task("classes"), Examples(texts, None, None, None, []),
+                     load_bert(bert, 0.0, False)[1], 32)  # fmt: skip
+    batch = read_batch(rows, np.arange(20), 0, CPU.device)
+    errors = []
+    for weight in (0, 1):
+        out = tmp_path / str(weight)
+        verb("finetune", bert, "embed", prose, "--teacher", teacher, *FAST, "-o", out,
+             "--epochs", 6, "--batch", 16, "--lr", 3e-3, "--pooler-weight", weight)  # fmt: skip
+        model = load_bert(out, 0.0, False)[0].eval()
+        with torch.no_grad():
+            hidden = model.encode(batch.input_ids, batch.token_type_ids, batch.mask)
+            pooled = model.pooled(hidden[:, 0]).numpy().astype(np.float64)
+        # The best affine map from the pooler's output to the teacher's vectors, on 20 texts.
+        features = np.concatenate([pooled[:, :8], np.ones((20, 1))], 1)
+        found = np.linalg.lstsq(features, theirs, rcond=None)[0]
+        errors.append(np.square(features @ found - theirs).sum())
+        initial = load_bert(bert, 0.0, False)[0].pooler.weight
+        assert torch.equal(model.pooler.weight, initial) == (weight == 0)
+    assert errors[1] < errors[0]
+
+
 def test_the_teachers_vectors_are_made_once(bert, teacher, prose, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "CHUNK", 64)
     command = [
@@ -256,6 +291,9 @@ def test_wrong_input(bert, teacher, prose, sts, tmp_path, refused):
     refused([*good, "--prefixes", 16], "prefix 16 is not below the teacher's width, 16")
     refused([*good, "--prefixes", 8, 4], "prefixes must be rising")
     refused([*good, "--length", 99], "length is 99", "32 positions")
+    refused([*good, "--pooler-weight", -1], "pooler_weight must be 0 or more")
+    refused([*good, "--muon-lr-ratio", 0], "muon_lr_ratio must be above 0")
+    refused([*good, "--also", tmp_path / "none"], "none", "does not exist")
     refused([*good, "--heldout", 1], "heldout must be at least 2")
     refused([*good, "--sts", tmp_path / "none"], "does not exist")
     refused([*good, "--heldout", 5000], "not more than the 5000")
