@@ -21,7 +21,7 @@ from typing import NoReturn
 import harness
 
 ORDER = ("tokenizer", "vocab", "rows", "embedding", "loss", "kl", "relations", "train_step",
-         "finetune", "inference")  # fmt: skip
+         "finetune", "inference", "sentences")  # fmt: skip
 
 
 def names() -> list[str]:

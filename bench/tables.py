@@ -34,6 +34,7 @@ TITLES = {
     "train_step": "Training step",
     "finetune": "Fine-tuning",
     "inference": "Inference",
+    "sentences": "Text to sentence vectors",
 }
 
 # The shapes with targets on an H100; their cells stay empty until one has run them.
