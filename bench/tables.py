@@ -352,6 +352,7 @@ def case_table(case: str, found: dict[str, dict]) -> str:
         ),
         ("equal ids", lambda r: f"{100 * r['equal']:.4g} %" if r.get("equal") is not None else ""),
         ("worst error", lambda r: f"{max(r['errors'].values()):.1e}" if r.get("errors") else ""),
+        ("least cosine", lambda r: figure(r.get("least_cosine"), 4)),
         ("note", lambda r: r.get("note", "")),
     ]
     rows = [[p, *(cell(r) for _, cell in columns)] for p, r in found.items()]
