@@ -20,8 +20,8 @@ from typing import NoReturn
 
 import harness
 
-ORDER = ("tokenizer", "vocab", "rows", "embedding", "loss", "kl", "relations", "train_step",
-         "finetune", "inference", "sentences")  # fmt: skip
+ORDER = ("tokenizer", "vocab", "rows", "collator", "embedding", "loss", "kl", "relations",
+         "train_step", "finetune", "inference", "sentences")  # fmt: skip
 
 
 def names() -> list[str]:

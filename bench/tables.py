@@ -27,6 +27,7 @@ TITLES = {
     "vocab": "Vocabulary learning",
     "corpus": "Text files to a corpus",
     "rows": "Training rows",
+    "collator": "Masking for other training loops",
     "embedding": "Embedding, forward and backward",
     "loss": "Linear cross-entropy, forward and backward",
     "kl": "Divergence of two linear layers, forward and backward",

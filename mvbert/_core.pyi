@@ -170,6 +170,7 @@ def philox_blocks(
 ) -> list[tuple[str, list[int]]]: ...
 
 # masks [B, T] in place; labels [B, T]
+def filled_rows(rows: list[list[int]], width: int, fill: int) -> NDArray[np.int64] | None: ...
 def mask_rows(
     ids: NDArray[np.int64],
     lengths: NDArray[np.int64],

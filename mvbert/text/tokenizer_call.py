@@ -479,6 +479,9 @@ def _widened(row: Iterable[Any], width: int, fill: int) -> Any:
 
 def _filled(name: str, rows: list[Any], width: int, fill: int) -> NDArray[Any]:
     """Rows of at most `width` as an array, filled up: all at once, not row by row."""
+    filled = _core.filled_rows(rows, width, fill)
+    if filled is not None:
+        return filled
     sizes = np.array([len(row) for row in rows])
     if all(isinstance(row, list) for row in rows):
         flat = np.array(list(itertools.chain.from_iterable(rows)))

@@ -110,3 +110,19 @@ def test_words_that_are_not_those_of_their_texts_are_refused():
     for ends in ([1], [2, 1], [-1, 2], []):
         with pytest.raises(ValueError, match="the words of each text end must ascend to their num"):
             TOKENIZER.encode_rows(["a", "a"], None, **ROWS, text_words=np.array(ends, np.int64))
+
+
+def test_lists_of_integers_become_one_array_filled_up():
+    rows = [[1, -2, 2**62], [], [7]]
+    found = _core.filled_rows(rows, 4, 9)
+    assert found.dtype == np.int64
+    assert found.tolist() == [[1, -2, 2**62, 9], [9] * 4, [7, 9, 9, 9]]
+    assert _core.filled_rows([], 0, 0).shape == (0, 0)
+    assert _core.filled_rows([[], []], 0, 0).shape == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "row", [(1, 2), np.array([1]), [1.0], [True], [np.int64(1)], [None], ["a"], [2**63], [1, 2, 3]]
+)
+def test_what_is_no_list_of_few_integers_is_left_to_the_caller(row):
+    assert _core.filled_rows([[1], row], 2, 0) is None
