@@ -3,8 +3,8 @@
 A data set gives rows: `lists` of Python integers (input_ids, attention_mask and token_type_ids, as
 transformers' tokenizers make them), `ids` the input_ids alone, `arrays` of numpy, or a `batch` that
 a tokenizer has padded. Beside ours are DataCollatorForLanguageModeling, of pieces, and
-DataCollatorForWholeWordMask of transformers. They take lists, the first with special_tokens_mask, which is made
-before the clock starts; a row's dict is copied, since they change it.
+DataCollatorForWholeWordMask of transformers. They take lists, the first with special_tokens_mask,
+which is made before the clock starts; a row's dict is copied, since they change it.
 """
 
 from dataclasses import dataclass
