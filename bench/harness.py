@@ -57,6 +57,7 @@ DATA = data_folder()
 PIP = {
     "liger-kernel": "pip install --no-deps liger-kernel",
     "cut-cross-entropy": "pip install --no-deps cut-cross-entropy",
+    "model2vec": "pip install --no-deps model2vec",  # else it takes transformers' huggingface_hub
     "transformers": "pip install 'mvbert[hf]'",
     "tokenizers": "pip install 'mvbert[hf]'",
 }

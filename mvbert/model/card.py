@@ -75,7 +75,7 @@ pieces in place of its own: an ordinary BERT with the student's vocabulary.
 for {stage2.steps} steps of {stage2.rows} rows of {length} pieces.
 """
     pooler = "The pooler was not trained; fine-tuning trains it."
-    if stage == "stage2" and stage2 is not None and "sentence" in stage2.distill:
+    if stage2 is not None and "sentence" in stage2.distill:
         pooler = "The pooler was trained, on the mean of the teacher's states."
     return f"""{_FRONT}
 {body}

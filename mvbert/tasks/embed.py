@@ -237,10 +237,11 @@ def run_embed(
             recorded=recorded_choice(recorded.get("environment", {})),
         )
         progress.note(f"device {device}; {torch.get_num_threads()} threads")
+        also = {*sentences_of(config.also, config.text)}  # before the sample, which takes longer
         train, heldout = sample_sentences(
             texts, config.sentences, config.heldout, config.seed, config.text
         )
-        train += sorted({*sentences_of(config.also, config.text)} - {*train, *heldout})
+        train += sorted(also - {*train, *heldout})
         progress.note(f"{len(train):,} sentences to train on, {len(heldout):,} held out")
         facts: dict[str, Json] = {"description": description, "environment": environment(device)}
         write_json(path, facts)

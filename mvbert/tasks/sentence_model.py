@@ -80,12 +80,16 @@ def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArra
         batch = read_batch(rows, chosen, model.vocab.pad, device.device)
         with device.cast():
             hidden = bert.encode(batch.input_ids, batch.token_type_ids, batch.mask).float()
-        mask = torch.ones(hidden.shape[:2]) if batch.mask is None else batch.mask
-        pooled = model.pooling(hidden, mask.to(hidden.device))
+        pooled = model.pooling(hidden, _counted(batch, hidden))
         found[chosen] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
     if not np.isfinite(found).all():
         raise InputError("sentence vectors are not finite (NaN): the model's weights are corrupt")
     return found
+
+
+def _counted(batch: TaskBatch, hidden: Tensor) -> Tensor:
+    """The pieces that a pooling counts, [B, T]: those that are no padding."""
+    return hidden.new_ones(hidden.shape[:2]) if batch.mask is None else batch.mask
 
 
 class SentenceStudent(nn.Module):
@@ -103,11 +107,7 @@ class SentenceStudent(nn.Module):
     def forward(self, batch: TaskBatch) -> tuple[Tensor, Tensor]:
         """Vectors before normalisation, and what the pooler's output gives, [B, width] each."""
         hidden = self.bert.encode(batch.input_ids, batch.token_type_ids, batch.mask)
-        if batch.mask is None:
-            mean = hidden.mean(1)
-        else:
-            mask = batch.mask[..., None]
-            mean = (hidden * mask).sum(1) / mask.sum(1)
+        mean = Pooling()(hidden, _counted(batch, hidden))
         return self.map(mean), self.pooler_map(self.bert.pooled(hidden[:, 0]))
 
 

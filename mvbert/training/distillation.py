@@ -281,7 +281,7 @@ def relations_layer(chosen: int, teacher: ModelConfig) -> int:
 
 
 def state_map(H_s: int, H_t: int, generator: torch.Generator) -> nn.Linear:
-    """The map of the hidden loss from the student's width into the teacher's, at its start."""
+    """A linear map from the student's width to the teacher's, untrained; about length-keeping."""
     linear = nn.Linear(H_s, H_t)
     with torch.no_grad():
         linear.weight.normal_(0.0, H_s**-0.5, generator=generator)

@@ -117,3 +117,6 @@ def test_the_card_says_how_a_student_began():
     assert "and distillation (logits + hidden) from the Stage I teacher" in card
     assert "6 layers, hidden size 256" in card
     assert "6.20 M parameters" in card
+    assert "The pooler was not trained" in card
+    card = model_card("stage2", shape, replace(config, distill=("sentence",)), 32)
+    assert "The pooler was trained, on the mean of the teacher's states." in card
