@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("unicode_version") = std::string(mvbert::UnicodeVersion());
   mvbert::python::BindVocab(m);
   mvbert::python::BindTokenizer(m);
+  mvbert::python::BindTokenRows(m);
   mvbert::python::BindCorpus(m);
   mvbert::python::BindRows(m);
 }

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -28,6 +29,7 @@ namespace py = pybind11;
 // One function a subject: each adds its names to the module.
 void BindVocab(py::module_& m);
 void BindTokenizer(py::module_& m);
+void BindTokenRows(py::module_& m);  // after BindTokenizer: it adds to its class
 void BindCorpus(py::module_& m);
 void BindRows(py::module_& m);
 
@@ -150,6 +152,26 @@ py::array_t<T> Own(std::vector<T> values) {
   auto* kept = new std::vector<T>(std::move(values));
   const py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<T>*>(p); });
   return py::array_t<T>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+}
+
+// A vector copied into a numpy array of another type.
+template <typename T, typename From>
+py::array_t<T> CopyArray(const std::vector<From>& values) {
+  py::array_t<T> array(static_cast<py::ssize_t>(values.size()));
+  std::copy(values.begin(), values.end(), array.mutable_data());
+  return array;
+}
+
+// The list of item(i), a new reference or null after an error, for i in [0, size).
+template <typename Item>
+py::list ListOf(std::size_t size, Item&& item) {
+  py::list list(size);
+  for (std::size_t i = 0; i < size; ++i) {
+    PyObject* const made = item(i);
+    if (made == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), made);
+  }
+  return list;
 }
 
 // A one-dimensional C-contiguous array of exactly this type.

@@ -1,6 +1,5 @@
 // Python: word ids to training rows.
 
-#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -140,32 +139,9 @@ py::array_t<std::int64_t> MaskRowsShim(Flat<std::int64_t> ids, const Flat<std::i
   return labels;
 }
 
-// Lists of Python integers as one array [rows, width], filled up with `fill`. None where a row is
-// no list of at most `width` integers of 64 bits, for the caller to say why.
-py::object FilledRows(const py::list& rows, const py::ssize_t width, const std::int64_t fill) {
-  const auto count = static_cast<py::ssize_t>(rows.size());
-  py::array_t<std::int64_t> made({count, width});
-  std::int64_t* out = made.mutable_data();
-  for (py::ssize_t number = 0; number < count; ++number, out += width) {
-    PyObject* row = PyList_GET_ITEM(rows.ptr(), number);
-    if (!PyList_CheckExact(row) || PyList_GET_SIZE(row) > width) return py::none();
-    const py::ssize_t size = PyList_GET_SIZE(row);
-    for (py::ssize_t i = 0; i < size; ++i) {
-      PyObject* value = PyList_GET_ITEM(row, i);
-      if (!PyLong_CheckExact(value)) return py::none();
-      int overflow = 0;
-      out[i] = PyLong_AsLongLongAndOverflow(value, &overflow);
-      if (overflow != 0) return py::none();
-    }
-    std::fill(out + size, out + width, fill);
-  }
-  return made;
-}
-
 }  // namespace
 
 void BindRows(py::module_& m) {
-  m.def("filled_rows", &FilledRows, py::arg("rows"), py::arg("width"), py::arg("fill"));
   m.def("mask_rows", &MaskRowsShim, py::arg("ids").noconvert(), py::arg("lengths"), py::kw_only(),
         py::arg("kinds"), py::arg("mask"), py::arg("by_word"), py::arg("budgets"),
         py::arg("piece_threshold"), py::arg("mask_threshold"), py::arg("other_threshold"),
