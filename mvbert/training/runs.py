@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from mvbert.config import DISTILL_LOSSES
 from mvbert.errors import InputError
 from mvbert.files import Json, atomic_write, read_json_object, write_error, write_json
 
@@ -52,14 +53,20 @@ NEUTRAL: dict[str, Json] = {
 def _without_neutral(description: dict[str, Any]) -> dict[str, Any]:
     """Removes settings without effect that other versions lack from a description.
 
-    Its tables are those of run.json (row, train, teacher_shape) or distill.json (row, stage1).
+    Its tables are those of run.json (row, train, teacher_shape) or distill.json (row, stage1,
+    stage2). The weight of a distillation loss that a run does not have is such a setting.
     """
     kept = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
     for setting, neutral in NEUTRAL.items():
         table, name = setting.split(".")
-        for values in (kept.get(t) for t in ((table, "stage1") if table == "train" else (table,))):
+        tables = ("train", "stage1", "stage2") if table == "train" else (table,)
+        for values in map(kept.get, tables):
             if isinstance(values, dict) and name in values and neutral in (None, values[name]):
                 del values[name]
+    for values in (kept.get("train"), kept.get("stage2")):
+        if isinstance(values, dict) and "distill" in values:
+            for loss in {*DISTILL_LOSSES} - {*values["distill"]}:
+                values.pop(f"{loss}_weight", None)
     return kept
 
 

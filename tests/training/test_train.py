@@ -773,3 +773,27 @@ def test_a_retired_setting_that_did_something_is_named(tmp_path):
     written["row"]["late_length"] = 0
     (tmp_path / "run.json").write_text(json.dumps({"description": written}))
     runs.describe_run(tmp_path / "run.json", {"stage": 2, "row": {"length": 16}})
+
+
+def test_a_stage_2_run_made_before_the_wings_is_the_same_run(tmp_path):
+    """What commit df2e3e2 wrote of a run with that version's defaults; it had no sentence loss."""
+    written = {
+        "steps": 1000, "pieces": 0, "rows": 32, "micro_rows": 0, "optimizer": "adamw",
+        "lr": 0.0005, "warmup": 0.1, "final_lr": 0.0, "weight_decay": 0.01, "beta1": 0.9,
+        "beta2": 0.98, "eps": 1e-06, "grad_clip": 1.0, "eval_every": 200, "eval_rows": 128,
+        "save_every": 200, "log_every": 20, "seed": 0, "dtype": "auto", "device": "auto",
+        "threads": 0, "compile": False, "shape": "6x256", "start": "stage1",
+        "positions": "sinusoidal", "distill": ["relations"], "temperature": 1.0,
+        "logits_at": "masked", "logits_top_k": 0, "hidden_layers": [], "hidden_map": "linear",
+        "relations_layer": 0, "relation_heads": 32, "mlm_weight": 1.0, "mlm_weight_end": -1.0,
+        "logits_weight": 1.0, "logits_weight_end": -1.0, "hidden_weight": 1.0,
+        "hidden_weight_end": -1.0, "relations_weight": 30.0, "relations_weight_end": -1.0,
+        "dropout": 0.0,
+    }  # fmt: skip
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"description": {"stage": 2, "train": written}}))
+    now = {"stage": 2, "train": Stage2Config().described()}
+    assert runs.describe_run(path, now) is None
+    assert runs.describe_run(path, {**now, "train": Stage2Config(steps=2000).described()}) == 1000
+    with pytest.raises(InputError, match=r"train\.relations_weight: 30\.0 there, 3\.0 now"):
+        runs.describe_run(path, {**now, "train": Stage2Config(relations_weight=3.0).described()})
