@@ -6,7 +6,7 @@
 # Both create .venv and install what they need, once. Variables (make demo PYTHON=python3.12 ...):
 #
 #   PYTHON   the Python that .venv is made from
-#   TORCH    what pip installs as torch, index options included; README.md, "Install", says more
+#   TORCH    what pip installs as torch, index options included; docs/install.md says more
 #   JOBS     test processes side by side
 #   ARGS     further arguments, for `mvbert distill` in demo and for pytest in test
 

@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True)
     parser.add_argument("--heldout", type=Path)
-    parser.add_argument("--start", type=Path, help="OUT of an earlier call, to go on from")
+    parser.add_argument("--start", type=Path, help="OUT of an earlier call, to continue")
     parser.add_argument("--stage1", type=int, default=200_000_000, help="pieces")
     parser.add_argument("--stage2", type=int, default=3_000_000_000, help="pieces")
     parser.add_argument("--minutes", type=float, default=9.0)

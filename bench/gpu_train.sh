@@ -7,7 +7,7 @@
 # Nothing is downloaded; what Python needs is what bench/gpu_check.sh needs. The job is one of
 # `mvbert distill`: it times its first steps and trains the share of the pieces that M minutes (default 9)
 # have room for. OUT gets at most eight files below 16 MiB: the student as student.tar.00, .01, ...,
-# their SHA-256, both logs, the report and the output. A later call goes on from them with --start.
+# their SHA-256, both logs, the report and the output. A later call continues them with --start.
 # --dry-run trains a toy, on a CPU too.
 set -u
 root=$(cd "$(dirname "$0")/.." && pwd)

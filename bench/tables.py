@@ -346,7 +346,7 @@ def case_table(case: str, found: dict[str, dict]) -> str:
         ("of floor", lambda r: f"{r['times_floor']:.2f} x" if "times_floor" in r else ""),
         ("peak MB", lambda r: figure(r.get("peak_mb"))),
         ("of MB" if is_text else "file MB", lambda r: figure(r.get("megabytes"))),
-        ("pieces a word", lambda r: figure(r.get("pieces_per_word"), 4)),
+        ("pieces per word", lambda r: figure(r.get("pieces_per_word"), 4)),
         (
             "share in BERT's",
             lambda r: f"{100 * r['in_teacher']:.3g} %" if "in_teacher" in r else "",

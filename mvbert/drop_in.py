@@ -158,7 +158,7 @@ LANGUAGE_MODELS = {
 
 # What a model is refused for that has one of these and nothing of the tables above.
 OTHERS = {
-    "deberta.modeling_deberta.DebertaEmbeddings": "DeBERTa, the first, has a LayerNorm of its own",
+    "deberta.modeling_deberta.DebertaEmbeddings": "DeBERTa (version 1) has its own LayerNorm class",
     "ernie.modeling_ernie.ErnieEmbeddings": "ERNIE adds a table of tasks",
     "mobilebert.modeling_mobilebert.MobileBertEmbeddings": "MobileBERT joins three pieces in a row",
 }

@@ -110,7 +110,7 @@ def run_trim(
     progress.note(
         f"{report['changed_words']:.2%} of the text's words are cut into other pieces; "
         f"{report['pieces_per_word_before']:.3f} -> {report['pieces_per_word_after']:.3f} pieces "
-        "a word"
+        "per word"
     )
     if not eval_rows or not _predicts(folder):
         progress.note("no held-out loss: " + ("as asked" if not eval_rows else "no such head"))
