@@ -24,11 +24,11 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from mvbert.config import (
-    CorpusConfig,
     DistillConfig,
     EmbedConfig,
     FinetuneConfig,
     MeasureConfig,
+    ReadConfig,
     RowConfig,
     Stage1Config,
     Stage2Config,
@@ -97,15 +97,7 @@ class CorpusCommand:
     """Keep case and accents, for a cased teacher."""
     keep_accents: bool = False
     """Keep accents in lower-cased text, for a teacher with strip_accents false."""
-    heldout_text: tuple[Path, ...] = ()
-    """Files to hold out (keep from training, to measure on), instead of a share of the
-    documents."""
-    heldout_share: float = CorpusConfig.heldout_share
-    """Share of documents to hold out."""
-    field: str = CorpusConfig.field
-    """Field of jsonl and parquet records that holds the text."""
-    errors: Literal["strict", "replace"] = CorpusConfig.errors
-    """Invalid UTF-8: strict refuses it, replace skips the invalid bytes."""
+    read: OmitArgPrefixes[ReadConfig] = field(default_factory=ReadConfig)
     threads: int = 0
     """CPU threads (0: all available cores)."""
     overwrite: bool = False
@@ -125,10 +117,10 @@ class CorpusCommand:
             vocabs=load_vocabs(self.vocab, lowercase, strip_accents),
             lowercase=lowercase,
             strip_accents=strip_accents,
-            heldout_share=self.heldout_share,
-            heldout_texts=list(self.heldout_text),
-            field=self.field,
-            errors=self.errors,
+            heldout_share=self.read.heldout_share,
+            heldout_texts=self.read.heldout_text,
+            field=self.read.field,
+            errors=self.read.errors,
             threads=self.threads,
             overwrite=self.overwrite,
             resume=self.resume,
@@ -146,12 +138,7 @@ class VocabCommand:
     """Folder made by `mvbert corpus`."""
     out: Annotated[Path, arg(aliases=["-o"], metavar="FILE")]
     """The vocab.txt to write."""
-    size: int = VocabConfig.size
-    """Vocabulary size in pieces (WordPiece tokens), special ones included."""
-    learner: Literal["topdown", "bpe", "unigram"] = VocabConfig.learner
-    """Algorithm; bpe and unigram need sentencepiece."""
-    coverage: float = VocabConfig.coverage
-    """Share of character occurrences that single-character pieces must cover."""
+    vocab: OmitArgPrefixes[VocabConfig] = field(default_factory=VocabConfig)
     teacher: str | None = None
     """Report the overlap with this teacher: a folder, a vocab.txt, or a name."""
     cased: bool = False
@@ -170,9 +157,9 @@ class VocabCommand:
         return run_vocab(
             self.corpus,
             self.out,
-            self.size,
-            learner=self.learner,
-            coverage=self.coverage,
+            self.vocab.size,
+            learner=self.vocab.learner,
+            coverage=self.vocab.coverage,
             teacher=Path(teacher) if teacher is not None else None,
             cased=self.cased,
             overwrite=self.overwrite,

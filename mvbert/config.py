@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from mvbert.errors import InputError
 from mvbert.toml import from_dict, to_dict
@@ -16,6 +16,8 @@ T = TypeVar("T", bound="TrainConfig")
 # Settings that are not part of a run's identity: they may differ when it is resumed.
 NOT_IDENTITY = ("max_hours", "keep_last", "keep_best", "cuda_graph")
 
+Learner = Literal["topdown", "bpe", "unigram"]
+LEARNERS: tuple[str, ...] = get_args(Learner)
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 DISTILL_LOSSES = ("logits", "hidden", "relations", "sentence")
 
@@ -340,20 +342,26 @@ class Stage2Config(TrainConfig):
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
-    """The training text."""
+class ReadConfig:
+    """How text is read, and what of it is held out (kept from training, to measure on)."""
 
-    text: tuple[str, ...] = ("docstrings",)
-    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: the
-    docstrings of installed Python packages."""
     heldout_text: tuple[str, ...] = ()
-    """Files to hold out, instead of a share of the text."""
+    """Files to hold out, instead of a share of the documents."""
     heldout_share: float = 0.01
     """Share of documents to hold out."""
     field: str = "text"
     """Field of jsonl and parquet records that holds the text."""
     errors: Literal["strict", "replace"] = "strict"
     """Invalid UTF-8: strict refuses it, replace skips the invalid bytes."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig(ReadConfig):
+    """The training text."""
+
+    text: tuple[str, ...] = ("docstrings",)
+    """Files or folders; `data:NAME`: a file of docs/experiments/get_data.py; `docstrings`: the
+    docstrings of installed Python packages."""
 
     def check_text(self) -> None:
         """Checks that there is a text: a preset leaves it to the command line."""
@@ -365,12 +373,12 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class VocabConfig:
-    """The student's vocabulary."""
+    """The vocabulary to learn, of pieces (WordPiece tokens: words and parts of words)."""
 
     size: int = 4928
     """Vocabulary size, special pieces included."""
-    learner: Literal["topdown", "bpe", "unigram"] = "topdown"
-    """Algorithm."""
+    learner: Learner = "topdown"
+    """Algorithm; bpe and unigram need sentencepiece."""
     coverage: float = 0.9999
     """Share of character occurrences that single-character pieces must cover."""
 

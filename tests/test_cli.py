@@ -115,7 +115,7 @@ def test_an_error_names_the_help_that_has_the_options(command_line, command, hel
 @pytest.mark.parametrize(
     ("command", "term", "explained"),
     [
-        ("corpus", "hold out", "hold out (keep from training"),
+        ("corpus", "held out", "held out (kept from training"),
         ("corpus", "pieces", "pieces (WordPiece tokens"),
         ("vocab", "pieces", "pieces (WordPiece tokens"),
         ("train --stage 1", "pieces", "pieces (WordPiece tokens"),

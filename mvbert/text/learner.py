@@ -14,15 +14,13 @@ from typing import Any
 import numpy as np
 
 from mvbert import _core
-from mvbert.config import VocabConfig
+from mvbert.config import LEARNERS, VocabConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import Json
 from mvbert.text.corpus import Corpus
 from mvbert.text.lexicon import WordList
 from mvbert.text.vocab import SPECIAL_PIECES, Vocab
-
-LEARNERS = ("topdown", "bpe", "unigram")
 
 # On 410 MB of English Wikipedia and 78 MB of books, single characters that cover 0.9999 of the text
 # are 239 (412 pieces of 4,928) and leave 0.018 % of held-out words unknown, where BERT's own
@@ -39,7 +37,7 @@ def learn_vocab(
     counts: Sequence[int] | np.ndarray,
     size: int,
     *,
-    learner: str = "topdown",
+    learner: str = VocabConfig.learner,
     coverage: float = COVERAGE,
     threads: int = 0,
 ) -> list[str]:
@@ -53,7 +51,7 @@ def learn_vocab(
             count 0 and words of more than 100 characters (always [UNK]) are ignored.
         counts: [W], integers.
         size: vocabulary size, the five special tokens included.
-        learner: one of LEARNERS.
+        learner: one of mvbert.config.LEARNERS.
         coverage: share of character occurrences that single characters must cover, in (0, 1]; words
             with other characters become [UNK]. Below 1 it keeps rare foreign letters from filling a
             small vocabulary.
@@ -190,7 +188,7 @@ def run_vocab(
     out_path: str | Path,
     size: int,
     *,
-    learner: str = "topdown",
+    learner: str = VocabConfig.learner,
     teacher: str | Path | None = None,
     cased: bool = False,
     coverage: float = COVERAGE,
