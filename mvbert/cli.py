@@ -656,11 +656,10 @@ class ExportCommand:
                 cased=self.cased,
                 overwrite=self.overwrite,
             )
-        _refuse_all_but(
-            self,
-            (*every, *onnx, "int8", "float16", "inputs", "max_error", "min_agreement"),
-            "is for --page or --wheel NAME: give that too",
-        )
+        of_graph = (*every, *onnx, "int8", "float16", "inputs", "max_error", "min_agreement")
+        of_wheel = ("version", "license")
+        _refuse_all_but(self, (*of_graph, *of_wheel), "is for --page: give that too")
+        _refuse_all_but(self, of_graph, "is for --wheel NAME: give that too")
         from mvbert.publish.export import Gate, run_export
 
         gated = self.max_error is not None or self.min_agreement is not None

@@ -633,7 +633,10 @@ def test_options_of_the_other_kind_of_eval(tmp_path, monkeypatch, refused, optio
     ("options", "message"),
     [
         ("--serve --cased", "--cased is not for --serve alone: give --page -o FOLDER too"),
-        ("-o new --port 80", "--port is for --page or --wheel NAME: give that too"),
+        ("-o new --port 80", "--port is for --page: give that too"),
+        ("-o new --serve", "--serve is for --page: give that too"),
+        ("-o new --version 3", "--version is for --wheel NAME: give that too"),
+        ("-o new --license MIT", "--license is for --wheel NAME: give that too"),
         ("-o new --page --int8", "--int8 is not for --page"),
         ("-o new --wheel w --head hidden", "--head is not for --wheel, which packs"),
     ],

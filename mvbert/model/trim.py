@@ -132,8 +132,8 @@ def trim_tensors(tensors: Mapping[str, Tensor], old: Vocab, new: Vocab, folder: 
         if not _OF_PIECES.match(name):
             # A hidden size may equal the number of pieces by chance only in toys: better refused.
             raise InputError(
-                f"{folder}: {name} has a row for each of {rows} pieces, but is no part that "
-                "trim knows"
+                f"{folder}: {name} has a row for each of the {rows} pieces, and trim does not know "
+                "whether to cut it"
             )
         flat = tensor.reshape(rows, -1)
         if not tensor.is_floating_point():

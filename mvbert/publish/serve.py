@@ -37,8 +37,8 @@ def page_files(site: Path) -> dict[str, Path]:
     listing = site / "page.json"
     if not listing.is_file():
         raise InputError(
-            f"{site} is no folder that `mvbert export MODEL -o FOLDER --page` has written "
-            "(it has no page.json)"
+            f"{site} is not a page (it has no page.json); write one with "
+            f"`mvbert export MODEL --page -o FOLDER`"
         )
     names = read_json_object(listing).get("files")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -117,7 +117,7 @@ def _module(package: str) -> str:
     module = re.sub(r"[-_.]+", "_", package).lower()
     if not _NAME.fullmatch(package) or not module.isidentifier():
         raise InputError(
-            f"--wheel {package!r} is no name of a package; expected letters, digits and dashes, "
+            f"--wheel {package!r} cannot name a package; expected letters, digits and dashes, "
             "with a letter first"
         )
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or module == "mvbert":

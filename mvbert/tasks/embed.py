@@ -62,7 +62,7 @@ from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone
 from mvbert.training.optim import Optimizer, linear_schedule, trained_parameters
-from mvbert.training.runs import lock, make_folder
+from mvbert.training.runs import lock, make_folder, other_settings
 
 DESCRIPTION, VECTORS = "embed.json", "vectors"
 CHUNK = 8192  # sentences in a file of vectors
@@ -222,7 +222,7 @@ def run_embed(
         path = out / DESCRIPTION
         recorded: dict[str, Any] = read_json_object(path) if path.exists() else {}
         if recorded and recorded.get("description") != description:
-            raise InputError(f"{out} holds a job with other settings; give another --out")
+            raise other_settings(out, "job", recorded.get("description"), description)
         if "result" in recorded:
             progress.note(f"{out} is complete")
             return dict(recorded["result"])

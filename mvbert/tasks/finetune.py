@@ -61,7 +61,7 @@ from mvbert.toml import to_dict
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone
-from mvbert.training.runs import lock, make_folder
+from mvbert.training.runs import lock, make_folder, other_settings
 
 DESCRIPTION, RUNS, KEPT = "finetune.json", "runs.jsonl", ".best"
 VARIANTS, SCORES = "augmented.jsonl", ".teacher.safetensors"
@@ -270,15 +270,7 @@ class _Job:
         if path.exists():
             recorded: Any = read_json_object(path).get("description")
             if recorded != description:
-                names = [
-                    key
-                    for key in description
-                    if not isinstance(recorded, dict) or recorded.get(key) != description[key]
-                ]
-                raise InputError(
-                    f"{self._out} holds a job with other settings ({', '.join(names)}); give "
-                    "another --out, or remove that folder"
-                )
+                raise other_settings(self._out, "job", recorded, description)
             return read_json_object(path)
         if any(not p.name.startswith(".") for p in self._out.iterdir()):
             raise InputError(

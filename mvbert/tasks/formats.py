@@ -320,7 +320,7 @@ def _of_table(task: Task, table: Table) -> Examples:
         elif None in labels:
             place = table.places[labels.index(None)]
             raise InputError(f"{place}: there is no label, though other rows have one")
-    note = f"{table.name}: {table.skipped} broken rows were left out" if table.skipped else ""
+    note = f"{table.name}: {table.skipped} broken rows skipped" if table.skipped else ""
     return Examples(texts, pairs, labels, None, table.places, note)
 
 

@@ -113,9 +113,14 @@ def check_run(path: Path, description: dict[str, Json]) -> int | None:
             and {**recorded, "train": {**recorded["train"], "steps": now}} == wanted
         ):
             return before
+    raise other_settings(path.parent, "run", recorded, wanted)
+
+
+def other_settings(out: Path, kind: str, recorded: Any, wanted: dict[str, Any]) -> InputError:
+    """The refusal of a folder that holds a run or a job with other settings; names them."""
     names = _differences(recorded, wanted) if isinstance(recorded, dict) else ["description"]
-    raise InputError(
-        f"{path.parent} holds a run with other settings ({', '.join(names[:4])}); "
+    return InputError(
+        f"{out} holds a {kind} with other settings ({', '.join(names[:4])}); "
         "give another --out, or remove that folder"
     )
 

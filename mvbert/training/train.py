@@ -117,10 +117,9 @@ def train(
             if step < config.steps and interrupted:
                 raise Interrupted(f"stopped at step {step}; run the same command again to resume")
             if step < config.steps and out_of_time:
+                limit = f"time limit of {config.max_hours:g} h" if config.max_hours else "deadline"
                 raise OutOfTime(
-                    f"time limit of {config.max_hours:g} h reached at step {step}; "
-                    "run the same command again to resume",
-                    step,
+                    f"{limit} reached at step {step}; run the same command again to resume", step
                 )
         ranks.first(run.write_result)
         if ranks.any(stop.requested)[0]:

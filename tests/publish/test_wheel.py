@@ -117,14 +117,14 @@ def test_an_export_is_packed_too(training_inputs, model, tmp_path, verb):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--wheel", "0tiny"], "'0tiny' is no name of a package"),
-        (["--wheel", "a/b"], "'a/b' is no name of a package"),
-        (["--wheel", ""], "'' is no name of a package"),
+        (["--wheel", "0tiny"], "'0tiny' cannot name a package"),
+        (["--wheel", "a/b"], "'a/b' cannot name a package"),
+        (["--wheel", ""], "'' cannot name a package"),
         (["--wheel", "json"], "Python already has a module json"),
         (["--wheel", "class"], "Python already has a module class"),
         (["--wheel", "tiny", "--version", "one"], "--version is 'one', expected one like 0.1.0"),
         (["--wheel", "tiny", "--int8"], "--int8 is not for --wheel"),
-        (["--version", "2.0"], "--version is for --page or --wheel NAME"),
+        (["--version", "2.0"], "--version is for --wheel NAME"),
     ],
     ids=str,
 )  # fmt: skip

@@ -171,7 +171,9 @@ def test_transformers_and_export_take_it(vectors, tmp_path, verb):
     assert report["files"]["onnx/model.onnx"]["largest"]["sentence_embedding"] < 1e-4
 
 
-def test_without_prefixes_coordinates_are_the_teachers(bert, teacher, prose, tmp_path, verb):
+def test_without_prefixes_coordinates_are_the_teachers(
+    bert, teacher, prose, tmp_path, verb, refused
+):
     command = ["finetune", bert, "embed", prose, "--teacher", teacher, "-o", tmp_path / "out",
                *FAST, "--epochs", 3, "--batch", 16, "--lr", 3e-3]  # fmt: skip
     report, _ = verb(*command)
@@ -184,6 +186,7 @@ def test_without_prefixes_coordinates_are_the_teachers(bert, teacher, prose, tmp
     again, said = verb(*command)
     assert again == report
     assert "is complete" in said
+    refused([*command, "--seed", 1], "other settings (seed: 0 there, 1 now); give another --out")
 
 
 def test_every_sentence_of_further_texts_is_trained_on(bert, teacher, prose, tmp_path, verb):
@@ -306,5 +309,5 @@ def test_wrong_input(bert, teacher, prose, sts, tmp_path, refused):
     refused(["finetune", bert, "embed", prose, "-o", tmp_path / "full", "--teacher", teacher,
              *FAST], "is not empty")  # fmt: skip
     (tmp_path / "out" / "embed.json").write_text('{"description": {"seed": 1}}')
-    refused(good, "holds a job with other settings")
+    refused(good, "holds a job with other settings (also: None there, [] now, ")
     refused(["eval", teacher, "--task", "embed", "--data", prose], "expected one of *.tsv")

@@ -369,7 +369,7 @@ def test_another_job_is_not_overwritten(bert, task_data, tmp_path, finetune, ref
     out = tmp_path / "out"
     finetune(bert, "sst-2", task_data / "sst", out, "--epochs", 1)
     same = ["finetune", bert, "sst-2", task_data / "sst", "-o", out, "--threads", 1]
-    refused([*same, "--epochs", 2], "holds a job with other settings (epochs)")
+    refused([*same, "--epochs", 2], "holds a job with other settings (epochs: [1] there, [2] now)")
     refused([*same[:-3], bert, "--epochs", 1], "is the model itself")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")

@@ -582,6 +582,11 @@ def test_a_deadline_saves_and_ends(stage2, tmp_path, monkeypatch, assert_same_ru
         assert_same_run(out, tmp_path / "unbroken")
 
 
+def test_a_deadline_without_hours_names_none(stage2, tmp_path):
+    with pytest.raises(OutOfTime, match=r"^deadline reached at step 1; run the same command"):
+        stage2(tmp_path, deadline=0.0)
+
+
 def test_hours_count_from_the_call_not_from_the_import(stage2, tmp_path, monkeypatch):
     """As in a notebook or a server, which import mvbert long before they train."""
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: 1e9))
