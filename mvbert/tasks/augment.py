@@ -22,7 +22,7 @@ from mvbert.model.masked_lm import MaskedLM
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples
 from mvbert.tasks.rows import batches_by_length
-from mvbert.text.tokenizer import FlatBatch, WordPieceTokenizer
+from mvbert.text.tokenizer import WordPieceTokenizer
 from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.training.device import Device
 
@@ -85,7 +85,6 @@ class Filler:
         flat = self._tokenizer.encode_batch(
             [word for of in words for word in of], add_special_tokens=False
         )
-        assert isinstance(flat, FlatBatch)
         rows: list[NDArray[np.int64]] = []
         masks: list[list[tuple[int, slice]]] = []  # of each text: words, and where their pieces lie
         first = 0

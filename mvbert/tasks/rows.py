@@ -100,11 +100,9 @@ def make_rows(task: Task, examples: Examples, vocab: Vocab, length: int) -> Task
 
 def _encode(tokenizer: WordPieceTokenizer, examples: Examples, length: int | None) -> FlatBatch:
     """A row per example; pairs lose pieces of the longer text first."""
-    batch = tokenizer.encode_batch(
+    return tokenizer.encode_batch(
         examples.texts, examples.pairs, max_length=length, truncation=length is not None
     )
-    assert isinstance(batch, FlatBatch)
-    return batch
 
 
 def _rows_of_words(
@@ -113,7 +111,6 @@ def _rows_of_words(
     """Rows of words that are given, each tokenized alone; the first piece of each is scored."""
     words = [word for sentence in sentences for word in sentence]
     flat = tokenizer.encode_batch(words, add_special_tokens=False)
-    assert isinstance(flat, FlatBatch)
     cls, sep = tokenizer.vocab.cls, tokenizer.vocab.sep
     ids: list[int] = []
     ends, places, of_word, place_ends = [0], list[int](), list[int](), [0]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -354,6 +354,51 @@ class WordPieceTokenizer(TokenNames):
         """
         check_size(text)
         return self._core.encode_spans(text, True)
+
+    @overload
+    def encode_batch(
+        self,
+        texts: Iterable[Text],
+        pairs: Iterable[Text] | None = ...,
+        *,
+        max_length: int | None = ...,
+        truncation: bool | str = ...,
+        padding: Literal[False] = ...,
+        pad_to_multiple_of: int | None = ...,
+        add_special_tokens: bool = ...,
+        threads: int = ...,
+        dtype: DTypeLike = ...,
+    ) -> FlatBatch: ...
+
+    @overload
+    def encode_batch(
+        self,
+        texts: Iterable[Text],
+        pairs: Iterable[Text] | None = ...,
+        *,
+        max_length: int | None = ...,
+        truncation: bool | str = ...,
+        padding: Literal[True, "longest", "max_length"],
+        pad_to_multiple_of: int | None = ...,
+        add_special_tokens: bool = ...,
+        threads: int = ...,
+        dtype: DTypeLike = ...,
+    ) -> PaddedBatch: ...
+
+    @overload
+    def encode_batch(
+        self,
+        texts: Iterable[Text],
+        pairs: Iterable[Text] | None = ...,
+        *,
+        max_length: int | None = ...,
+        truncation: bool | str = ...,
+        padding: bool | str,
+        pad_to_multiple_of: int | None = ...,
+        add_special_tokens: bool = ...,
+        threads: int = ...,
+        dtype: DTypeLike = ...,
+    ) -> FlatBatch | PaddedBatch: ...
 
     def encode_batch(
         self,
