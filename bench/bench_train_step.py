@@ -257,7 +257,7 @@ class MixedMlm(Mlm):
     def losses(self, batch, masked):
         model = self.model
         rows = model.student.rows()
-        hidden = model.encode(batch.input_ids, batch.token_type_ids, rows)
+        hidden = model.encode(batch.input_ids, batch.token_type_ids, student_rows=rows)
         loss = sum(
             model.mixed_losses(model.masked_hidden(hidden, batch.masked_index), batch.labels, rows)
         )

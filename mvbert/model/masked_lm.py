@@ -179,12 +179,19 @@ class MixedMaskedLM(MaskedLM):
         super().__init__(config)
         self.student = StudentTable(student_vocab_size, embedding_size, config.hidden_size)
 
-    def encode(  # type: ignore[override]
-        self, input_ids: Tensor, token_type_ids: Tensor, student_rows: Tensor | None = None
+    def encode(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        taps: Taps | None = None,
+        *,
+        student_rows: Tensor | None = None,
     ) -> Tensor:
         """As in MaskedLM; `student_rows` [V_s, H] if the projected table is at hand already."""
         rows = self.student.rows() if student_rows is None else student_rows
-        return self.encoder(self.embeddings(input_ids, token_type_ids, rows))
+        hidden = self.embeddings(input_ids, token_type_ids, rows)
+        return self.encoder(hidden, attention_mask, taps)
 
     def mixed_losses(
         self, masked_hidden: Tensor, labels: Tensor, student_rows: Tensor, reduction: str = "sum"

@@ -98,7 +98,7 @@ class Stage1:
 
     def losses(self, batch: DeviceBatch, masked: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         rows = self.model.student.rows()
-        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, rows)
+        hidden = self.model.encode(batch.input_ids, batch.token_type_ids, student_rows=rows)
         masked_hidden = self.model.masked_hidden(hidden, batch.masked_index)
         teacher, student = self.model.mixed_losses(masked_hidden, batch.labels, rows)
         of_student = batch.labels >= self.teacher_size

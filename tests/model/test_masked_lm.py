@@ -10,7 +10,7 @@ from torch import nn
 
 from mvbert.config import ModelConfig
 from mvbert.model.embeddings import StudentTable, sinusoidal_start, spelled_rows, warm_start
-from mvbert.model.encoder import EXPLICIT_LENGTH, attention
+from mvbert.model.encoder import EXPLICIT_LENGTH, Taps, attention
 from mvbert.model.masked_lm import DeviceBatch, MaskedLM, MixedMaskedLM
 from mvbert.text.batches import Batch
 
@@ -104,14 +104,26 @@ def test_mixed_loss_is_two_softmaxes_each_over_its_own_vocabulary():
         assert float(loss) == pytest.approx(float(expected), rel=1e-12)
 
 
+def test_a_mixed_model_is_called_as_any_other():
+    model = MixedMaskedLM(SHAPE, 20, 8).double().eval()
+    model.init_weights(0)
+    ids = torch.arange(50, 74, dtype=torch.int32).reshape(2, 12)  # of both vocabularies
+    types, mask, taps = torch.zeros_like(ids), torch.arange(12).expand(2, 12) < 8, Taps([1])
+    masked = model.encode(ids, types, mask, taps)
+    short = model.encode(ids[:, :8], types[:, :8])
+    torch.testing.assert_close(masked[:, :8], short)
+    torch.testing.assert_close(
+        model.encoder.layers[1](taps.hidden[1], taps.hidden[1], mask)[0], masked
+    )
+
+
 def test_every_parameter_of_stage_one_gets_a_gradient():
     model = MixedMaskedLM(SHAPE, 20, 8)
     model.init_weights(0)
     data = DeviceBatch.of(batch(np.random.default_rng(3), 80, B=8, M=8), torch.device("cpu"))
     rows = model.student.rows()
-    hidden = model.masked_hidden(
-        model.encode(data.input_ids, data.token_type_ids, rows), data.masked_index
-    )
+    hidden = model.encode(data.input_ids, data.token_type_ids, student_rows=rows)
+    hidden = model.masked_hidden(hidden, data.masked_index)
     sum(model.mixed_losses(hidden, data.labels, rows)).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == ["pooler.weight", "pooler.bias"]
