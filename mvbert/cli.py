@@ -663,7 +663,7 @@ class ExportCommand:
         from mvbert.publish.export import Gate, run_export
 
         gated = self.max_error is not None or self.min_agreement is not None
-        return run_export(
+        report = run_export(
             self.model,
             self.out,
             cased=self.cased,
@@ -675,6 +675,7 @@ class ExportCommand:
             corpus=self.corpus,
             overwrite=self.overwrite,
         )
+        return to_dict(report)
 
     def _page(self, out: Path) -> dict[str, Json]:
         from mvbert.publish.page import run_page

@@ -27,7 +27,6 @@ from torch import Tensor
 from mvbert.config import ModelConfig, RowConfig
 from mvbert.errors import InputError
 from mvbert.files import (
-    Json,
     atomic_folder,
     atomic_write,
     read_json_object,
@@ -339,6 +338,21 @@ class Gate:
             )
 
 
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export reports."""
+
+    output: str
+    model: str
+    inputs: list[str]
+    outputs: list[str]
+    files: dict[str, dict[str, Any]]
+    """Of each graph: its bytes, milliseconds per row, and what it keeps of torch's outputs."""
+    checked_on: str
+    onnxruntime: str
+    """The version that was compared with torch."""
+
+
 def run_export(
     name: str,
     out: Path,
@@ -351,7 +365,7 @@ def run_export(
     cased: bool = False,
     corpus: Path | None = None,
     overwrite: bool = False,
-) -> dict[str, Json]:
+) -> ExportReport:
     """Writes the files listed at the top of this module, after comparing them with torch.
 
     Args:
@@ -412,7 +426,7 @@ def run_export(
     if int8:
         counts = torch.ones_like(sample.input_ids, dtype=torch.bool)
         largest = largest_inputs(model, sample.input_ids, counts, sample.token_type_ids)
-    report: dict[str, Json] = {}
+    measured: dict[str, dict[str, Any]] = {}
     with atomic_folder(out, overwrite=overwrite) as partial:
         (partial / "onnx").mkdir()
         for file in files:
@@ -438,7 +452,7 @@ def run_export(
                 gate.check(file, result)
             result |= {"bytes": len(data), "milliseconds": session.milliseconds(model.config)}
             progress.note(_summary(file, result))
-            report[file] = {
+            measured[file] = {
                 key: _rounded(value) if isinstance(value, dict) else value
                 for key, value in _rounded(result).items()
             }
@@ -454,15 +468,15 @@ def run_export(
         if "pooled" in heads:
             write_pooling(partial, pooling, shape.hidden_size, _max_length(folder, length))
         sync_folder(partial / "onnx")
-    return {
-        "output": str(out),
-        "model": str(folder),
-        "inputs": [*inputs],
-        "outputs": session.outputs,
-        "files": report,
-        "checked_on": str(corpus) if corpus is not None else "passages of English books",
-        "onnxruntime": onnxruntime.__version__,
-    }
+    return ExportReport(
+        output=str(out),
+        model=str(folder),
+        inputs=[*inputs],
+        outputs=session.outputs,
+        files=measured,
+        checked_on=str(corpus) if corpus is not None else "passages of English books",
+        onnxruntime=onnxruntime.__version__,
+    )
 
 
 def _max_length(folder: Path, positions: int) -> int:

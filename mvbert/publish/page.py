@@ -285,7 +285,7 @@ def run_page(
         "model": str(folder),
         "page": task.name,
         "bytes": size,
-        "int8": report["files"][INT8],  # type: ignore[index,call-overload]
+        "int8": report.files[INT8],
         "runtime": runtime,
     }
 

@@ -121,7 +121,7 @@ class Tuning:
             path.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._out) as scratch:
                 report = run_export(str(model), Path(scratch, "onnx"), int8=True, float16=True)
-            write_json(path, report["files"])  # type: ignore[arg-type]
+            write_json(path, report.files)
         files: Any = read_json_object(path)
         return {
             "float16_bytes": files[HALF]["bytes"],

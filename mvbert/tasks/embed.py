@@ -254,22 +254,21 @@ def run_embed(
         with atomic_folder(out / ".model", overwrite=True) as partial:
             write_sentence_model(partial, student, vocab, length, _card(config, teacher.width))
         model = load_sentence_model(out / ".model")
-        result: dict[str, Json] = {
-            "output": str(out), "model": str(folder), "teacher": str(teacher_folder),
-            "sentences": len(train), "widths": {},
-        }  # fmt: skip
         ours = vectors_of(model, heldout, device)
         widths = [*config.prefixes, teacher.width]
         scores = {} if sts is None else sts_spearman(model, sts, device, widths)
+        measured: dict[str, dict[str, float]] = {}
         for width in widths:
-            facts_of: dict[str, Json] = {
-                "nearest": round(shared_nearest(_unit(ours[:, :width]), asked), 4)
-            }
+            of_width = {"nearest": round(shared_nearest(_unit(ours[:, :width]), asked), 4)}
             if sts is not None:
-                facts_of["sts_spearman"] = round(scores[width], 5)
-            result["widths"][str(width)] = facts_of  # type: ignore[index,call-overload]
-            said = ", ".join(f"{key} {value}" for key, value in facts_of.items())
-            progress.note(f"width {width}: {said}")
+                of_width["sts_spearman"] = round(scores[width], 5)
+            measured[str(width)] = of_width
+            shown = ", ".join(f"{key} {value}" for key, value in of_width.items())
+            progress.note(f"width {width}: {shown}")
+        result: dict[str, Json] = {
+            "output": str(out), "model": str(folder), "teacher": str(teacher_folder),
+            "sentences": len(train), "widths": measured,
+        }  # fmt: skip
         if sts is not None:
             of_teacher = sts_spearman(teacher, sts, device, [teacher.width])[teacher.width]
             result["teacher_sts_spearman"] = round(of_teacher, 5)
