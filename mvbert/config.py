@@ -498,7 +498,7 @@ class EmbedConfig:
     """Distilling sentence vectors."""
 
     teacher: str = ""
-    """A model of sentence vectors: a sentence-transformers folder of a BERT, or a name of one."""
+    """Required: a model of sentence vectors, a sentence-transformers folder of a BERT or a name."""
     sentences: int = 500_000
     """Sentences to train on, a sample."""
     also: tuple[str, ...] = ()
