@@ -20,13 +20,13 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 def build_tool(name: str, directory: str) -> str:
     """The tool from its pip package in this environment, or else from PATH."""
     try:
-        found = shutil.which(name, path=getattr(importlib.import_module(name), directory))
+        path = shutil.which(name, path=getattr(importlib.import_module(name), directory))
     except (ImportError, AttributeError):
-        found = None
-    found = found or shutil.which(name)
-    if found is None:
+        path = None
+    path = path or shutil.which(name)
+    if path is None:
         sys.exit(f"mvbert needs {name} to build its C++ part; run: pip install {name}")
-    return found
+    return path
 
 
 class CMakeBuild(build_ext):

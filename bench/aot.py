@@ -72,14 +72,14 @@ class Launch:
 
 def record(launches: Callable[[], None]) -> list[Launch]:
     """The launches that `launches` makes, in order, without making them."""
-    found: list[Launch] = []
+    variants: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **kwargs):
         options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages") if k in kwargs}
-        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, divisible = {}, {}, []
         for parameter in kernel.params:
-            name, value = parameter.name, given[parameter.name]
+            name, value = parameter.name, arguments[parameter.name]
             if parameter.is_constexpr:
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, Tensor):
@@ -98,15 +98,15 @@ def record(launches: Callable[[], None]) -> list[Launch]:
             kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible),
             tuple(options.items()),
         )  # fmt: skip
-        if variant not in found:
-            found.append(variant)
+        if variant not in variants:
+            variants.append(variant)
 
     original, JITFunction.run = JITFunction.run, run
     try:
         launches()
     finally:
         JITFunction.run = original
-    return found
+    return variants
 
 
 # ---- the real shapes ---------------------------------------------------------------------------
@@ -128,8 +128,8 @@ def cross_entropy_case(
         -100, smoothing, meta(V, dtype=torch.float32) if weighted else None, softcap,
         meta(dtype=torch.float32) if z_loss else None, predict,
     )  # fmt: skip
-    for given in ((up, lse, Need(True, True, True), mostly_labelled), (None, None, Need())):
-        linear_cross_entropy.cross_entropy(hidden, weight, bias, labels, options, *given)
+    for upstream in ((up, lse, Need(True, True, True), mostly_labelled), (None, None, Need())):
+        linear_cross_entropy.cross_entropy(hidden, weight, bias, labels, options, *upstream)
 
 
 def kl_case(N: int, H: int, H_t: int, V: int):
@@ -255,36 +255,36 @@ def measure(archs=ARCHS, only: str = "", report=None) -> dict[str, dict[str, dic
                 if variant in seen or only not in key:
                     continue
                 seen.add(variant)
-                found = resources(variant, arch)
-                table.setdefault(key, {})[f"sm_{arch}"] = found
+                usage = resources(variant, arch)
+                table.setdefault(key, {})[f"sm_{arch}"] = usage
                 if report:
-                    report(key, f"sm_{arch}", found)
+                    report(key, f"sm_{arch}", usage)
     return table
 
 
-def regressions(now: dict, before: dict, same_compiler: bool) -> list[str]:
+def regressions(current: dict, recorded: dict, same_compiler: bool) -> list[str]:
     """What got worse: any spill; more registers or shared memory (under the recorded compiler)."""
     worse = []
-    for key, by_arch in now.items():
-        for arch, found in by_arch.items():
-            if found["stack"]:
-                worse.append(f"{key} on {arch}: {found['stack']} bytes of stack, a spill")
-            old = before.get(key, {}).get(arch)
+    for key, by_arch in current.items():
+        for arch, usage in by_arch.items():
+            if usage["stack"]:
+                worse.append(f"{key} on {arch}: {usage['stack']} bytes of stack, a spill")
+            old = recorded.get(key, {}).get(arch)
             if old is None:
                 worse.append(f"{key} on {arch}: not in {RECORD.name}; record it with --write")
                 continue
             if not same_compiler:
                 continue
             for what in ("registers", "shared"):
-                if found[what] > old[what]:
-                    worse.append(f"{key} on {arch}: {what} {found[what]}, recorded {old[what]}")
-            if found["wide_loads"] < old["wide_loads"]:
+                if usage[what] > old[what]:
+                    worse.append(f"{key} on {arch}: {what} {usage[what]}, recorded {old[what]}")
+            if usage["wide_loads"] < old["wide_loads"]:
                 worse.append(
-                    f"{key} on {arch}: {found['wide_loads']} 16-byte loads, "
+                    f"{key} on {arch}: {usage['wide_loads']} 16-byte loads, "
                     f"recorded {old['wide_loads']}"
                 )
-            if found["matrix"] != old["matrix"]:
-                worse.append(f"{key} on {arch}: {found['matrix']}, recorded {old['matrix']}")
+            if usage["matrix"] != old["matrix"]:
+                worse.append(f"{key} on {arch}: {usage['matrix']}, recorded {old['matrix']}")
     return worse
 
 

@@ -29,11 +29,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """The same rows for ours and for transformers' collator."""
 
     rows: Any
-    theirs: list[dict]
+    examples: list[dict]
     batch: Any  # padded, for the check
 
 
@@ -42,7 +42,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 @cache
-def ours():
+def mvbert_tokenizer():
     from mvbert import WordPieceTokenizer
     from mvbert.text.vocab import Vocab
 
@@ -50,19 +50,19 @@ def ours():
 
 
 @cache
-def theirs():
+def hf_tokenizer():
     import transformers
 
     return transformers.BertTokenizerFast(str(teacher_vocab()))
 
 
-def inputs(case: Case, device: str, copy: int) -> Given:
+def inputs(case: Case, device: str, copy: int) -> Inputs:
     import numpy as np
 
     first = copy * ROWS * 100 % max(1, len(words()) - ROWS * 100)
     texts = [" ".join(words()[first + 100 * i : first + 100 * (i + 1)]) for i in range(ROWS)]
-    batch = ours()(texts, **CUT, padding=True, return_tensors="pt")
-    rows: Any = [dict(ours()(one, **CUT)) for one in texts]
+    batch = mvbert_tokenizer()(texts, **CUT, padding=True, return_tensors="pt")
+    rows: Any = [dict(mvbert_tokenizer()(one, **CUT)) for one in texts]
     if case.form == "batch":
         rows = batch
     elif case.form == "ids":
@@ -70,7 +70,7 @@ def inputs(case: Case, device: str, copy: int) -> Given:
     elif case.form == "arrays":
         rows = [{name: np.array(values) for name, values in row.items()} for row in rows]
     special = {**CUT, "return_special_tokens_mask": True}
-    return Given(rows, [dict(theirs()(one, **special)) for one in texts], batch)
+    return Inputs(rows, [dict(hf_tokenizer()(one, **special)) for one in texts], batch)
 
 
 def work(case: Case, device: str) -> harness.Work:
@@ -78,13 +78,13 @@ def work(case: Case, device: str) -> harness.Work:
     return harness.Work(items=pieces / 1e6, unit="M pieces")
 
 
-def check(case: Case, given: Given, out: Any) -> dict:
+def check(case: Case, x: Inputs, out: Any) -> dict:
     """Some 15 % of the pieces have a label, what was there; the others are as they were."""
-    labels, before = out["labels"], given.batch["input_ids"]
+    labels, original = out["labels"], x.batch["input_ids"]
     masked = labels != -100
-    if not (before == out["input_ids"].where(~masked, labels)).all():
+    if not (original == out["input_ids"].where(~masked, labels)).all():
         raise harness.Wrong("a label or a piece without a label is not the piece that was there")
-    share = float(masked.sum() / given.batch["attention_mask"].sum())
+    share = float(masked.sum() / x.batch["attention_mask"].sum())
     if not 0.1 < share < 0.2:
         raise harness.Wrong(f"{share:.1%} of the pieces are masked")
     return {}
@@ -96,23 +96,23 @@ BENCH = harness.Bench(
 )  # fmt: skip
 
 
-def with_ours(case: Case, device: str, whole_word: bool):
+def with_mvbert(case: Case, device: str, whole_word: bool):
     from mvbert import MaskingCollator
 
-    collator = MaskingCollator(ours(), whole_word=whole_word)
-    return lambda given: collator(given.rows)
+    collator = MaskingCollator(mvbert_tokenizer(), whole_word=whole_word)
+    return lambda x: collator(x.rows)
 
 
-def with_theirs(case: Case, device: str, whole_word: bool):
+def with_transformers(case: Case, device: str, whole_word: bool):
     import transformers
 
     harness.only_if(case.form == "lists")
     name = "DataCollatorForWholeWordMask" if whole_word else "DataCollatorForLanguageModeling"
-    collator = getattr(transformers, name)(theirs())
-    return lambda given: collator([dict(row) for row in given.theirs])
+    collator = getattr(transformers, name)(hf_tokenizer())
+    return lambda x: collator([dict(row) for row in x.examples])
 
 
-BENCH.add("mvbert, words", with_ours, whole_word=True, needs=["transformers"])
-BENCH.add("mvbert, pieces", with_ours, whole_word=False, needs=["transformers"])
-BENCH.add("transformers, words", with_theirs, whole_word=True, needs=["transformers"])
-BENCH.add("transformers, pieces", with_theirs, whole_word=False, needs=["transformers"])
+BENCH.add("mvbert, words", with_mvbert, whole_word=True, needs=["transformers"])
+BENCH.add("mvbert, pieces", with_mvbert, whole_word=False, needs=["transformers"])
+BENCH.add("transformers, words", with_transformers, whole_word=True, needs=["transformers"])
+BENCH.add("transformers, pieces", with_transformers, whole_word=False, needs=["transformers"])

@@ -152,10 +152,10 @@ class Build:
 def _(case: Case, device: str):
     from mvbert.text.wordpiece import basic_split
 
-    some = corpus(0.2)
-    wanted = collections.Counter(basic_split(beginning(0.2).path.read_text(encoding="utf-8")))
-    words = zip(islice(some.words, 1, None), some.counts[1:], strict=True)
-    if wanted != {word.decode(): int(count) for word, count in words}:
+    part = corpus(0.2)
+    expected = collections.Counter(basic_split(beginning(0.2).path.read_text(encoding="utf-8")))
+    words = zip(islice(part.words, 1, None), part.counts[1:], strict=True)
+    if expected != {word.decode(): int(count) for word, count in words}:
         raise harness.Wrong("the words are not those of the plain definition")
 
     return Build(case.threads)

@@ -58,12 +58,14 @@ class Inputs:
 def cases(device: str, quick: bool) -> list[Case]:
     """Stage I at large width; large, base and the student alone; rows of 128 and of 512."""
     pieces = 32768 if device == "cuda" else 4096
-    found = [
+    all_cases = [
         Case(pieces // T, T, V, H, V_s)
         for V, H, V_s in ((30522, 1024, 4928), (30522, 1024, 0), (30522, 768, 0), (4928, 256, 0))
         for T in (128, 512)
     ]
-    return [found[0], found[2], found[-2]] if quick else found if device == "cuda" else found[::2]
+    if quick:
+        return [all_cases[0], all_cases[2], all_cases[-2]]
+    return all_cases if device == "cuda" else all_cases[::2]
 
 
 def zipf(V: int) -> Tensor:
@@ -82,9 +84,9 @@ def inputs(case: Case, device: str, copy: int) -> Inputs:
 
     def draw(V: int) -> Tensor:
         pieces = case.B * case.T
-        drawn = torch.multinomial(zipf(V), pieces, replacement=True, generator=generator)
+        ranks = torch.multinomial(zipf(V), pieces, replacement=True, generator=generator)
         order = torch.randperm(V, generator=generator)
-        return order[drawn].reshape(case.B, case.T)
+        return order[ranks].reshape(case.B, case.T)
 
     ids = draw(case.V)
     if case.V_s:
@@ -110,8 +112,8 @@ def work(case: Case, device: str) -> harness.Work:
     size = 2 if device == "cuda" else 4
     pieces, H = case.B * case.T, case.H
     rest = (case.T + 4) * H + (case.V_s * E + H * E + H if case.V_s else 0)
-    drawn = pieces * (1 - MASKED) * (0.5 if case.V_s else 1.0)
-    read = float((1 - (1 - zipf(case.V)) ** drawn).sum()) * H + rest
+    draws = pieces * (1 - MASKED) * (0.5 if case.V_s else 1.0)
+    read = float((1 - (1 - zipf(case.V)) ** draws).sum()) * H + rest
     traffic = size * (2 * pieces * H + read + case.V * H + rest) + 8 * pieces
     return harness.Work(bytes=traffic, flop=6.0 * case.V_s * E * H, items=pieces, unit="pieces")
 

@@ -105,15 +105,15 @@ def ours(case: Case, device: str, dtype: str):
     few = Split(two, replace(rows, ids=rows.ids % VOCAB))
     config = FinetuneConfig(batch=(case.B,), lr=(LR,))
     labels = labels_of("classes", split.examples.labels, ())
-    where = Device.of(torch.device(device), dtype, "")
+    placement = Device.of(torch.device(device), dtype, "")
     trainer = Trainer(
-        task, labels, split.rows, Targets(targets_of(labels, split)), few, vocab, config, where,
+        task, labels, split.rows, Targets(targets_of(labels, split)), few, vocab, config, placement,
         Progress("bench", quiet=True),
     )  # fmt: skip
     return lambda x: trainer.fit(start(), Run(case.B, LR, 1, x["seed"])).loss
 
 
-def theirs(case: Case, device: str, dtype: str, by_length: bool = False):
+def baseline(case: Case, device: str, dtype: str, by_length: bool = False):
     import accelerate  # noqa: F401 (Trainer needs it, and says so in a long message)
     from transformers import (
         BertConfig,
@@ -163,5 +163,5 @@ def theirs(case: Case, device: str, dtype: str, by_length: bool = False):
 HF = {"needs": ["transformers", "accelerate"]}
 for dtype in ("float32", "bfloat16"):
     BENCH.add(f"mvbert {dtype}", partial(ours, dtype=dtype))
-    BENCH.add(f"Trainer {dtype}", partial(theirs, dtype=dtype), **HF)
-    BENCH.add(f"Trainer {dtype}, by length", partial(theirs, dtype=dtype, by_length=True), **HF)
+    BENCH.add(f"Trainer {dtype}", partial(baseline, dtype=dtype), **HF)
+    BENCH.add(f"Trainer {dtype}, by length", partial(baseline, dtype=dtype, by_length=True), **HF)

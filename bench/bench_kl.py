@@ -72,8 +72,8 @@ def work(case: Case, device: str) -> harness.Work:
 def divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """The definition, over whole logits."""
     target = (teacher_logits / TAU).log_softmax(-1)
-    given = (student_logits / TAU).log_softmax(-1)
-    return TAU**2 * F.kl_div(given, target, reduction="batchmean", log_target=True)
+    log_p = (student_logits / TAU).log_softmax(-1)
+    return TAU**2 * F.kl_div(log_p, target, reduction="batchmean", log_target=True)
 
 
 def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:

@@ -73,8 +73,8 @@ def relations(qkv: Tensor, case: Case) -> Tensor:
 def eager(case: Case, student: Tensor, teacher: Tensor) -> Tensor:
     with torch.no_grad():
         target = relations(teacher, case)
-    given = relations(student, case)
-    return F.kl_div(given, target, reduction="sum", log_target=True) / given[..., 0].numel()
+    log_p = relations(student, case)
+    return F.kl_div(log_p, target, reduction="sum", log_target=True) / log_p[..., 0].numel()
 
 
 def check(case: Case, x: Inputs, outputs: tuple[Tensor, ...]) -> dict:

@@ -124,8 +124,8 @@ def check_definition(words: str) -> None:
             student_prob=0.5,
             seed=0,
         )
-        for got, wanted in zip(vars(source.read(number, 1)).values(), expected, strict=True):
-            if got[0].tolist() != wanted:
+        for array, truth in zip(vars(source.read(number, 1)).values(), expected, strict=True):
+            if array[0].tolist() != truth:
                 raise harness.Wrong(f"row {number} is not what mvbert.text.row_reference says")
 
 

@@ -62,18 +62,18 @@ def work(case: Case, device: str) -> harness.Work:
 def check(case: Case, texts: list[str], outputs) -> dict:
     """The least cosine to what PyTorch gives in float32, sentence by sentence."""
     vectors, model, size, bound = outputs
-    found = {"megabytes": harness.digits(size)}
+    facts = {"megabytes": harness.digits(size)}
     vectors = np.asarray(vectors, np.float64)
     if not np.isfinite(vectors).all():
         raise harness.Wrong("vectors are not finite")
     if model is None:
-        return found
+        return facts
     truth = in_torch(model, tuple(texts))
     cosine = (vectors * truth).sum(1) / np.linalg.norm(vectors, axis=1)
-    found["least_cosine"] = harness.digits(float(cosine.min()), 5)
+    facts["least_cosine"] = harness.digits(float(cosine.min()), 5)
     if not cosine.min() >= bound:
         raise harness.Wrong(f"cosine {cosine.min():.4f} to the model's own vectors, under {bound}")
-    return found
+    return facts
 
 
 BENCH = harness.Bench(
@@ -152,8 +152,8 @@ def with_export(case: Case, device: str, model: str, file: str, bound: float) ->
 
     def run(texts):
         batch = tokenizer(texts, padding=True, return_tensors="pt")
-        found = session(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
-        return found["sentence_embedding"].numpy(), model, size, bound
+        output = session(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+        return output["sentence_embedding"].numpy(), model, size, bound
 
     return run
 

@@ -50,15 +50,15 @@ class Case:
 def cases(device: str, quick: bool) -> list[Case]:
     """Plain: one and two threads, warm and cold, long and short; mixed: warm and cold."""
     size = 3.0 if quick else 12.0
-    found = [Case("documents", 1, "warm", "plain", size)]
+    result = [Case("documents", 1, "warm", "plain", size)]
     if not quick:
-        found += [
+        result += [
             Case("documents", 1, "cold", "plain", size),
             Case("documents", 2, "warm", "plain", size),
             Case("short", 1, "warm", "plain", size),
         ]
-    found.append(Case("documents", 1, "warm", "mixed", size))
-    return found if quick else [*found, Case("documents", 1, "cold", "mixed", size)]
+    result.append(Case("documents", 1, "warm", "mixed", size))
+    return result if quick else [*result, Case("documents", 1, "cold", "mixed", size)]
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def text() -> tuple[str, str]:
                 return name, source.read(12_000_000)
     from mvbert.text.docstrings import docstring_corpus
 
-    made = harness.folder("tokenizer") / "stdlib.txt"
-    docstring_corpus(made, ["stdlib"])
-    return "docstrings of Python's standard library", made.read_text(encoding="utf-8")
+    path = harness.folder("tokenizer") / "stdlib.txt"
+    docstring_corpus(path, ["stdlib"])
+    return "docstrings of Python's standard library", path.read_text(encoding="utf-8")
 
 
 @cache
@@ -131,10 +131,10 @@ def material(kind: str, megabytes: float) -> Material:
                 block = []
     sizes = tuple(len(one.encode()) for one in texts)
     file = harness.folder("tokenizer") / f"{kind}-{megabytes:g}.json"
-    made = Material(name, file, vocabularies(), sizes)
-    count, _ = made.prefix(megabytes * 1e6)
-    made.texts.write_text(json.dumps(texts[:count]), encoding="utf-8")
-    return Material(name, made.texts, made.vocab, sizes[:count])
+    draft = Material(name, file, vocabularies(), sizes)
+    count, _ = draft.prefix(megabytes * 1e6)
+    draft.texts.write_text(json.dumps(texts[:count]), encoding="utf-8")
+    return Material(name, draft.texts, draft.vocab, sizes[:count])
 
 
 class Worker:
@@ -205,9 +205,9 @@ def definition(kind: str, megabytes: float) -> list[str]:
     if version is None or int(version.split(".")[0]) >= 5:
         return []
     worker = Worker("transformers slow", Case(kind, 1, "warm", "plain", megabytes))
-    found = worker.digests()
+    digests = worker.digests()
     worker.close()
-    return found
+    return digests
 
 
 def inputs(case: Case, device: str, copy: int) -> Material:
@@ -226,14 +226,14 @@ def check(case: Case, x: Material, worker: Worker) -> dict:
         facts["megabytes"] = harness.digits(worker.share * sum(x.sizes) / 1e6)
     if case.task == "mixed":
         return facts
-    wanted = definition(case.texts, case.megabytes)
-    if not wanted:
+    truth = definition(case.texts, case.megabytes)
+    if not truth:
         return {**facts, "equal": None}
-    got = worker.digests()
-    equal = sum(a == b for a, b in zip(got, wanted, strict=True))
-    facts |= {"equal": harness.digits(equal / len(wanted), 6), "checked": len(wanted)}
-    if worker.ours and equal < len(wanted):
-        raise harness.Wrong(f"{len(wanted) - equal} of {len(wanted)} texts have other ids")
+    digests = worker.digests()
+    equal = sum(a == b for a, b in zip(digests, truth, strict=True))
+    facts |= {"equal": harness.digits(equal / len(truth), 6), "checked": len(truth)}
+    if worker.ours and equal < len(truth):
+        raise harness.Wrong(f"{len(truth) - equal} of {len(truth)} texts have other ids")
     return facts
 
 
@@ -261,7 +261,7 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
         worker.ours = name.startswith("mvbert")
         if case.state == "cold" and not worker.remembers:
             worker.close()
-            raise harness.NotMeant
+            raise harness.NotApplicable
         if name in SLOW:
             worker.use(0.5e6)
         elif name.startswith(("HF", "transformers")):

@@ -65,14 +65,14 @@ class Case:
 
 def cases(device: str, quick: bool) -> list[Case]:
     if device == "cuda":
-        found = [
+        all_cases = [
             Case("Stage II", 6, 256, 4, 4928, 256, 128, 0.0),
             Case("Stage II", 12, 256, 4, 4928, 256, 128, 0.0),
             Case("Stage I", 6, 384, 12, 30522, 256, 128, 0.1),
             Case("Stage I, BERT-base", 12, 768, 12, 30522, 128, 128, 0.1),
             Case("Stage I, BERT-large", 24, 1024, 16, 30522, 64, 128, 0.1),
         ]
-        return found[:1] if quick else found
+        return all_cases[:1] if quick else all_cases
     return [
         Case("Stage II", 6, 256, 4, 4928, 32, 128, 0.0),
         Case("Stage I", 6, 384, 12, 30522, 32, 128, 0.1),
@@ -93,7 +93,7 @@ def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
     everywhere = torch.full_like(ids, -100).scatter(1, positions, labels)
     ids = ids.scatter(1, positions, 4)
     types = (torch.arange(case.T) > case.T // 2).expand(case.B, case.T)
-    made = {
+    tensors = {
         "input_ids": ids.int(),
         "token_type_ids": types.to(torch.uint8),
         "masked_positions": positions.int(),
@@ -103,7 +103,7 @@ def inputs(case: Case, device: str, copy: int) -> dict[str, torch.Tensor]:
         "hf_labels": everywhere,
         "hf_attention_mask": torch.ones_like(ids),
     }
-    return {name: tensor.contiguous().to(device) for name, tensor in made.items()}
+    return {name: tensor.contiguous().to(device) for name, tensor in tensors.items()}
 
 
 def work(case: Case, device: str) -> harness.Work:
@@ -167,10 +167,10 @@ def add(name: str, make, *, needs=(), devices=("cpu", "cuda"), **options) -> Non
     """Adds a provider, which on a CPU runs in a separate process."""
     STEPS[name] = partial(make, **options)
 
-    def made(case: Case, device: str):
+    def provide(case: Case, device: str):
         return Separate(name, case) if device == "cpu" else STEPS[name](case, device)
 
-    BENCH.add(name, made, needs=needs, devices=devices)
+    BENCH.add(name, provide, needs=needs, devices=devices)
 
 
 class Separate:
@@ -278,16 +278,23 @@ def ours(
     case: Case, device: str, kind: type[Mlm] = Mlm, compiled: bool = False, graph: bool = True
 ):
     """A step of mvbert's loop on ready rows, as one CUDA graph on a GPU."""
-    where = Device(torch.device(device), torch.bfloat16, "")
+    placement = Device(torch.device(device), torch.bfloat16, "")
     graph = graph and device == "cuda"
     task = kind(case)
     if compiled:
         compile_layers(task.module)
-    module = task.module.to(where.device)
+    module = task.module.to(placement.device)
     settings = config(case)
-    optimizer = Optimizer(module, settings, where)
+    optimizer = Optimizer(module, settings, placement)
     step = Step(
-        task, Losses(task), settings, where, Ranks(), optimizer, {}, CudaGraph() if graph else None
+        task,
+        Losses(task),
+        settings,
+        placement,
+        Ranks(),
+        optimizer,
+        {},
+        CudaGraph() if graph else None,
     )
     feed, number = ReadyFeed(), 0
     if device == "cpu":
@@ -333,8 +340,8 @@ def mixed_step(case: Case, device: str):
             student = torch.rand(x["input_ids"].shape, device=device) < 0.5
             own = case.V + x["input_ids"] % STUDENT
             y["input_ids"] = torch.where(student, own, x["input_ids"])
-            picked = student.gather(1, x["masked_positions"].long())
-            y["labels"] = torch.where(picked, case.V + x["labels"] % STUDENT, x["labels"])
+            of_student = student.gather(1, x["masked_positions"].long())
+            y["labels"] = torch.where(of_student, case.V + x["labels"] % STUDENT, x["labels"])
             mixed[key] = y
         result = run(mixed[key])
         return None if result is None else (*result, "mixed")
@@ -349,9 +356,9 @@ add("mvbert mixed", mixed_step)
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
-def theirs(
+def hugging_face(
     case: Case, device: str, *,
-    bf16: bool = True, compiled: bool = False, fused: bool = False, kept: bool = False,
+    bf16: bool = True, compiled: bool = False, fused: bool = False, hold_memory: bool = False,
 ):  # fmt: skip
     """The step of transformers' Trainer on ready rows."""
     from transformers import BertConfig, BertForMaskedLM, get_linear_schedule_with_warmup
@@ -383,7 +390,7 @@ def theirs(
     forward = torch.compile(model) if compiled else model
     total = torch.zeros((), device=device)
     first = True
-    if kept:
+    if hold_memory:
         keep_memory()
 
     def run(x):
@@ -410,9 +417,12 @@ def theirs(
 
 
 HF = {"needs": ["transformers"]}
-add("HF", theirs, bf16=False, devices=["cpu"], **HF)
-add("HF bf16", theirs, **HF)
-add("HF bf16, torch.compile", theirs, compiled=True, **HF)
-add("HF bf16, fuse()d", theirs, fused=True, **HF)
-add("HF bf16, memory kept", theirs, kept=True, devices=["cpu"], **HF)
-add("HF bf16, torch.compile, memory kept", theirs, compiled=True, kept=True, devices=["cpu"], **HF)
+add("HF", hugging_face, bf16=False, devices=["cpu"], **HF)
+add("HF bf16", hugging_face, **HF)
+add("HF bf16, torch.compile", hugging_face, compiled=True, **HF)
+add("HF bf16, fuse()d", hugging_face, fused=True, **HF)
+add("HF bf16, memory kept", hugging_face, hold_memory=True, devices=["cpu"], **HF)
+add(
+    "HF bf16, torch.compile, memory kept", hugging_face, compiled=True, hold_memory=True,
+    devices=["cpu"], **HF,
+)  # fmt: skip

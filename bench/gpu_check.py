@@ -131,21 +131,21 @@ def parts(out: Path, work: Path, args: argparse.Namespace, cuda: bool) -> list[P
 
 def choose(some: list[Part], only: list[str] | None) -> list[Part]:
     """The parts of these names and what they need; all of them if none is named. Always builds."""
-    wanted = {"build", *(only or [part.name for part in some])}
+    names = {"build", *(only or [part.name for part in some])}
     for part in reversed(some):
-        if part.name in wanted:
-            wanted.add(part.needs)
-    return [part for part in some if part.name in wanted]
+        if part.name in names:
+            names.add(part.needs)
+    return [part for part in some if part.name in names]
 
 
 def chains(some: list[Part]) -> list[list[Part]]:
     """The parts as chains, each part behind the one that it needs."""
-    found: dict[str, list[Part]] = {}
+    by_name: dict[str, list[Part]] = {}
     for part in some:
-        chain = found.get(part.needs, [])
+        chain = by_name.get(part.needs, [])
         chain.append(part)
-        found[part.name] = chain
-    return list({id(chain): chain for chain in found.values()}.values())
+        by_name[part.name] = chain
+    return list({id(chain): chain for chain in by_name.values()}.values())
 
 
 def run(part: Part, seconds: float, log: Path, env: dict[str, str]) -> Outcome:
@@ -180,8 +180,8 @@ def with_children(process: subprocess.Popen) -> None:
             os.killpg(process.pid, kind)
         except (ProcessLookupError, PermissionError):
             return
-        until = time.monotonic() + wait
-        while process.poll() is None and time.monotonic() < until:
+        deadline = time.monotonic() + wait
+        while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
@@ -248,17 +248,17 @@ def embedding_targets(name: str, ours: dict, peers: dict[str, float]) -> list[Ta
 def targets(out: Path) -> list[Target]:
     """The table: speed against the measured floor and against every peer, memory, training."""
     file = out / "results.jsonl"
-    timed: dict[tuple, dict[str, dict]] = {}
+    timings: dict[tuple, dict[str, dict]] = {}
     for record in map(json.loads, file.read_text().splitlines() if file.exists() else ()):
         if "ms" in record:
-            timed.setdefault((record["bench"], record["case"]), {})[record["provider"]] = record
+            timings.setdefault((record["bench"], record["case"]), {})[record["provider"]] = record
     rows: list[Target] = []
     aims = {"loss": loss_targets, "embedding": embedding_targets}
-    for (bench, case), found in timed.items():
-        if bench in aims and "mvbert" in found:
-            own = median(found["mvbert"])
-            peers = {p: median(r) / own for p, r in found.items() if not p.startswith("mvbert")}
-            rows += aims[bench](f"{bench} {case}", found["mvbert"], peers)
+    for (bench, case), records in timings.items():
+        if bench in aims and "mvbert" in records:
+            own = median(records["mvbert"])
+            peers = {p: median(r) / own for p, r in records.items() if not p.startswith("mvbert")}
+            rows += aims[bench](f"{bench} {case}", records["mvbert"], peers)
     for stage, goals in (("2", (5e6, 9e6)), ("2-compiled", (5e6, 9e6)), ("1", (0.24e6,))):
         file = out / f"stage{stage}.json"
         facts = json.loads(file.read_text()) if file.exists() else {}
@@ -311,8 +311,8 @@ def environment(site: Path) -> dict[str, str]:
     """
     site.mkdir()
     (site / "mvbert").symlink_to(ROOT / "mvbert")
-    before = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(site), *filter(None, [before])])
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(site), *filter(None, [inherited])])
     return {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
@@ -378,14 +378,14 @@ def main() -> None:
     turn = threading.Lock()
 
     def go(part: Part, log: Path) -> None:
-        left = begin + 60 * patience * args.minutes - time.monotonic() - 5
+        seconds = begin + 60 * patience * args.minutes - time.monotonic() - 5
         broken = [o for o in outcomes if o.part.name == part.needs and o.state != "ok"]
         if part.missing or broken:
             outcome = Outcome(part, "skipped", 0.0, part.missing or f"needs {part.needs}")
-        elif left < 10:
+        elif seconds < 10:
             outcome = Outcome(part, "skipped", 0.0, "no time left")
         else:
-            outcome = run(part, min(patience * part.seconds, left), log, env)
+            outcome = run(part, min(patience * part.seconds, seconds), log, env)
         with turn:
             outcomes.append(outcome)
             print(f"{outcome.state:8} {outcome.seconds:6.1f} s  {part.name}", flush=True)

@@ -67,14 +67,14 @@ class Skip(Exception):
     """A provider cannot run here, for the reason given."""
 
 
-class NotMeant(Exception):
+class NotApplicable(Exception):
     """A provider does not take part in this case: no record is made."""
 
 
-def only_if(meant: bool) -> None:
-    """Raises NotMeant unless the case is meant for a provider."""
-    if not meant:
-        raise NotMeant
+def only_if(condition: bool) -> None:
+    """Raises NotApplicable unless the provider takes part in the case."""
+    if not condition:
+        raise NotApplicable
 
 
 class Wrong(Exception):
@@ -160,9 +160,9 @@ def default_dtype(device: str) -> str:
 @cache
 def folder(name: str) -> Path:
     """A scratch folder of a bench, removed when this process ends."""
-    made = tempfile.TemporaryDirectory(prefix=f"mvbert-bench-{name}-")
-    atexit.register(made.cleanup)
-    return Path(made.name)
+    scratch = tempfile.TemporaryDirectory(prefix=f"mvbert-bench-{name}-")
+    atexit.register(scratch.cleanup)
+    return Path(scratch.name)
 
 
 # ---- clocks --------------------------------------------------------------------------------------
@@ -255,11 +255,11 @@ def cuda_peak(run: Callable[[Any], Any], x: Any) -> float:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = run(x)
+    start = torch.cuda.memory_allocated()
+    output = run(x)
     torch.cuda.synchronize()
-    del kept
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
+    del output
+    return (torch.cuda.max_memory_allocated() - start) / 1e6
 
 
 def cpu_peak_here(run: Callable[[Any], Any], x: Any) -> float:
@@ -271,11 +271,11 @@ def cpu_peak_here(run: Callable[[Any], Any], x: Any) -> float:
     run(x)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident()[0]
-    kept = run(x)
+    start = _resident()[0]
+    output = run(x)
     peak = _resident()[1]
-    del kept
-    return max(0, peak - before) / 1e3
+    del output
+    return max(0, peak - start) / 1e3
 
 
 def _resident() -> tuple[int, int]:
@@ -319,8 +319,8 @@ def relative_errors(
         _truth.clear()
         _truth[key] = truth()
     errors = {}
-    for (name, bound), got, true in zip(bounds.items(), outputs, _truth[key], strict=False):
-        error = float((got.detach().double() - true).norm() / true.norm())
+    for (name, bound), output, exact in zip(bounds.items(), outputs, _truth[key], strict=False):
+        error = float((output.detach().double() - exact).norm() / exact.norm())
         errors[name] = digits(error, 2)
         if not error <= bound:
             raise Wrong(f"{name} is off by {error:.2g} relative, more than {bound:g}")
@@ -449,7 +449,7 @@ class Settings:
     toy: bool = False
 
 
-def run_bench(bench: Bench, how: Settings, emit: Callable[[dict], None]) -> list[dict]:
+def run_bench(bench: Bench, settings: Settings, emit: Callable[[dict], None]) -> list[dict]:
     """Measures every case and provider; `emit` gets each record as soon as its case is done.
 
     Raises:
@@ -459,12 +459,12 @@ def run_bench(bench: Bench, how: Settings, emit: Callable[[dict], None]) -> list
 
     threads = torch.get_num_threads()
     torch.set_num_threads(bench.threads or threads)
-    cases = bench.cases(how.device, how.quick)
-    if how.toy:
+    cases = bench.cases(settings.device, settings.quick)
+    if settings.toy:
         cases = [shrunk(cases[0])]
     records: list[dict] = []
     stream: contextlib.AbstractContextManager = contextlib.nullcontext()
-    if how.device == "cuda":
+    if settings.device == "cuda":
         stream = torch.cuda.stream(torch.cuda.Stream())
 
     def keep(record: dict) -> None:
@@ -479,19 +479,19 @@ def run_bench(bench: Bench, how: Settings, emit: Callable[[dict], None]) -> list
             # providers of a case, which would make the first compile again while it is timed.
             if "torch._dynamo" in sys.modules:
                 torch.compiler.reset()
-            run_case(bench, case, number, how, keep)
+            run_case(bench, case, number, settings, keep)
             gc.collect()
-            if how.device == "cuda":
+            if settings.device == "cuda":
                 torch.cuda.empty_cache()
     torch.set_num_threads(threads)
     return records
 
 
-def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable) -> None:
+def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Callable) -> None:
     """Measures the providers of one case; `keep` gets their records."""
     import torch
 
-    device, quick, toy = how.device, how.quick, how.toy
+    device, quick, toy = settings.device, settings.quick, settings.toy
     work = bench.work(case, device)
     dtype = bench.dtype(case, device)
     ceiling = ceilings(device, dtype, torch.get_num_threads(), quick, toy)
@@ -508,10 +508,10 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
     entries = [
         Entry(provider, {**base, "provider": provider.name})
         for provider in bench.providers
-        if not how.only or provider.name in how.only
+        if not settings.only or provider.name in settings.only
     ]
 
-    def each(step: Callable[[Entry], None], some: Sequence[Entry]) -> None:
+    def apply(step: Callable[[Entry], None], some: Sequence[Entry]) -> None:
         """Runs a step for every entry; one that fails is dropped, with the reason in its record."""
         for entry in some:
             try:
@@ -519,7 +519,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
             except Exception as error:  # a peer may fail in any way
                 entries.remove(entry)
                 close(entry.run)
-                if isinstance(error, NotMeant):
+                if isinstance(error, NotApplicable):
                     continue
                 kind = {Skip: "skipped", Wrong: "wrong"}.get(type(error), "failed")
                 entry.record[kind] = first_line(error) if kind == "failed" else str(error)
@@ -531,7 +531,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
     def prepare(entry: Entry) -> None:
         """Makes the provider and checks its output."""
         provider = entry.provider
-        if provider.name in how.without:
+        if provider.name in settings.without:
             raise Skip("left out")
         if device not in provider.devices:
             raise Skip(f"runs on {', '.join(provider.devices)} only")
@@ -545,14 +545,14 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
         if bench.check is not None:
             entry.record.update(bench.check(case, copies[0], outputs))
 
-    each(prepare, tuple(entries))
+    apply(prepare, tuple(entries))
     # Tens of milliseconds are long for events, short for a clock on a busy host.
     target = bench.seconds / (1 if not quick else 10 if device == "cuda" else 4)
-    each(lambda entry: warm_up(entry, copies, device, target, quick), tuple(entries))
+    apply(lambda entry: warm_up(entry, copies, device, target, quick), tuple(entries))
     # On a GPU a measurement goes over its calls twice: by the clock, and between events.
-    twice = 2 if device == "cuda" else 1
-    per_round = twice * sum(entry.calls * entry.seconds for entry in entries)
-    budget = how.budget or (6.0 if quick else 60.0)
+    passes = 2 if device == "cuda" else 1
+    per_round = passes * sum(entry.calls * entry.seconds for entry in entries)
+    budget = settings.budget or (6.0 if quick else 60.0)
     turns = 2 if toy else max(5, min(30, int(budget / max(per_round, 1e-9))))
 
     def sample(entry: Entry) -> None:
@@ -560,7 +560,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
 
     for turn in range(turns):
         shift = turn % max(1, len(entries))
-        each(sample, entries[shift:] + entries[:shift])
+        apply(sample, entries[shift:] + entries[:shift])
     smi = nvidia_smi() if device == "cuda" else None  # clocks just after load
 
     def complete(entry: Entry) -> None:
@@ -576,7 +576,7 @@ def run_case(bench: Bench, case: Any, number: int, how: Settings, keep: Callable
         close(entry.run)
         keep(entry.record)
 
-    each(complete, tuple(entries))
+    apply(complete, tuple(entries))
 
 
 def shrunk(case: Any) -> Any:
@@ -675,12 +675,12 @@ def cache_bytes(device: str) -> int:
         import torch
 
         return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-    found = 0
+    largest = 0
     for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = size.read_text().strip()
-        found = max(found, int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+        largest = max(largest, int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     # A virtual machine may show a large shared cache of which it has a small part.
-    return min(found or 32 << 20, 64 << 20)
+    return min(largest or 32 << 20, 64 << 20)
 
 
 # ---- printing ------------------------------------------------------------------------------------
@@ -725,7 +725,7 @@ def appender(output: Path | None, run: dict) -> Callable[[dict], None]:
 
     Records carry the number of their run; the line that describes it comes first in each file.
     """
-    begun: set[Path] = set()
+    files: set[Path] = set()
 
     def emit(record: dict) -> None:
         if output is None:
@@ -733,8 +733,8 @@ def appender(output: Path | None, run: dict) -> Callable[[dict], None]:
         file = output if output.suffix == ".jsonl" else output / f"{record['bench']}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as out:
-            if file not in begun:
-                begun.add(file)
+            if file not in files:
+                files.add(file)
                 out.write(json.dumps(run) + "\n")
             out.write(json.dumps({**record, "run": run["run"]}) + "\n")
 

@@ -65,7 +65,7 @@ def main() -> None:
     unknown = [name for name in args.names if name not in known]
     if unknown:
         parser.error(f"no bench is called {unknown[0]!r}; there are {', '.join(known)}")
-    chosen = [load(name) for name in args.names or known]
+    benches = [load(name) for name in args.names or known]
     if args.device is None or args.device == "cuda":
         import torch
 
@@ -73,7 +73,7 @@ def main() -> None:
             parser.error("torch sees no CUDA device here")
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.list:
-        for bench in chosen:
+        for bench in benches:
             print(bench.name)
             for case in bench.cases(args.device, args.quick):
                 print(f"    case      {harness.label(case)}")
@@ -82,17 +82,17 @@ def main() -> None:
                 print(f"    provider  {provider.name}{needs}")
         return
     if args.peak:
-        peak(chosen[0], int(args.peak[0]), args.peak[1])
+        peak(benches[0], int(args.peak[0]), args.peak[1])
         return
-    run = harness.run_record(chosen, args.device, args.quick, args.only)
+    run = harness.run_record(benches, args.device, args.quick, args.only)
     emit = harness.appender(None if args.no_output else args.output, run)
-    how = harness.Settings(**{f.name: getattr(args, f.name) for f in fields(harness.Settings)})
+    settings = harness.Settings(**{f.name: getattr(args, f.name) for f in fields(harness.Settings)})
     records = []
-    for bench in chosen:
+    for bench in benches:
         try:
-            records += harness.run_bench(bench, how, emit)
+            records += harness.run_bench(bench, settings, emit)
         except harness.Lost as lost:
-            again(str(lost))
+            restart(str(lost))
         emit({"record": "end", "bench": bench.name})
     print(json.dumps(outcome(run, records)))
     ours = [r for r in records if r["provider"].startswith("mvbert")]
@@ -100,7 +100,7 @@ def main() -> None:
         sys.exit("mvbert is wrong or failed somewhere above")
 
 
-def again(provider: str) -> NoReturn:
+def restart(provider: str) -> NoReturn:
     """Restarts this command without a peer that lost the CUDA context."""
     if provider.startswith("mvbert"):
         sys.exit(f"{provider} lost the CUDA context")

@@ -87,12 +87,12 @@ class Results:
         """All records, also of providers that were skipped, wrong or failed."""
         return [r for r in self.records if (r["bench"], r["device"]) == (bench, device)]
 
-    def of(self, bench: str, device: str = "cpu") -> list[dict]:
+    def timings(self, bench: str, device: str = "cpu") -> list[dict]:
         """The records of providers that were timed."""
         return [r for r in self.all_of(bench, device) if "ms" in r]
 
     def cases(self, bench: str, device: str = "cpu") -> Cases:
-        return by_case(self.of(bench, device))
+        return by_case(self.timings(bench, device))
 
     def machine(self, bench: str, device: str = "cpu") -> str:
         """The machine and versions of a bench, in a line."""
@@ -125,7 +125,7 @@ def joined(parts: Iterable[str]) -> str:
 
 
 def providers_of(cases: Cases) -> list[str]:
-    return list(dict.fromkeys(p for found in cases.values() for p in found))
+    return list(dict.fromkeys(p for records in cases.values() for p in records))
 
 
 def figure(value: float | None, digits: int = 3) -> str:
@@ -141,10 +141,10 @@ def span(ms: dict[str, float]) -> str:
 
 
 def by_case(records: Iterable[dict]) -> Cases:
-    found: Cases = {}
+    cases: Cases = {}
     for record in records:
-        found.setdefault(record["case"], {})[record["provider"]] = record
-    return found
+        cases.setdefault(record["case"], {})[record["provider"]] = record
+    return cases
 
 
 def median(record: dict | None) -> float | None:
@@ -154,16 +154,16 @@ def median(record: dict | None) -> float | None:
 
 def times(record: dict | None, ours: dict | None) -> str:
     """Their time as a multiple of ours."""
-    theirs, own = median(record), median(ours)
-    if theirs is None or own is None:
+    peer, own = median(record), median(ours)
+    if peer is None or own is None:
         return ""
-    ratio = theirs / own
+    ratio = peer / own
     return f"{ratio:.2f} x" if ratio < 10 else f"{ratio:,.0f} x"
 
 
 def faster_peers(cases: Cases) -> str:
     """A sentence: which peers are faster, in how many cases and by how much."""
-    found: dict[str, list[tuple[float, str]]] = {}
+    wins: dict[str, list[tuple[float, str]]] = {}
     compared: dict[str, int] = {}
     for case, providers in cases.items():
         own = median(next((r for p, r in providers.items() if p.startswith("mvbert")), None))
@@ -173,21 +173,21 @@ def faster_peers(cases: Cases) -> str:
             compared[provider] = compared.get(provider, 0) + 1
             ratio = own / median(record)
             if ratio >= 1.005 and provider not in FLOORS:
-                found.setdefault(provider, []).append((ratio, case))
+                wins.setdefault(provider, []).append((ratio, case))
     if not compared:
         return ""
     faster = [
-        f"`{provider}` in {len(where)} of {compared[provider]} cases, {max(where)[0]:.2f} x at "
-        f"most ({max(where)[1]})"
-        for provider, where in found.items()
+        f"`{provider}` in {len(ratios)} of {compared[provider]} cases, {max(ratios)[0]:.2f} x at "
+        f"most ({max(ratios)[1]})"
+        for provider, ratios in wins.items()
     ]
     return f"Faster than mvbert: {'; '.join(faster) or 'none of these peers'}."
 
 
-def fastest(found: dict[str, dict], peer: str) -> dict | None:
+def fastest(records: dict[str, dict], peer: str) -> dict | None:
     """The fastest of a peer's settings."""
-    timed = [r for p, r in found.items() if p.startswith(peer) and p != NOT_OF_CCE]
-    return min(timed, key=median, default=None)
+    candidates = [r for p, r in records.items() if p.startswith(peer) and p != NOT_OF_CCE]
+    return min(candidates, key=median, default=None)
 
 
 def gpu_loss_table(results: Results) -> str:
@@ -202,17 +202,17 @@ def gpu_loss_table(results: Results) -> str:
         )
     rows = []
     for N, V, H in GPU_SHAPES:
-        found = cases.get(f"N={N} V={V} H={H}", {})
-        ours = found.get("mvbert", {})
+        records = cases.get(f"N={N} V={V} H={H}", {})
+        ours = records.get("mvbert", {})
         floor = ours.get("times_floor")
         rows.append([
             f"{N:,} x {V:,} x {H}", figure(ours.get("floor_ms")), figure(median(ours)),
             "" if floor is None else f"{floor:.2f} x", figure(ours.get("peak_mb")),
-            *(times(fastest(found, peer), ours) for peer in GPU_PEERS),
+            *(times(fastest(records, peer), ours) for peer in GPU_PEERS),
         ])  # fmt: skip
     head = ["GPU, N x V x H", "floor, ms", "mvbert, ms", "of floor", "MB", *GPU_PEERS]
-    easier = sorted({peer for peer in GPU_PEERS for found in cases.values()
-                     if (fastest(found, peer) or {}).get("note") == "no bias"})  # fmt: skip
+    easier = sorted({peer for peer in GPU_PEERS for records in cases.values()
+                     if (fastest(records, peer) or {}).get("note") == "no bias"})  # fmt: skip
     unequal = f" Without the bias, which it lacks: {', '.join(easier)}." if easier else ""
     return (
         f"{title}, bfloat16, forward and backward, random inputs; the floor is 6NVH floating-point "
@@ -258,8 +258,8 @@ def glance(results: Results) -> str:
         cases = results.cases(bench)
         ours = cases.get(case, {}).get(provider)
         others = []
-        for name, where in peers.items():
-            at, peer = (case, where) if isinstance(where, str) else where
+        for name, source in peers.items():
+            at, peer = (case, source) if isinstance(source, str) else source
             record = cases.get(at, {}).get(peer)
             if record and (ratio := times(record, ours)):
                 others.append(f"{name} {amount(record)} (**{ratio}**)")
@@ -297,12 +297,12 @@ def page(results: Results) -> str:
         for device in measured:
             parts.append(f"### {title}, {'GPU' if device == 'cuda' else 'CPU'}")
             cases = results.cases(bench, device)
-            ceiling = ceilings(results.of(bench, device))
+            ceiling = ceilings(results.timings(bench, device))
             facts = [results.machine(bench, device), ceiling, faster_peers(cases)]
             parts.append(" ".join(filter(None, facts)))
             if (bench, device) == ("loss", "cuda"):
                 parts.append(gpu_loss_table(results))
-            parts += [case_table(case, found) for case, found in cases.items()]
+            parts += [case_table(case, records) for case, records in cases.items()]
             parts.append(not_timed(by_case(results.all_of(bench, device))))
     return joined(parts)
 
@@ -317,26 +317,26 @@ def ceilings(records: Sequence[dict]) -> str:
 
 def not_timed(cases: Cases) -> str:
     """Providers without a time and why; the cases only if not all of them."""
-    found: dict[str, dict[str, list[str]]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for case, records in cases.items():
         for provider, record in records.items():
             if "ms" not in record:
                 kind = next(k for k in ("skipped", "wrong", "failed") if k in record)
-                why = found.setdefault(f"{kind}: {record[kind]}", {})
-                why.setdefault(provider, []).append(case)
+                by_provider = reasons.setdefault(f"{kind}: {record[kind]}", {})
+                by_provider.setdefault(provider, []).append(case)
     lines = []
-    for why, providers in found.items():
-        names = [
-            p if len(where) == sum(p in r for r in cases.values()) else f"{p} ({', '.join(where)})"
-            for p, where in providers.items()
+    for reason, providers in reasons.items():
+        items = [
+            p if len(names) == sum(p in r for r in cases.values()) else f"{p} ({', '.join(names)})"
+            for p, names in providers.items()
         ]
-        lines.append(f"- {why}: {'; '.join(names)}")
+        lines.append(f"- {reason}: {'; '.join(items)}")
     return "\n".join(lines)
 
 
-def case_table(case: str, found: dict[str, dict]) -> str:
+def case_table(case: str, records: dict[str, dict]) -> str:
     """All figures of a case, one provider per line."""
-    is_text = any("equal" in r or "text" in r for r in found.values())
+    is_text = any("equal" in r or "text" in r for r in records.values())
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("ms", lambda r: span(r["ms"])),
         ("device ms", lambda r: span(r["device_ms"]) if "device_ms" in r else ""),
@@ -356,7 +356,7 @@ def case_table(case: str, found: dict[str, dict]) -> str:
         ("least cosine", lambda r: figure(r.get("least_cosine"), 4)),
         ("note", lambda r: r.get("note", "")),
     ]
-    rows = [[p, *(cell(r) for _, cell in columns)] for p, r in found.items()]
+    rows = [[p, *(cell(r) for _, cell in columns)] for p, r in records.items()]
     used = [i for i in range(len(columns) + 1) if any(row[i] for row in rows)]
     head = [case, *(name for name, _ in columns)]
     return table([head[i] for i in used], ([row[i] for i in used] for row in rows))
@@ -366,8 +366,8 @@ def case_table(case: str, found: dict[str, dict]) -> str:
 
 
 def draw_tokenizer(axes, results: Results) -> None:
-    case, found = next(iter(results.cases("tokenizer").items()))
-    bars = sorted((r["items_s"], p) for p, r in found.items())
+    case, records = next(iter(results.cases("tokenizer").items()))
+    bars = sorted((r["items_s"], p) for p, r in records.items())
     colours = ["tab:orange" if name.startswith("mvbert") else "tab:blue" for _, name in bars]
     axes.barh([name for _, name in bars], [value for value, _ in bars], color=colours)
     axes.set_xscale("log")
@@ -375,13 +375,13 @@ def draw_tokenizer(axes, results: Results) -> None:
 
 
 def draw_loss(axes, results: Results) -> None:
-    device = "cuda" if results.of("loss", "cuda") else "cpu"
+    device = "cuda" if results.timings("loss", "cuda") else "cpu"
     cases = results.cases("loss", device)
     providers = providers_of(cases)
     height = 0.8 / len(providers)
     for number, provider in enumerate(providers):
         places = [i + height * number for i in range(len(cases))]
-        values = [found.get(provider, {}).get("times_floor", 0) for found in cases.values()]
+        values = [records.get(provider, {}).get("times_floor", 0) for records in cases.values()]
         axes.barh(places, values, height=height, label=provider)
     axes.set_yticks([i + 0.4 for i in range(len(cases))], list(cases), fontsize=7)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -392,7 +392,8 @@ def draw_loss(axes, results: Results) -> None:
 
 def one_row(results: Results) -> list[dict]:
     """The records of inference with one row of 128 pieces."""
-    return [r for r in results.of("inference") if (r["fields"]["B"], r["fields"]["T"]) == (1, 128)]
+    records = results.timings("inference")
+    return [r for r in records if (r["fields"]["B"], r["fields"]["T"]) == (1, 128)]
 
 
 def draw_inference(axes, results: Results) -> None:

@@ -180,12 +180,12 @@ def _(vocab, threads):
             tokenizer.encode_batch(texts, add_special_tokens=False)
             for tokenizer in (teacher, student)
         )
-        for ours, theirs in zip(*pairs, strict=True):
+        for teacher_row, student_row in zip(*pairs, strict=True):
             words = {}
-            for word, id in zip(theirs.word_ids, theirs.ids, strict=True):
+            for word, id in zip(student_row.word_ids, student_row.ids, strict=True):
                 words.setdefault(word, []).append(id + size)
             row, last, keep = [], None, True
-            for word, id in zip(ours.word_ids, ours.ids, strict=True):
+            for word, id in zip(teacher_row.word_ids, teacher_row.ids, strict=True):
                 if word != last:
                     last, keep = word, coin.random() < 0.5
                     if not keep:

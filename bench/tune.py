@@ -165,7 +165,7 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
     def dlogits() -> Run:
         rows, lse = linear(), torch.zeros(N, device=device)
         rows.logits(0, lse=lse, store=True, labels=labels, target=torch.zeros_like(lse))
-        kept = rows.buffer.clone()
+        logits = rows.buffer.clone()
 
         def run() -> Tensor:
             return linear_cross_entropy.cross_entropy_dlogits(
@@ -174,7 +174,7 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
             ).sum(0)  # fmt: skip
 
         run()
-        rows.buffer.copy_(kept)
+        rows.buffer.copy_(logits)
         return run
 
     def upstream(rows: LinearRows) -> Tensor:
@@ -334,11 +334,11 @@ def tune(case: Case, measure: Callable[[Run], float], report=print) -> dict | No
     best, times = None, {}
     for blocks in ({}, *case.candidates):
         try:
-            found = try_one(case, blocks)
+            output = try_one(case, blocks)
         except UNFIT as error:
             report(f"  {blocks}: {type(error).__name__}")
             continue
-        error = ((found - truth).norm() / truth.norm().clamp_min(1e-30)).item()
+        error = ((output - truth).norm() / truth.norm().clamp_min(1e-30)).item()
         if not error < 2**-6:
             report(f"  {blocks}: WRONG by {error:.2g}")
             continue
@@ -382,26 +382,26 @@ def keep(device: str, entries: list[dict]) -> None:
     devices[device] = [merged[k] for k in sorted(merged)]
     lines = [
         f"  {json.dumps(name)}: [\n"
-        + ",\n".join(f"   {json.dumps(entry)}" for entry in found)
+        + ",\n".join(f"   {json.dumps(entry)}" for entry in group)
         + "\n  ]"
-        for name, found in sorted(devices.items())
+        for name, group in sorted(devices.items())
     ]
     launch.TUNED.write_text('{"devices": {\n' + ",\n".join(lines) + "\n}}\n", encoding="utf-8")
 
 
-def _wanted(only: list[str]) -> Iterator[Case]:
+def _select(only: list[str]) -> Iterator[Case]:
     for case in real_cases():
         if all(part in case.name for part in only):
             yield case
 
 
-def _compile(only: list[str], share: int, of: int) -> int:
-    """Runs every `of`-th candidate once, for the sake of Triton's cache."""
+def _compile(only: list[str], share: int, processes: int) -> int:
+    """Runs every `processes`-th candidate once, for the sake of Triton's cache."""
     count = 0
-    for case in _wanted(only):
+    for case in _select(only):
         for blocks in ({}, *case.candidates):
             count += 1
-            if count % of == share:
+            if count % processes == share:
                 try:
                     try_one(case, blocks)
                 except UNFIT:
@@ -424,7 +424,7 @@ def main() -> int:
         counts = {future.result() for future in done}
     print(f"{counts.pop()} candidates compiled on {args.jobs} processes", flush=True)
     entries = []
-    for case in _wanted(args.only):
+    for case in _select(args.only):
         entry = tune(case, on_device, lambda line: print(line, flush=True))
         if entry is not None:
             entries.append(entry)

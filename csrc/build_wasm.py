@@ -45,17 +45,17 @@ def sources() -> list[Path]:
 
 def source_hash() -> str:
     """SHA-256 over the flags and the code the module is made from, without comments and layout."""
-    used = {*sources()}
-    pending = list(used)
+    files = {*sources()}
+    pending = list(files)
     while pending:
         text = pending.pop().read_text(encoding="utf-8")
         for name in re.findall(r'^#include "(\w+\.(?:h|inc))"', text, re.M):
             header = ROOT / "csrc" / name
-            if header not in used:
-                used.add(header)
+            if header not in files:
+                files.add(header)
                 pending.append(header)
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in sorted(used):
+    for path in sorted(files):
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(encoding="utf-8"), flags=re.S)
         digest.update(f"\n{path.name} {''.join(code.split())}".encode())
     return digest.hexdigest()

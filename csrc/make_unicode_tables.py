@@ -81,12 +81,12 @@ def decomposition(c: int) -> list[int]:
 
 def seconds_of_pairs() -> set[int]:
     """Code points that can combine with the one before them (NFC_Quick_Check=Maybe)."""
-    found = set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
+    seconds = set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
     for c in range(LAST):
         pair = decomposition(c)
         if len(pair) == 2 and nfc(nfd(chr(c))) == chr(c):
-            found.add(pair[1])
-    return found
+            seconds.add(pair[1])
+    return seconds
 
 
 class Pool:
@@ -190,15 +190,15 @@ def c_array(kind: str, name: str, values: list[int]) -> str:
     return f"const {kind} {name}[{len(values)}] = {{\n{body}}};\n"
 
 
-def ranges(predicate, among=range(LAST)) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for c in among:
+def ranges(predicate, codes=range(LAST)) -> list[tuple[int, int]]:
+    spans: list[tuple[int, int]] = []
+    for c in codes:
         if predicate(c):
-            if found and found[-1][1] == c - 1:
-                found[-1] = (found[-1][0], c)
+            if spans and spans[-1][1] == c - 1:
+                spans[-1] = (spans[-1][0], c)
             else:
-                found.append((c, c))
-    return found
+                spans.append((c, c))
+    return spans
 
 
 def py_text(name: str, comment: str, words: list[str]) -> str:
@@ -277,8 +277,8 @@ def write_python() -> None:
     classes = []
     combining = [unicodedata.combining(chr(c)) for c in range(LAST)]
     for value in sorted(set(combining) - {0}):
-        found = ranges(lambda c, v=value: combining[c] == v, [c for c in alive if combining[c]])
-        classes.append(f"{value}:{','.join(f'{a:X}-{b:X}' for a, b in found)}")
+        spans = ranges(lambda c, v=value: combining[c] == v, [c for c in alive if combining[c]])
+        classes.append(f"{value}:{','.join(f'{a:X}-{b:X}' for a, b in spans)}")
     note = "# Inclusive ranges of code points, hexadecimal"
     out = [
         f'"""Unicode {VERSION} properties for mvbert.text.wordpiece.\n\n'

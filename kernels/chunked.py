@@ -99,7 +99,7 @@ class LinearChunks:
         self.bias = None if bias is None else bias.to(acc)
         V, H = weight.shape
         self.V = V
-        given, chunk = chunk, min(chunk_rows(V, hidden.element_size()), max(N, 1))
+        override, chunk = chunk, min(chunk_rows(V, hidden.element_size()), max(N, 1))
         # Summing over chunks in a wider dtype than the result's takes 4 V H bytes, and what is
         # held at the end 6: fewer bytes than the logits of all rows only from here on.
         wider = need.weight and weight.dtype != acc
@@ -107,7 +107,7 @@ class LinearChunks:
             chunk = max(N, 1)
         count = -(-N // chunk)
         # Chunks of one size; no small last one.
-        self.chunk = given or (chunk if count <= 1 else min(chunk, -(-N // count // 16) * 16))
+        self.chunk = override or (chunk if count <= 1 else min(chunk, -(-N // count // 16) * 16))
         self.buffer = hidden.new_empty(self.chunk, pitch(V))
         # bfloat16 products on AMX read past the end of a row, times zero: no NaN may be there.
         self.buffer[:, V:].zero_()
@@ -237,19 +237,19 @@ def cross_entropy(
     for at in linear.chunks():
         x, z = linear.logits(at)
         for part in linear.parts(z):
-            picked = rows[at][part]
-            target = labels[picked].long()[:, None]
+            index = rows[at][part]
+            target = labels[index].long()[:, None]
             wide = linear.wide(z[part])
             if cap:
                 wide.div_(cap).tanh_().mul_(cap)
             p = linear.softmax(wide)
             if predict:
-                top, predicted[picked] = wide.max(1)
+                top, predicted[index] = wide.max(1)
             else:
                 top = wide.amax(1)
             # The largest probability is at least 1 / V, so its logarithm is always safe to take.
             rest = -p.amax(1).log()
-            lse[picked] = top + rest
+            lse[index] = top + rest
             gap = top - wide.gather(1, target)[:, 0]
             own = 1 - s
             if class_weight is not None:
@@ -262,23 +262,23 @@ def cross_entropy(
             else:
                 row = gap + rest
             if z_loss is not None:
-                row += z_loss * lse[picked].square()
-            loss[picked] = row
+                row += z_loss * lse[index].square()
+            loss[index] = row
             if not need:
                 continue
-            a = 1.0 if dloss is None else dloss[picked]
+            a = 1.0 if dloss is None else dloss[index]
             # What the probabilities are multiplied by, what the label's is less, and each piece's.
             if class_weight is None:
                 mass, even = a, s / V
             else:
                 mass, even = a * (own + spread if s else own), shares
             if z_loss is not None:
-                mass = mass + 2 * a * z_loss * lse[picked]
+                mass = mass + 2 * a * z_loss * lse[index]
             if dlse is not None:
-                mass = mass + dlse[picked]
+                mass = mass + dlse[index]
             if isinstance(mass, Tensor):
                 p *= mass[:, None]
-            hard = torch.as_tensor(-a * own, dtype=p.dtype).expand(len(picked))
+            hard = torch.as_tensor(-a * own, dtype=p.dtype).expand(len(index))
             p.scatter_add_(1, target, hard[:, None])
             if s:
                 p -= even if dloss is None else a[:, None] * even
@@ -315,19 +315,19 @@ def kl(
         x, z = student.logits(at)
         _, y = teacher.logits(at)
         for part in student.parts(z):
-            picked = rows[at][part]
+            index = rows[at][part]
             wide_z = student.wide(z[part], temperature)
             wide_y = teacher.wide(y[part], temperature)
             p, q = student.softmax(wide_z), teacher.softmax(wide_y)
             # Of log p and log q only differences: what two near models share is never rounded.
             rest = (q.amax(1) / p.amax(1)).log() - (wide_y.amax(1) - wide_z.amax(1))
-            apart = wide_y.sub_(wide_z).mul_(q).sum(1)
-            loss[picked] = temperature**2 * (apart + rest).to(loss.dtype)
+            gap = wide_y.sub_(wide_z).mul_(q).sum(1)
+            loss[index] = temperature**2 * (gap + rest).to(loss.dtype)
             if not need:
                 continue
             dz = p.sub_(q)
             if dloss is not None:
-                dz *= dloss[picked][:, None]
+                dz *= dloss[index][:, None]
             student.keep(z[part], dz)
         if need:
             student.backward(at, x, z)

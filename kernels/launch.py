@@ -91,16 +91,16 @@ def _tables() -> dict[str, list[dict]]:
 @cache
 def _measured(device: str, kernel: str, dtype: str, shape: tuple[int, ...]) -> dict | None:
     """The entry of this device, kernel, dtype and shape, N the nearest; shape = (N, *others)."""
-    found = [
+    entries = [
         entry
         for entry in _tables().get(device, [])
         if (entry["kernel"], entry["dtype"], *entry["shape"][1:]) == (kernel, dtype, *shape[1:])
         and entry["shape"][0] <= 4 * shape[0]
     ]
-    return min(found, key=lambda entry: abs(entry["shape"][0] - shape[0]), default=None)
+    return min(entries, key=lambda entry: abs(entry["shape"][0] - shape[0]), default=None)
 
 
-def chosen(kernel: str, x: Tensor, shape: tuple[int, ...], rule: dict[str, int]) -> dict[str, int]:
+def choose(kernel: str, x: Tensor, shape: tuple[int, ...], rule: dict[str, int]) -> dict[str, int]:
     """Blocks of a kernel: forced, else measured on this device at this shape, else by the rule."""
     if kernel in FORCED:
         return rule | FORCED[kernel]
@@ -144,7 +144,7 @@ def product_blocks(
     rule = dict(zip(names, blocks, strict=True)) | {"GROUP": 8}
     stage = (rule["BLOCK_M"] + rule["BLOCK_N"]) * rule["BLOCK_K"] * x.element_size()
     rule["num_stages"] = max(1, min(rule["num_stages"], shared_memory(x.device) // stage))
-    return rule if options else chosen(kernel, x, shape, rule)
+    return rule if options else choose(kernel, x, shape, rule)
 
 
 def elementwise_blocks(
@@ -159,7 +159,7 @@ def elementwise_blocks(
     rule = {"BLOCK_M": 8, "BLOCK_V": 512, "STEPS": 8, "num_warps": 4}
     if options:
         return rule | {"num_warps": 8}
-    return chosen("elementwise", x, shape, rule)
+    return choose("elementwise", x, shape, rule)
 
 
 def flash_warps(x: Tensor) -> int:
@@ -172,7 +172,7 @@ def flash_fwd_blocks(N: int, V: int, x: Tensor) -> tuple[dict[str, int], int]:
     if N < 64 or V < 64 or x.element_size() > 2:
         return {"BLOCK_M": 16, "BLOCK_V": 16, "num_warps": 4, "num_stages": 2}, 2
     rule = {"BLOCK_M": 64, "BLOCK_V": 64, "num_warps": flash_warps(x), "num_stages": 2}
-    blocks = dict(chosen("flash_fwd", x, (N, V, x.shape[1]), rule))
+    blocks = dict(choose("flash_fwd", x, (N, V, x.shape[1]), rule))
     # Two programs share a multiprocessor: one does its softmax while the other multiplies.
     splits = 2 * multiprocessors(x.device) // triton.cdiv(N, blocks["BLOCK_M"])
     return blocks, blocks.pop("splits", max(1, min(8, splits)))
@@ -191,7 +191,7 @@ def flash_dweight_blocks(
     if options:
         blocks = rule | {"num_warps": 8}
     else:
-        blocks = dict(chosen("flash_dweight", x, (N, V, x.shape[1]), rule))
+        blocks = dict(choose("flash_dweight", x, (N, V, x.shape[1]), rule))
     splits = 2 * multiprocessors(x.device) // triton.cdiv(V, blocks["BLOCK_V"])
     return blocks, blocks.pop("splits", max(1, min(8, splits, triton.cdiv(N, 64))))
 
@@ -207,7 +207,7 @@ def relation_blocks(x: Tensor, shape: tuple[int, ...], width: int) -> dict[str, 
         rule = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
     else:
         rule = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    return chosen("relation_kl", x, shape, rule)
+    return choose("relation_kl", x, shape, rule)
 
 
 def row_blocks(kernel: str, x: Tensor, N: int, H: int) -> dict[str, int]:
@@ -216,12 +216,12 @@ def row_blocks(kernel: str, x: Tensor, N: int, H: int) -> dict[str, int]:
     rows = max(1, 1024 // block_h) if block_h >= 64 else 2
     warps = max(1, min(16, rows * block_h // 256))
     rule = {"ROWS": rows, "BLOCK_H": block_h, "num_warps": warps}
-    return chosen(kernel, x, (N, H), rule)
+    return choose(kernel, x, (N, H), rule)
 
 
 def library(kernel: str, x: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether a product over all rows ("dx" or "dweight") goes to the vendor's library."""
-    return bool(chosen(kernel + "_library", x, shape, {"library": 1})["library"])
+    return bool(choose(kernel + "_library", x, shape, {"library": 1})["library"])
 
 
 def bwd_programs(device: torch.device) -> int:

@@ -264,8 +264,8 @@ def _backward(ctx, dy, drounded, *others):
         dy, drounded, *ctx.saved_tensors, ctx.dropout_p, ctx.dtype
     )
     # Without dropout two inputs of one dtype have one gradient, which is made once.
-    made = ctx.dropout_p > 0 or ctx.dtype != dresidual.dtype
-    return dx if made else dresidual, dresidual, *vectors, None, None, None, None
+    separate = ctx.dropout_p > 0 or ctx.dtype != dresidual.dtype
+    return dx if separate else dresidual, dresidual, *vectors, None, None, None, None
 
 
 residual_layer_norm.register_autograd(_backward, setup_context=_save)

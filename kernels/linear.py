@@ -30,16 +30,16 @@ def exp(x):
 def tanh(x, ACC: tl.constexpr):
     """tanh(x) from exp; in float32 near 0, where that loses digits, from the series."""
     e = exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    far = tl.where(x < 0, -far, far)
+    ratio = (1.0 - e) / (1.0 + e)
+    ratio = tl.where(x < 0, -ratio, ratio)
     if ACC == tl.float64:  # noqa: SIM300
-        return far
+        return ratio
     else:
         s = tl.minimum(x * x, 1.0)
-        near = x + x * s * (
+        series = x + x * s * (
             -1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))
         )
-        return tl.where(s < 0.0625, near, far)
+        return tl.where(s < 0.0625, series, ratio)
 
 
 @triton.jit
@@ -177,8 +177,8 @@ def logits_kernel(
         label = tl.load(labels_ptr + rows, mask=m < count, other=-1)
         hit = label[:, None] == v[None, :]
         z_target = tl.sum(tl.where(hit, acc, 0.0), 1)
-        here = (label >= tile_n * BLOCK_N) & (label < min(tile_n * BLOCK_N + BLOCK_N, V))
-        tl.store(target_ptr + rows, z_target, mask=(m < count) & here)
+        in_tile = (label >= tile_n * BLOCK_N) & (label < min(tile_n * BLOCK_N + BLOCK_N, V))
+        tl.store(target_ptr + rows, z_target, mask=(m < count) & in_tile)
     if STORE:
         z_at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
         tl.store(z_at, z, mask=(m < count)[:, None] & (v < stride_z)[None, :])
@@ -610,8 +610,8 @@ def no_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, need: Need
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, dhidden, dweight, dbias) for N = 0."""
-    inputs, wanted = (hidden, weight, bias), (need.hidden, need.weight, need.bias)
-    zeros = [torch.zeros_like(x) if n else None for x, n in zip(inputs, wanted, strict=True)]
+    inputs, flags = (hidden, weight, bias), (need.hidden, need.weight, need.bias)
+    zeros = [torch.zeros_like(x) if n else None for x, n in zip(inputs, flags, strict=True)]
     loss = hidden.new_zeros(0, dtype=accumulator_dtype(hidden.dtype))
     return loss, *gradients_like(*inputs, *zeros)
 

@@ -67,19 +67,19 @@ def linear_cross_entropy_reference(
     logits = upcast(plain_linear(hidden, weight, bias))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    kept = labels != ignore_index
-    label = labels.long().where(kept, 0)
+    labelled = labels != ignore_index
+    label = labels.long().where(labelled, 0)
     lse = torch.logsumexp(logits, 1)
-    apart = lse[:, None] - logits
+    nll = lse[:, None] - logits
     if class_weight is not None:
-        apart = apart * class_weight.to(logits.dtype)
-    loss = (1 - label_smoothing) * apart.gather(1, label[:, None])[:, 0]
-    loss = loss + label_smoothing * apart.mean(1) + z_loss * lse.square()
+        nll = nll * class_weight.to(logits.dtype)
+    loss = (1 - label_smoothing) * nll.gather(1, label[:, None])[:, 0]
+    loss = loss + label_smoothing * nll.mean(1) + z_loss * lse.square()
     zero = torch.zeros((), dtype=loss.dtype, device=loss.device)
     return (
-        torch.where(kept, loss, zero),
-        torch.where(kept, lse, zero),
-        torch.where(kept, logits.argmax(1), -1),
+        torch.where(labelled, loss, zero),
+        torch.where(labelled, lse, zero),
+        torch.where(labelled, logits.argmax(1), -1),
     )
 
 
@@ -366,10 +366,10 @@ def flash_fwd_kernel(
         z = tl.dot(x, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
         if HAS_BIAS:
             z += tl.load(bias_ptr + inside).to(ACC)[None, :]
-        struck = label[:, None] == v[None, :]
+        skip = label[:, None] == v[None, :]
         if not EVEN_V:
-            struck |= (v >= end)[None, :]
-        z = tl.where(struck, -float("inf"), z)
+            skip |= (v >= end)[None, :]
+        z = tl.where(skip, -float("inf"), z)
         if PREDICT:
             tile_max, place = tl.max(z, 1, return_indices=True)
             best = tl.where(tile_max > row_max, start + place, best)

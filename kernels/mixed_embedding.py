@@ -274,23 +274,23 @@ def mixed_embedding_bwd_kernel(
             )
         if ADD_TEACHER or ADD_STUDENT:
             v = tl.load(ids_ptr + n, mask=inside, other=0).to(tl.int64)
-            wanted = inside & (v != padding_id)
+            active = inside & (v != padding_id)
             if FREQUENT:
-                sum_0 += tl.where((wanted & (v == frequent_0))[:, None], ds, 0.0)
-                sum_1 += tl.where((wanted & (v == frequent_1))[:, None], ds, 0.0)
-                wanted = wanted & (v != frequent_0) & (v != frequent_1)
+                sum_0 += tl.where((active & (v == frequent_0))[:, None], ds, 0.0)
+                sum_1 += tl.where((active & (v == frequent_1))[:, None], ds, 0.0)
+                active = active & (v != frequent_0) & (v != frequent_1)
             if ADD_TEACHER:
                 tl.atomic_add(
                     dteacher_ptr + v[:, None] * H + h[None, :],
                     ds,
-                    mask=(wanted & (v >= 0) & (v < V_T))[:, None] & column,
+                    mask=(active & (v >= 0) & (v < V_T))[:, None] & column,
                     sem="relaxed",
                 )
             if ADD_STUDENT:
                 tl.atomic_add(
                     dstudent_ptr + (v - V_T)[:, None] * H + h[None, :],
                     ds,
-                    mask=(wanted & (v >= V_T) & (v < V_T + V_S))[:, None] & column,
+                    mask=(active & (v >= V_T) & (v < V_T + V_S))[:, None] & column,
                     sem="relaxed",
                 )
     out = sums_ptr + (share.to(tl.int64) * T + position) * 6 * H + h
@@ -365,8 +365,8 @@ def mixed_embedding_bwd(
     (B, T), H = inputs.input_ids.shape, inputs.ln_weight.shape[0]
     index, tables, sizes, flags = _common(inputs)
     grads = [
-        mean.new_zeros(rows, H) if wanted else None
-        for rows, wanted in zip(sizes[:4], need, strict=True)
+        mean.new_zeros(rows, H) if flag else None
+        for rows, flag in zip(sizes[:4], need, strict=True)
     ]
     dteacher, dstudent, dposition, dtype = grads
     # Sums whose place depends on data need atomics; a fixed order needs them written out instead.
@@ -399,10 +399,10 @@ def mixed_embedding_bwd(
     if store:
         _sum_sorted(ds, index, sizes, by_position, by_type, grads, padding_id)
     else:
-        for which, v in enumerate(frequent):
+        for i, v in enumerate(frequent):
             for grad, base, rows in ((dteacher, 0, sizes[0]), (dstudent, sizes[0], sizes[1])):
                 if grad is not None and base <= v < base + rows:
-                    grad[v - base] += total[4 + which]
+                    grad[v - base] += total[4 + i]
     vector = inputs.ln_weight.dtype
     return (
         *(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs.tables, strict=True)),
@@ -424,18 +424,18 @@ def _sum_sorted(
     dteacher, dstudent, dposition, dtype = grads
     ids, types, positions = (i.reshape(-1).long() for i in index)
 
-    def add(grad, rows, wanted):
-        # Unwanted rows go to a row beyond the table, which is dropped.
-        rows = torch.where(wanted, rows, grad.shape[0])
+    def add(grad, rows, active):
+        # Other rows go to a row beyond the table, which is dropped.
+        rows = torch.where(active, rows, grad.shape[0])
         grad.copy_(
             torch.ops.aten.embedding_dense_backward(ds, rows, grad.shape[0] + 1, -1, False)[:-1]
         )
 
-    wanted = ids != padding_id
+    active = ids != padding_id
     if dteacher is not None:
-        add(dteacher, ids, wanted & (ids < sizes[0]))
+        add(dteacher, ids, active & (ids < sizes[0]))
     if dstudent is not None:
-        add(dstudent, ids - sizes[0], wanted & (ids >= sizes[0]))
+        add(dstudent, ids - sizes[0], active & (ids >= sizes[0]))
     if by_position:
         positions = positions.repeat(ds.shape[0] // positions.numel())
         add(dposition, positions, positions >= 0)

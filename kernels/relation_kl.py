@@ -109,8 +109,8 @@ def relation_kl_kernel(
     total_i = tl.load(student_stats_ptr + T + i, mask=i < T, other=1.0)[:, None]
     teacher_top_i = tl.load(teacher_stats_ptr + i, mask=i < T, other=0.0)[:, None]
     teacher_total_i = tl.load(teacher_stats_ptr + T + i, mask=i < T, other=1.0)[:, None]
-    # log q - log p = (r - teacher_top) - (s - top) + apart
-    apart = tl.log(total_i / teacher_total_i)
+    # log q - log p = (r - teacher_top) - (s - top) + gap
+    gap = tl.log(total_i / teacher_total_i)
     # A division for each row or column, none for each entry.
     share_i, teacher_share_i = 1.0 / total_i, 1.0 / teacher_total_i
     loss = tl.zeros((BLOCK_M,), ACC)
@@ -125,7 +125,7 @@ def relation_kl_kernel(
         s_i, r_i = s - top_i, r - teacher_top_i
         q = tl.exp(r_i) * teacher_share_i
         inside = (i < T)[:, None] & (j < T)[None, :]
-        loss += tl.sum(tl.where(inside, q * ((r_i - s_i) + apart), 0.0), 1)
+        loss += tl.sum(tl.where(inside, q * ((r_i - s_i) + gap), 0.0), 1)
         if GRAD:
             # Columns beyond T meet vectors of zeros, rows beyond T are not stored.
             top_j = tl.load(student_stats_ptr + j, mask=j < T, other=0.0)[None, :]

@@ -329,7 +329,7 @@ class FusedLanguageModel(_Mixin):
             # tell the host how many there are; there the loss alone skips the others.
             kept = labels != functional.IGNORE_INDEX
             hidden, labels = hidden[kept], labels[kept]
-        decoder = _along(self, path)
+        decoder = _find_module(self, path)
         loss = functional.linear_cross_entropy(
             transform(self, hidden),
             decoder.weight,
@@ -367,7 +367,7 @@ def _serves_loss(model: Any, arguments: dict[str, Any]) -> bool:
         return False
     labels = arguments.get("labels")
     rows = arguments.get("input_ids", arguments.get("inputs_embeds"))
-    decoder = _along(model, path)
+    decoder = _find_module(model, path)
     return (
         isinstance(labels, Tensor)
         and isinstance(rows, Tensor)
@@ -497,7 +497,7 @@ def _arguments(
     return bound if bound.keys() <= served else None
 
 
-def _along(module: Any, path: str) -> Any:
+def _find_module(module: Any, path: str) -> Any:
     """The module that a dotted path leads to."""
     for name in path.split("."):
         module = getattr(module, name)
@@ -625,10 +625,10 @@ def unfuse(model: nn.Module) -> list[str]:
     Returns:
         The names of the modules that were restored.
     """
-    restored = []
+    names = []
     for name, module in model.named_modules():
         original = getattr(type(module), "_mvbert_original", None)
         if original is not None:
             module.__class__ = original
-            restored.append(name)
-    return restored
+            names.append(name)
+    return names

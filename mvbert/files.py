@@ -53,8 +53,8 @@ def data_folder() -> Path:
     clone = Path(__file__).resolve().parents[1]
     if not (clone / "pyproject.toml").is_file():
         return Path("data")
-    beside = clone.parent / "shared" / "data"
-    return beside if beside.is_dir() else clone / "data"
+    shared = clone.parent / "shared" / "data"
+    return shared if shared.is_dir() else clone / "data"
 
 
 def data_path(path: str | Path) -> Path:
@@ -284,8 +284,8 @@ def read_json(path: str | Path) -> Json:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}:{error.colno}"
-        raise InputError(f"{where}: not JSON ({error.msg}); is the file cut off?") from None
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise InputError(f"{place}: not JSON ({error.msg}); is the file cut off?") from None
     except RecursionError:
         raise InputError(
             f"{path} is JSON nested too deeply; expected a file that mvbert wrote"

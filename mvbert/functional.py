@@ -642,15 +642,15 @@ def _cross_entropy_rows(
     bias: Tensor | None,
     labels: Tensor,
     options: LossOptions,
-    lse_wanted: bool,
+    with_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [N], lse [N], predicted [N]); 0, 0 and -1 on ignored rows."""
     hidden = _autocast(hidden)
     # Gradients made on the way fit any sum of rows, but neither a gradient of lse nor, without
     # looking at the upstream gradient, a GPU: those compute the logits again.
-    ahead = backend == "chunked" and not lse_wanted and hidden.dtype != torch.float16
-    need = _need(hidden, weight, bias) if ahead else [False, False, False]
+    one_pass = backend == "chunked" and not with_lse and hidden.dtype != torch.float16
+    need = _need(hidden, weight, bias) if one_pass else [False, False, False]
     ignore_index, smoothing, class_weight, softcap, z_loss, predict = options
     loss, lse, predicted, *_ = linear_cross_entropy_rows(
         hidden, weight, bias, labels, class_weight, z_loss, ignore_index, smoothing, softcap,

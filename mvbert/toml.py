@@ -30,22 +30,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(cls: type[C], data: dict[str, Any], where: str) -> C:
-    """Builds a config from plain data; errors locate unknown keys and wrong types by `where`."""
+def from_dict(cls: type[C], data: dict[str, Any], place: str) -> C:
+    """Builds a config from plain data; errors locate unknown keys and wrong types by `place`."""
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
             raise InputError(
-                f"{where}: unknown key {key!r}; expected one of {', '.join(sorted(known))}"
+                f"{place}: unknown key {key!r}; expected one of {', '.join(sorted(known))}"
             )
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    values = {key: _convert(hints[key], value, f"{place}.{key}") for key, value in data.items()}
     try:
         return cls(**values)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{place}: {error}") from None
     except TypeError as error:
-        raise InputError(f"{where}: {error}") from None
+        raise InputError(f"{place}: {error}") from None
 
 
 def load_toml(cls: type[C], path: Path | str) -> C:
@@ -64,38 +64,38 @@ def load_toml(cls: type[C], path: Path | str) -> C:
     return from_dict(cls, data, str(path))
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, place: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
             raise InputError(
-                f"{where}: must be one of {', '.join(map(str, choices))}, got {value!r}"
+                f"{place}: must be one of {', '.join(map(str, choices))}, got {value!r}"
             )
         return value
     if origin in (typing.Union, types.UnionType):
-        raise TypeError(f"{where}: unions are not used in configs")
+        raise TypeError(f"{place}: unions are not used in configs")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: must be a list, got {value!r}")
+            raise InputError(f"{place}: must be a list, got {value!r}")
         (item, _) = typing.get_args(hint)
-        return tuple(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(_convert(item, v, f"{place}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise InputError(f"{where}: must be a table, got {value!r}")
+            raise InputError(f"{place}: must be a table, got {value!r}")
         return dict(value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if not isinstance(value, dict):
-            raise InputError(f"{where}: must be a table, got {value!r}")
-        return from_dict(hint, value, where)
+            raise InputError(f"{place}: must be a table, got {value!r}")
+        return from_dict(hint, value, place)
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (hint is int and isinstance(value, bool)) or not isinstance(value, hint):
-        raise InputError(f"{where}: must be {hint.__name__}, got {value!r}")
+        raise InputError(f"{place}: must be {hint.__name__}, got {value!r}")
     if hint is float and not math.isfinite(value):
-        raise InputError(f"{where}: must be finite, got {value}")
+        raise InputError(f"{place}: must be finite, got {value}")
     return value

@@ -233,11 +233,11 @@ def test_tables_take_the_last_whole_run(bench_path, tmp_path):
     made += lines("4", False, 4.0, only=["mvbert"])
     made += [{**lines("5", False, 5.0)[0], "ends": True}, lines("5", False, 5.0)[1]]  # cut short
     (tmp_path / "loss.jsonl").write_text("\n".join(map(json.dumps, made)))
-    (record,) = tables.Results(tmp_path).of("loss")
+    (record,) = tables.Results(tmp_path).timings("loss")
     assert record["ms"]["p50"] == 2.0
     with (tmp_path / "loss.jsonl").open("a") as file:
         file.write('\n{"record": "end", "run": "5", "bench": "loss"}')
-    (record,) = tables.Results(tmp_path).of("loss")
+    (record,) = tables.Results(tmp_path).timings("loss")
     assert record["ms"]["p50"] == 5.0
 
 

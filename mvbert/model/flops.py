@@ -90,7 +90,7 @@ def product_rates(
         for pair in zip(*calls.values(), strict=True):
             works.append((2.0 * m * k * n, dict(zip(dtypes, pair, strict=True))))
 
-    def timed(call: Callable[[], object]) -> float:
+    def time_call(call: Callable[[], object]) -> float:
         start = clock()
         call()
         return clock() - start
@@ -102,17 +102,17 @@ def product_rates(
     for _, work in works:
         for dtype in dtypes:
             # The first call also prepares code and memory.
-            best[dtype].append(min(timed(work[dtype]), timed(work[dtype])))
+            best[dtype].append(min(time_call(work[dtype]), time_call(work[dtype])))
         quick, slow = sorted(sum(best[dtype]) for dtype in dtypes)
         if slow > max(LOST_RATIO * quick, LOST_SECONDS):
             break
     else:
-        made = 1
-        while made < ROUNDS or clock() < end:
+        rounds = 1
+        while rounds < ROUNDS or clock() < end:
             for i, (_, work) in enumerate(works):
                 for dtype in dtypes:
-                    best[dtype][i] = min(best[dtype][i], timed(work[dtype]))
-            made += 1
+                    best[dtype][i] = min(best[dtype][i], time_call(work[dtype]))
+            rounds += 1
     torch.set_num_threads(threads)
     flops = sum(flops for flops, _ in works[: len(best[torch.float32])])
     return {dtype: flops / sum(best[dtype]) for dtype in dtypes}

@@ -183,7 +183,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     data = read_json_object(path)
     if data.get("model_type") != "bert":
         raise InputError(f"{path}: model_type is {data.get('model_type')!r}, expected 'bert'")
-    for key, usual, why in (
+    for key, usual, reason in (
         ("position_embedding_type", "absolute", "only absolute position embeddings are supported"),
         ("is_decoder", False, "a decoder reads from left to right only; expected an encoder"),
         ("add_cross_attention", False, "cross-attention is not supported"),
@@ -192,7 +192,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     ):
         # None and absent are the default, as an empty dictionary is.
         if (data.get(key) or usual) != usual:
-            raise InputError(f"{path}: {key} is {data[key]!r}; {why}")
+            raise InputError(f"{path}: {key} is {data[key]!r}; {reason}")
     values: dict[str, Any] = {f.name: data[f.name] for f in fields(ModelConfig) if f.name in data}
     act = values.get("hidden_act")
     if isinstance(act, str):
@@ -324,8 +324,8 @@ def load_label_head(folder: Path, weights: Weights, config: ModelConfig) -> Labe
     if architecture is None:
         return None
     name, of_text, outputs = _LABEL_HEADS[architecture]
-    needed = [f"{name}.weight", f"{name}.bias", *["bert.pooler.dense.weight"] * of_text]
-    missing = [tensor for tensor in needed if tensor not in weights]
+    tensors = [f"{name}.weight", f"{name}.bias", *["bert.pooler.dense.weight"] * of_text]
+    missing = [tensor for tensor in tensors if tensor not in weights]
     if missing:
         raise InputError(
             f"{folder} is a {architecture}, but its weights have no {weights.key(missing[0])}"

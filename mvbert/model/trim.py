@@ -122,12 +122,12 @@ def trim_tensors(tensors: Mapping[str, Tensor], old: Vocab, new: Vocab, folder: 
         raise InputError(
             f"{folder}: {tables[0]} has {rows} rows for a vocabulary of {old.size} pieces"
         )
-    made: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     rewritten = []
     kept = 0
     for name, tensor in tensors.items():
         if not (tensor.ndim and len(tensor) == rows):
-            made[name] = tensor
+            result[name] = tensor
             continue
         if not _OF_PIECES.match(name):
             # A hidden size may equal the number of pieces by chance only in toys: better refused.
@@ -139,9 +139,9 @@ def trim_tensors(tensors: Mapping[str, Tensor], old: Vocab, new: Vocab, folder: 
         if not tensor.is_floating_point():
             raise InputError(f"{folder}: {name} is {tensor.dtype}, expected floating point")
         values, kept = spelled_rows(new.pieces, old.ids, flat.float(), old.unk)
-        made[name] = values.to(tensor.dtype).reshape(new.size, *tensor.shape[1:]).contiguous()
+        result[name] = values.to(tensor.dtype).reshape(new.size, *tensor.shape[1:]).contiguous()
         rewritten.append(name)
-    return Trimmed(made, kept, tuple(rewritten))
+    return Trimmed(result, kept, tuple(rewritten))
 
 
 def write_trimmed(folder: Path, out: Path, old: Vocab, new: Vocab) -> Trimmed:

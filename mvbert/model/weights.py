@@ -100,10 +100,10 @@ class Weights:
         paths = {path for path, _ in self._source.values()}
         what = ", ".join(self.key(name) for name in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        where = str(paths.pop()) if len(paths) == 1 else str(self.folder)
+        place = str(paths.pop()) if len(paths) == 1 else str(self.folder)
         example = next((key for _, key in self._source.values()), None)
-        has = f"; the first of its {len(self.tensors)} tensors is {example}" if example else ""
-        return InputError(f"{where} has no {what}{more}, which config.json requires{has}")
+        hint = f"; the first of its {len(self.tensors)} tensors is {example}" if example else ""
+        return InputError(f"{place} has no {what}{more}, which config.json requires{hint}")
 
     def unread(self) -> str:
         """A sentence about tensors that were not read; empty if there are none."""

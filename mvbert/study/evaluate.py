@@ -83,9 +83,9 @@ def run_eval(
             f"evaluating with rows of {row.length} pieces; trained with {trained} "
             "(set --row.length)"
         )
-    opened = checked_corpus(corpus)
-    cut = opened.segment(vocab)
-    chosen = set_up_alone(
+    data = checked_corpus(corpus)
+    cut = data.segment(vocab)
+    placement = set_up_alone(
         device,
         dtype,
         threads,
@@ -93,27 +93,27 @@ def run_eval(
         gradients=False,
         recorded=dtype_of_run(folder.parent) if dtype == "auto" else None,
     )
-    progress.note(f"device {chosen}")
-    model = model.to(chosen.device).eval()
+    progress.note(f"device {placement}")
+    model = model.to(placement.device).eval()
     report: dict[str, Json] = {
         "model": str(folder),
         "corpus": str(corpus),
         "parameters": model.config.encoder_parameters,
         "vocab": vocab.size,
     }
-    rows = heldout_rows(opened, cut, row)
+    rows = heldout_rows(data, cut, row)
     if eval_rows > rows.count:
         progress.note(f"eval_rows is {eval_rows}, but the held-out text has {rows.count} rows")
-    measures = masked_measures(model, rows, eval_rows, pass_rows, chosen)
+    measures = masked_measures(model, rows, eval_rows, pass_rows, placement)
     progress.note(
         f"loss {measures['loss']:.4f} nats per masked piece, accuracy "
         f"{measures['accuracy']:.1%} ({measures['masked']} masked pieces)"
     )
     report |= measures
     if measure.words:
-        places = choose_words(opened.heldout, measure.words)
-        words = make_questions(opened.heldout, cut, places, measure.context, row.length)
-        bits = bits_per_word(model, vocab.pad, words, chosen)
+        places = choose_words(data.heldout, measure.words)
+        words = make_questions(data.heldout, cut, places, measure.context, row.length)
+        bits = bits_per_word(model, vocab.pad, words, placement)
         progress.note(
             f"{bits['bits_per_word']:.3f} bits per word, standard error "
             f"{bits['bits_error']:.3f} ({words.count} words; skipped {words.unknown} unknown)"

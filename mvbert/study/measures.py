@@ -110,12 +110,12 @@ def make_questions(
         while sum(map(len, left + right)) > room:
             longer = left if len(left) >= len(right) else right
             longer.pop()
-        before = [piece for word in reversed(left) for piece in word]
-        after = [piece for word in right for piece in word]
+        prefix = [piece for word in reversed(left) for piece in word]
+        suffix = [piece for word in right for piece in word]
         total += len(own)
         for i, piece in enumerate(own):
-            row = [vocab.cls, *before, *own[:i], *[vocab.mask] * (len(own) - i), *after, vocab.sep]
-            questions.append(Question(row, 1 + len(before) + i, piece, number))
+            row = [vocab.cls, *prefix, *own[:i], *[vocab.mask] * (len(own) - i), *suffix, vocab.sep]
+            questions.append(Question(row, 1 + len(prefix) + i, piece, number))
     count = len(places) - unknown
     return MeasuredWords(questions, count, unknown, trimmed, total / max(count, 1))
 

@@ -69,22 +69,22 @@ def run_trim(
     if old.doubt:
         progress.note(old.doubt)
     torch.set_num_threads(cores(threads))
-    opened = None if corpus is None else Corpus.open(corpus)
-    if opened is not None:
-        opened.check_casing(old, f"the vocabulary of {folder}")
+    data = None if corpus is None else Corpus.open(corpus)
+    if data is not None:
+        data.check_casing(old, f"the vocabulary of {folder}")
     if vocab is not None:
         read = Vocab.load(vocab, old.lowercase, old.strip_accents)
         new = replace(read, strip_accents=old.strip_accents).with_added_of(old)
     else:
-        assert opened is not None
-        pieces = learn_vocab(opened.words, opened.counts, size, threads=cores(threads))
+        assert data is not None
+        pieces = learn_vocab(data.words, data.counts, size, threads=cores(threads))
         new = Vocab(tuple(pieces), old.lowercase, old.strip_accents)
     new = fitted_vocab(folder, new)
     if "[MASK]" in old.ids and "[MASK]" not in new.ids:
         raise InputError(f"{new.source} has no [MASK], which the model's vocabulary has")
-    lost = [a.piece for a in old.added if a.piece not in new.ids]
-    if lost:
-        progress.note(f"added pieces that the new vocabulary lacks: {', '.join(lost[:5])}")
+    missing = [a.piece for a in old.added if a.piece not in new.ids]
+    if missing:
+        progress.note(f"added pieces that the new vocabulary lacks: {', '.join(missing[:5])}")
     with atomic_folder(out, overwrite=overwrite) as partial:
         trimmed = write_trimmed(folder, partial, old, new)
         atomic_write(partial / "README.md", _card(folder, old, new, trimmed.kept))
@@ -103,10 +103,10 @@ def run_trim(
         "parameters_saved": (old.size - new.size) * width,
         "tensors": list(trimmed.rewritten),
     }
-    if opened is None:
+    if data is None:
         return report
-    before, after = opened.segment(old, threads), opened.segment(new, threads)
-    report |= _words(opened, before, after)
+    old_cut, new_cut = data.segment(old, threads), data.segment(new, threads)
+    report |= _words(data, old_cut, new_cut)
     progress.note(
         f"{report['changed_words']:.2%} of the text's words are cut into other pieces; "
         f"{report['pieces_per_word_before']:.3f} -> {report['pieces_per_word_after']:.3f} pieces "
@@ -116,13 +116,13 @@ def run_trim(
         progress.note("no held-out loss: " + ("as asked" if not eval_rows else "no such head"))
         return report
     assert corpus is not None
-    for when, model in (("before", folder), ("after", out)):
+    for suffix, model in (("before", folder), ("after", out)):
         measures = run_eval(
             str(model), corpus, row or RowConfig(), MeasureConfig(words=MEASURED_WORDS),
-            cased and when == "before", eval_rows=eval_rows, device=device, threads=threads,
+            cased and suffix == "before", eval_rows=eval_rows, device=device, threads=threads,
         )  # fmt: skip
         for measure in ("loss", "accuracy", "bits_per_word", "bits_error"):
-            report[f"{measure}_{when}"] = measures[measure]
+            report[f"{measure}_{suffix}"] = measures[measure]
     progress.note(
         f"held-out loss {report['loss_before']:.4f} -> {report['loss_after']:.4f} nats per masked "
         f"piece (each of its own vocabulary), {report['bits_per_word_before']:.3f} -> "
@@ -131,22 +131,22 @@ def run_trim(
     return report
 
 
-def _words(corpus: Corpus, before: Segmentation, after: Segmentation) -> dict[str, float]:
+def _words(corpus: Corpus, old: Segmentation, new: Segmentation) -> dict[str, float]:
     """How many of a text's words change their pieces, each counted as often as it occurs."""
     counts = corpus.counts[1:].astype(np.int64)  # word 0 ends documents
     total = int(counts.sum())
-    names = [np.array(s.vocab.pieces, object)[s.ids] for s in (before, after)]
-    lengths = [s.lengths[1:].astype(np.int64) for s in (before, after)]
+    names = [np.array(s.vocab.pieces, object)[s.ids] for s in (old, new)]
+    lengths = [s.lengths[1:].astype(np.int64) for s in (old, new)]
     same = lengths[0] == lengths[1]
     # Words with as many pieces as before are compared piece by piece.
-    starts = [np.concatenate([[0], s.ends[:-1]])[1:].astype(np.int64) for s in (before, after)]
+    starts = [np.concatenate([[0], s.ends[:-1]])[1:].astype(np.int64) for s in (old, new)]
     for place in range(int(lengths[0][same].max(initial=0))):
         rows = np.flatnonzero(same & (lengths[0] > place))
         equal = names[0][starts[0][rows] + place] == names[1][starts[1][rows] + place]
         same[rows[~equal.astype(bool)]] = False
     unknown = [
         int(counts[(s.ids[start] == s.vocab.unk) & (length > 0)].sum())
-        for s, start, length in zip((before, after), starts, lengths, strict=True)
+        for s, start, length in zip((old, new), starts, lengths, strict=True)
     ]
     return {
         "words": total,

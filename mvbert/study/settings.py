@@ -175,18 +175,18 @@ class StudyConfig(JobConfig):
             InputError: no such task, or it has no data.
         """
         values = self.measure.tasks[name]
-        where = f"measure.tasks.{name}"
+        place = f"measure.tasks.{name}"
         if not isinstance(values, dict):
-            raise InputError(f"{where} must be a table, got {values!r}")
+            raise InputError(f"{place} must be a table, got {values!r}")
         data = values.get("data")
         if not isinstance(data, (list, tuple)) or not all(isinstance(d, str) for d in data):
-            raise InputError(f"{where}.data must be a list of files, folders or archives")
+            raise InputError(f"{place}.data must be a list of files, folders or archives")
         if not data:
-            raise InputError(f"{where}.data is empty; name a folder, an archive or files")
+            raise InputError(f"{place}.data is empty; name a folder, an archive or files")
         try:
             return find_task(str(values.get("task", name))), tuple(data)
         except InputError as error:
-            raise InputError(f"{where}: {error}; set task") from None
+            raise InputError(f"{place}: {error}; set task") from None
 
     def tuning(self, arm: str, task: str) -> FinetuneConfig:
         """The settings of fine-tuning an arm on a task; `teacher` is an arm."""

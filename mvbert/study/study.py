@@ -79,10 +79,10 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
     with lock(out):
         described = to_dict(config)
         # Arms, seeds and tasks may be added: what they need is described in their own folders.
-        for later in ("out", "arms", "seeds", "baseline", "chosen", "published"):
-            del described[later]
-        for later in ("export", "finetune", "tasks"):
-            del described["measure"][later]
+        for key in ("out", "arms", "seeds", "baseline", "chosen", "published"):
+            del described[key]
+        for key in ("export", "finetune", "tasks"):
+            del described["measure"][key]
         described |= {"stage1": config.stage1.described(), "stage2": config.stage2.described()}
         describe_run(out / "study.json", described)
         chosen = config.chosen or tuple(config.arms)
@@ -288,7 +288,7 @@ def _write_results(config: StudyConfig, out: Path) -> list[dict[str, Any]]:
         for name in filter(config.trained, config.chosen or config.arms):
             points = run_folder(out, config.student(name), seed) / "points.json"
             if points.is_file():
-                found: Any = read_json(points)
-                records += [{**record, "arm": name} for record in found]
+                entries: Any = read_json(points)
+                records += [{**record, "arm": name} for record in entries]
     atomic_write(out / "results.jsonl", "".join(json.dumps(r) + "\n" for r in records))
     return records

@@ -56,10 +56,10 @@ def write_task_report(out: Path, lines: Lines, config: StudyConfig) -> dict[str,
         for axis in _AXES:
             draw_scores(out / f"scores-{axis}.svg", axis, arms, config)
     report: dict[str, Json] = {}
-    for arm, of in arms.items():
+    for arm, arm_lines in arms.items():
         medians: dict[str, Any] = {}
         for task, metric in columns(arms):
-            medians.setdefault(task, {})[metric] = _median(values_of(of, (task, metric)))
+            medians.setdefault(task, {})[metric] = _median(values_of(arm_lines, (task, metric)))
         report[arm] = medians
     return report
 
@@ -74,15 +74,15 @@ def reported_split(scores: dict[str, Any]) -> str:
 
 def columns(arms: dict[str, Lines]) -> list[Column]:
     """The tasks and metrics of the table; those of a mismatched set have _mismatched behind."""
-    found: dict[Column, None] = {}
+    keys: dict[Column, None] = {}
     for lines in arms.values():
         for task, result in lines[0]["tasks"].items():
             split = reported_split(result["scores"])
             for end in ("", _MISMATCHED):
                 for metric in result["scores"].get(split + end, {}):
                     if metric not in _DETAILS:
-                        found[task, metric + end] = None
-    return [*found]
+                        keys[task, metric + end] = None
+    return [*keys]
 
 
 def values_of(lines: Lines, column: Column) -> list[float]:
@@ -92,8 +92,8 @@ def values_of(lines: Lines, column: Column) -> list[float]:
     for line in lines:
         scores = line["tasks"].get(task, {}).get("scores", {})
         end = _MISMATCHED if metric.endswith(_MISMATCHED) else ""
-        found = scores.get(reported_split(scores) + end, {}).get(metric.removesuffix(end), {})
-        values += found.get("seeds", [])
+        metrics = scores.get(reported_split(scores) + end, {}).get(metric.removesuffix(end), {})
+        values += metrics.get("seeds", [])
     return values
 
 
@@ -107,7 +107,7 @@ def _median(values: list[float]) -> float | None:
 def table(arms: dict[str, Lines], config: StudyConfig) -> str:
     """Sizes and scores of every arm, and published results in a second table."""
     chosen = columns(arms)
-    sizes = [size for size in _SIZES if all(size[0] in of[0] for of in arms.values())]
+    sizes = [size for size in _SIZES if all(size[0] in lines[0] for lines in arms.values())]
     heads = [*(name for _, name, _ in sizes), *(_heading(column, arms) for column in chosen)]
     text = [
         "Median over all runs (lowest to highest), in percent; runs: students times seeds of "
@@ -122,12 +122,12 @@ def table(arms: dict[str, Lines], config: StudyConfig) -> str:
         "| model | runs | vocabulary | parameters | " + " | ".join(heads) + " |",
         "|" + " --- |" * (4 + len(heads)),
     ]
-    for arm, of in arms.items():
-        line = of[0]
+    for arm, lines in arms.items():
+        line = lines[0]
         seeds = max((len(values_of([line], column)) for column in chosen), default=0)
-        cells = [arm, f"{len(of)} x {seeds}", f"{line['vocab']:,}", f"{line['parameters']:,}"]
+        cells = [arm, f"{len(lines)} x {seeds}", f"{line['vocab']:,}", f"{line['parameters']:,}"]
         cells += [f"{line[key] / unit:.2f}" for key, _, unit in sizes]
-        cells += [_cell(values_of(of, column)) for column in chosen]
+        cells += [_cell(values_of(lines, column)) for column in chosen]
         text.append("| " + " | ".join(cells) + " |")
     text += ["", *_notes(arms)]
     if config.published:
@@ -137,7 +137,9 @@ def table(arms: dict[str, Lines], config: StudyConfig) -> str:
 
 def _heading(column: Column, arms: dict[str, Lines]) -> str:
     task, metric = column
-    scores = next(of[0]["tasks"][task]["scores"] for of in arms.values() if task in of[0]["tasks"])
+    scores = next(
+        lines[0]["tasks"][task]["scores"] for lines in arms.values() if task in lines[0]["tasks"]
+    )
     split = reported_split(scores) + (_MISMATCHED if metric.endswith(_MISMATCHED) else "")
     plain = metric.removesuffix(_MISMATCHED)
     return f"{task} {_NAMES.get(plain, plain)} ({split.replace('_', ' ')})"
@@ -155,13 +157,13 @@ def _cell(values: Sequence[float]) -> str:
 def _notes(arms: dict[str, Lines]) -> list[str]:
     """How many examples every task was trained on."""
     examples: dict[str, int] = {}
-    for of in arms.values():
-        for task, result in of[0]["tasks"].items():
+    for lines in arms.values():
+        for task, result in lines[0]["tasks"].items():
             examples[task] = result["examples"]["train"]
     if not examples:
         return []
-    listed = ", ".join(f"{task} {count:,}" for task, count in examples.items())
-    return [f"Training examples: {listed}."]
+    counts = ", ".join(f"{task} {count:,}" for task, count in examples.items())
+    return [f"Training examples: {counts}."]
 
 
 def _published(chosen: list[Column], config: StudyConfig) -> list[str]:
@@ -198,7 +200,7 @@ def draw_scores(path: Path, axis: str, arms: dict[str, Lines], config: StudyConf
 
     key, unit, label = _AXES[axis]
     tasks = [*dict.fromkeys(task for task, _ in columns(arms))]
-    kinds = {task: of[0]["tasks"][task]["task"] for task in tasks for of in arms.values()}
+    kinds = {task: lines[0]["tasks"][task]["task"] for task in tasks for lines in arms.values()}
     with matplotlib.rc_context({"svg.hashsalt": "mvbert", "svg.fonttype": "none"}):
         figure = Figure(figsize=(4.5 * len(tasks), 4), layout="constrained")
         panels = figure.subplots(1, len(tasks), squeeze=False)[0]

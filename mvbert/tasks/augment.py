@@ -43,17 +43,17 @@ def augmented(
         filler = Filler(bert, vocab, length, device)
         rows: list[str] = []
         for number in range(count):
-            made = [filler.variants(texts, (seed, number, i)) for i, texts in enumerate(columns)]
-            rows += [json_text(list(row)) + "\n" for row in zip(*made, strict=True)]
+            copies = [filler.variants(texts, (seed, number, i)) for i, texts in enumerate(columns)]
+            rows += [json_text(list(row)) + "\n" for row in zip(*copies, strict=True)]
         atomic_write(path, "".join(rows))
     try:
-        kept = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-        if len(kept) != count * len(examples):
+        saved = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        if len(saved) != count * len(examples):
             raise ValueError
     except ValueError:
         raise InputError(f"{path} is not complete; remove it to make the variants again") from None
-    texts = [row[0] if of_words else " ".join(row[0]) for row in kept]
-    pairs = None if examples.pairs is None else [" ".join(row[1]) for row in kept]
+    texts = [row[0] if of_words else " ".join(row[0]) for row in saved]
+    pairs = None if examples.pairs is None else [" ".join(row[1]) for row in saved]
     return Examples(texts, pairs, None, None, [])
 
 
@@ -68,13 +68,14 @@ class Filler:
     def __init__(self, bert: MaskedLM, vocab: Vocab, length: int, device: Device) -> None:
         self._bert, self._vocab, self._device = bert.to(device.device).eval(), vocab, device
         self._length, self._tokenizer = length, WordPieceTokenizer(vocab)
-        self._later = later = torch.tensor([piece.startswith("##") for piece in vocab.pieces])
-        never = {*SPECIAL_PIECES, ""}
+        continuation = torch.tensor([piece.startswith("##") for piece in vocab.pieces])
+        self._continuation = continuation
+        specials = {*SPECIAL_PIECES, ""}
         odd = torch.tensor(
-            [p in never or p.startswith("[unused") for p in vocab.pieces], dtype=torch.bool
+            [p in specials or p.startswith("[unused") for p in vocab.pieces], dtype=torch.bool
         )
         # What may not begin a word, and what may not go on.
-        self._barred = torch.stack([later | odd, ~later | odd]).to(device.device)
+        self._barred = torch.stack([continuation | odd, ~continuation | odd]).to(device.device)
 
     def variants(
         self, texts: Sequence[str | list[str]], key: tuple[int, int, int]
@@ -83,32 +84,32 @@ class Filler:
         words = [list(t) if isinstance(t, list) else t.split() for t in texts]
         draw = np.random.default_rng(key)
         flat = self._tokenizer.encode_batch(
-            [word for of in words for word in of], add_special_tokens=False
+            [word for sentence in words for word in sentence], add_special_tokens=False
         )
         rows: list[NDArray[np.int64]] = []
         masks: list[list[tuple[int, slice]]] = []  # of each text: words, and where their pieces lie
         first = 0
-        for of in words:
+        for sentence in words:
             row = [self._vocab.cls]
             able: list[tuple[int, slice]] = []
-            for number in range(len(of)):
+            for number in range(len(sentence)):
                 pieces = flat[first + number].tolist()
                 if len(row) + len(pieces) >= self._length:
                     break
                 if pieces:
                     able.append((number, slice(len(row), len(row) + len(pieces))))
                 row += pieces
-            first += len(of)
+            first += len(sentence)
             rows.append(np.array([*row, self._vocab.sep]))
             chosen = [word for word in able if draw.random() < MASKED]
             if able and not chosen:
                 chosen = [able[draw.integers(len(able))]]
             masks.append(chosen)
         filled = self._fill(rows, masks, int(draw.integers(2**62)))
-        for of, ids, chosen in zip(words, filled, masks, strict=True):
+        for sentence, ids, chosen in zip(words, filled, masks, strict=True):
             for word, places in chosen:
                 pieces = [self._vocab.pieces[i].removeprefix("##") for i in ids[places]]
-                of[word] = "".join(pieces)
+                sentence[word] = "".join(pieces)
         return words
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class Filler:
             if not places:
                 continue
             row, column = torch.tensor(places).unbind(1)
-            later = self._later[ids[row, column].long()].to(self._device.device)
+            continuation = self._continuation[ids[row, column].long()].to(self._device.device)
             ids[row, column] = self._vocab.mask
             inside = torch.arange(T) < torch.from_numpy(lengths[chosen])[:, None]
             ids, inside = ids.to(self._device.device), inside.to(self._device.device)
@@ -138,10 +139,10 @@ class Filler:
                 hidden = self._bert.encode(ids, torch.zeros_like(ids), inside)
                 index = (row * T + column).to(self._device.device)
                 scores = self._bert.logits(self._bert.masked_hidden(hidden, index)).float()
-            scores = scores.masked_fill(self._barred[later.long()], float("-inf"))
+            scores = scores.masked_fill(self._barred[continuation.long()], float("-inf"))
             best = scores.topk(min(CHOICES, scores.shape[1]), -1)
-            picked = torch.multinomial(best.values.softmax(-1).cpu(), 1, generator=generator)
-            pieces = best.indices.cpu().gather(1, picked)[:, 0]
+            choice = torch.multinomial(best.values.softmax(-1).cpu(), 1, generator=generator)
+            pieces = best.indices.cpu().gather(1, choice)[:, 0]
             for (i, at), piece in zip(places, pieces.tolist(), strict=True):
                 rows[chosen[i]][at] = piece
         return rows

@@ -117,7 +117,7 @@ class Trainer:
         groups = decay_groups(trained, self._config.weight_decay)
         optimizer = torch.optim.AdamW(groups, fused=True)  # each step sets its rate
         best: dict[str, Tensor] = {}
-        kept: dict[str, Json] = {}
+        best_metrics: dict[str, Json] = {}
         scores: list[float] = []
         mean, seconds, step = math.nan, 0.0, 0
         with self._progress.steps(run.epochs * per_epoch, 0):
@@ -151,16 +151,16 @@ class Trainer:
                     f"({seconds:.0f} s)"
                 )
                 if scores[-1] > max(scores[:-1], default=-math.inf):
-                    kept = {**metrics}
+                    best_metrics = {**metrics}
                     best = {n: p.detach().clone() for n, p in model.trained()}
-                late = len(scores) - 1 - int(np.argmax(scores))
-                if self._config.patience and late >= self._config.patience:
+                stale_epochs = len(scores) - 1 - int(np.argmax(scores))
+                if self._config.patience and stale_epochs >= self._config.patience:
                     break
         with torch.no_grad():
             for name, parameter in model.trained():
                 parameter.copy_(best[name])
         number = int(np.argmax(scores)) + 1
-        return Fitted(model, kept, max(scores), number, scores, mean, seconds)
+        return Fitted(model, best_metrics, max(scores), number, scores, mean, seconds)
 
     def _loss(self, model: TaskModel, batch: TaskBatch) -> Tensor:
         """The mean loss of a batch's places, and of its positions."""
@@ -195,8 +195,8 @@ def soft_loss(labels: Labels, scores: Tensor, teacher: Tensor, temperature: floa
     gradient keeps its size (Hinton et al. 2015); of numbers the squared error."""
     if labels.kind == "number":
         return (scores[:, 0] - teacher[:, 0]).square()
-    ours, theirs = ((x / temperature).log_softmax(-1) for x in (scores, teacher))
-    return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (scores, teacher))
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
 
 
 def targets_of(labels: Labels, split: Split) -> np.ndarray:

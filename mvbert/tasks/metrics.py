@@ -27,43 +27,43 @@ def check_installed() -> None:
         raise MissingExtra("scoring a task", str(error.name).split(".")[0], "finetune") from None
 
 
-def text_metrics(task: Task, truth: Sequence[Any], said: Sequence[Any]) -> dict[str, float]:
+def text_metrics(task: Task, truth: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:
     """Metrics of one label a text: classes by name, or numbers."""
     if task.kind == "number":
-        return _number_metrics(truth, said)
+        return _number_metrics(truth, predictions)
     from sklearn import metrics
 
-    result = {"accuracy": float(metrics.accuracy_score(truth, said))}
+    result = {"accuracy": float(metrics.accuracy_score(truth, predictions))}
     positive = POSITIVE.get(task.name)
     if positive is not None:
         result["f1"] = float(
-            metrics.f1_score([t == positive for t in truth], [s == positive for s in said])
+            metrics.f1_score([t == positive for t in truth], [s == positive for s in predictions])
         )
     elif task.name == "cola":
-        result["matthews"] = float(metrics.matthews_corrcoef(truth, said))
+        result["matthews"] = float(metrics.matthews_corrcoef(truth, predictions))
     elif task.name == "classes":
         labels = sorted({*truth})
         result["f1_macro"] = float(
-            metrics.f1_score(truth, said, labels=labels, average="macro", zero_division=0.0)
+            metrics.f1_score(truth, predictions, labels=labels, average="macro", zero_division=0.0)
         )
     return result
 
 
-def _number_metrics(truth: Sequence[float], said: Sequence[float]) -> dict[str, float]:
+def _number_metrics(truth: Sequence[float], predictions: Sequence[float]) -> dict[str, float]:
     from scipy import stats
 
     with warnings.catch_warnings():
         # A model that gives one number to all has no correlation: that is 0, as in GLUE's scorer.
         warnings.simplefilter("ignore", stats.ConstantInputWarning)
         values = {
-            "pearson": float(stats.pearsonr(truth, said).statistic),
-            "spearman": float(stats.spearmanr(truth, said).statistic),
+            "pearson": float(stats.pearsonr(truth, predictions).statistic),
+            "spearman": float(stats.spearmanr(truth, predictions).statistic),
         }
     return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
 
 
 def tag_metrics(
-    truth: Sequence[Sequence[str]], said: Sequence[Sequence[str | None]]
+    truth: Sequence[Sequence[str]], predictions: Sequence[Sequence[str | None]]
 ) -> dict[str, float]:
     """F1, precision and recall of whole spans as conlleval counts them; accuracy of words.
 
@@ -72,38 +72,38 @@ def tag_metrics(
     from seqeval import metrics as spans
     from sklearn import metrics
 
-    answered = [[OUTSIDE if tag is None else tag for tag in tags] for tags in said]
+    complete = [[OUTSIDE if tag is None else tag for tag in tags] for tags in predictions]
     result: dict[str, float] = {}
     flat = [tag for tags in truth for tag in tags]
     if has_spans(flat):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no span found: 0
-            lists = [list(tags) for tags in truth], answered
+            lists = [list(tags) for tags in truth], complete
             result["f1"] = float(spans.f1_score(*lists))
             result["precision"] = float(spans.precision_score(*lists))
             result["recall"] = float(spans.recall_score(*lists))
     # A word that was not read is wrong here even if its tag is O.
-    read = [tag or "" for tags in said for tag in tags]
+    read = [tag or "" for tags in predictions for tag in tags]
     result["accuracy"] = float(metrics.accuracy_score(flat, read))
     return result
 
 
 def joint_metrics(
     intents: Sequence[str],
-    said_intents: Sequence[str],
+    predicted_intents: Sequence[str],
     tags: Sequence[Sequence[str]],
-    said_tags: Sequence[Sequence[str | None]],
+    predicted_tags: Sequence[Sequence[str | None]],
 ) -> dict[str, float]:
     """Intent accuracy, the metrics of slots, and the share of sentences with all of it right."""
     from sklearn import metrics
 
-    slots = {f"slot_{name}": value for name, value in tag_metrics(tags, said_tags).items()}
+    slots = {f"slot_{name}": value for name, value in tag_metrics(tags, predicted_tags).items()}
     right = [
         a == b and list(t) == [OUTSIDE if tag is None else tag for tag in s]
-        for a, b, t, s in zip(intents, said_intents, tags, said_tags, strict=True)
+        for a, b, t, s in zip(intents, predicted_intents, tags, predicted_tags, strict=True)
     ]
     return {
-        "intent_accuracy": float(metrics.accuracy_score(intents, said_intents)),
+        "intent_accuracy": float(metrics.accuracy_score(intents, predicted_intents)),
         **slots,
         "sentence_accuracy": float(metrics.accuracy_score([True] * len(right), right)),
     }

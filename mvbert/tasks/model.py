@@ -145,8 +145,8 @@ def _read_labels(folder: Path, config: dict[str, Any], head: LabelHead) -> Label
     named = config.get("id2label") or {}
     if not named:
         named = {str(i): f"LABEL_{i}" for i in range(width)}
-    found = [named.get(str(i)) for i in range(width)] if isinstance(named, dict) else []
-    names = tuple(name for name in found if isinstance(name, str))
+    values = [named.get(str(i)) for i in range(width)] if isinstance(named, dict) else []
+    names = tuple(name for name in values if isinstance(name, str))
     if len(named) != width or len({*names}) != width:
         raise InputError(
             f"{folder / 'config.json'}: id2label names {len(named)} labels, but the weights score "

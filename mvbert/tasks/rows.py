@@ -56,11 +56,11 @@ class TaskRows:
         """A sentence about what was cut; empty if nothing was."""
         if not self.cut and not self.lost:
             return ""
-        said = [f"{self.cut} rows were cut to {length} pieces"] * bool(self.cut)
-        said += [f"{self.lost} words have no piece in their row and count as wrong"] * bool(
+        parts = [f"{self.cut} rows were cut to {length} pieces"] * bool(self.cut)
+        parts += [f"{self.lost} words have no piece in their row and count as wrong"] * bool(
             self.lost
         )
-        return "; ".join(said)
+        return "; ".join(parts)
 
 
 def join_rows(parts: Sequence[TaskRows]) -> TaskRows:
@@ -154,12 +154,12 @@ def batches_of_epoch(
     order = draw.permutation(len(lengths))
     order = order[np.argsort(lengths[order], kind="stable")]
     batches, rest = [], []
-    for same in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
-        whole = len(same) // size * size
-        batches += [*same[:whole].reshape(-1, size)]
-        rest.append(same[whole:])
-    left = np.concatenate(rest) if rest else order
-    batches += [left[first : first + size] for first in range(0, len(left), size)]
+    for group in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
+        whole = len(group) // size * size
+        batches += [*group[:whole].reshape(-1, size)]
+        rest.append(group[whole:])
+    remainder = np.concatenate(rest) if rest else order
+    batches += [remainder[first : first + size] for first in range(0, len(remainder), size)]
     return [batches[i] for i in draw.permutation(len(batches))]
 
 

@@ -49,8 +49,8 @@ def scores_of(
     ):
         batch = read_batch(rows, chosen, vocab.pad, device.device)
         with device.cast():
-            found = model(batch)
-        scores[batch.numbers] = found.float().cpu().numpy()
+            outputs = model(batch)
+        scores[batch.numbers] = outputs.float().cpu().numpy()
     model.train(was_training)
     return scores
 
@@ -77,16 +77,16 @@ def metrics_of(
 ) -> dict[str, float]:
     """The task's metrics of these scores."""
     examples, rows = split.examples, split.rows
-    said: list[Any]
+    predictions: list[Any]
     if labels.kind == "number":
-        said = scores[:, 0].astype(float).tolist()
-        return text_metrics(task, examples.labels or [], said)
+        predictions = scores[:, 0].astype(float).tolist()
+        return text_metrics(task, examples.labels or [], predictions)
     if labels.kind == "classes":
-        said = [labels.names[i] for i in scores.argmax(1)]
-        return text_metrics(task, examples.labels or [], said)
+        predictions = [labels.names[i] for i in scores.argmax(1)]
+        return text_metrics(task, examples.labels or [], predictions)
     words = labels.part(True)
     tag = scores[:, words].argmax(1)
-    tags: list[list[str | None]] = [[None] * len(of) for of in examples.tags or ()]
+    tags: list[list[str | None]] = [[None] * len(row) for row in examples.tags or ()]
     intents: list[str] = []
     for row in range(len(rows)):
         for place in range(rows.place_ends[row], rows.place_ends[row + 1]):
@@ -134,11 +134,12 @@ def run_score(
         recorded = read_json_object(folder / "finetune.json").get("description") or {}
     if not task_name and "task" not in recorded:
         raise InputError(f"{folder} does not say what it was fine-tuned for; give --task")
-    kept = recorded.get("columns", {}) if recorded.get("task") else {}
-    given = [
-        c or kept.get(key, "") for c, key in zip(columns, ("text", "pair", "label"), strict=True)
+    defaults = recorded.get("columns", {}) if recorded.get("task") else {}
+    names = [
+        column or defaults.get(key, "")
+        for column, key in zip(columns, ("text", "pair", "label"), strict=True)
     ]
-    task = find_task(task_name or str(recorded["task"]), *given)
+    task = find_task(task_name or str(recorded["task"]), *names)
     if task.kind != model.labels.kind:
         raise InputError(
             f"{folder} scores {_KINDS[model.labels.kind]}, but {task.name} asks for "
@@ -152,9 +153,9 @@ def run_score(
         raise InputError(f"length is {length}, but {folder} has {room} positions")
     length = length or int(recorded.get("length") or 0) or room
     products = encoder_products(model.bert.config, PIECES)
-    where = set_up_alone(device, dtype, threads, products, gradients=False)
-    progress.note(f"device {where}")
-    model = model.to(where.device)
+    placement = set_up_alone(device, dtype, threads, products, gradients=False)
+    progress.note(f"device {placement}")
+    model = model.to(placement.device)
     report: dict[str, Json] = {"model": str(folder), "task": task.name, "data": data}
     for split, examples in splits.items():
         if not len(examples):
@@ -163,7 +164,7 @@ def run_score(
         rows = make_rows(task, examples, vocab, length)
         if note := rows.note(length):
             progress.note(f"{split}: {note}")
-        metrics = evaluate(task, model, Split(examples, rows), vocab, where)
+        metrics = evaluate(task, model, Split(examples, rows), vocab, placement)
         progress.note(", ".join([split, *(f"{n} {value:.4f}" for n, value in metrics.items())]))
         report[split] = {"examples": len(examples), **{n: round(v, 5) for n, v in metrics.items()}}
     return report
@@ -182,9 +183,9 @@ def _check_labels(
 ) -> None:
     if labels.kind == "number":
         return
-    asked = {*(examples.labels or ()), *(tag for of in examples.tags or () for tag in of)}
-    unknown = sorted(asked - {name.removeprefix(INTENT) for name in labels.names})
-    if len(unknown) == len(asked):
+    names = {*(examples.labels or ()), *(tag for tags in examples.tags or () for tag in tags)}
+    unknown = sorted(names - {name.removeprefix(INTENT) for name in labels.names})
+    if len(unknown) == len(names):
         raise InputError(
             f"{folder} knows no label of {split} ({', '.join(unknown[:3])}); it scores "
             f"{', '.join(labels.names[:3])}, ...: is this another task's data?"

@@ -73,7 +73,7 @@ def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArra
     rows = make_rows(
         find_task("classes"), Examples(texts, None, None, None, []), model.vocab, model.length
     )
-    found = np.zeros((len(texts), model.width), np.float32)
+    vectors = np.zeros((len(texts), model.width), np.float32)
     bert = model.bert.to(device.device)
     longest = max(int(rows.lengths.max(initial=1)), 1)
     for chosen in batches_by_length(rows.lengths, max(1, PIECES // longest)):
@@ -81,10 +81,10 @@ def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArra
         with device.cast():
             hidden = bert.encode(batch.input_ids, batch.token_type_ids, batch.mask).float()
         pooled = model.pooling(hidden, _counted(batch, hidden))
-        found[chosen] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
-    if not np.isfinite(found).all():
+        vectors[chosen] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
+    if not np.isfinite(vectors).all():
         raise InputError("sentence vectors are not finite (NaN): the model's weights are corrupt")
-    return found
+    return vectors
 
 
 def _counted(batch: TaskBatch, hidden: Tensor) -> Tensor:

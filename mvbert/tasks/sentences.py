@@ -43,18 +43,18 @@ def sample_sentences(
     Raises:
         InputError: a file cannot be read, or there are not more than `heldout` sentences.
     """
-    wanted = count + heldout
-    found: dict[bytes, str] = {}
+    total = count + heldout
+    sample: dict[bytes, str] = {}
     salt = seed.to_bytes(8, "little")
     for sentence in sentences_of(texts, field):
         data = sentence.encode("utf-8", "ignore")
-        found[hashlib.blake2b(data, digest_size=10, salt=salt).digest()] = sentence
-        if len(found) > 2 * wanted + 10_000:
-            found = {key: found[key] for key in sorted(found)[:wanted]}
-    order = sorted(found)[:wanted]
+        sample[hashlib.blake2b(data, digest_size=10, salt=salt).digest()] = sentence
+        if len(sample) > 2 * total + 10_000:
+            sample = {key: sample[key] for key in sorted(sample)[:total]}
+    order = sorted(sample)[:total]
     if len(order) <= heldout:
         raise InputError(
             f"the text has {len(order)} different sentences of {WORDS[0]} to {WORDS[1]} words, not "
             f"more than the {heldout} that are held out; give more text, or set --heldout"
         )
-    return [found[key] for key in order[heldout:]], [found[key] for key in order[:heldout]]
+    return [sample[key] for key in order[heldout:]], [sample[key] for key in order[:heldout]]

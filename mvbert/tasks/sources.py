@@ -43,13 +43,13 @@ class File:
         return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
-def read_files(where: str) -> list[File]:
+def read_files(source: str) -> list[File]:
     """All files of a folder or archive, or one file. `data:NAME` is NAME in the data folder.
 
     Raises:
         InputError: it does not exist or cannot be read.
     """
-    path = data_path(where)
+    path = data_path(source)
     if path.is_dir():
         return [
             File(str(p), p.relative_to(path).as_posix(), p.read_bytes())
@@ -96,17 +96,17 @@ class Table:
     places: list[str]
     skipped: int = 0
 
-    def column(self, wanted: tuple[str, ...], what: str) -> list[Any]:
+    def column(self, names: tuple[str, ...], what: str) -> list[Any]:
         """The first of these columns that there is.
 
         Raises:
             InputError: there is none; the message lists those there are.
         """
-        for name in wanted:
+        for name in names:
             if name in self.columns:
                 return self.columns[name]
         raise InputError(
-            f"{self.name} has no column {' or '.join(wanted)} ({what}); its columns: "
+            f"{self.name} has no column {' or '.join(names)} ({what}); its columns: "
             f"{', '.join(map(str, self.columns)) or 'none'}"
         )
 

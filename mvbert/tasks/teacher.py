@@ -57,16 +57,16 @@ class Teacher:
         room = self._model.bert.config.max_position_embeddings
         own = make_rows(self._task, examples, self.vocab, room)
         model = self._model.to(device.device)
-        found = scores_of(model, own, self.vocab, device)[:, self._order]
-        if not np.isfinite(found).all():
+        outputs = scores_of(model, own, self.vocab, device)[:, self._order]
+        if not np.isfinite(outputs).all():
             raise InputError("the teacher's scores are not finite (NaN): its weights are corrupt")
         # Places by their row and word; a word behind the teacher's last position has none there.
         width = max(int(rows.words.max(initial=0)), int(own.words.max(initial=0))) + 2
-        wanted, has = (_row_of_place(r) * width + r.words + 1 for r in (rows, own))
-        at = np.searchsorted(has, wanted).clip(max=max(len(has) - 1, 0))
-        known = has[at] == wanted if len(has) else np.zeros(len(wanted), bool)
-        scores = np.zeros((len(wanted), self._labels.width), np.float32)
-        scores[known] = found[at[known]]
+        keys, own_keys = (_row_of_place(r) * width + r.words + 1 for r in (rows, own))
+        at = np.searchsorted(own_keys, keys).clip(max=max(len(own_keys) - 1, 0))
+        known = own_keys[at] == keys if len(own_keys) else np.zeros(len(keys), bool)
+        scores = np.zeros((len(keys), self._labels.width), np.float32)
+        scores[known] = outputs[at[known]]
         return scores, known
 
 
@@ -76,26 +76,26 @@ def _row_of_place(rows: TaskRows) -> NDArray[np.int64]:
 
 def _order(folder: Path, model: TaskModel, labels: Labels, progress: Progress) -> list[int]:
     """The teacher's scores in the order of the student's labels."""
-    of = model.labels
-    if of.kind != labels.kind or of.width != labels.width:
+    source = model.labels
+    if source.kind != labels.kind or source.width != labels.width:
         raise InputError(
-            f"teacher {folder} scores {of.width} labels ({of.kind}), but the task has "
+            f"teacher {folder} scores {source.width} labels ({source.kind}), but the task has "
             f"{labels.width} ({labels.kind}); fine-tune it on this task first"
         )
-    if of.names == labels.names:
-        return list(range(of.width))
-    if all(name == f"LABEL_{i}" for i, name in enumerate(of.names)):
+    if source.names == labels.names:
+        return list(range(source.width))
+    if all(name == f"LABEL_{i}" for i, name in enumerate(source.names)):
         progress.note(
             f"teacher {folder} does not name its labels; taken as {', '.join(labels.names)}"
         )
-        return list(range(of.width))
-    missing = [name for name in labels.names if name not in of.names]
+        return list(range(source.width))
+    missing = [name for name in labels.names if name not in source.names]
     if missing:
         raise InputError(
-            f"teacher {folder} scores {', '.join(of.names[:3])}, but the task has "
+            f"teacher {folder} scores {', '.join(source.names[:3])}, but the task has "
             f"{', '.join(missing[:3])}: it was fine-tuned for another task"
         )
-    return [of.names.index(name) for name in labels.names]
+    return [source.names.index(name) for name in labels.names]
 
 
 def read_unlabelled(task: Task, paths: tuple[str, ...]) -> Examples:
@@ -110,17 +110,17 @@ def read_unlabelled(task: Task, paths: tuple[str, ...]) -> Examples:
         for file in read_files(path):
             if file.suffix in TABLES:
                 table = read_table(file, skip_broken=task.skip_broken)
-                found: list[object] = table.column(task.text, "text")
+                values: list[object] = table.column(task.text, "text")
                 if pairs is not None:
                     pairs += table.column(task.pair, "second text")
             elif pairs is not None:
                 raise InputError(f"{file.name}: pairs of texts need a table with two columns")
             else:
-                found = [line for line in file.lines() if line.strip()]
-            for text, number in zip(found, range(1, len(found) + 1), strict=True):
+                values = [line for line in file.lines() if line.strip()]
+            for text, number in zip(values, range(1, len(values) + 1), strict=True):
                 if not isinstance(text, (str, list)):
                     raise InputError(f"{file.name}, row {number}: {text!r} is not a text")
-            texts += found
+            texts += values
     if not texts:
         raise InputError(f"{' '.join(paths)}: there is no text")
     if task.kind in ("tags", "joint"):
@@ -139,8 +139,8 @@ def cached_scores(
     if not path.exists():
         return None
     try:
-        kept = load_file(path)
-        soft, known = kept["scores"], kept["known"]
+        saved = load_file(path)
+        soft, known = saved["scores"], saved["known"]
     except (SafetensorError, KeyError, OSError):
         raise InputError(f"{path} is not complete; remove it to score the texts again") from None
     if soft.shape != (places, labels) or known.shape != (places,):

@@ -42,7 +42,7 @@ class EncodedRows:
         words: not padded, the number of each piece's word, -1 where none is; None: not found yet.
         spans: not padded, [N, 2]; None: not found yet.
         find_words, find_spans: find them when they are first asked for.
-        asked: whether the call asked for spans.
+        with_spans: whether the call asked for spans.
     """
 
     vocab: "Vocab"
@@ -56,11 +56,11 @@ class EncodedRows:
     spans: NDArray[Any] | None
     find_words: Callable[[], NDArray[np.int32]] | None
     find_spans: Callable[[], NDArray[Any]] | None
-    asked: bool
+    with_spans: bool
 
     def __getstate__(self) -> dict[str, Any]:
         """The functions hold the texts and the tokenizer, which are not pickled."""
-        known = {"words": self.all_words(), "spans": self.all_spans() if self.asked else None}
+        known = {"words": self.all_words(), "spans": self.all_spans() if self.with_spans else None}
         return {**self.__dict__, **known, "find_words": None, "find_spans": None}
 
     def all_words(self) -> NDArray[np.int32]:
@@ -105,7 +105,7 @@ class EncodedRows:
         return ids + [None] * self.padding(number)
 
 
-class Later:
+class LazyValue:
     """A value that is made when it is first asked for."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -133,7 +133,7 @@ class BatchEncoding(MutableMapping[str, Any]):
         if not isinstance(name, str):
             raise KeyError(f"{name!r}: a batch is read by name ({', '.join(self._values)})")
         value = self._values[name]
-        if isinstance(value, Later):
+        if isinstance(value, LazyValue):
             value = self._values[name] = value.make()
         return value
 
@@ -229,9 +229,9 @@ class BatchEncoding(MutableMapping[str, Any]):
     ) -> TokenSpan | None:
         """The pieces of a word."""
         row, word = _row_and(batch_or_word_index, word_index)
-        both = zip(self.word_ids(row), self.sequence_ids(row), strict=True)
-        found = [place for place, has in enumerate(both) if has == (word, sequence_index)]
-        return TokenSpan(found[0], found[-1] + 1) if found else None
+        keys = zip(self.word_ids(row), self.sequence_ids(row), strict=True)
+        places = [place for place, key in enumerate(keys) if key == (word, sequence_index)]
+        return TokenSpan(places[0], places[-1] + 1) if places else None
 
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0

@@ -260,12 +260,12 @@ def _renumbered(stream: np.ndarray, final_ids: np.ndarray) -> Iterator[np.ndarra
         yield final_ids.take(stream[at : at + STREAM_IDS])
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
+def _prefetch(items: Iterator[T]) -> Iterator[T]:
     """Yields the items (none may be None) while another thread makes the next one."""
     with ThreadPoolExecutor(1) as worker:
-        coming = worker.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = worker.submit(next, items, None)
+        pending = worker.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = worker.submit(next, items, None)
             yield item
 
 
@@ -274,23 +274,23 @@ def _same_corpus(
 ) -> dict[str, Any]:
     """The manifest of the corpus at `out` if it has the same texts and settings, else None."""
     manifest = Corpus.open(out).manifest
-    theirs = {
+    recorded = {
         **_casing(manifest["lowercase"], manifest.get("strip_accents")),
         "field": manifest.get("field"),
         "errors": manifest.get("errors"),
         "heldout": {key: manifest["heldout"].get(key) for key in ("share", "seed")},
     }
-    other = [name for name in {**settings, **theirs} if settings.get(name) != theirs.get(name)]
+    other = [name for name in {**settings, **recorded} if settings.get(name) != recorded.get(name)]
     if not other:
         sources = [
             (source["name"], source["bytes"], source["heldout"]) for source in manifest["sources"]
         ]
-        ours = [
-            (path.name, path.stat().st_size, held)
-            for held, paths in ((False, train), (True, heldout))
+        files = [
+            (path.name, path.stat().st_size, is_heldout)
+            for is_heldout, paths in ((False, train), (True, heldout))
             for path in paths
         ]
-        if ours != sources or any(
+        if files != sources or any(
             sha256_file(path) != source["sha256"]
             for path, source in zip(train + heldout, manifest["sources"], strict=True)
         ):
@@ -315,13 +315,13 @@ def _check_disjoint(train: list[Path], heldout: list[Path]) -> None:
     by_size: dict[int, list[Path]] = {}
     for path in train if heldout else ():
         by_size.setdefault(path.stat().st_size, []).append(path)
-    for held in heldout:
-        for path in by_size.get(held.stat().st_size, ()):
-            if path.samefile(held):
-                raise InputError(f"{held} is given both as text and as held-out text; choose one")
-            if filecmp.cmp(path, held, shallow=False):
+    for file in heldout:
+        for path in by_size.get(file.stat().st_size, ()):
+            if path.samefile(file):
+                raise InputError(f"{file} is given both as text and as held-out text; choose one")
+            if filecmp.cmp(path, file, shallow=False):
                 raise InputError(
-                    f"{held} is held out, but {path} has the same content; remove one of them"
+                    f"{file} is held out, but {path} has the same content; remove one of them"
                 )
 
 
@@ -398,7 +398,7 @@ class _Build:
                 path = self.paths[number]
                 heldout = number >= self.first_heldout
                 file = TextFile(path, self.settings["field"], self.settings["errors"])
-                before = self.builder.totals()["documents"] - (0 if file.is_plain else self.skip)
+                base = self.builder.totals()["documents"] - (0 if file.is_plain else self.skip)
                 self.builder.begin_source(
                     number, "heldout" if heldout else train_part, self.skip if file.is_plain else 0
                 )
@@ -407,7 +407,7 @@ class _Build:
                     self.progress(done + file.bytes_read, total)
                     taken_in = self.builder.totals()["bytes"]
                     if taken_in - noted >= CHECKPOINT_BYTES and self._checkpoint(
-                        streams, new_words, file.is_plain, before
+                        streams, new_words, file.is_plain, base
                     ):
                         noted = taken_in
                 self.skip = 0
@@ -428,7 +428,7 @@ class _Build:
     def _feed(self, file: TextFile, skip: int) -> Iterator[None]:
         """Feeds a file to the builder in blocks, skipping what a checkpoint already covers."""
         if file.is_plain:
-            for text in _ahead(file.chunks()):
+            for text in _prefetch(file.chunks()):
                 if skip < len(text):
                     self.builder.add_text(memoryview(text)[skip:])
                     skip = 0
@@ -436,7 +436,7 @@ class _Build:
                     skip -= len(text)
                 yield
         else:
-            for texts, ends in _ahead(file.records()):
+            for texts, ends in _prefetch(file.records()):
                 if skip < len(ends):
                     begin = int(ends[skip - 1]) if skip else 0
                     self.builder.add_documents(memoryview(texts)[begin:], ends[skip:] - begin)
@@ -461,7 +461,7 @@ class _Build:
     # ---- checkpoints ---------------------------------------------------------------------
 
     def _checkpoint(
-        self, streams: Sequence[_Writer], new_words: _Writer, plain: bool, before: int
+        self, streams: Sequence[_Writer], new_words: _Writer, plain: bool, base: int
     ) -> bool:
         """Syncs all files and writes a checkpoint; returns False inside a very long document."""
         paused = self.builder.pause()
@@ -476,7 +476,7 @@ class _Build:
             file.sync()
         self.state |= {
             "sources": self.sources,
-            "skip": offset if plain else documents - before,
+            "skip": offset if plain else documents - base,
             "totals": {**self.builder.totals(), "documents": documents, "bytes": taken_in},
             "files": {file.path.name: file.path.stat().st_size for file in (*streams, new_words)},
         }
@@ -490,8 +490,8 @@ class _Build:
         state: dict[str, Any] = read_json_object(self.folder / CHECKPOINT)
         # Files not read yet may have been repaired since.
         read = len(state["sources"]) + (state["skip"] > 0)
-        ours, theirs = ({**s, "texts": s["texts"][:read]} for s in (self.state, state))
-        if any(theirs.get(name) != value for name, value in ours.items()):
+        current, saved = ({**s, "texts": s["texts"][:read]} for s in (self.state, state))
+        if any(saved.get(name) != value for name, value in current.items()):
             return False
         for name, size in state["files"].items():
             path = self.folder / name
@@ -524,10 +524,10 @@ class _Build:
                 f"all {totals['heldout_documents']} documents of {_some(self.paths)} are held out; "
                 "lower heldout_share (--heldout-share)"
             )
-        begin, end, by = self._move(train, len(heldout), totals["train_documents"])
+        begin, end, method = self._move(train, len(heldout), totals["train_documents"])
         moved = train[begin:end]
         # If the tail of a single document is held out, its train part also needs an end mark.
-        mark = train[end - 1 : end] if by == "tail" else train[:0]
+        mark = train[end - 1 : end] if method == "tail" else train[:0]
         data, ends, counts, final_ids = self.builder.lexicon(moved[: len(moved) - len(mark)])
         files = {}
         for name, parts in (
@@ -536,7 +536,7 @@ class _Build:
         ):
             with _writing(self.folder / name) as file:
                 for part in parts:
-                    for ids in _ahead(_renumbered(part, final_ids)):
+                    for ids in _prefetch(_renumbered(part, final_ids)):
                         file.write(ids)
             files[name] = file.entry()
         lexicon: tuple[np.ndarray, ...] = (data, ends, counts)
@@ -546,7 +546,7 @@ class _Build:
             files[name] = file.entry()
 
         documents = int(counts[0])
-        heldout_documents = totals["heldout_documents"] + (by in ("document", "tail"))
+        heldout_documents = totals["heldout_documents"] + (method in ("document", "tail"))
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -561,7 +561,7 @@ class _Build:
             "heldout": {
                 "documents": heldout_documents,
                 "words": files["heldout.u32"]["bytes"] // 4 - heldout_documents,
-                "by": by,
+                "by": method,
                 **self.settings["heldout"],
             },
             "field": self.settings["field"],
@@ -590,8 +590,8 @@ class _Build:
             return 0, 0, "draw"
         if documents == 1:
             words = len(train) - 1
-            held = math.ceil(words * share)
-            return (0, 0, "none") if held == words else (words - held, words + 1, "tail")
+            count = math.ceil(words * share)
+            return (0, 0, "none") if count == words else (words - count, words + 1, "tail")
         chosen = int(np.argmin(_core.heldout_draws(seed, documents)))
         begin = 0
         for at in range(0, len(train), STREAM_IDS):

@@ -149,22 +149,23 @@ def print_corpus_report(report: dict[str, Any]) -> None:
             for other, share in cut["shared"].items():
                 console.print(f"{share:.1%} of the pieces of {name} are in {other}", markup=False)
     share = heldout.get("share", 0.0)
-    by = {
+    methods = {
         "texts": "separate files",
         "draw": f"a draw of {share:g} of the documents, seed {heldout.get('seed')}",
         "document": "the document with the smallest draw",
         "tail": f"the last {share:g} of the single document",
         "none": "nothing",
     }
-    console.print(f"held out: {by.get(heldout['by'], heldout['by'])}", markup=False)
-    reasons = {
+    console.print(f"held out: {methods.get(heldout['by'], heldout['by'])}", markup=False)
+    labels = {
         "repeated": "repeated files or folders",
         "empty": "empty files",
         "unsupported": "files of unsupported kinds",
         "not_regular": "pipes, sockets and devices",
         "nulls": "records whose text is null",
     }
-    left_out = [f"{reasons[why]} ({count:,})" for why, count in report["left_out"].items() if count]
+    counts = report["left_out"].items()
+    left_out = [f"{labels[reason]} ({count:,})" for reason, count in counts if count]
     if report["not_utf8"]:
         left_out.append(f"invalid UTF-8 sequences ({report['not_utf8']:,})")
     if left_out:

@@ -90,9 +90,9 @@ def mask_row(
     for place, label in enumerate(labels):
         if label == IGNORE_INDEX:
             continue
-        what, which = next(numbers), next(numbers)
-        if what < mask_threshold:
+        action, choice = next(numbers), next(numbers)
+        if action < mask_threshold:
             masked[place] = mask
-        elif what < other_threshold:
-            masked[place] = below(which, len(kinds))
+        elif action < other_threshold:
+            masked[place] = below(choice, len(kinds))
     return masked, labels

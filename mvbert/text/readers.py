@@ -81,9 +81,9 @@ class _Search:
         """Adds a path given by the user."""
         status = _status(path)
         if stat.S_ISDIR(status.st_mode):
-            before = len(self.files), dict(self.left_out)
+            counts = len(self.files), dict(self.left_out)
             self._folder(path, status)
-            self._check_folder(path, *before)
+            self._check_folder(path, *counts)
             return
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{path} is {_kind_of(status)}, expected a file or a folder")
@@ -93,11 +93,11 @@ class _Search:
             raise InputError(f"{path} is empty")
         self._file(path, status)
 
-    def _check_folder(self, path: Path, files: int, before: dict[str, int]) -> None:
+    def _check_folder(self, path: Path, files: int, left_out: dict[str, int]) -> None:
         """Refuses a folder without text files."""
-        if len(self.files) > files or self.left_out["repeated"] > before["repeated"]:
+        if len(self.files) > files or self.left_out["repeated"] > left_out["repeated"]:
             return
-        empty = self.left_out["empty"] - before["empty"]
+        empty = self.left_out["empty"] - left_out["empty"]
         raise InputError(
             f"the folder {path} has no text files; "
             + (f"empty files: {empty}; " if empty else "")
@@ -335,7 +335,7 @@ class TextFile:
                         yield record
                 offset += len(line)
 
-    def _field_of(self, line: bytes, where: str, offset: int) -> bytes | None:
+    def _field_of(self, line: bytes, place: str, offset: int) -> bytes | None:
         """The text of a record; None if it is null."""
         if self.errors == "replace":
             line, replaced = _replace_errors(line)
@@ -344,20 +344,20 @@ class TextFile:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{where}: not UTF-8 at byte {offset + error.start}; {_advice(line)}"
+                f"{place}: not UTF-8 at byte {offset + error.start}; {_advice(line)}"
             ) from None
         try:
             record = json.loads(text)
         except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+            raise InputError(f"{place}: not JSON ({error.msg} at column {error.colno})") from None
         except RecursionError:
-            raise InputError(f"{where}: JSON is nested too deeply") from None
+            raise InputError(f"{place}: JSON is nested too deeply") from None
         if not isinstance(record, dict):
-            raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            raise InputError(f"{place}: expected a JSON object, got {type(record).__name__}")
         if self.field not in record:
             names = ", ".join(map(repr, record)) or "none"
             raise InputError(
-                f"{where}: no field {self.field!r} in this line; its fields: {names}; "
+                f"{place}: no field {self.field!r} in this line; its fields: {names}; "
                 "choose one with field= (--field)"
             )
         value = record[self.field]
@@ -366,7 +366,7 @@ class TextFile:
             return None
         if not isinstance(value, str):
             raise InputError(
-                f"{where}: field {self.field!r} holds {type(value).__name__}, expected a string"
+                f"{place}: field {self.field!r} holds {type(value).__name__}, expected a string"
             )
         # A lone surrogate (JSON can spell one) is no character; the splitter would delete it.
         return value.encode("utf-8", "ignore")

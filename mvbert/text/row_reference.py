@@ -30,7 +30,7 @@ IGNORE_INDEX = -100
 # ---- random numbers --------------------------------------------------------------------------
 
 
-def drawn(seed: int, purpose: int, number: int, index: int) -> int:
+def draw(seed: int, purpose: int, number: int, index: int) -> int:
     """The 32-bit number `index` that row `number` has for `purpose` (VOCABULARY or ROW).
 
     64 numbers come from 16 blocks, first word of all 16, second word of all 16, and so on: this is
@@ -139,7 +139,7 @@ def row_reference(
     def side(slot: int) -> _Side:
         """The vocabulary of [CLS] (slot 0), words and [SEP]s (1, 2, ...), the drawn [SEP] (T - 2),
         the last [SEP] (T - 1)."""
-        bits = drawn(seed, VOCABULARY, number, slot) if len(sides) == 2 else 0
+        bits = draw(seed, VOCABULARY, number, slot) if len(sides) == 2 else 0
         return sides[1] if len(sides) == 2 and bits < threshold(student_prob) else sides[0]
 
     def fill(room: int) -> tuple[list[int], list[tuple[int, int]]]:
@@ -166,15 +166,15 @@ def row_reference(
         """Starts of words of the row's middle half that follow a word."""
         return [
             start
-            for (_, before), (start, _) in itertools.pairwise(words)
-            if before == start and T <= 4 * start < 3 * T
+            for (_, end), (start, _) in itertools.pairwise(words)
+            if end == start and T <= 4 * start < 3 * T
         ]
 
     first_types = T
     row, words = fill(T - 3)
     places = boundaries(words)
-    if places and drawn(seed, ROW, number, 0) < threshold(pair_prob):
-        at = places[below(drawn(seed, ROW, number, 1), len(places))]
+    if places and draw(seed, ROW, number, 0) < threshold(pair_prob):
+        at = places[below(draw(seed, ROW, number, 1), len(places))]
         row.insert(at - 1, side(T - 2).sep)
         words = [(a + (a >= at), b + (a >= at)) for a, b in words]
         first_types = at + 1
@@ -187,7 +187,7 @@ def row_reference(
     masked: list[int] = []
     step = 0
     while budget and step < len(words):
-        bits = drawn(seed, ROW, number, 2 + 2 * step)
+        bits = draw(seed, ROW, number, 2 + 2 * step)
         other = step + below(bits, len(words) - step)
         words[step], words[other] = words[other], words[step]
         a, b = words[step]
@@ -200,7 +200,7 @@ def row_reference(
     labels = [row[position] for position in masked]
     for j, position in enumerate(masked):
         own = sides[-1] if row[position] >= sides[-1].base else sides[0]
-        tenth, rest = divmod(10 * drawn(seed, ROW, number, 3 + 2 * j), 2**32)
+        tenth, rest = divmod(10 * draw(seed, ROW, number, 3 + 2 * j), 2**32)
         if tenth < 8:
             row[position] = own.mask
         elif tenth == 8:

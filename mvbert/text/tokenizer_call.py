@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError, MissingExtra
-from mvbert.text.batch_encoding import BatchEncoding, EncodedRows, Later, lists, pairs
+from mvbert.text.batch_encoding import BatchEncoding, EncodedRows, LazyValue, lists, pairs
 from mvbert.text.texts import (
     Text,
     check_flags,
@@ -188,8 +188,8 @@ def read_texts(text: Any, text_pair: Any, split: bool) -> tuple[Texts, Texts | N
         if text and isinstance(text[0], list | tuple):
             text, text_pair = _unzip(text)
     values = [("text", text)] + ([("pair", text_pair)] if text_pair is not None else [])
-    made = [_one_list(name, [value] if single else value, split) for name, value in values]
-    return made[0], made[1] if len(made) > 1 else None, not single
+    texts = [_one_list(name, [value] if single else value, split) for name, value in values]
+    return texts[0], texts[1] if len(texts) > 1 else None, not single
 
 
 def _unzip(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -282,12 +282,12 @@ def call(
 
     # Of ordinary rows, the ids say where words begin; but an array that was given away may change.
     of_ids = not (is_split_into_words or return_overflowing_tokens)
-    made = encode(padded, return_offsets_mapping, not of_ids)
-    samples, firsts, seconds, spans, special, words = made[3:]
+    arrays = encode(padded, return_offsets_mapping, not of_ids)
+    samples, firsts, seconds, spans, special, words = arrays[3:]
     lead = int(add_special_tokens)
     special_pieces = lead * (2 if seconds is None else 3)
     if padded:
-        ids, types, mask = made[:3]
+        ids, types, mask = arrays[:3]
         length = ids.shape[1]
         offsets = np.arange(0, ids.size + 1, length or 1)[: len(ids) + 1]
         if not length:
@@ -295,7 +295,7 @@ def call(
         places = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(firsts + special_pieces + (0 if seconds is None else seconds), out=places[1:])
     else:
-        ids, offsets, types = made[:3]
+        ids, offsets, types = arrays[:3]
         places = offsets
 
     def find_words() -> NDArray[np.int32]:
@@ -310,12 +310,12 @@ def call(
         spans=spans if not padded else None,
         find_words=find_words,
         find_spans=lambda: encode(False, True, False)[6],
-        asked=return_offsets_mapping,
+        with_spans=return_offsets_mapping,
     )  # fmt: skip
     values: dict[str, Any] = {"input_ids": ids}
-    if _wanted(return_token_type_ids, "token_type_ids", tokenizer):
+    if _includes(return_token_type_ids, "token_type_ids", tokenizer):
         values["token_type_ids"] = types
-    if _wanted(return_attention_mask, "attention_mask", tokenizer):
+    if _includes(return_attention_mask, "attention_mask", tokenizer):
         values["attention_mask"] = mask if padded else None
     if return_special_tokens_mask:
         values["special_tokens_mask"] = special
@@ -333,17 +333,17 @@ def call(
         )
     # Lists are made when they are read; one text that cannot overflow has no list around it.
     first = not several and not return_overflowing_tokens
-    listed: dict[str, Any] = {
-        name: Later(_lister(value, offsets, padded, first)) for name, value in values.items()
+    entries: dict[str, Any] = {
+        name: LazyValue(_lister(value, offsets, padded, first)) for name, value in values.items()
     }
     if return_length:
-        listed["length"] = np.diff(offsets).tolist()
+        entries["length"] = np.diff(offsets).tolist()
     if samples is not None:
-        listed["overflow_to_sample_mapping"] = samples.tolist()
-    return BatchEncoding(listed, rows)
+        entries["overflow_to_sample_mapping"] = samples.tolist()
+    return BatchEncoding(entries, rows)
 
 
-def _wanted(option: bool | None, name: str, tokenizer: "TokenNames") -> bool:
+def _includes(option: bool | None, name: str, tokenizer: "TokenNames") -> bool:
     if option is None:
         return name in tokenizer.model_input_names
     check_flags(**{f"return_{name}": option})
@@ -367,12 +367,12 @@ def _lister(
 
     def make() -> list[Any]:
         if value is None:
-            made: list[Any] = [[1] * length for length in np.diff(offsets).tolist()]
+            rows: list[Any] = [[1] * length for length in np.diff(offsets).tolist()]
         elif not padded:
-            made = lists(value, offsets)
+            rows = lists(value, offsets)
         else:
-            made = [pairs(row) for row in value] if value.ndim == 3 else value.tolist()
-        return made[0] if first else made
+            rows = [pairs(row) for row in value] if value.ndim == 3 else value.tolist()
+        return rows[0] if first else rows
 
     return make
 
@@ -402,7 +402,7 @@ def pad(
     for name, values in columns.items():
         if len(values) != len(ids):
             raise InputError(f"{name} has {len(values)} rows and input_ids {len(ids)}")
-    if _wanted(return_attention_mask, "attention_mask", tokenizer):
+    if _includes(return_attention_mask, "attention_mask", tokenizer):
         columns.setdefault("attention_mask", [[1] * len(row) for row in ids])
     pad_to = padding_name(padding)
     width = 0
@@ -419,18 +419,18 @@ def pad(
         check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
         width += -width % pad_to_multiple_of
     fills = {"input_ids": tokenizer.vocab.pad, **_FILL}
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, values in columns.items():
         if return_tensors is None:
             if name in fills:
                 values = [_widened(row, width, fills[name]) for row in values]
             plain = [_plain(row) for row in values]
-            made[name] = plain[0] if single else plain
+            result[name] = plain[0] if single else plain
         elif name in fills and values and max(map(len, values)) <= width:
-            made[name] = as_tensors(_filled(name, values, width, fills[name]), return_tensors)
+            result[name] = as_tensors(_filled(name, values, width, fills[name]), return_tensors)
         else:
-            made[name] = as_tensors(_stacked(name, values), return_tensors)
-    return BatchEncoding(made)
+            result[name] = as_tensors(_stacked(name, values), return_tensors)
+    return BatchEncoding(result)
 
 
 def _columns(inputs: Any) -> dict[str, Any]:
@@ -491,9 +491,9 @@ def _filled(name: str, rows: list[Any], width: int, fill: int) -> NDArray[Any]:
         flat = flat.astype(np.int64)
     if flat.dtype.kind not in "biu" or flat.ndim != 1:
         raise InputError(f"{name} has {flat.dtype} values, expected rows of integers")
-    made = np.full((len(rows), width), fill, flat.dtype)
-    made[np.arange(width) < sizes[:, None]] = flat
-    return made
+    result = np.full((len(rows), width), fill, flat.dtype)
+    result[np.arange(width) < sizes[:, None]] = flat
+    return result
 
 
 def _stacked(name: str, rows: list[Any]) -> NDArray[Any]:

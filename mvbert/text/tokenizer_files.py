@@ -130,14 +130,14 @@ def _with_added(
                 f"{entry.source} gives {entry.content!r} the id {entry.id}, but {known.source} "
                 f"gives {known.id}; make them agree"
             )
-    past = len(pieces)
+    next_id = len(pieces)
     more: list[str] = []
     added: list[AddedPiece] = []
     # Those without an id take the next free ones, after the others.
     for entry in sorted(merged.values(), key=lambda e: (e.id is None, e.id or 0)):
-        expected = ids.get(entry.content, past)
+        expected = ids.get(entry.content, next_id)
         if entry.id not in (None, expected):
-            if expected == past and entry.id is not None and entry.id < len(pieces):
+            if expected == next_id and entry.id is not None and entry.id < len(pieces):
                 raise InputError(
                     f"{entry.source} gives {entry.content!r} the id {entry.id}, which is that of "
                     f"{pieces[entry.id]!r} in {source}"
@@ -146,9 +146,9 @@ def _with_added(
                 f"{entry.source} gives {entry.content!r} the id {entry.id}, expected {expected}: "
                 "the id of its piece, or the next one after the vocabulary"
             )
-        if expected == past:
+        if expected == next_id:
             more.append(entry.content)
-            past += 1
+            next_id += 1
         if entry.content not in SPECIAL_PIECES:
             added.append(AddedPiece(entry.content, entry.normalized, entry.special))
     return {
@@ -210,14 +210,14 @@ class _Files:
         return _BERT_CLASSES[0]
 
     def _check_settings(self) -> None:
-        for key, usual, why in (
+        for key, usual, reason in (
             ("do_basic_tokenize", True, "text is always split before WordPiece here"),
             ("never_split", [], "words that are never split are not supported"),
             ("tokenize_chinese_chars", True, "only true is supported"),
         ):
             value = self._config.get(key)
             if (usual if value is None else value) != usual:
-                raise InputError(f"{self._config_path}: {key} is {value!r}; {why}")
+                raise InputError(f"{self._config_path}: {key} is {value!r}; {reason}")
         for path, data in ((self._config_path, self._config), (self._map_path, self._map)):
             for piece in SPECIAL_PIECES:
                 key = f"{piece[1:-1].lower()}_token"
@@ -290,14 +290,14 @@ class _Files:
             yield _entry(source, token, int(id))
         if self.json is not None:
             yield from self.json.added()
-        listed = [*self._listed()]
-        special = {*SPECIAL_PIECES, *(entry.content for entry in listed)}
+        entries = [*self._listed()]
+        special = {*SPECIAL_PIECES, *(entry.content for entry in entries)}
         path = self._folder / "added_tokens.json"
         for content, value in _json(path).items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise InputError(f"{path}: {content!r} has the id {value!r}, expected a number")
             yield _Entry(str(path), content, value, content not in special, content in special)
-        yield from listed
+        yield from entries
 
     def _listed(self) -> Iterator[_Entry]:
         """Special pieces that files list without an id."""
@@ -425,12 +425,12 @@ class _TokenizerJson:
         if ids == self._vocab:
             return
         for piece in [*ids, *self._vocab]:
-            here, there = self._vocab.get(piece), ids.get(piece)
-            if here != there:
+            own, other = self._vocab.get(piece), ids.get(piece)
+            if own != other:
                 raise InputError(
                     f"{source} and {self.path} are different vocabularies: piece {piece!r} has "
-                    f"{'no id' if there is None else f'id {there}'} in the one and "
-                    f"{'no id' if here is None else f'id {here}'} in the other; remove the wrong "
+                    f"{'no id' if other is None else f'id {other}'} in the one and "
+                    f"{'no id' if own is None else f'id {own}'} in the other; remove the wrong "
                     "file"
                 )
 

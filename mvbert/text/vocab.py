@@ -131,9 +131,9 @@ class Vocab:
         """A warning that pieces are never used, perhaps because the vocabulary is cased, or ""."""
         if not self.unreachable:
             return ""
-        how = "assumed uncased, as no file in its folder says" if self.assumed else "uncased"
+        casing = "assumed uncased, as no file in its folder says" if self.assumed else "uncased"
         return (
-            f"{self.source} is {how}: {self.unreachable:,} of its {self.size:,} pieces have "
+            f"{self.source} is {casing}: {self.unreachable:,} of its {self.size:,} pieces have "
             "capitals or accents and are never used; if it is cased, use --cased"
         )
 

@@ -64,7 +64,7 @@ def measure_cost(
     set_up = clock() - start
     ranks = join_ranks()
 
-    def timed(work: Callable[[], object]) -> float:
+    def time_call(work: Callable[[], object]) -> float:
         start = clock()
         work()
         if device.device.type == "cuda":
@@ -79,12 +79,12 @@ def measure_cost(
         losses = ranks.wrap(Losses(task))
         step = Step(task, losses, config, device, ranks, optimizer, {}, graph)
         for number in range(config.steps):
-            seconds.append(timed(lambda number=number: step(feed, number)))  # type: ignore[misc]
+            seconds.append(time_call(lambda number=number: step(feed, number)))  # type: ignore[misc]
             done = seconds[warm_up:]
             enough = len(done) >= TIMED_STEPS and sum(done) >= TIMED_SECONDS
             if ranks.any(enough)[0]:  # all ranks must run the same number of steps
                 break
-        evaluation = timed(lambda: heldout_means(task, config, device, ranks))
+        evaluation = time_call(lambda: heldout_means(task, config, device, ranks))
     return Cost(set_up, statistics.median(seconds[warm_up:] or seconds), evaluation)
 
 
@@ -98,7 +98,7 @@ def fitting_share(runs: Mapping[str, tuple[TrainConfig, Cost]], seconds: float) 
 def share_of_steps(
     out: Path,
     minutes: float,
-    left: Callable[[], float],
+    time_left: Callable[[], float],
     row_length: int,
     measure: Callable[[], Mapping[str, tuple[TrainConfig, Cost]]],
     note: Callable[[str], None],
@@ -109,7 +109,7 @@ def share_of_steps(
 
     Args:
         minutes: the budget (0: none).
-        left: returns the seconds left of the budget.
+        time_left: returns the seconds left of the budget.
         measure: returns settings and costs of all runs by name; called only for a new job.
 
     Raises:
@@ -140,7 +140,7 @@ def share_of_steps(
     runs = measure()
 
     def decide() -> float:
-        seconds = left()
+        seconds = time_left()
         share = fitting_share(runs, SLACK * seconds)
         costs: dict[str, Json] = {name: asdict(cost) for name, (_, cost) in runs.items()}
         write_json(out / PLAN_FILE, {"share": share, "minutes": minutes, "seconds": costs})

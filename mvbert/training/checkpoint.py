@@ -119,9 +119,9 @@ def save(
 
 def drop_after(checkpoints: Path, step: int) -> None:
     """Removes checkpoints later than the one that a run resumes from: they are corrupt."""
-    for later in _steps(checkpoints):
-        if later > step:
-            shutil.rmtree(step_folder(checkpoints, later), ignore_errors=True)
+    for number in _steps(checkpoints):
+        if number > step:
+            shutil.rmtree(step_folder(checkpoints, number), ignore_errors=True)
 
 
 def is_best(checkpoints: Path, heldout: float | None, keep_best: int) -> bool:

@@ -43,16 +43,16 @@ class Feed:
         self.device = {n: torch.empty_like(t, device=device) for n, t in self._slots[0].items()}
         self._waited = 0.0
         self._step = step
-        self._ahead: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(1)
-        for later in range(step, step + SLOTS - 1):
-            self._submit(later)
+        for number in range(step, step + SLOTS - 1):
+            self._submit(number)
 
     def fetch(self) -> None:
         """Copies the rows of the next step to `device`, tensors by the names in Batch."""
-        before = time.perf_counter()
-        self._ahead.popleft().result()
-        self._waited += time.perf_counter() - before
+        start = time.perf_counter()
+        self._pending.popleft().result()
+        self._waited += time.perf_counter() - start
         slot = self._step % SLOTS
         for name, tensor in self.device.items():
             tensor.copy_(self._slots[slot][name], non_blocking=True)
@@ -69,7 +69,7 @@ class Feed:
 
     def _submit(self, step: int) -> None:
         if step < self._config.steps:
-            self._ahead.append(self._pool.submit(self._make, step))
+            self._pending.append(self._pool.submit(self._make, step))
 
     def _make(self, step: int) -> None:
         slot = step % SLOTS

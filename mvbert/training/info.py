@@ -22,9 +22,9 @@ def run_info(folder: Path) -> dict[str, Json]:
     if not folder.is_dir():
         raise InputError(f"{folder} is a file, expected the folder of a run, job, study or corpus")
     if not (folder / "run.json").is_file():
-        found = (path.parent for path in folder.rglob("run.json"))
+        folders = (path.parent for path in folder.rglob("run.json"))
         # Fine-tuning keeps its best model so far in a hidden folder, which is no run.
-        runs = sorted(path for path in found if not path.name.startswith("."))
+        runs = sorted(path for path in folders if not path.name.startswith("."))
         if not runs:
             empty = "is empty" if not any(folder.iterdir()) else "has no run.json in or below it"
             raise InputError(

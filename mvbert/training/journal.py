@@ -89,11 +89,11 @@ class Journal:
         self._write(record)
         self._progress.trained(record)
         self._lines += 1
-        left = (self._config.steps - step) * seconds / steps
+        time_left = (self._config.steps - step) * seconds / steps
         # The first line's steps are slower: they compile kernels and allocate memory.
-        if self._lines == 2 and left >= LONG:
+        if self._lines == 2 and time_left >= LONG:
             self._progress.note(
-                f"{record['pieces_per_second']:,} pieces/s: {duration(left)} for the "
+                f"{record['pieces_per_second']:,} pieces/s: {duration(time_left)} for the "
                 f"{self._config.steps - step:,} steps left, without evaluations and checkpoints"
             )
         if sums["skipped"]:
@@ -113,9 +113,9 @@ class Journal:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Excludes the time of the block from the log's speed."""
-        before = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self._clock += time.perf_counter() - before
+        self._clock += time.perf_counter() - start
 
     def flush(self) -> None:
         if self._log is not None:

@@ -84,13 +84,13 @@ def set_up_alone(
         InputError: there is no such device.
     """
     torch.set_num_threads(cores(threads))
-    found = choose_device(device)
-    if found.type == "cpu":
+    target = choose_device(device)
+    if target.type == "cpu":
         keep_memory()
     if dtype == "auto" and recorded is not None:
-        return Device.of(found, *recorded)
+        return Device.of(target, *recorded)
     return Device.of(
-        found, *choose_dtype(dtype, found, lambda: product_rates(products, gradients=gradients))
+        target, *choose_dtype(dtype, target, lambda: product_rates(products, gradients=gradients))
     )
 
 
@@ -141,13 +141,13 @@ def decide_for_job(
     def decide() -> Choice:
         path = out / JOB_FILE
         if path.exists():
-            kept = read_json_object(path)
-            if kept.get("dtype") not in DTYPES or not isinstance(kept.get("reason"), str):
+            saved = read_json_object(path)
+            if saved.get("dtype") not in DTYPES or not isinstance(saved.get("reason"), str):
                 raise InputError(
                     f"{path}: expected dtype (float32 or bfloat16) and reason; "
                     "remove the file to measure again"
                 )
-            return str(kept["dtype"]), str(kept["reason"])
+            return str(saved["dtype"]), str(saved["reason"])
         # A job started by an earlier version keeps the dtype of its runs.
         recorded = [dtype_of_run(run.parent, auto=True) for run in sorted(out.rglob("run.json"))]
         dtype, reason = next(filter(None, recorded), None) or choose_dtype(

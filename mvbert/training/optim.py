@@ -103,5 +103,5 @@ def linear_schedule(step: int, steps: int, warmup: float, final: float = 0.0) ->
     rising = round(warmup * steps)
     if step < rising:
         return (step + 1) / rising
-    left = (steps - step) / max(steps - rising, 1)
-    return final + (1 - final) * left
+    fraction = (steps - step) / max(steps - rising, 1)
+    return final + (1 - final) * fraction

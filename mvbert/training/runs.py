@@ -56,18 +56,18 @@ def _without_neutral(description: dict[str, Any]) -> dict[str, Any]:
     Its tables are those of run.json (row, train, teacher_shape) or distill.json (row, stage1,
     stage2). The weight of a distillation loss that a run does not have is such a setting.
     """
-    kept = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
+    result = {k: {**v} if isinstance(v, dict) else v for k, v in description.items()}
     for setting, neutral in NEUTRAL.items():
         table, name = setting.split(".")
         tables = ("train", "stage1", "stage2") if table == "train" else (table,)
-        for values in map(kept.get, tables):
+        for values in map(result.get, tables):
             if isinstance(values, dict) and name in values and neutral in (None, values[name]):
                 del values[name]
-    for values in (kept.get("train"), kept.get("stage2")):
+    for values in (result.get("train"), result.get("stage2")):
         if isinstance(values, dict) and "distill" in values:
             for loss in {*DISTILL_LOSSES} - {*values["distill"]}:
                 values.pop(f"{loss}_weight", None)
-    return kept
+    return result
 
 
 def describe_run(path: Path, description: dict[str, Json], **facts: Json) -> int | None:
@@ -97,28 +97,28 @@ def check_run(path: Path, description: dict[str, Json]) -> int | None:
         The earlier number of steps if it is higher now; None if nothing differs.
     """
     recorded = read_json_object(path).get("description")
-    wanted: Any = _without_neutral(json.loads(json.dumps(description)))
+    current: Any = _without_neutral(json.loads(json.dumps(description)))
     if isinstance(recorded, dict):
         recorded = _without_neutral(recorded)
-    if recorded == wanted:
+    if recorded == current:
         return None
     if isinstance(recorded, dict):
-        before, now = (
-            x["train"].get("steps") if "train" in x else None for x in (recorded, wanted)
+        old_steps, new_steps = (
+            x["train"].get("steps") if "train" in x else None for x in (recorded, current)
         )
         if (
-            isinstance(before, int)
-            and isinstance(now, int)
-            and before < now
-            and {**recorded, "train": {**recorded["train"], "steps": now}} == wanted
+            isinstance(old_steps, int)
+            and isinstance(new_steps, int)
+            and old_steps < new_steps
+            and {**recorded, "train": {**recorded["train"], "steps": new_steps}} == current
         ):
-            return before
-    raise other_settings(path.parent, "run", recorded, wanted)
+            return old_steps
+    raise other_settings(path.parent, "run", recorded, current)
 
 
-def other_settings(out: Path, kind: str, recorded: Any, wanted: dict[str, Any]) -> InputError:
+def other_settings(out: Path, kind: str, recorded: Any, current: dict[str, Any]) -> InputError:
     """The refusal of a folder that holds a run or a job with other settings; names them."""
-    names = _differences(recorded, wanted) if isinstance(recorded, dict) else ["description"]
+    names = _differences(recorded, current) if isinstance(recorded, dict) else ["description"]
     return InputError(
         f"{out} holds a {kind} with other settings ({', '.join(names[:4])}); "
         "give another --out, or remove that folder"

@@ -74,9 +74,9 @@ class Stage1:
             f"({shared / student_vocab.size:.1%}) are in the teacher's vocabulary"
         )
         if config.warm_start:
-            kept = warm_start(model.student, rows)
+            share = warm_start(model.student, rows)
             progress.note(
-                f"warm start: {config.embedding_size} dimensions keep {kept:.1%} of the variance"
+                f"warm start: {config.embedding_size} dimensions keep {share:.1%} of the variance"
             )
         else:
             # So that projected rows have the standard deviation of BERT's initial rows.
@@ -190,11 +190,13 @@ def load_student(folder: Path, model: MaskedLM, vocab: Vocab) -> None:
         InputError: the folder's model has another shape or another vocabulary.
     """
     shape, its_vocab = huggingface.read_shape(folder)
-    ours, theirs = to_dict(model.config), to_dict(shape)
+    expected, actual = to_dict(model.config), to_dict(shape)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):  # the run's own
-        theirs[name] = ours[name]
+        actual[name] = expected[name]
     differ = [
-        f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]
+        f"{name} {actual[name]}, not {value}"
+        for name, value in expected.items()
+        if actual[name] != value
     ]
     if its_vocab.sha256 != vocab.sha256:
         differ.append("another vocabulary")

@@ -127,7 +127,7 @@ class Step:
         self._losses = losses
         window: dict[str, float] = state.get("window", {}) if ranks.lead else {}  # type: ignore[assignment]
         self._sums = Sums(device.device, window)
-        self._ran = 0
+        self._calls = 0
         # The current number of skipped updates in a row, and the last skipped step.
         skipped = [state.get("skipped_in_a_row", 0), state.get("skipped_last", -1)]
         self._skipped = torch.tensor(skipped, dtype=torch.float64, device=device.device)
@@ -138,18 +138,18 @@ class Step:
         feed.fetch()
         self._number.fill_(step)
         self._optimizer.set_learning_rate(learning_rate(step, self._config))
-        if self._graph is None or self._ran < WARM_UP:
+        if self._graph is None or self._calls < WARM_UP:
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._update(feed.device)
         else:
-            if self._ran == WARM_UP:
+            if self._calls == WARM_UP:
                 self._optimizer.set_capturable(True)
                 self._graph.capture(lambda: self._update(feed.device))
                 self._optimizer.set_capturable(False)
             # A replay draws dropout from the generator's current state.
             torch.manual_seed(dropout_seed(self._config.seed, step, self._ranks.rank))
             self._graph.replay()
-        self._ran += 1
+        self._calls += 1
 
     def _update(self, rows: dict[str, Tensor]) -> None:
         self._task.module.train()

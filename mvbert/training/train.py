@@ -104,14 +104,14 @@ def train(
             journal.finish()  # writes the pending line while the device runs this step
             # Read once: a signal that arrives later is handled after the next step.
             interrupted, out_of_time = ranks.any(stop.requested, time.monotonic() >= deadline)
-            after = due(step, config, leaving=interrupted or out_of_time)
-            if after.log:
+            actions = due(step, config, leaving=interrupted or out_of_time)
+            if actions.log:
                 journal.begin(step)
-            if after.evaluate or after.save:
+            if actions.evaluate or actions.save:
                 journal.finish()
                 with journal.paused():
-                    heldout = run.evaluate(step, journal) if after.evaluate else None
-                    if after.save or run.is_best(heldout):
+                    heldout = run.evaluate(step, journal) if actions.evaluate else None
+                    if actions.save or run.is_best(heldout):
                         run.save(step, heldout, stepper, journal, interrupted or out_of_time)
             progress.advance(step)
             if step < config.steps and interrupted:
@@ -161,16 +161,16 @@ def _prepare(
     """Builds the optimiser, describes the run in its folder, prints the choices made."""
     _check_shares(config, ranks)
     facts = environment(device, ranks.count)
-    before = ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
+    old_steps = ranks.first(lambda: describe_run(out / "run.json", description, environment=facts))
     module = task.module.to(device.device)
     peak, source = peak_flops(
         device.device, device.autocast or torch.float32, torch.get_num_threads()
     )
     if config.compile:
         compile_layers(module)
-    graph, why = choose_graph(config, device.device, ranks.count)
+    graph, reason = choose_graph(config, device.device, ranks.count)
     compiled = "; layers compiled" if config.compile else ""
-    progress.note(f"device {device}; {why}{compiled}")
+    progress.note(f"device {device}; {reason}{compiled}")
     progress.note(f"peak {peak / 1e12:.3g} TFLOP/s ({source}), processes: {ranks.count}")
     run = _Run(
         task=task,
@@ -190,10 +190,10 @@ def _prepare(
         f"{config.steps * run.pieces_per_step / 1e6:.2f} M pieces, "
         f"{config.steps * config.rows / task.rows.count:.2f} epochs of {task.rows.count} rows"
     )
-    if before is not None:
+    if old_steps is not None:
         progress.note(
-            f"steps raised from {before} to {config.steps}: from here on the learning rate follows "
-            f"the schedule of {config.steps} steps"
+            f"steps raised from {old_steps} to {config.steps}: from here on the learning rate "
+            f"follows the schedule of {config.steps} steps"
         )
     if config.eval_rows > task.heldout.count:
         progress.note(
@@ -304,9 +304,9 @@ def heldout_means(
     task.module.eval()
     sums = Sums(device.device)
     share = ranks.share(min(config.eval_rows, task.heldout.count))
-    each = pass_rows(config)
-    for first in range(share.start, share.stop, each):
-        count = min(each, share.stop - first)
+    size = pass_rows(config)
+    for first in range(share.start, share.stop, size):
+        count = min(size, share.stop - first)
         rows = task.heldout.read(first, count, student_prob=task.student_prob, threads=1)
         with device.cast():
             sums.add(task.evaluate(DeviceBatch.of(rows, device.device)))

@@ -39,11 +39,11 @@ def test_candidates_run_in_place_of_the_rule(kernel, tune, cases, monkeypatch):
     blocks = {"BLOCK_M": 2, "BLOCK_V": 32, "STEPS": 1} if kernel == "elementwise" else SMALL
     case = dataclasses.replace(cases[kernel], candidates=(blocks,))
     seen = []
-    original = launch.chosen
+    original = launch.choose
     monkeypatch.setattr(
-        launch, "chosen", lambda k, *a: seen.append((k, original(k, *a))) or seen[-1][1]
+        launch, "choose", lambda k, *a: seen.append((k, original(k, *a))) or seen[-1][1]
     )
-    monkeypatch.setattr(launch, "elementwise_blocks", lambda x, shape, V, *_: launch.chosen(
+    monkeypatch.setattr(launch, "elementwise_blocks", lambda x, shape, V, *_: launch.choose(
         "elementwise", x, shape, {"BLOCK_M": 4, "BLOCK_V": 64, "STEPS": 2}))  # fmt: skip
     entry = tune.tune(case, lambda run: 10.0 if launch.FORCED else 20.0, lambda line: None)
     assert entry["blocks"] == blocks

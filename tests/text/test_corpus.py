@@ -317,14 +317,14 @@ def test_ahead_hands_on_items_errors_and_the_end():
         finally:
             ended.append(stop)
 
-    ahead = corpus_build._ahead(items(3))
+    ahead = corpus_build._prefetch(items(3))
     assert [next(ahead) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="no more"):
         next(ahead)
-    left = corpus_build._ahead(items(9))
+    left = corpus_build._prefetch(items(9))
     assert next(left) == 0
     left.close()
-    assert list(corpus_build._ahead(iter([]))) == []
+    assert list(corpus_build._prefetch(iter([]))) == []
     assert ended == [3, 9]
 
 

@@ -22,7 +22,7 @@ import pytest
 from mvbert import _core
 from mvbert.errors import InputError
 from mvbert.text import vocab as vocab_module
-from mvbert.text.row_reference import drawn, threshold
+from mvbert.text.row_reference import draw, threshold
 from mvbert.text.tokenizer import MixedTokenizer, WordPieceTokenizer
 from mvbert.text.vocab import SPECIAL_PIECES, Vocab
 from mvbert.text.wordpiece import basic_split, wordpiece
@@ -543,7 +543,7 @@ def test_pickles(tokenizer, mixed):
 def mixed_definition(mixed, text, student_prob, seed, number):
     ids, starts, from_student = [], [], []
     for w, word in enumerate(basic_split(text)):
-        student = drawn(seed, 6, number, w) < threshold(student_prob)
+        student = draw(seed, 6, number, w) < threshold(student_prob)
         vocab, base = (mixed.student, mixed.teacher.size) if student else (mixed.teacher, 0)
         starts.append(len(ids))
         from_student.append(student)
