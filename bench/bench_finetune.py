@@ -59,8 +59,8 @@ def data(case: Case) -> tuple[Split, Vocab]:
     task = find_task("sst-2")
     examples: Examples = read_task(task, [str(harness.DATA / "glue-sst-2.tar.xz")])["train"]
     # Evenly over the file, so that lengths are those of the whole.
-    chosen = [i * len(examples) // case.N for i in range(case.N)]
-    examples = examples.select(chosen)
+    numbers = [i * len(examples) // case.N for i in range(case.N)]
+    examples = examples.select(numbers)
     vocab = Vocab.load(harness.DATA / "vocab.txt", lowercase=True)
     rows = make_rows(task, examples, vocab, 128)
     return Split(examples, replace(rows, ids=rows.ids % VOCAB)), vocab

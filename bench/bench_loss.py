@@ -139,9 +139,9 @@ def torch_native(case, device, rows: int | None = None):
     if not hasattr(F, "linear_cross_entropy"):
         raise harness.Skip(f"torch {torch.__version__} has none; it came with 2.13")
     options = {} if rows is None else {"batch_chunk_size": min(rows, case.N)}
-    chosen = torch.nn.LinearCrossEntropyOptions(**options)
+    settings = torch.nn.LinearCrossEntropyOptions(**options)
     return lambda x: x.gradients(
-        F.linear_cross_entropy(x.hidden, x.weight, x.labels, linear_bias=x.bias, options=chosen)
+        F.linear_cross_entropy(x.hidden, x.weight, x.labels, linear_bias=x.bias, options=settings)
     )
 
 

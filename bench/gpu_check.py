@@ -396,23 +396,23 @@ def main() -> None:
                     whole.write(log.read_bytes())
 
     try:
-        chosen = choose(parts(out, work, args, cuda), args.only)
+        queue = choose(parts(out, work, args, cuda), args.only)
 
         def follow(chain: list[Part]) -> None:
             for part in chain:
                 go(part, work / f"{part.name}.log")
 
-        build, *rest = chosen  # one of the GPU tests needs it too
+        build, *rest = queue  # one of the GPU tests needs it too
         go(build, out / "log.txt")
         side_by_side = chains([part for part in rest if not part.timed])
         with ThreadPoolExecutor(max(1, len(side_by_side))) as pool:
             list(pool.map(follow, side_by_side))
-        for part in chosen:
+        for part in queue:
             if part.timed:
                 go(part, out / "log.txt")
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    outcomes.sort(key=lambda outcome: chosen.index(outcome.part))
+    outcomes.sort(key=lambda outcome: queue.index(outcome.part))
     report(out, name, args.dry_run, outcomes)
     bad = [o.part.name for o in outcomes if o.state in ("failed", "late")]
     if bad:

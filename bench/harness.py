@@ -81,7 +81,7 @@ class Wrong(Exception):
     """A provider's output is wrong, so it is not timed."""
 
 
-class Lost(Exception):
+class DeviceLost(Exception):
     """A provider's error lost the CUDA context for this process."""
 
 
@@ -453,7 +453,7 @@ def run_bench(bench: Bench, settings: Settings, emit: Callable[[dict], None]) ->
     """Measures every case and provider; `emit` gets each record as soon as its case is done.
 
     Raises:
-        Lost: a provider left the device unusable; the exception's argument is its name.
+        DeviceLost: a provider left the device unusable; the exception's argument is its name.
     """
     import torch
 
@@ -595,7 +595,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_device(device: str, name: str) -> None:
-    """Raises Lost where the failure of provider `name` took the device along."""
+    """Raises DeviceLost where the failure of provider `name` took the device along."""
     if device != "cuda":
         return
     import torch
@@ -603,7 +603,7 @@ def check_device(device: str, name: str) -> None:
     try:
         torch.cuda.synchronize()
     except Exception as error:
-        raise Lost(name) from error
+        raise DeviceLost(name) from error
 
 
 def close(run) -> None:

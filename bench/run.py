@@ -91,7 +91,7 @@ def main() -> None:
     for bench in benches:
         try:
             records += harness.run_bench(bench, settings, emit)
-        except harness.Lost as lost:
+        except harness.DeviceLost as lost:
             restart(str(lost))
         emit({"record": "end", "bench": bench.name})
     print(json.dumps(outcome(run, records)))

@@ -165,7 +165,7 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
     def dlogits() -> Run:
         rows, lse = linear(), torch.zeros(N, device=device)
         rows.logits(0, lse=lse, store=True, labels=labels, target=torch.zeros_like(lse))
-        logits = rows.buffer.clone()
+        backup = rows.buffer.clone()
 
         def run() -> Tensor:
             return linear_cross_entropy.cross_entropy_dlogits(
@@ -174,7 +174,7 @@ def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Itera
             ).sum(0)  # fmt: skip
 
         run()
-        rows.buffer.copy_(logits)
+        rows.buffer.copy_(backup)
         return run
 
     def upstream(rows: LinearRows) -> Tensor:

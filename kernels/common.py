@@ -82,13 +82,13 @@ def split_labels(labels: Tensor, teacher_size: int, ignore_index: int) -> tuple[
     )
 
 
-def reduce_rows(loss: Tensor, kept: Tensor, reduction: str) -> Tensor:
-    """mean over kept rows (0 when there is none), sum, or the rows themselves."""
+def reduce_rows(loss: Tensor, mask: Tensor, reduction: str) -> Tensor:
+    """mean over the rows of the mask (0 when there is none), sum, or the rows themselves."""
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / kept.sum().clamp(min=1).to(loss.dtype)
+    return loss.sum() / mask.sum().clamp(min=1).to(loss.dtype)
 
 
 def gradients_like(

@@ -56,16 +56,16 @@ def residual_layer_norm_fwd_kernel(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     h = tl.arange(0, BLOCK_H)
     column = (h < H)[None, :]
-    both = (n < N)[:, None] & column
+    mask = (n < N)[:, None] & column
     at = n.to(tl.int64)[:, None] * H + h[None, :]
-    x = tl.load(x_ptr + at, mask=both, other=0.0).to(ACC)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     if P_DROP > 0:
         x *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
-    s = x + tl.load(residual_ptr + at, mask=both, other=0.0).to(ACC)
+    s = x + tl.load(residual_ptr + at, mask=mask, other=0.0).to(ACC)
     # The statistics are of the sum as it is kept, so that backward sees the same numbers.
-    kept = s.to(sum_ptr.dtype.element_ty)
-    tl.store(sum_ptr + at, kept, mask=both)
-    s = kept.to(ACC)
+    stored_sum = s.to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + at, stored_sum, mask=mask)
+    s = stored_sum.to(ACC)
     mean = tl.sum(s, 1) / H
     s = tl.where(column, s - mean[:, None], 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(s * s, 1) / H + eps)
@@ -74,9 +74,9 @@ def residual_layer_norm_fwd_kernel(
     y = s * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(mean_ptr + n, mean, mask=n < N)
     tl.store(rstd_ptr + n, rstd, mask=n < N)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=both)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     if BOTH:
-        tl.store(rounded_ptr + at, y.to(rounded_ptr.dtype.element_ty), mask=both)
+        tl.store(rounded_ptr + at, y.to(rounded_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -107,25 +107,25 @@ def residual_layer_norm_bwd_kernel(
     dbias = tl.zeros((ROWS, BLOCK_H), ACC)
     for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
         n = first + tl.arange(0, ROWS)
-        both = (n < N)[:, None] & column
+        mask = (n < N)[:, None] & column
         at = n.to(tl.int64)[:, None] * H + h[None, :]
-        dy = tl.load(dy_ptr + at, mask=both, other=0.0).to(ACC)
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
         if BOTH:
-            dy += tl.load(drounded_ptr + at, mask=both, other=0.0).to(ACC)
-        s = tl.load(sum_ptr + at, mask=both, other=0.0).to(ACC)
+            dy += tl.load(drounded_ptr + at, mask=mask, other=0.0).to(ACC)
+        s = tl.load(sum_ptr + at, mask=mask, other=0.0).to(ACC)
         mean = tl.load(mean_ptr + n, mask=n < N, other=0.0)
         rstd = tl.load(rstd_ptr + n, mask=n < N, other=0.0)
-        u = tl.where(both, (s - mean[:, None]) * rstd[:, None], 0.0)
+        u = tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
         dweight += dy * u
         dbias += dy
         g = dy * weight
         ds = g - (tl.sum(g, 1) / H)[:, None] - u * (tl.sum(g * u, 1) / H)[:, None]
         ds *= rstd[:, None]
-        tl.store(dresidual_ptr + at, ds.to(dresidual_ptr.dtype.element_ty), mask=both)
+        tl.store(dresidual_ptr + at, ds.to(dresidual_ptr.dtype.element_ty), mask=mask)
         if P_DROP > 0:
             ds *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
         if HAS_DX:
-            tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=both)
+            tl.store(dx_ptr + at, ds.to(dx_ptr.dtype.element_ty), mask=mask)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * H + h
     tl.store(out, tl.sum(dweight, 0), mask=h < H)
     tl.store(out + H, tl.sum(dbias, 0), mask=h < H)

@@ -55,10 +55,10 @@ def list_rows_kernel(
     count = 0
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        kept = (tl.load(labels_ptr + n, mask=n < N, other=IGNORE) != IGNORE).to(tl.int32)
-        place = count + tl.cumsum(kept) - kept
-        tl.store(rows_ptr + place, n, mask=kept != 0)
-        count += tl.sum(kept)
+        flag = (tl.load(labels_ptr + n, mask=n < N, other=IGNORE) != IGNORE).to(tl.int32)
+        place = count + tl.cumsum(flag) - flag
+        tl.store(rows_ptr + place, n, mask=flag != 0)
+        count += tl.sum(flag)
     tl.store(count_ptr, count)
 
 
@@ -81,11 +81,11 @@ def gather_rows_kernel(
     if (not FILL) & (tl.program_id(0) * BLOCK_N >= count):
         return
     rows = tl.load(rows_ptr + n, mask=n < count, other=0).to(tl.int64)
-    kept = (n < count)[:, None] & (h < H)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * stride_n + h[None, :], mask=kept, other=0.0)
+    mask = (n < count)[:, None] & (h < H)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * stride_n + h[None, :], mask=mask, other=0.0)
     if FILL:
-        kept = (n < N)[:, None] & (h < H)[None, :]
-    tl.store(out_ptr + n.to(tl.int64)[:, None] * H + h[None, :], x, mask=kept)
+        mask = (n < N)[:, None] & (h < H)[None, :]
+    tl.store(out_ptr + n.to(tl.int64)[:, None] * H + h[None, :], x, mask=mask)
 
 
 @triton.jit
@@ -343,8 +343,8 @@ def spread_rows_kernel(
     if tl.program_id(0) * BLOCK_N >= count:
         return
     inside = n < count
-    both = inside[:, None] & (h < H)[None, :]
-    dx = tl.load(dx_ptr + n.to(tl.int64)[:, None] * H + h[None, :], mask=both, other=0.0).to(ACC)
+    mask = inside[:, None] & (h < H)[None, :]
+    dx = tl.load(dx_ptr + n.to(tl.int64)[:, None] * H + h[None, :], mask=mask, other=0.0).to(ACC)
     for v in range(V_WHOLE, V):
         dz = tl.load(dlogits_ptr + n.to(tl.int64) * stride_z + v, mask=inside, other=0.0).to(ACC)
         w_at = weight_ptr + tl.cast(v, tl.int64) * stride_v + h
@@ -352,7 +352,7 @@ def spread_rows_kernel(
     dx *= tl.load(scale_ptr).to(ACC)
     rows = tl.load(rows_ptr + start + n, mask=inside, other=0).to(tl.int64)
     at = out_ptr + rows[:, None] * H + h[None, :]
-    tl.store(at, dx.to(out_ptr.dtype.element_ty), mask=both)
+    tl.store(at, dx.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

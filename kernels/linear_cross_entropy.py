@@ -168,9 +168,9 @@ def cross_entropy_dlogits_kernel(
         # Rows beyond the count have probability 0 and no label.
         lse = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
         at = logits_ptr + m.to(tl.int64)[:, None] * stride_z + v[None, :]
-        both = inside[:, None] & (v < stride_z)[None, :]
+        mask = inside[:, None] & (v < stride_z)[None, :]
         # Loads are masked by the pitch, not by V, so that they stay 16 bytes wide.
-        z = tl.load(at, mask=both, other=0.0).to(ACC)
+        z = tl.load(at, mask=mask, other=0.0).to(ACC)
         p = exp(z - lse[:, None])
         if WEIGHTED:
             known = (label >= 0) & (label < V)
@@ -196,8 +196,8 @@ def cross_entropy_dlogits_kernel(
         if SCALED:
             dz *= tl.load(dloss_ptr).to(ACC)
         if FILL:
-            both = (m < c)[:, None] & (v < stride_z)[None, :]
-        tl.store(at, dz.to(logits_ptr.dtype.element_ty), mask=both)
+            mask = (m < c)[:, None] & (v < stride_z)[None, :]
+        tl.store(at, dz.to(logits_ptr.dtype.element_ty), mask=mask)
         if HAS_BIAS:
             column += dz
     if HAS_BIAS:

@@ -83,9 +83,9 @@ def kl_dlogits_kernel(
         teacher_top = tl.load(teacher_top_ptr + rows, mask=inside, other=0.0)
         teacher_log_sum = tl.load(teacher_log_sum_ptr + rows, mask=inside, other=0.0)
         at = m.to(tl.int64)[:, None] * stride_z + v[None, :]
-        both = inside[:, None] & (v < stride_z)[None, :]
-        z = tl.load(logits_ptr + at, mask=both, other=0.0).to(ACC)
-        y = tl.load(teacher_ptr + at, mask=both, other=0.0).to(ACC)
+        mask = inside[:, None] & (v < stride_z)[None, :]
+        z = tl.load(logits_ptr + at, mask=mask, other=0.0).to(ACC)
+        y = tl.load(teacher_ptr + at, mask=mask, other=0.0).to(ACC)
         # Columns from V on hold -inf, whose differences are NaN.
         real = inside[:, None] & (v < V)[None, :]
         log_p = (tl.where(real, z, 0.0) - top[:, None]) - log_sum[:, None]
@@ -98,7 +98,7 @@ def kl_dlogits_kernel(
             dz = p - q
             if GRAD_PER_ROW:
                 dz *= tl.load(dloss_ptr + rows, mask=inside, other=0.0)[:, None]
-            tl.store(logits_ptr + at, dz.to(logits_ptr.dtype.element_ty), mask=both)
+            tl.store(logits_ptr + at, dz.to(logits_ptr.dtype.element_ty), mask=mask)
             if HAS_BIAS:
                 column += tl.sum(dz, 0)
     if HAS_BIAS:

@@ -239,18 +239,18 @@ def mixed_embedding_bwd_kernel(
         mean = tl.load(mean_ptr + n, mask=inside, other=0.0)
         rstd = tl.load(rstd_ptr + n, mask=inside, other=0.0)
         at = n.to(tl.int64)[:, None] * H + h[None, :]
-        both = inside[:, None] & column
-        dy = tl.load(dy_ptr + at, mask=both, other=0.0).to(ACC)
+        mask = inside[:, None] & column
+        dy = tl.load(dy_ptr + at, mask=mask, other=0.0).to(ACC)
         if P_DROP > 0:
             dy *= dropout_factor(tl.load(seed_ptr), n, P_DROP, ROWS, BLOCK_H)
-        u = tl.where(both, (s - mean[:, None]) * rstd[:, None], 0.0)
+        u = tl.where(mask, (s - mean[:, None]) * rstd[:, None], 0.0)
         dweight += dy * u
         dbias += dy
         g = dy * weight
         ds = g - (tl.sum(g, 1) / H)[:, None] - u * (tl.sum(g * u, 1) / H)[:, None]
-        ds = tl.where(both, ds * rstd[:, None], 0.0)
+        ds = tl.where(mask, ds * rstd[:, None], 0.0)
         if STORE:
-            tl.store(ds_ptr + at, ds.to(ds_ptr.dtype.element_ty), mask=both)
+            tl.store(ds_ptr + at, ds.to(ds_ptr.dtype.element_ty), mask=mask)
         if TYPES == 2:
             type_1 += tl.where((k == 1)[:, None], ds, 0.0)
             type_0 += tl.where((k == 0)[:, None], ds, 0.0)

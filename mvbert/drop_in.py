@@ -68,8 +68,8 @@ def _buffered_positions(module: Any, input_ids: Tensor) -> Tensor:
 
 def _positions_after_padding(module: Any, input_ids: Tensor) -> Tensor:
     """RoBERTa counts pieces that are no padding, from padding_idx + 1 on. [B, T]."""
-    kept = input_ids.ne(module.padding_idx).int()
-    return kept.cumsum(1) * kept + module.padding_idx
+    mask = input_ids.ne(module.padding_idx).int()
+    return mask.cumsum(1) * mask + module.padding_idx
 
 
 def _buffered_types(module: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
@@ -327,8 +327,8 @@ class FusedLanguageModel(_Mixin):
         if not hidden.is_cuda and not torch.compiler.is_compiling():
             # The head's transform, too, is only needed where there is a label. A GPU would have to
             # tell the host how many there are; there the loss alone skips the others.
-            kept = labels != functional.IGNORE_INDEX
-            hidden, labels = hidden[kept], labels[kept]
+            labelled = labels != functional.IGNORE_INDEX
+            hidden, labels = hidden[labelled], labels[labelled]
         decoder = _find_module(self, path)
         loss = functional.linear_cross_entropy(
             transform(self, hidden),

@@ -407,7 +407,7 @@ def linear_cross_entropy(
         labels = F.pad(labels[..., shift:], (0, shift), value=ignore_index)
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     backend = _backend(backend, hidden)
-    kept = labels != ignore_index
+    labelled = labels != ignore_index
     dtype = accumulator_dtype(hidden.dtype)
     z_factor = torch.full((), z_loss, dtype=dtype, device=hidden.device) if z_loss else None
     if class_weight is not None:
@@ -418,9 +418,10 @@ def linear_cross_entropy(
         count = torch.as_tensor(num_items_in_batch, dtype=dtype, device=hidden.device)
         scale = count.reshape(()).reciprocal()
     else:
-        scale = _scale(kept, reduction, hidden)
+        scale = _scale(labelled, reduction, hidden)
         if class_weight is not None and reduction == "mean":
-            total = class_weight[labels.where(kept, 0)].where(kept, 0).sum().where(kept.any(), 1)
+            weights = class_weight[labels.where(labelled, 0)].where(labelled, 0)
+            total = weights.sum().where(labelled.any(), 1)
             if z_factor is not None:
                 # It stays a mean over labels, of whatever weight.
                 z_factor = z_factor * scale * total
@@ -493,15 +494,18 @@ def mixed_linear_cross_entropy(
     tables = teacher_weight, teacher_bias, student_weight, student_bias
     _refuse_forward_mode(name, backend, hidden, *tables)
     backend = _backend(backend, hidden)
-    kept = labels != ignore_index
+    labelled = labels != ignore_index
     if backend == "reference":
-        losses = mixed_linear_cross_entropy_reference(
+        teacher, student = mixed_linear_cross_entropy_reference(
             hidden, teacher_weight, student_weight, labels, teacher_bias, student_bias,
             ignore_index=ignore_index, label_smoothing=label_smoothing,
         )  # fmt: skip
-        return reduce_rows(losses[0], kept, reduction), reduce_rows(losses[1], kept, reduction)
+        return (
+            reduce_rows(teacher, labelled, reduction),
+            reduce_rows(student, labelled, reduction),
+        )
     of_teacher, of_student = split_labels(labels, teacher_weight.shape[0], ignore_index)
-    scale = _scale(kept, reduction, hidden)
+    scale = _scale(labelled, reduction, hidden)
     options = LossOptions(ignore_index, float(label_smoothing))
 
     def loss(weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -717,12 +721,12 @@ def _need(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
     return [hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
 
 
-def _scale(kept: Tensor, reduction: str, hidden: Tensor) -> Tensor:
+def _scale(mask: Tensor, reduction: str, hidden: Tensor) -> Tensor:
     """What the sum over rows is multiplied by, on the device. -> []"""
     dtype = accumulator_dtype(hidden.dtype)
     if reduction == "sum":
         return torch.ones((), dtype=dtype, device=hidden.device)
-    return kept.sum().clamp(min=1).to(dtype).reciprocal()
+    return mask.sum().clamp(min=1).to(dtype).reciprocal()
 
 
 def _seed(dropout_p: float, like: Tensor) -> Tensor | None:

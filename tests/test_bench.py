@@ -170,7 +170,7 @@ def test_a_lost_device_is_told_from_a_failing_peer(device, harness, bench):
     assert found["raising"]["failed"].startswith("ZeroDivisionError")
     assert "ms" in found["right"]
     device.lost = True
-    with pytest.raises(harness.Lost, match="raising"):
+    with pytest.raises(harness.DeviceLost, match="raising"):
         run_on(device, harness, bench, only=["raising", "absent"])
 
 

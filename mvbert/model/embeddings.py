@@ -106,17 +106,17 @@ def warm_start(student: StudentTable, teacher_rows: Tensor) -> float:
     # H x H is small (at most 1024 x 1024), so the covariance is cheaper than an SVD of the rows.
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     top = directions[:, -E:].flip(1)  # [H, min(E, H)]
-    kept = top.shape[1]
+    width = top.shape[1]
     student.table.zero_()
     student.projection.weight.zero_()
-    student.table[:, :kept] = (centred @ top).to(student.table.dtype)
-    student.projection.weight[:, :kept] = top.to(student.projection.weight.dtype)
+    student.table[:, :width] = (centred @ top).to(student.table.dtype)
+    student.projection.weight[:, :width] = top.to(student.projection.weight.dtype)
     student.projection.bias.copy_(mean)
-    if kept < E:
+    if width < E:
         # Were both zero, neither would ever get a gradient.
         generator = torch.Generator().manual_seed(0)
-        student.table[:, kept:].normal_(0.0, float(student.table.std()), generator=generator)
-    return float(variances[-kept:].sum() / variances.sum().clamp_min(1e-300))
+        student.table[:, width:].normal_(0.0, float(student.table.std()), generator=generator)
+    return float(variances[-width:].sum() / variances.sum().clamp_min(1e-300))
 
 
 @torch.no_grad()

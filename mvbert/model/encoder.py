@@ -98,17 +98,17 @@ class BertLayer(nn.Module):
         hidden: Tensor,
         rounded: Tensor,
         attention_mask: Tensor | None = None,
-        kept: list[Tensor] | None = None,
+        tap: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """hidden [B, T, H], and the same as matrix products read it -> the next of both.
 
         attention_mask is bool [B, T] or None (all positions count). Appends queries, keys and
-        values [B, T, 3 H] to `kept`, if given.
+        values [B, T, 3 H] to `tap`, if given.
         """
         B, T, H = hidden.shape
         flat = self.qkv(rounded)
-        if kept is not None:
-            kept.append(flat)
+        if tap is not None:
+            tap.append(flat)
         # (3, B, A, T, H/A)
         qkv = flat.view(B, T, 3, self.heads, H // self.heads).permute(2, 0, 3, 1, 4)
         context = attention(qkv, attention_mask, self.attention_dropout if self.training else 0.0)
@@ -143,10 +143,10 @@ class BertEncoder(nn.Module):
             return hidden
         for number in range(taps.depth(len(self.layers)) + 1):
             if number:
-                kept: list[Tensor] | None = [] if number in taps.qkv else None
-                hidden, rounded = self.layers[number - 1](hidden, rounded, attention_mask, kept)
-                if kept is not None:
-                    taps.qkv[number] = kept[0]
+                tap: list[Tensor] | None = [] if number in taps.qkv else None
+                hidden, rounded = self.layers[number - 1](hidden, rounded, attention_mask, tap)
+                if tap is not None:
+                    taps.qkv[number] = tap[0]
             if number in taps.hidden:
                 taps.hidden[number] = hidden
         return hidden

@@ -55,7 +55,7 @@ class Trimmed:
     """What became of a model."""
 
     tensors: dict[str, Tensor]
-    kept: int  # pieces that both vocabularies have
+    shared: int  # pieces that both vocabularies have
     rewritten: tuple[str, ...]  # tensors with another number of rows
 
 
@@ -124,7 +124,7 @@ def trim_tensors(tensors: Mapping[str, Tensor], old: Vocab, new: Vocab, folder: 
         )
     result: dict[str, Tensor] = {}
     rewritten = []
-    kept = 0
+    shared = 0
     for name, tensor in tensors.items():
         if not (tensor.ndim and len(tensor) == rows):
             result[name] = tensor
@@ -138,10 +138,10 @@ def trim_tensors(tensors: Mapping[str, Tensor], old: Vocab, new: Vocab, folder: 
         flat = tensor.reshape(rows, -1)
         if not tensor.is_floating_point():
             raise InputError(f"{folder}: {name} is {tensor.dtype}, expected floating point")
-        values, kept = spelled_rows(new.pieces, old.ids, flat.float(), old.unk)
+        values, shared = spelled_rows(new.pieces, old.ids, flat.float(), old.unk)
         result[name] = values.to(tensor.dtype).reshape(new.size, *tensor.shape[1:]).contiguous()
         rewritten.append(name)
-    return Trimmed(result, kept, tuple(rewritten))
+    return Trimmed(result, shared, tuple(rewritten))
 
 
 def write_trimmed(folder: Path, out: Path, old: Vocab, new: Vocab) -> Trimmed:

@@ -87,10 +87,10 @@ def run_trim(
         progress.note(f"added pieces that the new vocabulary lacks: {', '.join(missing[:5])}")
     with atomic_folder(out, overwrite=overwrite) as partial:
         trimmed = write_trimmed(folder, partial, old, new)
-        atomic_write(partial / "README.md", _card(folder, old, new, trimmed.kept))
+        atomic_write(partial / "README.md", _card(folder, old, new, trimmed.shared))
     width = trimmed.tensors[trimmed.rewritten[0]].numel() // new.size
     progress.note(
-        f"{old.size:,} pieces -> {new.size:,}, {trimmed.kept:,} of them the model's own; "
+        f"{old.size:,} pieces -> {new.size:,}, {trimmed.shared:,} of them the model's own; "
         f"word table: {(new.size - old.size) * width / 1e6:+.2f} M parameters"
     )
     report: dict[str, Json] = {
@@ -98,8 +98,8 @@ def run_trim(
         "out": str(out),
         "vocab_before": old.size,
         "vocab_after": new.size,
-        "kept": trimmed.kept,
-        "new": new.size - trimmed.kept,
+        "kept": trimmed.shared,
+        "new": new.size - trimmed.shared,
         "parameters_saved": (old.size - new.size) * width,
         "tensors": list(trimmed.rewritten),
     }
@@ -166,12 +166,12 @@ def _predicts(folder: Path) -> bool:
         return False
 
 
-def _card(folder: Path, old: Vocab, new: Vocab, kept: int) -> str:
+def _card(folder: Path, old: Vocab, new: Vocab, rows: int) -> str:
     return f"""\
 # {folder.name} with {new.size:,} word pieces
 
 The model {folder.name} with its vocabulary of {old.size:,} pieces replaced by one of {new.size:,},
-and no training: {kept:,} pieces kept their rows, {new.size - kept:,} new ones have the mean of the
+and no training: {rows:,} pieces kept their rows, {new.size - rows:,} new ones have the mean of the
 rows of the pieces they were spelled with. Made by `mvbert trim`. The license is that of
 {folder.name}.
 """

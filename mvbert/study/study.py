@@ -85,19 +85,19 @@ def run_study(config: StudyConfig) -> dict[str, Json]:
             del described["measure"][key]
         described |= {"stage1": config.stage1.described(), "stage2": config.stage2.described()}
         describe_run(out / "study.json", described)
-        chosen = config.chosen or tuple(config.arms)
+        names = config.chosen or tuple(config.arms)
         work = _Work(config, out, progress)
         tuning = Tuning(config, out, work.model)
         for seed in config.seeds:
-            for name in chosen:
+            for name in names:
                 work.arm(name, seed)
                 _write_results(config, out)
         records = _write_results(config, out)
-        first = next(filter(config.trained, chosen), "")
+        first = next(filter(config.trained, names), "")
         report = write_report(out, records, config.baseline or first)
         tasks: dict[str, Json] = {}
         if config.measure.tasks or config.measure.export:
-            for name in chosen:
+            for name in names:
                 for own_seed in config.seeds if config.trained(name) else (None,):
                     tuning.measure(name, own_seed)
                     tasks = write_task_report(out, tuning.lines, config)

@@ -106,9 +106,9 @@ def _median(values: list[float]) -> float | None:
 
 def table(arms: dict[str, Lines], config: StudyConfig) -> str:
     """Sizes and scores of every arm, and published results in a second table."""
-    chosen = columns(arms)
+    shown = columns(arms)
     sizes = [size for size in _SIZES if all(size[0] in lines[0] for lines in arms.values())]
-    heads = [*(name for _, name, _ in sizes), *(_heading(column, arms) for column in chosen)]
+    heads = [*(name for _, name, _ in sizes), *(_heading(column, arms) for column in shown)]
     text = [
         "Median over all runs (lowest to highest), in percent; runs: students times seeds of "
         "fine-tuning. Parameters: encoder and pooler, as the paper counts them."
@@ -124,14 +124,14 @@ def table(arms: dict[str, Lines], config: StudyConfig) -> str:
     ]
     for arm, lines in arms.items():
         line = lines[0]
-        seeds = max((len(values_of([line], column)) for column in chosen), default=0)
+        seeds = max((len(values_of([line], column)) for column in shown), default=0)
         cells = [arm, f"{len(lines)} x {seeds}", f"{line['vocab']:,}", f"{line['parameters']:,}"]
         cells += [f"{line[key] / unit:.2f}" for key, _, unit in sizes]
-        cells += [_cell(values_of(lines, column)) for column in chosen]
+        cells += [_cell(values_of(lines, column)) for column in shown]
         text.append("| " + " | ".join(cells) + " |")
     text += ["", *_notes(arms)]
     if config.published:
-        text += ["", *_published(chosen, config)]
+        text += ["", *_published(shown, config)]
     return "\n".join(text) + "\n"
 
 

@@ -101,13 +101,13 @@ class Filler:
                 row += pieces
             first += len(sentence)
             rows.append(np.array([*row, self._vocab.sep]))
-            chosen = [word for word in able if draw.random() < MASKED]
-            if able and not chosen:
-                chosen = [able[draw.integers(len(able))]]
-            masks.append(chosen)
+            picks = [word for word in able if draw.random() < MASKED]
+            if able and not picks:
+                picks = [able[draw.integers(len(able))]]
+            masks.append(picks)
         filled = self._fill(rows, masks, int(draw.integers(2**62)))
-        for sentence, ids, chosen in zip(words, filled, masks, strict=True):
-            for word, places in chosen:
+        for sentence, ids, picks in zip(words, filled, masks, strict=True):
+            for word, places in picks:
                 pieces = [self._vocab.pieces[i].removeprefix("##") for i in ids[places]]
                 sentence[word] = "".join(pieces)
         return words
@@ -120,11 +120,11 @@ class Filler:
         generator = torch.Generator().manual_seed(seed)
         lengths = np.array([len(row) for row in rows])
         size = max(1, PIECES // max(int(lengths.max(initial=1)), 1))
-        for chosen in batches_by_length(lengths, size):
-            T = int(lengths[chosen].max())
-            ids = torch.full((len(chosen), T), self._vocab.pad, dtype=torch.int32)
+        for numbers in batches_by_length(lengths, size):
+            T = int(lengths[numbers].max())
+            ids = torch.full((len(numbers), T), self._vocab.pad, dtype=torch.int32)
             places: list[tuple[int, int]] = []
-            for i, number in enumerate(chosen):
+            for i, number in enumerate(numbers):
                 ids[i, : lengths[number]] = torch.from_numpy(rows[number])
                 spans = [span for _, span in masks[number]]
                 places += [(i, at) for span in spans for at in range(span.start, span.stop)]
@@ -133,7 +133,7 @@ class Filler:
             row, column = torch.tensor(places).unbind(1)
             continuation = self._continuation[ids[row, column].long()].to(self._device.device)
             ids[row, column] = self._vocab.mask
-            inside = torch.arange(T) < torch.from_numpy(lengths[chosen])[:, None]
+            inside = torch.arange(T) < torch.from_numpy(lengths[numbers])[:, None]
             ids, inside = ids.to(self._device.device), inside.to(self._device.device)
             with self._device.cast():
                 hidden = self._bert.encode(ids, torch.zeros_like(ids), inside)
@@ -144,5 +144,5 @@ class Filler:
             choice = torch.multinomial(best.values.softmax(-1).cpu(), 1, generator=generator)
             pieces = best.indices.cpu().gather(1, choice)[:, 0]
             for (i, at), piece in zip(places, pieces.tolist(), strict=True):
-                rows[chosen[i]][at] = piece
+                rows[numbers[i]][at] = piece
         return rows

@@ -124,11 +124,11 @@ class Trainer:
             for epoch in range(run.epochs):
                 started = time.perf_counter()
                 total = torch.zeros((), dtype=torch.float64, device=self._device.device)
-                for chosen in batches_of_epoch(lengths, run.batch, run.seed, epoch):
+                for numbers in batches_of_epoch(lengths, run.batch, run.seed, epoch):
                     rate = linear_schedule(step, run.epochs * per_epoch, self._config.warmup)
                     for group in optimizer.param_groups:
                         group["lr"] = run.lr * rate
-                    batch = read_batch(self._rows, chosen, self._vocab.pad, self._device.device)
+                    batch = read_batch(self._rows, numbers, self._vocab.pad, self._device.device)
                     loss = self._loss(model, batch)
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(trained, self._config.clip)

@@ -187,21 +187,21 @@ class TaskBatch:
 
 
 def read_batch(
-    rows: TaskRows, chosen: NDArray[np.int64], pad: int, device: torch.device
+    rows: TaskRows, row_numbers: NDArray[np.int64], pad: int, device: torch.device
 ) -> TaskBatch:
     """Rows by their numbers, padded to the longest of them."""
-    lengths = rows.lengths[chosen]
+    lengths = rows.lengths[row_numbers]
     T = int(lengths.max())
     column = np.arange(T)
     inside = column < lengths[:, None]
-    source = np.where(inside, rows.ends[chosen][:, None] + column, 0)
+    source = np.where(inside, rows.ends[row_numbers][:, None] + column, 0)
     ids = np.where(inside, rows.ids[source], pad).astype(np.int32)
     types = np.where(inside, rows.types[source], 0).astype(np.int32)
     numbers = np.concatenate(
-        [np.arange(rows.place_ends[i], rows.place_ends[i + 1]) for i in chosen]
+        [np.arange(rows.place_ends[i], rows.place_ends[i + 1]) for i in row_numbers]
     )
-    counts = np.diff(rows.place_ends)[chosen]
-    index = np.repeat(np.arange(len(chosen)) * T, counts) + rows.places[numbers]
+    counts = np.diff(rows.place_ends)[row_numbers]
+    index = np.repeat(np.arange(len(row_numbers)) * T, counts) + rows.places[numbers]
     mask = None if inside.all() else torch.from_numpy(inside).to(device)
     return TaskBatch(
         torch.from_numpy(ids).to(device), torch.from_numpy(types).to(device), mask,

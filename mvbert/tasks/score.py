@@ -44,10 +44,10 @@ def scores_of(
     was_training = model.training
     model.eval()
     scores = np.zeros((len(rows.places), model.labels.width), np.float32)
-    for chosen in batches_by_length(
+    for numbers in batches_by_length(
         rows.lengths, max(1, PIECES // max(int(rows.lengths.max()), 1))
     ):
-        batch = read_batch(rows, chosen, vocab.pad, device.device)
+        batch = read_batch(rows, numbers, vocab.pad, device.device)
         with device.cast():
             outputs = model(batch)
         scores[batch.numbers] = outputs.float().cpu().numpy()
@@ -86,7 +86,7 @@ def metrics_of(
         return text_metrics(task, examples.labels or [], predictions)
     words = labels.part(True)
     tag = scores[:, words].argmax(1)
-    tags: list[list[str | None]] = [[None] * len(row) for row in examples.tags or ()]
+    tags: list[list[str | None]] = [[None] * len(truth) for truth in examples.tags or ()]
     intents: list[str] = []
     for row in range(len(rows)):
         for place in range(rows.place_ends[row], rows.place_ends[row + 1]):

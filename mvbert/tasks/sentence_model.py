@@ -76,12 +76,12 @@ def vectors_of(model: SentenceModel, texts: list[str], device: Device) -> NDArra
     vectors = np.zeros((len(texts), model.width), np.float32)
     bert = model.bert.to(device.device)
     longest = max(int(rows.lengths.max(initial=1)), 1)
-    for chosen in batches_by_length(rows.lengths, max(1, PIECES // longest)):
-        batch = read_batch(rows, chosen, model.vocab.pad, device.device)
+    for numbers in batches_by_length(rows.lengths, max(1, PIECES // longest)):
+        batch = read_batch(rows, numbers, model.vocab.pad, device.device)
         with device.cast():
             hidden = bert.encode(batch.input_ids, batch.token_type_ids, batch.mask).float()
         pooled = model.pooling(hidden, _counted(batch, hidden))
-        vectors[chosen] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
+        vectors[numbers] = F.normalize(pooled.float(), dim=-1).cpu().numpy()
     if not np.isfinite(vectors).all():
         raise InputError("sentence vectors are not finite (NaN): the model's weights are corrupt")
     return vectors

@@ -134,7 +134,7 @@ def read_table(file: File, header: tuple[str, ...] = (), skip_broken: bool = Fal
         header = tuple(rows.pop(0)[1])
     if len({*header}) < len(header):
         raise InputError(f"{file.name}:1: two columns have one name: {', '.join(header)}")
-    kept, skipped = [], 0
+    entries, skipped = [], 0
     for number, cells in rows:
         if len(cells) != len(header):
             if skip_broken:
@@ -144,9 +144,9 @@ def read_table(file: File, header: tuple[str, ...] = (), skip_broken: bool = Fal
                 f"{file.name}:{number}: {len(cells)} columns, expected {len(header)} "
                 f"({', '.join(header)})"
             )
-        kept.append((number, cells))
-    columns = {name: [cells[i] for _, cells in kept] for i, name in enumerate(header)}
-    return Table(file.name, columns, [f"{file.name}:{number}" for number, _ in kept], skipped)
+        entries.append((number, cells))
+    columns = {name: [cells[i] for _, cells in entries] for i, name in enumerate(header)}
+    return Table(file.name, columns, [f"{file.name}:{number}" for number, _ in entries], skipped)
 
 
 def _csv(file: File) -> list[tuple[int, list[str]]]:

@@ -592,12 +592,12 @@ class _Build:
             words = len(train) - 1
             count = math.ceil(words * share)
             return (0, 0, "none") if count == words else (words - count, words + 1, "tail")
-        chosen = int(np.argmin(_core.heldout_draws(seed, documents)))
+        index = int(np.argmin(_core.heldout_draws(seed, documents)))
         begin = 0
         for at in range(0, len(train), STREAM_IDS):
             for mark in np.flatnonzero(train[at : at + STREAM_IDS] == 0):
-                if chosen == 0:
+                if index == 0:
                     return begin, at + int(mark) + 1, "document"
-                chosen -= 1
+                index -= 1
                 begin = at + int(mark) + 1
         raise AssertionError("every train document has a mark")

@@ -193,15 +193,15 @@ def blocks(text: str) -> Iterator[list[str]]:
     block: list[str] = []
     start = 0  # the indent of the block's first line
     hanging = False  # the block began with an item or a name: later lines are indented further
-    dropped: int | None = None  # lines indented more than this are dropped
+    drop_indent: int | None = None  # lines indented more than this are dropped
     doctest = False
     for line in inspect.cleandoc(text).expandtabs().splitlines():
         stripped = line.strip()
         indent = len(line) - len(line.lstrip())
-        if dropped is not None:
-            if not stripped or indent > dropped:
+        if drop_indent is not None:
+            if not stripped or indent > drop_indent:
                 continue
-            dropped = None
+            drop_indent = None
         if not stripped:
             doctest = False
         elif doctest:
@@ -213,36 +213,36 @@ def blocks(text: str) -> Iterator[list[str]]:
             block = []
             continue
 
-        kept: str | None = stripped
+        content: str | None = stripped
         fresh = True  # the line starts a block
-        opened = False
+        is_item = False
         if stripped.startswith((">>>", "... ", "In [", "$ ")):
-            doctest, kept = True, None
+            doctest, content = True, None
         elif match := DIRECTIVE.match(stripped):
             if PROSE_DIRECTIVES.fullmatch(match[1].lower()):
-                kept = match[2]
+                content = match[2]
             else:
-                dropped, kept = indent, None
+                drop_indent, content = indent, None
         elif stripped.startswith(".. ") or stripped in ("..", "::"):
-            dropped, kept = indent, None  # a comment, a footnote, a literal block
+            drop_indent, content = indent, None  # a comment, a footnote, a literal block
         elif TABLE.match(stripped) or TABLE.search(stripped) or HEADING.match(stripped):
-            kept = None
+            content = None
         elif match := FIELD.match(stripped) or ITEM.match(stripped):
-            kept, opened = match[1], True
+            content, is_item = match[1], True
         elif TYPED_NAME.match(stripped):
-            kept = None
+            content = None
         elif match := ARGUMENT.match(stripped):
-            kept, opened = match[1], True
+            content, is_item = match[1], True
         else:
             fresh = indent != start and not (hanging and indent > start)
         if fresh:
             yield block
-            block, start, hanging = [], indent, opened
-        if kept:
-            literal = kept.endswith("::")
-            block.append(kept[:-1] if literal else kept)
+            block, start, hanging = [], indent, is_item
+        if content:
+            literal = content.endswith("::")
+            block.append(content[:-1] if literal else content)
             if literal:
-                dropped = indent
+                drop_indent = indent
     yield block
 
 

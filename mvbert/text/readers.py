@@ -304,19 +304,19 @@ class TextFile:
         if not self.is_plain:
             return REPLACE
         file = TextFile(self.path, self.field, self.errors)
-        kept, begin = b"", 0
+        window, begin = b"", 0
         with _open(self.path) as raw:
             if not self.packing:
                 begin = max(offset - SAMPLE_BYTES, 0)
                 raw.seek(begin)
             for piece in file._unpack(raw):
-                kept += piece
-                if begin + len(kept) > offset + SAMPLE_BYTES:
+                window += piece
+                if begin + len(window) > offset + SAMPLE_BYTES:
                     break
-                if len(kept) > 4 * SAMPLE_BYTES:
-                    begin += len(kept) - 2 * SAMPLE_BYTES
-                    kept = kept[-2 * SAMPLE_BYTES :]
-        return _advice(kept[max(offset - SAMPLE_BYTES - begin, 0) :][: 2 * SAMPLE_BYTES])
+                if len(window) > 4 * SAMPLE_BYTES:
+                    begin += len(window) - 2 * SAMPLE_BYTES
+                    window = window[-2 * SAMPLE_BYTES :]
+        return _advice(window[max(offset - SAMPLE_BYTES - begin, 0) :][: 2 * SAMPLE_BYTES])
 
     # ---- records -------------------------------------------------------------------------
 
@@ -545,16 +545,16 @@ def _replace_errors(text: bytes) -> tuple[bytes, int]:
     A run is a byte that begins no character, with the continuation bytes after it, as the C++ core
     counts them.
     """
-    kept: list[bytes | memoryview] = []
+    parts: list[bytes | memoryview] = []
     begin = runs = 0
     view = memoryview(text)
     while (at := _core.utf8_error(view[begin:])) is not None:
-        kept += [view[begin : begin + at], REPLACEMENT]
+        parts += [view[begin : begin + at], REPLACEMENT]
         begin += at + 1
         while begin < len(text) and text[begin] & 0xC0 == 0x80:
             begin += 1
         runs += 1
-    return b"".join([*kept, view[begin:]]), runs
+    return b"".join([*parts, view[begin:]]), runs
 
 
 class _Stream(io.RawIOBase):

@@ -123,8 +123,8 @@ class Vocab:
             return False
         if letters.isascii() and letters == letters.lower():
             return False
-        kept = _core.split(letters, lowercase=False) == [letters]
-        return kept and _core.split(letters, strip_accents=self.strip_accents) != [letters]
+        is_word = _core.split(letters, lowercase=False) == [letters]
+        return is_word and _core.split(letters, strip_accents=self.strip_accents) != [letters]
 
     @property
     def doubt(self) -> str:

@@ -107,13 +107,13 @@ def longest_matches(word: str, pieces: Container[str], prefix: str = "") -> list
 
 def _clean(text: str) -> str:
     """Deletes control characters and U+FFFD; makes whitespace a space."""
-    kept = []
+    chars = []
     for char in text:
         if char in "\t\n\r":
-            kept.append(" ")
+            chars.append(" ")
         elif char not in "\0\ufffd" and not _in("CONTROL", char):
-            kept.append(char)
-    return "".join(kept)
+            chars.append(char)
+    return "".join(chars)
 
 
 @lru_cache(maxsize=1 << 14)

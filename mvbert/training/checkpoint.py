@@ -111,9 +111,9 @@ def save(
     steps = _steps(checkpoints)
     earlier = [old for old in steps if old <= step]
     losses = {old: _heldout(checkpoints, old) for old in earlier}
-    kept = earlier[-keep_last:] + _best(losses)[:keep_best]
+    survivors = earlier[-keep_last:] + _best(losses)[:keep_best]
     for old in steps:
-        if old not in kept:
+        if old not in survivors:
             shutil.rmtree(step_folder(checkpoints, old), ignore_errors=True)
 
 

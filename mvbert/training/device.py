@@ -90,13 +90,13 @@ def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch
 
     With several processes on a machine, each takes the GPU of its local rank.
     """
-    chosen = name
-    if chosen == "auto":
-        chosen = "cuda" if torch.cuda.is_available() else "cpu"
-    if chosen == "cuda" and local_count > 1:
-        chosen = f"cuda:{local_rank}"
+    choice = name
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and local_count > 1:
+        choice = f"cuda:{local_rank}"
     try:
-        device = torch.device(chosen)
+        device = torch.device(choice)
     except RuntimeError:
         raise InputError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
@@ -105,7 +105,7 @@ def choose_device(name: str, local_rank: int = 0, local_count: int = 1) -> torch
         device = torch.device("cuda", device.index or 0)  # torch.cuda.set_device needs an index
         if device.index >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise InputError(f"device {chosen} does not exist: torch sees {count} CUDA devices")
+            raise InputError(f"device {choice} does not exist: torch sees {count} CUDA devices")
     return device
 
 
@@ -127,9 +127,9 @@ def choose_dtype(
         return "float32", "the GPU does not support bfloat16"
     measured = rates()
     float32, bfloat16 = measured[torch.float32], measured[torch.bfloat16]
-    chosen = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
+    choice = "bfloat16" if bfloat16 >= MARGIN * float32 else "float32"
     figures = f"float32 {float32 / 1e9:.3g}, bfloat16 {bfloat16 / 1e9:.3g} GFLOP/s a core"
-    return chosen, f"measured {figures}"
+    return choice, f"measured {figures}"
 
 
 def keep_memory() -> None:

@@ -257,21 +257,21 @@ def hidden_pairs(
     Layers count from 1; 0 is the output of the embeddings.
     """
     L_s, L_t = student.num_hidden_layers, teacher.num_hidden_layers
-    chosen = config.hidden_layers or (L_s,)
-    for layer in chosen:
+    layers = config.hidden_layers or (L_s,)
+    for layer in layers:
         if layer > L_s:
             raise InputError(f"hidden_layers: the student has {L_s} layers, got {layer}")
-    return {layer: round(layer * L_t / L_s) for layer in chosen}
+    return {layer: round(layer * L_t / L_s) for layer in layers}
 
 
-def relations_layer(chosen: int, teacher: ModelConfig) -> int:
+def relations_layer(setting: int, teacher: ModelConfig) -> int:
     """The teacher layer of the relations loss.
 
     With 0 the last; in deep teachers the one at 7/8 of the depth, e.g. the 21st of 24, as
     MiniLMv2 found for BERT-large (section 4.2 there: upper-middle beats last).
     """
     L = teacher.num_hidden_layers
-    layer = chosen or (L if L <= DEEP else round(L * 7 / 8))
+    layer = setting or (L if L <= DEEP else round(L * 7 / 8))
     if layer > L:
         raise InputError(f"relations_layer: the teacher has {L} layers, got {layer}")
     return layer

@@ -41,7 +41,7 @@ class Feed:
         self._buffers = [Batch(**{n: t.numpy() for n, t in slot.items()}) for slot in self._slots]
         self._fetched: list[torch.cuda.Event | None] = [None] * SLOTS
         self.device = {n: torch.empty_like(t, device=device) for n, t in self._slots[0].items()}
-        self._waited = 0.0
+        self._wait = 0.0
         self._step = step
         self._pending: deque[Future[None]] = deque()
         self._pool = ThreadPoolExecutor(1)
@@ -52,7 +52,7 @@ class Feed:
         """Copies the rows of the next step to `device`, tensors by the names in Batch."""
         start = time.perf_counter()
         self._pending.popleft().result()
-        self._waited += time.perf_counter() - start
+        self._wait += time.perf_counter() - start
         slot = self._step % SLOTS
         for name, tensor in self.device.items():
             tensor.copy_(self._slots[slot][name], non_blocking=True)
@@ -62,10 +62,10 @@ class Feed:
         self._submit(self._step + SLOTS - 1)
         self._step += 1
 
-    def take_waited(self) -> float:
+    def take_wait(self) -> float:
         """Seconds that `fetch` has waited for rows since the last call."""
-        waited, self._waited = self._waited, 0.0
-        return waited
+        wait, self._wait = self._wait, 0.0
+        return wait
 
     def _submit(self, step: int) -> None:
         if step < self._config.steps:

@@ -84,7 +84,7 @@ class Journal:
             **self._task.summary(sums),
             "pieces_per_second": round(steps * self._pieces / seconds),
             "mfu": round(steps * self._task.flops() / seconds / self._peak, 4),
-            "data_wait": round(self._feed.take_waited() / seconds, 4),
+            "data_wait": round(self._feed.take_wait() / seconds, 4),
         }
         self._write(record)
         self._progress.trained(record)

@@ -268,12 +268,12 @@ class Log:
     """
 
     def __init__(self, path: Path, keep_until: int) -> None:
-        kept = []
+        lines = []
         if keep_until >= 0 and path.exists():
             # A line truncated by a kill or a full disk comes after the checkpoint.
             records = ((line, _record(line)) for line in _lines(path))
-            kept = [line for line, record in records if record and record["step"] <= keep_until]
-        atomic_write(path, "".join(line + "\n" for line in kept))
+            lines = [line for line, record in records if record and record["step"] <= keep_until]
+        atomic_write(path, "".join(line + "\n" for line in lines))
         self._path = path
         self._file: IO[str] = path.open("a", encoding="utf-8")
         self._board = _tensorboard(path.parent / "tensorboard", keep_until + 1)

@@ -128,7 +128,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Due:
+class Actions:
     """Actions due after a step."""
 
     log: bool
@@ -136,10 +136,10 @@ class Due:
     save: bool
 
 
-def due(step: int, config: TrainConfig, leaving: bool) -> Due:
+def due(step: int, config: TrainConfig, leaving: bool) -> Actions:
     """The actions due after `step` (from 1); `leaving`: the run stops after it."""
     last = step == config.steps
-    return Due(
+    return Actions(
         log=last or step % config.log_every == 0,
         evaluate=last or step % config.eval_every == 0,
         save=last or leaving or step % config.save_every == 0,

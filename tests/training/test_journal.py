@@ -32,7 +32,7 @@ def test_speed_is_of_the_steps_of_a_line_and_of_training_alone(clock):
     task = SimpleNamespace(
         rows=SimpleNamespace(T=10, count=7), summary=lambda sums: {"loss": 1.0}, flops=lambda: 8e6
     )
-    feed = SimpleNamespace(take_waited=lambda: 0.5)
+    feed = SimpleNamespace(take_wait=lambda: 0.5)
     stepper = SimpleNamespace(take=lambda: SimpleNamespace(ready=True, wait=lambda: (sums, 0, -1)))
     log = SimpleNamespace(write=lines.append)
     config = TrainConfig(rows=6, steps=40, lr=1.0, warmup=0.0, final_lr=0.0)
@@ -62,7 +62,7 @@ def test_the_second_line_of_a_long_run_says_how_long_it_will_take(clock):
     task = SimpleNamespace(
         rows=SimpleNamespace(T=10, count=7), summary=lambda sums: {"loss": 1.0}, flops=lambda: 8e6
     )
-    feed = SimpleNamespace(take_waited=lambda: 0.0)
+    feed = SimpleNamespace(take_wait=lambda: 0.0)
     make = SimpleNamespace(take=lambda: SimpleNamespace(ready=True, wait=lambda: (sums, 0, -1)))
     for steps, expected in (
         (

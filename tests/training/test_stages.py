@@ -100,8 +100,8 @@ def test_a_feed_brings_its_rows_of_each_step_and_says_how_long_it_waited(stage2)
             expected = task.rows.read(6 * step + 3, 3)  # the second of two processes
             for name, tensor in feed.device.items():
                 assert tensor.tolist() == getattr(expected, name).tolist(), (step, name)
-        assert feed.take_waited() > 0
-        assert feed.take_waited() == 0
+        assert feed.take_wait() > 0
+        assert feed.take_wait() == 0
 
 
 def test_the_card_says_how_a_student_began():
