@@ -149,9 +149,9 @@ class TextViews {
 // A vector as a numpy array that owns it: no copy.
 template <typename T>
 py::array_t<T> Own(std::vector<T> values) {
-  auto* kept = new std::vector<T>(std::move(values));
-  const py::capsule owner(kept, [](void* p) { delete static_cast<std::vector<T>*>(p); });
-  return py::array_t<T>(static_cast<py::ssize_t>(kept->size()), kept->data(), owner);
+  auto* storage = new std::vector<T>(std::move(values));
+  const py::capsule owner(storage, [](void* p) { delete static_cast<std::vector<T>*>(p); });
+  return py::array_t<T>(static_cast<py::ssize_t>(storage->size()), storage->data(), owner);
 }
 
 // A vector copied into a numpy array of another type.
@@ -167,9 +167,9 @@ template <typename Item>
 py::list ListOf(std::size_t size, Item&& item) {
   py::list list(size);
   for (std::size_t i = 0; i < size; ++i) {
-    PyObject* const made = item(i);
-    if (made == nullptr) throw py::error_already_set();
-    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), made);
+    PyObject* const value = item(i);
+    if (value == nullptr) throw py::error_already_set();
+    PyList_SET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i), value);
   }
   return list;
 }

@@ -50,14 +50,14 @@ void AddDocuments(CorpusBuilder& builder, const py::buffer& text, const Flat<std
 }
 
 py::tuple Take(CorpusBuilder& builder) {
-  Taken taken;
+  Streams streams;
   {
     const py::gil_scoped_release release;
-    taken = builder.Take();
+    streams = builder.Take();
   }
   py::list train, heldout;
-  for (auto& ids : taken.train) train.append(Own(std::move(ids)));
-  for (auto& ids : taken.heldout) heldout.append(Own(std::move(ids)));
+  for (auto& ids : streams.train) train.append(Own(std::move(ids)));
+  for (auto& ids : streams.heldout) heldout.append(Own(std::move(ids)));
   return py::make_tuple(train, heldout);
 }
 

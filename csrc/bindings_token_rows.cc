@@ -85,9 +85,9 @@ py::tuple ColumnArrays(const TokenRows& rows, std::optional<std::size_t> width, 
   pairs.push_back(2);
   py::object arrays[3] = {py::none(), py::none(), py::none()};
   RowColumns<T> columns;
-  const auto make = [&](int place, auto made, auto** column) {
-    *column = made.mutable_data();
-    arrays[place] = std::move(made);
+  const auto make = [&](int place, auto array, auto** column) {
+    *column = array.mutable_data();
+    arrays[place] = std::move(array);
   };
   if (spans) make(0, py::array_t<T>(pairs), &columns.spans);
   if (special) make(1, py::array_t<T>(shape), &columns.special);
@@ -158,19 +158,19 @@ py::array_t<std::int32_t> WordNumbers(const Tokenizer& tokenizer, const Flat<T>&
   if (firsts.size() != rows || places.size() != rows + 1 || (seconds && seconds->size() != rows)) {
     throw std::invalid_argument("every row needs the sizes of its texts");
   }
-  RowIds<T> found;
-  found.ids = ids.data();
-  found.size = static_cast<std::size_t>(ids.size());
-  found.rows = static_cast<std::size_t>(rows);
-  found.starts = starts.data();
-  found.places = places.data();
-  found.special = special;
-  found.firsts = firsts.data();
-  found.seconds = seconds ? seconds->data() : nullptr;
+  RowIds<T> row_ids;
+  row_ids.ids = ids.data();
+  row_ids.size = static_cast<std::size_t>(ids.size());
+  row_ids.rows = static_cast<std::size_t>(rows);
+  row_ids.starts = starts.data();
+  row_ids.places = places.data();
+  row_ids.special = special;
+  row_ids.firsts = firsts.data();
+  row_ids.seconds = seconds ? seconds->data() : nullptr;
   std::vector<std::int32_t> words;
   {
     py::gil_scoped_release release;
-    words = FindWords(tokenizer, found, threads);
+    words = FindWords(tokenizer, row_ids, threads);
   }
   return Own(std::move(words));
 }
@@ -205,8 +205,8 @@ py::list EncodeList(const Tokenizer& tokenizer, const py::object& text,
 // no list of at most `width` integers of 64 bits, for the caller to say why.
 py::object FilledRows(const py::list& rows, const py::ssize_t width, const std::int64_t fill) {
   const auto count = static_cast<py::ssize_t>(rows.size());
-  py::array_t<std::int64_t> made({count, width});
-  std::int64_t* out = made.mutable_data();
+  py::array_t<std::int64_t> array({count, width});
+  std::int64_t* out = array.mutable_data();
   for (py::ssize_t number = 0; number < count; ++number, out += width) {
     PyObject* row = PyList_GET_ITEM(rows.ptr(), number);
     if (!PyList_CheckExact(row) || PyList_GET_SIZE(row) > width) return py::none();
@@ -220,7 +220,7 @@ py::object FilledRows(const py::list& rows, const py::ssize_t width, const std::
     }
     std::fill(out + size, out + width, fill);
   }
-  return made;
+  return array;
 }
 
 }  // namespace

@@ -33,22 +33,22 @@ std::size_t AfterLastSpace(std::string_view text, std::size_t end) {
 // The text with every byte that is no part of a UTF-8 sequence left out (as U+FFFD it would be
 // removed by the splitter, so it need not be put in).
 std::string WithoutErrors(std::string_view text, std::uint64_t* errors) {
-  std::string kept;
-  kept.reserve(text.size());
+  std::string valid;
+  valid.reserve(text.size());
   while (!text.empty()) {
     const std::size_t good = Utf8ErrorOffset(text);
     if (good == kNoError) {
-      kept.append(text);
+      valid.append(text);
       break;
     }
-    kept.append(text.substr(0, good));
+    valid.append(text.substr(0, good));
     ++*errors;
     text.remove_prefix(good + 1);
     while (!text.empty() && (static_cast<unsigned char>(text.front()) & 0xC0) == 0x80) {
       text.remove_prefix(1);
     }
   }
-  return kept;
+  return valid;
 }
 
 }  // namespace
@@ -155,7 +155,7 @@ class CorpusBuilder::Worker {
     auto* places = segment.heldout ? &heldout_places_ : &train_places_;
     const std::string_view text =
         std::string_view(block.text).substr(segment.begin, segment.end - segment.begin);
-    const std::size_t before = ids->size();
+    const std::size_t old_size = ids->size();
     const std::size_t error = Utf8ErrorOffset(text);
     if (error == kNoError) {
       CodeWords(text, ids, places);
@@ -164,7 +164,7 @@ class CorpusBuilder::Worker {
     } else {
       throw NotUtf8(segment.source, segment.source_offset + error);
     }
-    const bool has_words = ids->size() > before;
+    const bool has_words = ids->size() > old_size;
     if (segment.ends) {
       if (has_words) {
         ids->push_back(kDocumentMark);
@@ -515,30 +515,30 @@ void CorpusBuilder::Restore(std::string_view words, const std::uint32_t* train,
     if (size == 0 || size == std::string_view::npos) {
       throw std::invalid_argument("every word must have bytes and a line break after it");
     }
-    const std::size_t before = lexicon_.size();
+    const std::size_t old_size = lexicon_.size();
     lexicon_.Intern(words.substr(0, size), HashWord(words.substr(0, size)));
-    if (lexicon_.size() == before) throw std::invalid_argument("a word occurs twice");
+    if (lexicon_.size() == old_size) throw std::invalid_argument("a word occurs twice");
     words.remove_prefix(size + 1);
   }
   lexicon_.CountStream(train, train_size);
   totals_ = totals;
 }
 
-Taken CorpusBuilder::Take() {
-  Taken taken;
+Streams CorpusBuilder::Take() {
+  Streams streams;
   while (true) {
     std::unique_ptr<Result> result;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = results_.find(taken_);
-      if (found == results_.end()) return taken;
-      result = std::move(found->second);
-      results_.erase(found);
+      const auto next = results_.find(taken_);
+      if (next == results_.end()) return streams;
+      result = std::move(next->second);
+      results_.erase(next);
     }
     ++taken_;
     if (result->error) std::rethrow_exception(result->error);
     if (result->bare_end && taken_words_) {
-      (result->bare_end_heldout ? taken.heldout : taken.train).push_back({kDocumentMark});
+      (result->bare_end_heldout ? streams.heldout : streams.train).push_back({kDocumentMark});
       ++(result->bare_end_heldout ? totals_.heldout_documents : totals_.train_documents);
       if (!result->bare_end_heldout) {
         const std::lock_guard<std::mutex> lock(lexicon_mutex_);
@@ -552,8 +552,8 @@ Taken CorpusBuilder::Take() {
     totals_.train_words += result->train.size() - result->train_documents;
     totals_.heldout_words += result->heldout.size() - result->heldout_documents;
     totals_.replaced += result->replaced;
-    if (!result->train.empty()) taken.train.push_back(std::move(result->train));
-    if (!result->heldout.empty()) taken.heldout.push_back(std::move(result->heldout));
+    if (!result->train.empty()) streams.train.push_back(std::move(result->train));
+    if (!result->heldout.empty()) streams.heldout.push_back(std::move(result->heldout));
   }
 }
 

@@ -72,7 +72,7 @@ struct CorpusOptions {
 };
 
 // What came of the text between two calls of Take. Word ids are provisional.
-struct Taken {
+struct Streams {
   std::vector<std::vector<std::uint32_t>> train;  // end to end, a piece for each block
   std::vector<std::vector<std::uint32_t>> heldout;
 };
@@ -129,7 +129,7 @@ class CorpusBuilder {
                const CorpusTotals& totals);
 
   // The ids that are ready, in the order of the text. Throws what a worker threw.
-  Taken Take();
+  Streams Take();
 
   // Counts of what Take has handed out (bytes and documents: of what was taken in).
   const CorpusTotals& totals() const { return totals_; }

@@ -213,10 +213,10 @@ void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first)
   std::vector<std::uint32_t> pending;
   while (count > 0) {
     const std::uint64_t epoch = start / rows_, position = start % rows_;
-    const std::size_t here =
+    const std::size_t chunk =
         static_cast<std::size_t>(std::min<std::uint64_t>(count, rows_ - position));
-    pending.resize(here);
-    for (std::size_t i = 0; i < here; ++i) {
+    pending.resize(chunk);
+    for (std::size_t i = 0; i < chunk; ++i) {
       first[i] = position + i;
       pending[i] = static_cast<std::uint32_t>(i);
     }
@@ -250,10 +250,10 @@ void Mixer::Starts(std::uint64_t start, std::size_t count, std::uint64_t* first)
                     static_cast<std::uint32_t>(epoch), static_cast<std::uint32_t>(epoch >> 32)},
                    key);
     const std::uint32_t offset = BelowN(epoch_bits[0], options_.stride);
-    for (std::size_t i = 0; i < here; ++i) first[i] = first[i] * options_.stride + offset;
-    first += here;
-    start += here;
-    count -= here;
+    for (std::size_t i = 0; i < chunk; ++i) first[i] = first[i] * options_.stride + offset;
+    first += chunk;
+    start += chunk;
+    count -= chunk;
   }
 }
 
@@ -558,19 +558,19 @@ void Mixer::ReadRange(std::uint64_t start, std::uint64_t count, std::uint64_t st
     return std::min<std::uint64_t>(begin + options_.stride, stream_size_);
   };
   for (std::uint64_t done = 0; done < count;) {
-    const std::uint64_t here = std::min(kRowsPerChunk, count - done);
-    Starts(start + done, here, first);
-    for (std::uint64_t i = 0; i < here; ++i, ++done) {
+    const std::uint64_t chunk = std::min(kRowsPerChunk, count - done);
+    Starts(start + done, chunk, first);
+    for (std::uint64_t i = 0; i < chunk; ++i, ++done) {
       // Rows start anywhere in the stream and words anywhere in the table: memory is asked for both
       // before they are needed, the stream's words two rows ahead because the table's places are
       // read there one row ahead. (In functions of their own, gcc would drop these loops as without
       // effect.)
-      if (i + 2 < here) {
+      if (i + 2 < chunk) {
         for (std::uint64_t j = first[i + 2], end = End(j); j < end; j += kLine) {
           __builtin_prefetch(stream_ + j);
         }
       }
-      if (i + 1 < here) {
+      if (i + 1 < chunk) {
         for (std::uint64_t j = first[i + 1], end = End(j); j < end; ++j) {
           __builtin_prefetch(records + (std::size_t{stream_[j]} << kTwo));
         }

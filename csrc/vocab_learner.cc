@@ -86,12 +86,12 @@ Words ReadWords(std::string_view bytes, const std::uint64_t* ends, const std::ui
   std::stable_sort(order.begin(), order.end(), [&](std::uint32_t a, std::uint32_t b) {
     return occurrences[a] > occurrences[b];
   });
-  const double wanted = std::ceil(coverage * static_cast<double>(occurrences_total));
+  const double target = std::ceil(coverage * static_cast<double>(occurrences_total));
   std::vector<std::uint32_t> symbol_of(kCodePoints, kNone);
   std::uint64_t covered = 0;
   Words words;
   for (std::uint32_t code : order) {
-    if (static_cast<double>(covered) >= wanted) break;
+    if (static_cast<double>(covered) >= target) break;
     covered += occurrences[code];
     symbol_of[code] = static_cast<std::uint32_t>(words.code_points.size());
     words.code_points.push_back(code);
@@ -156,7 +156,7 @@ class SuffixFinder {
       weight_[symbol] += words_.counts[w];
     }
     if (depth >= 2 && (whole >= floor_ || proper >= floor_)) {
-      found.push_back({group[0], depth, whole, proper});
+      suffixes.push_back({group[0], depth, whole, proper});
     }
     // Symbols that continue get a part of `next`; number_ then holds where its next word goes.
     struct Part {
@@ -186,7 +186,7 @@ class SuffixFinder {
     for (const Part& part : parts) Visit(next.data() + part.begin, part.count, depth + 1);
   }
 
-  std::vector<Suffix> found;
+  std::vector<Suffix> suffixes;
 
  private:
   static constexpr std::size_t kDropped = std::numeric_limits<std::size_t>::max();
@@ -292,16 +292,16 @@ class Learner {
 
   LearnedVocab Run() {
     const std::size_t need = size_ - kSpecialTokenCount - alphabet_;
-    std::vector<std::uint32_t> chosen;
+    std::vector<std::uint32_t> nodes;
     std::vector<std::uint64_t> uses;
     std::uint64_t threshold = words_.total;
     for (;;) {
       threshold = Search(need, threshold);
-      chosen = Ranked(threshold);
-      chosen.resize(need);
-      uses = Uses(chosen);
+      nodes = Ranked(threshold);
+      nodes.resize(need);
+      uses = Uses(nodes);
       bool all_used = true;
-      for (std::uint32_t node : chosen) {
+      for (std::uint32_t node : nodes) {
         if (uses[node] == 0) {
           unused_.insert(Spell(node));
           all_used = false;
@@ -309,7 +309,7 @@ class Learner {
       }
       if (all_used) break;
     }
-    return Collect(chosen, uses, threshold);
+    return Collect(nodes, uses, threshold);
   }
 
  private:
@@ -333,12 +333,12 @@ class Learner {
     for (std::size_t w = 0; w < words_.size(); ++w) {
       order[slot[Last(w)]++] = static_cast<std::uint32_t>(w);
     }
-    std::vector<std::vector<Suffix>> found(symbols);
+    std::vector<std::vector<Suffix>> suffixes(symbols);
     Share(symbols, threads_, [&](auto&& next) {
       SuffixFinder finder(words_, floor_);
       for (std::size_t s; next(&s);) {
         finder.Visit(order.data() + bucket[s], bucket[s + 1] - bucket[s], 1);
-        found[s] = std::exchange(finder.found, {});
+        suffixes[s] = std::exchange(finder.suffixes, {});
       }
     });
 
@@ -357,7 +357,7 @@ class Learner {
       first_.resize(trie_.size());
       first_[node] = count;
     };
-    for (const std::vector<Suffix>& part : found) {
+    for (const std::vector<Suffix>& part : suffixes) {
       for (const Suffix& suffix : part) {
         insert(suffix, 0, suffix.whole);
         insert(suffix, 1, suffix.proper);
@@ -394,13 +394,13 @@ class Learner {
 
   std::uint32_t Last(std::size_t w) const { return words_.symbols[words_.begin[w + 1] - 1]; }
 
-  // The matches under a vocabulary of all single characters and the nodes that `kept` says.
-  template <typename Kept>
-  std::vector<Match> Matches(const Kept& kept) const {
+  // The matches under a vocabulary of all single characters and the nodes that `keep` says.
+  template <typename Keep>
+  std::vector<Match> Matches(const Keep& keep) const {
     std::vector<Match> matches(trie_.size());
     for (std::uint32_t node = 2; node < trie_.size(); ++node) {
       const std::uint8_t depth = trie_.depth(node);
-      if (depth == 1 || kept(node)) {
+      if (depth == 1 || keep(node)) {
         matches[node] = {node, depth, depth};
       } else {
         matches[node] = matches[trie_.parent(node)];
@@ -439,8 +439,8 @@ class Learner {
   std::vector<std::uint64_t> Learn(std::uint64_t threshold) const {
     std::vector<std::uint64_t> counts = first_;
     for (int round = 1; round < kLearnerRounds; ++round) {
-      const auto kept = [&](std::uint32_t node) { return counts[node] >= threshold; };
-      counts = CutAndCount(Matches(kept),
+      const auto keep = [&](std::uint32_t node) { return counts[node] >= threshold; };
+      counts = CutAndCount(Matches(keep),
                            [](const Match& match, std::uint32_t reached, std::size_t rest) {
                              return match.depth == rest ? reached : kNone;
                            });
@@ -506,10 +506,10 @@ class Learner {
 
   // How often each node is used when all words are cut with the single characters and `pieces`.
   std::vector<std::uint64_t> Uses(const std::vector<std::uint32_t>& pieces) const {
-    std::vector<bool> chosen(trie_.size());
-    for (std::uint32_t node : pieces) chosen[node] = true;
-    const auto kept = [&](std::uint32_t node) { return chosen[node]; };
-    return CutAndCount(Matches(kept),
+    std::vector<bool> in_vocab(trie_.size());
+    for (std::uint32_t node : pieces) in_vocab[node] = true;
+    const auto keep = [&](std::uint32_t node) { return in_vocab[node]; };
+    return CutAndCount(Matches(keep),
                        [](const Match& match, std::uint32_t, std::size_t) { return match.node; });
   }
 

@@ -76,7 +76,7 @@ struct Corpus {
 };
 
 void Take(mvbert::CorpusBuilder* builder, Corpus* corpus) {
-  const mvbert::Taken taken = builder->Take();
+  const mvbert::Streams taken = builder->Take();
   for (const auto& ids : taken.train) {
     corpus->train.insert(corpus->train.end(), ids.begin(), ids.end());
   }

@@ -31,9 +31,9 @@ Built Build(std::string_view text, const CorpusOptions& options, std::size_t ste
   CorpusBuilder builder(options);
   try {
     builder.BeginSource(0, Destination::kByDraw);
-    Taken all;
+    Streams all;
     const auto take = [&] {
-      Taken taken = builder.Take();
+      Streams taken = builder.Take();
       for (auto& piece : taken.train) all.train.push_back(std::move(piece));
       for (auto& piece : taken.heldout) all.heldout.push_back(std::move(piece));
     };
