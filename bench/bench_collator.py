@@ -99,7 +99,7 @@ BENCH = harness.Bench(
 def with_mvbert(case: Case, device: str, whole_word: bool):
     from mvbert import MaskingCollator
 
-    collator = MaskingCollator(mvbert_tokenizer(), whole_word=whole_word)
+    collator = MaskingCollator(mvbert_tokenizer(), whole_word_mask=whole_word)
     return lambda x: collator(x.rows)
 
 

@@ -1,6 +1,7 @@
 """Masked batches for other people's training: transformers' Trainer, plain DataLoaders."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -19,54 +20,85 @@ from mvbert.text.tokenizer_call import as_tensors, check_tensors
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+NOT_SET = -1  # for an epoch
+
 
 class MaskingCollator:
     """Pads rows of ids and masks them: [MASK] for most, another piece for some, labels for all.
 
-    What is masked depends on the row's ids, the seed and the epoch, and on nothing else: neither on
-    the number of DataLoader workers and threads nor on the order of rows. `set_epoch` draws anew;
-    call it before each epoch, or give `callback()` to a Trainer.
+    Its arguments are those of transformers' DataCollatorForLanguageModeling, in its order.
+
+    Until `set_epoch` is called every call draws anew, as in transformers. From then on, what is
+    masked depends on the row's ids, the seed and the epoch, and on nothing else: neither on the
+    number of DataLoader workers and threads nor on the order of rows. Call `set_epoch` before each
+    epoch, or give `callback()` to a Trainer.
 
     Args:
-        tokenizer: a `WordPieceTokenizer`, or a BERT tokenizer of transformers.
+        tokenizer: a `WordPieceTokenizer`, or a tokenizer of transformers.
+        mlm: masked language modelling; the only value is True.
+        whole_word_mask: mask the pieces of a word together; they begin with "##" from the second.
         mlm_probability: the share of pieces that is masked.
-        whole_word: mask the pieces of a word together.
         mask_replace_prob: the share of masked pieces that become [MASK].
         random_replace_prob: the share that become any piece; the rest stay as they are.
-        pad_to_multiple_of: rounds the padded length up.
+        pad_to_multiple_of: rounds the length up to which rows are padded here.
         return_tensors: "pt" or "np".
-        seed: of [0, 2^64).
+        seed: of [0, 2^64); None is 0.
         threads: of one call; 0 is one for each available core.
+        whole_word: the same as whole_word_mask.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        *,
+        mlm: bool = True,
+        whole_word_mask: bool = False,
         mlm_probability: float = 0.15,
-        whole_word: bool = True,
         mask_replace_prob: float = 0.8,
         random_replace_prob: float = 0.1,
         pad_to_multiple_of: int | None = None,
+        *,
         return_tensors: str = "pt",
-        seed: int = 0,
+        seed: int | None = None,
         threads: int = 1,
+        whole_word: bool | None = None,
     ) -> None:
+        check_flags(mlm=mlm)
+        if not mlm:
+            raise InputError(
+                "mlm is False, which is not supported; use transformers' "
+                "DataCollatorForLanguageModeling to train on the next piece"
+            )
+        if isinstance(whole_word_mask, float):  # a call written for transformers before 4.54
+            raise InputError(
+                f"whole_word_mask, the third argument, is {whole_word_mask}, expected True or "
+                "False; give mlm_probability by name"
+            )
+        if whole_word is not None:
+            check_flags(whole_word=whole_word)
+            whole_word_mask = whole_word
+        check_flags(whole_word_mask=whole_word_mask)
         shares = {
             "mlm_probability": mlm_probability,
             "mask_replace_prob": mask_replace_prob,
             "random_replace_prob": random_replace_prob,
-            "mask_replace_prob + random_replace_prob": mask_replace_prob + random_replace_prob,
         }
         for name, value in shares.items():
-            if not isinstance(value, Real) or not 0 <= value <= 1 + 1e-12:
-                raise InputError(f"{name} is {value!r}, expected a number of [0, 1]")
-        check_flags(whole_word=whole_word)
+            _check_share(name, value)
+        replaced = mask_replace_prob + random_replace_prob
+        _check_share("mask_replace_prob + random_replace_prob", replaced)
+        if pad_to_multiple_of is not None:
+            check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
+        seed = 0 if seed is None else seed
         check_integer("seed", seed, 0, 2**64)
         check_tensors(return_tensors)
         if return_tensors is None:
             raise InputError("return_tensors is None, expected 'pt' or 'np'")
-        if getattr(tokenizer, "mask_token_id", None) is None:
+        if isinstance(tokenizer, type) or not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise InputError(
+                f"tokenizer is {described(tokenizer)}, expected a WordPieceTokenizer or a "
+                "tokenizer of transformers"
+            )
+        if tokenizer.mask_token_id is None:
             raise InputError("the tokenizer has no [MASK], which masked language modelling needs")
         self.tokenizer = tokenizer
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -74,12 +106,22 @@ class MaskingCollator:
         self._threads = cores(threads)
         self._probability = mlm_probability
         self._epoch = _shared_number(return_tensors)
-        thresholds = (mlm_probability, mask_replace_prob, mask_replace_prob + random_replace_prob)
-        piece, mask, other = (round(share * 2**32) for share in thresholds)
+        self._epoch[0] = NOT_SET
+        self._numbers = _Numbers(seed)
+        kinds = _kinds(tokenizer)
+        if whole_word_mask and not (kinds == CONTINUES).any():
+            raise InputError(
+                "whole_word_mask needs a WordPiece tokenizer: no piece of "
+                f"{type(tokenizer).__name__} begins with ##, so its words are not known; use "
+                "whole_word_mask=False"
+            )
+        piece, mask, other = (
+            round(share * 2**32) for share in (mlm_probability, mask_replace_prob, replaced)
+        )
         self._options: dict[str, Any] = {
-            "kinds": _kinds(tokenizer),
+            "kinds": kinds,
             "mask": tokenizer.mask_token_id,
-            "by_word": whole_word,
+            "by_word": whole_word_mask,
             "piece_threshold": piece,
             "mask_threshold": mask,
             "other_threshold": min(other, 2**32),
@@ -88,7 +130,7 @@ class MaskingCollator:
         }
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws anew for an epoch, in DataLoader workers that live on, too."""
+        """Masks as a row is masked in this epoch, in DataLoader workers that live on, too."""
         check_integer("epoch", epoch, 0, 2**62)
         self._epoch[0] = epoch
 
@@ -117,21 +159,23 @@ class MaskingCollator:
             The padded batch with labels [B, T]: the id where a piece is masked, -100 elsewhere.
 
         Raises:
-            InputError: no rows of ids, or an id outside the vocabulary.
+            InputError: no rows of ids, an id outside the vocabulary, or an attention_mask that is
+                not ones and then zeros.
         """
         batch = {name: _array(name, value) for name, value in self._padded(features).items()}
-        ids = np.array(batch["input_ids"], np.int64, order="C")  # a copy: the caller's stay
+        ids = batch["input_ids"]
         if ids.ndim != 2:
             raise InputError(f"input_ids has {ids.ndim} dimensions, expected rows [B, T]")
-        mask = batch.get("attention_mask")
-        lengths = np.full(len(ids), ids.shape[1]) if mask is None else mask.sum(1, np.int64)
-        if mask is not None and ids.shape[1] and (mask[:, 0] == 0)[lengths > 0].any():
-            raise InputError("rows are padded on the left; pad them on the right")
+        if ids.size and ids.dtype.kind not in "iu":
+            raise InputError(f"input_ids has {ids.dtype} values, expected rows of integers")
+        lengths = _lengths(batch.get("attention_mask"), ids.shape)
+        ids = np.array(ids, np.int64, order="C")  # a copy: the caller's stay
+        epoch = int(self._epoch[0])
+        if epoch == NOT_SET:
+            epoch = self._numbers.draw()
         budgets = [budget(n, self._probability) for n in range(ids.shape[1] + 1)]
         try:
-            labels = _core.mask_rows(
-                ids, lengths, budgets=budgets, epoch=int(self._epoch[0]), **self._options
-            )
+            labels = _core.mask_rows(ids, lengths, budgets=budgets, epoch=epoch, **self._options)
         except ValueError as error:
             raise InputError(str(error)) from None
         for name in ("special_tokens_mask", "offset_mapping"):
@@ -146,28 +190,91 @@ class MaskingCollator:
             if "input_ids" not in features:
                 raise InputError(f"the batch has {', '.join(features)}, expected input_ids")
             return features
-        if not isinstance(features, Sequence) or not len(features):
+        if isinstance(features, str) or not isinstance(features, Sequence) or not len(features):
             raise InputError(f"got {described(features)}, expected a list of rows")
-        if not isinstance(features[0], Mapping):
-            features = [{"input_ids": row} for row in features]
-        for number, row in enumerate(features):
-            if not isinstance(row, Mapping) or "input_ids" not in row:
-                raise InputError(f"row {number} is {described(row)}, expected input_ids")
-        # Labels that a data set has, such as those of its own masking, are made anew.
-        rows = [{k: v for k, v in row.items() if k not in ("labels", "offset_mapping")}
-                for row in features]  # fmt: skip
+        rows = [_row(number, row) for number, row in enumerate(features)]
         padded: Mapping[str, Any] = self.tokenizer.pad(
             rows, return_tensors="np", pad_to_multiple_of=self.pad_to_multiple_of
         )
         return padded
 
 
+class _Numbers:
+    """Numbers that take the place of an epoch as long as nobody has set one: one for each call.
+
+    In a DataLoader's worker they begin with torch's seed of the worker, which differs between
+    workers and between passes; a worker that lives on continues.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._worker: int | None = None
+        self._generator = np.random.default_rng([seed])
+
+    def draw(self) -> int:
+        data = sys.modules.get("torch.utils.data")  # not imported: this is no worker
+        info = data.get_worker_info() if data else None
+        worker = None if info is None else info.seed
+        if worker != self._worker:  # the generator is that of the process that made this one
+            self._worker = worker
+            self._generator = np.random.default_rng([self._seed, worker or 0])
+        return int(self._generator.integers(2**62))
+
+
+def _check_share(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) <= 1 + 1e-12:
+        raise InputError(f"{name} is {value!r}, expected a number of [0, 1]")
+
+
+def _row(number: int, given: Any) -> Mapping[str, Any]:
+    """A row as `pad` takes it, without labels: those of its own masking are made anew."""
+    row: Mapping[str, Any] = given if isinstance(given, Mapping) else {"input_ids": given}
+    ids: Any = row.get("input_ids")
+    if not isinstance(ids, list) and (isinstance(ids, str | bytes) or np.ndim(ids) != 1):
+        raise InputError(
+            f"row {number} is {described(given)}, expected input_ids, or the list of them"
+        )
+    for name in ("attention_mask", "token_type_ids", "special_tokens_mask"):
+        if name in row and len(row[name]) != len(ids):
+            raise InputError(
+                f"row {number} has {len(ids)} input_ids and {name} of {len(row[name])}"
+            )
+    return {k: v for k, v in row.items() if k not in ("labels", "offset_mapping")}
+
+
+def _lengths(mask: NDArray[Any] | None, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """How many pieces each row has before its padding."""
+    rows, width = shape
+    if mask is None:
+        return np.full(rows, width)
+    if mask.shape != shape or mask.dtype.kind not in "biuf":
+        raise InputError(
+            f"attention_mask is {list(mask.shape)} of {mask.dtype}, expected numbers "
+            f"{list(shape)} as input_ids"
+        )
+    lengths: NDArray[np.int64] = mask.sum(1, np.int64)
+    wrong = (mask != (np.arange(width) < lengths[:, None])).any(1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        if mask[row, 0] == 0:
+            raise InputError("rows are padded on the left; pad them on the right")
+        raise InputError(
+            f"attention_mask of row {row} is {described(mask[row].tolist())}, expected ones for "
+            "its pieces and then zeros for padding"
+        )
+    return lengths
+
+
 def _kinds(tokenizer: Any) -> NDArray[np.uint8]:
     """What each piece of a vocabulary is for masking."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    kinds = np.array([CONTINUES if p.startswith("##") else BEGINS for p in pieces], np.uint8)
+    # An id that no piece has is None in transformers.
+    continues = [piece is not None and piece.startswith("##") for piece in pieces]
+    kinds = np.where(continues, CONTINUES, BEGINS).astype(np.uint8)
     kinds[tokenizer.all_special_ids] = STAYS
-    kinds[[tokenizer.cls_token_id, tokenizer.sep_token_id]] = SEPARATES
+    for id in (tokenizer.cls_token_id, tokenizer.sep_token_id):
+        if id is not None:
+            kinds[id] = SEPARATES
     return kinds
 
 

@@ -31,8 +31,8 @@ def rows_of(tokenizer):
 def test_rows_are_the_definitions(tokenizer, whole_word, threads):
     for seed, epoch, share in [(0, 0, 0.15), (2**64 - 1, 3, 0.5), (5, 2**40, 1.0), (1, 1, 0.0)]:
         collator = MaskingCollator(
-            tokenizer, mlm_probability=share, whole_word=whole_word, seed=seed, threads=threads,
-            mask_replace_prob=0.5, random_replace_prob=0.3, return_tensors="np",
+            tokenizer, mlm_probability=share, whole_word_mask=whole_word, seed=seed,
+            threads=threads, mask_replace_prob=0.5, random_replace_prob=0.3, return_tensors="np",
         )  # fmt: skip
         collator.set_epoch(epoch)
         features = rows_of(tokenizer) * 30
@@ -57,6 +57,7 @@ def test_rows_are_the_definitions(tokenizer, whole_word, threads):
 def test_what_comes_in(tokenizer):
     torch = pytest.importorskip("torch")
     collator = MaskingCollator(tokenizer)
+    collator.set_epoch(0)
     features = rows_of(tokenizer)
     expected = collator(features)
     assert expected["labels"].dtype == torch.int64
@@ -79,6 +80,70 @@ def test_what_comes_in(tokenizer):
     assert padded["input_ids"].shape[1] % 64 == 0
     assert collator({"input_ids": np.zeros((0, 0), int)})["labels"].shape == (0, 0)
     assert torch.equal(pickle.loads(pickle.dumps(collator))(features)["labels"], expected["labels"])
+
+
+@pytest.mark.parametrize("whole_word", [True, False])
+def test_the_arguments_are_those_of_transformers(tokenizer, whole_word):
+    """In the order of 4.57 and 5, and under the names of before."""
+    row = [tokenizer("a bcd ef ghij " * 8)]
+    found = [
+        MaskingCollator(tokenizer, True, whole_word, 0.5, 1.0, 0.0, 64, seed=3),
+        MaskingCollator(
+            tokenizer=tokenizer, mlm=True, whole_word_mask=whole_word, mlm_probability=0.5,
+            mask_replace_prob=1.0, random_replace_prob=0.0, pad_to_multiple_of=64,
+            return_tensors="np", seed=3,
+        ),
+        MaskingCollator(
+            tokenizer, whole_word=whole_word, mlm_probability=0.5, mask_replace_prob=1.0,
+            random_replace_prob=0.0, pad_to_multiple_of=64, return_tensors="np", seed=3,
+        ),
+    ]  # fmt: skip
+    for collator in found:
+        collator.set_epoch(0)
+    first, *others = [collator(row)["input_ids"].tolist() for collator in found]
+    assert len(first[0]) % 64 == 0
+    assert others == [first, first]
+    transformers = pytest.importorskip("transformers")
+    import inspect
+
+    theirs = inspect.signature(transformers.DataCollatorForLanguageModeling).parameters
+    ours = inspect.signature(MaskingCollator).parameters
+    if "whole_word_mask" not in theirs:
+        pytest.skip("needs transformers 4.57 or 5")
+    names = [name for name in theirs if name != "tf_experimental_compile"]
+    assert list(ours)[: len(names)] == names
+    assert all(ours[name].default == theirs[name].default for name in names[1:])
+
+
+def test_without_an_epoch_every_call_draws_anew(tokenizer):
+    row = [tokenizer("a bcd ef ghij " * 8)]
+    for seed in (None, 1):
+        collator = MaskingCollator(tokenizer, seed=seed, return_tensors="np")
+        drawn = [collator(row)["labels"].tobytes() for _ in range(6)]
+        assert len(set(drawn)) == 6
+        again = MaskingCollator(tokenizer, seed=seed, return_tensors="np")
+        assert [again(row)["labels"].tobytes() for _ in range(6)] == drawn
+        collator.set_epoch(0)
+        assert len({collator(row)["labels"].tobytes() for _ in range(3)}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("workers", "lives_on"), [(0, False), (1, False), (2, False), (1, True), (2, True)]
+)
+def test_without_an_epoch_every_pass_draws_anew(tokenizer, workers, lives_on):
+    """In DataLoader workers, too, which are copies of a collator that was used before."""
+    torch = pytest.importorskip("torch")
+    row = dict(tokenizer("a bcd ef ghij " * 8))
+    torch.manual_seed(0)
+    collator = MaskingCollator(tokenizer, seed=1)
+    collator([row])
+    loader = torch.utils.data.DataLoader(
+        [row] * 4, batch_size=1, collate_fn=collator, num_workers=workers,
+        persistent_workers=lives_on,
+    )  # fmt: skip
+    masks = [batch["labels"].numpy().tobytes() for _ in range(3) for batch in loader]
+    assert len(set(masks)) == 12
 
 
 def test_epochs_and_seeds_draw_anew(tokenizer):
@@ -141,7 +206,7 @@ def test_the_distribution_is_that_of_transformers(tokenizer):
             warnings.simplefilter("ignore")
             theirs = cls(tokenizer.as_hf(), mlm_probability=0.3)
             their = theirs([dict(feature) for feature in features])
-        collator = MaskingCollator(tokenizer, mlm_probability=0.3, whole_word=whole_word)
+        collator = MaskingCollator(tokenizer, mlm_probability=0.3, whole_word_mask=whole_word)
         ours = []
         for epoch in range(trials):
             collator.set_epoch(epoch)
@@ -170,7 +235,15 @@ def test_what_is_refused(tokenizer):
     for options, message in [
         ({"mlm_probability": 1.5}, r"mlm_probability is 1\.5, expected a number of \[0, 1\]"),
         ({"mask_replace_prob": 0.9, "random_replace_prob": 0.2}, r"mask_replace_prob \+ random"),
+        ({"mlm_probability": True}, "mlm_probability is True, expected a number"),
+        ({"mask_replace_prob": "0.1"}, r"mask_replace_prob is '0\.1', expected a number"),
+        ({"random_replace_prob": None}, "random_replace_prob is None, expected a number"),
         ({"whole_word": 1}, "whole_word is 1"),
+        ({"whole_word_mask": 1}, "whole_word_mask is 1"),
+        ({"whole_word_mask": 0.15}, r"the third argument, is 0\.15.* give mlm_probability by name"),
+        ({"mlm": False}, "mlm is False, which is not supported"),
+        ({"mlm": 1}, "mlm is 1"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of is 0, expected an integer"),
         ({"seed": -1}, "seed is -1"),
         ({"return_tensors": "tf"}, "return_tensors is 'tf'"),
         ({"return_tensors": None}, "return_tensors is None"),
@@ -180,6 +253,9 @@ def test_what_is_refused(tokenizer):
             MaskingCollator(tokenizer, **options)
     with pytest.raises(InputError, match=r"has no \[MASK\]"):
         MaskingCollator(WordPieceTokenizer(Vocab(PIECES[:4])))
+    for other in (None, "bert", WordPieceTokenizer):
+        with pytest.raises(InputError, match=r"tokenizer is .*, expected a WordPieceTokenizer or"):
+            MaskingCollator(other)
     collator = MaskingCollator(tokenizer, return_tensors="np")
     with pytest.raises(InputError, match="epoch is -1"):
         collator.set_epoch(-1)
@@ -192,9 +268,51 @@ def test_what_is_refused(tokenizer):
         ({"input_ids": [1, 2]}, "input_ids has 1 dimensions"),
         ({"input_ids": [[2, 99, 3]]}, "row 0 has the id 99, outside the vocabulary of 25 pieces"),
         ({"input_ids": [[0, 2, 3]], "attention_mask": [[0, 1, 1]]}, "padded on the left"),
+        (
+            {"input_ids": [[2, 5, 6, 3]] * 2, "attention_mask": [[1, 1, 1, 1], [1, 0, 1, 1]]},
+            r"attention_mask of row 1 is \[1, 0, 1, 1\] \(list\), expected ones",
+        ),
+        (
+            {"input_ids": [[2, 5, 3]], "attention_mask": [[5, 5, 5]]},
+            r"attention_mask of row 0 is \[5, 5, 5\] \(list\), expected ones",
+        ),
+        (
+            {"input_ids": [[2, 5, 3]], "attention_mask": [[1, 1]]},
+            r"attention_mask is \[1, 2\] of int64, expected numbers \[1, 3\] as input_ids",
+        ),
+        ({"input_ids": [[2, 5, 3]], "attention_mask": [1, 1, 1]}, r"attention_mask is \[3\] of"),
+        ({"input_ids": [[2.0, 5.5, 3.0]]}, "input_ids has float64 values, expected rows of int"),
+        (
+            [{"input_ids": [2, 5, 3], "attention_mask": [1, 1]}],
+            "row 0 has 3 input_ids and attention_mask of 2",
+        ),
+        ([1, 2], r"row 0 is 1 \(int\), expected input_ids, or the list of them"),
+        (["abc"], r"row 0 is 'abc' \(str\), expected input_ids"),
+        ("abc", r"got 'abc' \(str\), expected a list of rows"),
+        ([{"input_ids": 5}], r"row 0 is \{'input_ids': 5\} \(dict\), expected input_ids"),
     ]:
         with pytest.raises(InputError, match=message):
             collator(features)
+
+
+def test_words_of_byte_level_pieces_are_not_known():
+    """RoBERTa's pieces have no ##; single pieces are masked, special ones never."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "a", "\u0120b", "c"]
+    model = tokenizers.models.BPE(vocab={piece: id for id, piece in enumerate(pieces)}, merges=[])
+    named = {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    ends = {"cls_token": "<s>", "sep_token": "</s>"}
+    ids = [0, 6, 7, 5, 6, 2]
+    for options in (named, named | ends):
+        roberta = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer(model), **options
+        )
+        with pytest.raises(InputError, match="no piece of PreTrainedTokenizerFast begins with ##"):
+            MaskingCollator(roberta, whole_word_mask=True)
+        collator = MaskingCollator(roberta, mlm_probability=1.0, return_tensors="np")
+        labels = collator({"input_ids": [ids]})["labels"][0].tolist()
+        assert labels == ([-100, *ids[1:5], -100] if options != named else ids)
 
 
 def test_the_trainer_takes_it(tokenizer, tmp_path):
