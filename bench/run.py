@@ -21,7 +21,7 @@ from typing import NoReturn
 import harness
 
 ORDER = ("tokenizer", "vocab", "rows", "collator", "embedding", "loss", "kl", "relations",
-         "train_step", "finetune", "inference", "sentences")  # fmt: skip
+         "train_step", "trainer", "finetune", "inference", "sentences")  # fmt: skip
 
 
 def names() -> list[str]:

@@ -33,6 +33,7 @@ TITLES = {
     "kl": "Divergence of two linear layers, forward and backward",
     "relations": "Divergence of attention relations, forward and backward",
     "train_step": "Training step",
+    "trainer": "Pretraining by transformers' Trainer",
     "finetune": "Fine-tuning",
     "inference": "Inference",
     "sentences": "Text to sentence vectors",

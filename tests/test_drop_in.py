@@ -2,8 +2,12 @@
 
 import copy
 import dataclasses
+import difflib
+import importlib.util
 import inspect
+import math
 import pickle
+import random
 import re
 
 import pytest
@@ -739,3 +743,64 @@ def test_a_loss_computed_from_logits_meets_the_sentence(tmp_path):
 
     with pytest.raises(AttributeError, match=r"call fuse\(model, keep_logits=True\)"):
         trained("bert", True, tmp_path, FromLogits)
+
+
+# ---- a whole script ----------------------------------------------------------------------------
+
+
+def script(root, name):
+    """A script of docs/examples as a module."""
+    path = root / "docs" / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_script_changes_in_two_imports_and_a_fuse(root):
+    before, after = (
+        (root / "docs" / "examples" / f"pretrain_{name}.py").read_text().splitlines()
+        for name in ("transformers", "mvbert")
+    )
+    changed = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
+    assert sorted(changed) == [
+        "+     fuse(model)",
+        "+ from mvbert import MaskingCollator as DataCollatorForLanguageModeling",
+        "+ from mvbert import fuse, WordPieceTokenizer as BertTokenizerFast",
+        "- from transformers import BertTokenizerFast",
+        "- from transformers import DataCollatorForLanguageModeling",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_both_scripts_run_with_equal_ids_and_losses(root, tmp_path, monkeypatch):
+    """Ids with transformers' tokenizer; losses, fused or not, on the same masked rows."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    words = ["the", "a", "river", "ring", "##s", "##ing", "water", "is", "in", "big", "."]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (tmp_path / "vocab.txt").write_text("\n".join(special + words) + "\n")
+    draw = random.Random(0)
+    texts = [
+        " ".join(
+            draw.choices(["the", "Rivers", "a", "ringing", "is", "in", "big", "dog", "."], k=k)
+        )
+        for k in range(4, 36)
+    ]
+    shape = {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    options = {"steps": 10, "batch": 8, "length": 24}  # more than two passes
+    before = script(root, "pretrain_transformers").pretrain(tmp_path, texts, **options, **shape)
+    ours = script(root, "pretrain_mvbert")
+    after = ours.pretrain(tmp_path, texts, **options, **shape)
+    assert after["rows"] == before["rows"]
+    assert max(map(len, after["rows"])) == 24
+    for report in (before, after):
+        assert len(report["losses"]) == 10
+        assert report["losses"] == pytest.approx([math.log(16)] * 10, abs=0.7)
+        assert report["pieces_s"] > 0
+    monkeypatch.setattr(ours, "fuse", lambda model: [])
+    unfused = ours.pretrain(tmp_path, texts, **options, **shape)
+    assert unfused["losses"] == pytest.approx(after["losses"], rel=1e-4)
