@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -22,6 +23,9 @@ from mvbert.errors import InputError
 Json = dict | list | str | int | float | bool | None
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a Git LFS pointer begins
+
+# A file that stays with a model, whatever becomes of its weights.
+LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice)\b.*", re.IGNORECASE)
 
 PARTIAL = ".partial-"  # in the name of every unfinished file or folder
 NAME_BYTES = 255  # the longest file name that file systems allow

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mvbert.errors import InputError
-from mvbert.files import atomic_write, read_json_object, sync_file, write_json
+from mvbert.files import LICENCE_FILE, atomic_write, read_json_object, sync_file, write_json
 from mvbert.model.embeddings import spelled_rows
 from mvbert.model.huggingface import write_tensors
 from mvbert.model.weights import WEIGHTS, read_tensors, weight_files
@@ -126,9 +126,14 @@ def trim_tensors(tensors: Mapping[str, Tensor], old: Vocab, new: Vocab, folder: 
     rewritten = []
     shared = 0
     for name, tensor in tensors.items():
-        if not (tensor.ndim and len(tensor) == rows):
+        if rows not in tensor.shape:
             result[name] = tensor
             continue
+        if rows in tensor.shape[1:]:  # MobileBERT keeps a part of its output layer so
+            raise InputError(
+                f"{folder}: {name} is {list(tensor.shape)}, with a column for each of {rows} "
+                "pieces; trim knows rows alone"
+            )
         if not _OF_PIECES.match(name):
             # A hidden size may equal the number of pieces by chance only in toys: better refused.
             raise InputError(
@@ -163,10 +168,11 @@ def write_trimmed(folder: Path, out: Path, old: Vocab, new: Vocab) -> Trimmed:
         _write_mpnet_tokenizer(folder, out, old, new)
     else:
         length, inputs = read_model_inputs(folder)
-        longest = int(config.get("max_position_embeddings", 512))
+        # NomicBERT's name is GPT-2's.
+        longest = int(config.get("max_position_embeddings", config.get("n_positions", 512)))
         save_tokenizer_files(new, out, min(length, longest), inputs)
     for path in sorted(folder.iterdir()):
-        if path.name in _COPIED:
+        if path.name in _COPIED or (LICENCE_FILE.fullmatch(path.name) and path.is_file()):
             shutil.copyfile(path, out / path.name)
             sync_file(out / path.name)
         elif path.is_dir() and _MODULE.fullmatch(path.name):

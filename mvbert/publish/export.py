@@ -27,6 +27,7 @@ from torch import Tensor
 from mvbert.config import ModelConfig, RowConfig
 from mvbert.errors import InputError
 from mvbert.files import (
+    LICENCE_FILE,
     atomic_folder,
     atomic_write,
     read_json_object,
@@ -40,7 +41,6 @@ from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
 from mvbert.publish.calibration import largest_inputs
 from mvbert.publish.onnx_graph import INPUTS, OUTPUTS, Precision, load_onnx, to_onnx
-from mvbert.publish.wheel import LICENCE_FILE
 from mvbert.text.batches import Batch, Rows
 from mvbert.text.corpus import Corpus, build_corpus
 from mvbert.text.stage_rows import heldout_rows

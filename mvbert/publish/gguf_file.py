@@ -21,13 +21,12 @@ import torch
 from mvbert import _core
 from mvbert.config import ModelConfig
 from mvbert.errors import InputError, MissingExtra
-from mvbert.files import Json, atomic_folder, atomic_write, sync_file
+from mvbert.files import LICENCE_FILE, Json, atomic_folder, atomic_write, sync_file
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.model.pooling import Pooling, read_pooling
 from mvbert.model.weights import read_weights
 from mvbert.progress import Progress
-from mvbert.publish.wheel import LICENCE_FILE
 from mvbert.text.vocab import Vocab
 
 FLOAT, HALF = "model-f32.gguf", "model-f16.gguf"

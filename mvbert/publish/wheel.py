@@ -18,13 +18,12 @@ from pathlib import Path
 
 from mvbert import __version__
 from mvbert.errors import InputError
-from mvbert.files import Json, atomic_file, check_readable
+from mvbert.files import LICENCE_FILE, Json, atomic_file, check_readable
 from mvbert.model.huggingface import find_model
 from mvbert.progress import Progress
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION = re.compile(r"\d+(\.\d+)*((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?")
-LICENCE_FILE = re.compile(r"(licen[cs]e|copying|notice)\b.*", re.IGNORECASE)
 # Model cards name licences in lower case; a wheel's metadata wants SPDX's spelling.
 _SPDX = ["Apache-2.0", "MIT", "BSD-2-Clause", "BSD-3-Clause", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0",
          "CC-BY-SA-3.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "CC-BY-NC-SA-4.0", "GPL-3.0-only",

@@ -19,7 +19,9 @@ from mvbert.study.evaluate import run_eval
 from mvbert.text.corpus import Corpus
 from mvbert.text.learner import learn_vocab
 from mvbert.text.lexicon import Segmentation
+from mvbert.text.texts import check_integer
 from mvbert.text.vocab import Vocab
+from mvbert.training.device import choose_device
 
 MEASURED_WORDS = 1024  # for bits per word
 
@@ -60,6 +62,8 @@ def run_trim(
         raise InputError("give either --vocab, or --corpus with --size")
     if vocab is None and corpus is None:
         raise InputError("--size needs --corpus, whose words the pieces are learned from")
+    check_integer("eval_rows", eval_rows, 0, 2**31)
+    choose_device(device)  # refuses one that does not exist before anything is written
     check_new_folder(out, overwrite)
     folder = huggingface.find_model(name)
     for path in (folder, corpus):  # `out` is replaced as a whole

@@ -280,6 +280,10 @@ def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refu
     old = {TABLE: torch.zeros(teacher_vocab.size, 4)}
     for more, message in [
         ({"head.weight": torch.zeros(teacher_vocab.size, 2)}, "head.weight has a row for each"),
+        (
+            {"cls.predictions.dense.weight": torch.zeros(3, teacher_vocab.size)},
+            rf"dense\.weight is \[3, {teacher_vocab.size}\], with a column for each of",
+        ),
         ({TABLE: torch.zeros(3, 4)}, "has 3 rows for a vocabulary of"),
         ({TABLE: torch.zeros(teacher_vocab.size, 4, dtype=torch.int8)}, "expected floating point"),
     ]:
@@ -287,6 +291,50 @@ def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refu
             trim_tensors({**old, **more}, teacher_vocab, teacher_vocab, tmp_path)
     with pytest.raises(InputError, match=r"has no embeddings\.word_embeddings"):
         trim_tensors({}, teacher_vocab, teacher_vocab, tmp_path)
+
+
+def test_arguments_that_only_a_corpus_would_use_are_checked(training_inputs, smaller, tmp_path):
+    for options, message in [
+        ({"eval_rows": -1}, "eval_rows is -1, expected an integer"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda.* got 'tpu'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            run_trim(str(training_inputs / "teacher"), tmp_path / "out", vocab=smaller, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mobilebert_is_refused(teacher_vocab, smaller, tmp_path):
+    """Half of its output layer is stored with a column for each piece."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MobileBertConfig(
+        vocab_size=teacher_vocab.size, hidden_size=32, embedding_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, intra_bottleneck_size=16, true_hidden_size=16,
+    )  # fmt: skip
+    transformers.MobileBertForMaskedLM(config).save_pretrained(tmp_path / "model")
+    WordPieceTokenizer(teacher_vocab).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match=r"predictions\.dense\.weight is .* a column for each"):
+        run_trim(str(tmp_path / "model"), tmp_path / "out", vocab=smaller)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_licence_and_longest_row_stay(name, training_inputs, smaller, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(training_inputs / "teacher", source)
+    for file in ("LICENSE", "NOTICE.txt"):
+        (source / file).write_text(file)
+    for file, key, value in [
+        ("config.json", name, 2048),
+        ("tokenizer_config.json", "model_max_length", 1024),
+    ]:
+        settings = json.loads((source / file).read_text())
+        settings.pop("max_position_embeddings", None)
+        (source / file).write_text(json.dumps(settings | {key: value}))
+    run_trim(str(source), tmp_path / "out", vocab=smaller)
+    assert WordPieceTokenizer.from_pretrained(tmp_path / "out").model_max_length == 1024
+    assert [(tmp_path / "out" / file).read_text() for file in ("LICENSE", "NOTICE.txt")] == [
+        "LICENSE", "NOTICE.txt",
+    ]  # fmt: skip
 
 
 def test_the_packaged_encoder(tmp_path):
