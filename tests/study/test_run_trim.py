@@ -337,6 +337,42 @@ def test_licence_and_longest_row_stay(name, training_inputs, smaller, tmp_path):
     ]  # fmt: skip
 
 
+def test_a_trimmed_model_recovers(training_inputs, teacher_vocab, smaller, tmp_path, verb):
+    """The commands of docs/trim.md: Stage I of the model before, Stage II from the trimmed one."""
+    from mvbert.config import student_shape
+    from mvbert.model import huggingface
+
+    corpus = training_inputs / "corpus"
+    model = MaskedLM(student_shape("1x64", teacher_vocab.size))
+    model.init_weights(1)
+    (tmp_path / "bert").mkdir()
+    huggingface.write_model(tmp_path / "bert", model, teacher_vocab, "")
+    small = tmp_path / "small"
+    run_trim(str(tmp_path / "bert"), small, vocab=smaller)
+    tiny = [
+        "--rows", 4, "--row.length", 16, "--eval-rows", 4, "--device", "cpu", "--threads", 1,
+        "--dtype", "float32",
+    ]  # fmt: skip
+    verb(
+        "train", "--stage", 1, "--corpus", corpus, "--teacher", tmp_path / "bert",
+        "--student-vocab", small, "-o", tmp_path / "stage1", "--steps", 2, *tiny,
+    )  # fmt: skip
+    for distill in (["relations"], []):
+        out = tmp_path / "-".join(["recovered", *distill])
+        report, _ = verb(
+            "train", "--stage", 2, "--corpus", corpus, "--stage1", tmp_path / "stage1", "--start",
+            small, "--shape", "1x64", "--lr", 1e-6, "--steps", 2, "--distill", *distill, "-o", out,
+            *tiny,
+        )  # fmt: skip
+        assert report["steps"] == 2
+        recovered, trimmed = (load_file(f / "model.safetensors") for f in (out / "model", small))
+        assert recovered.keys() == trimmed.keys()
+        moved = max((recovered[name] - trimmed[name]).abs().max() for name in trimmed)
+        assert 0 < moved < 1e-4  # it began where trim ended
+        measures, _ = verb("eval", out, "--corpus", corpus, "--row.length", 16, "--eval-rows", 4)
+        assert measures["loss"] > 0
+
+
 def test_the_packaged_encoder(tmp_path):
     """all-MiniLM-L6-v2 with a few thousand of its pieces."""
     try:
