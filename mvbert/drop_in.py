@@ -160,7 +160,13 @@ LANGUAGE_MODELS = {
 OTHERS = {
     "deberta.modeling_deberta.DebertaEmbeddings": "DeBERTa (version 1) has its own LayerNorm class",
     "ernie.modeling_ernie.ErnieEmbeddings": "ERNIE adds a table of tasks",
+    "megatron_bert.modeling_megatron_bert.MegatronBertEmbeddings": (
+        "MegatronBERT has no LayerNorm in its embeddings"
+    ),
     "mobilebert.modeling_mobilebert.MobileBertEmbeddings": "MobileBERT joins three pieces in a row",
+    "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLEmbeddings": (
+        "XLM-RoBERTa-XL has no LayerNorm in its embeddings"
+    ),
 }
 
 
@@ -571,6 +577,15 @@ def _fused_class(cls: type, mixin: type) -> type:
     return type(cls.__name__, (mixin, cls), members)
 
 
+def _check_module(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        shown = model.__name__ if isinstance(model, type) else f"{model!r:.40}"
+        raise InputError(
+            f"{name} needs a model of transformers, got {shown} ({type(model).__name__}); "
+            "make one with from_pretrained(..)"
+        )
+
+
 def _blank(mixin: type, cls: type) -> Any:
     """An instance without attributes, for pickle."""
     return object.__new__(_fused_class(cls, mixin))
@@ -594,8 +609,11 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
         The names of the modules that were replaced; "" is the model itself.
 
     Raises:
-        InputError: the model holds nothing that fuse supports.
+        InputError: not a module, or the model holds nothing that fuse supports.
     """
+    _check_module("fuse", model)
+    if keep_logits is not True and keep_logits is not False:
+        raise InputError(f"keep_logits is {keep_logits!r}, expected True or False")
     replaced = []
     for name, module in model.named_modules():
         cls = type(module)
@@ -625,6 +643,7 @@ def unfuse(model: nn.Module) -> list[str]:
     Returns:
         The names of the modules that were restored.
     """
+    _check_module("unfuse", model)
     names = []
     for name, module in model.named_modules():
         original = getattr(type(module), "_mvbert_original", None)

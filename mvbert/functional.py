@@ -742,6 +742,15 @@ def _shape(x: Tensor) -> list[int]:
     return list(x.shape)
 
 
+def _type(x: object) -> str:
+    return type(x).__name__
+
+
+def _is_number(x: object) -> bool:
+    """Python's, numpy's and tensors of one; asked in a way that torch.compile can trace."""
+    return hasattr(x, "__float__")
+
+
 def _check_embedding(
     inputs: EmbeddingInputs, padding_id: int | None, frequent_ids: tuple[int, ...]
 ) -> None:
@@ -810,6 +819,8 @@ def _check_loss(
     rows: str,
 ) -> None:
     _check_linear(name, hidden, weight, bias, (rows, "H"), ("V", "H"))
+    if not isinstance(labels, Tensor):
+        raise InputError(f"{name} needs labels as a tensor, got {_type(labels)}")
     if labels.shape != hidden.shape[:-1]:
         raise InputError(
             f"{name} needs labels [{rows}] like hidden [{rows}, H], here {_shape(hidden)[:-1]}, "
@@ -818,8 +829,12 @@ def _check_loss(
     _check_integers(name, "labels", labels)
     _check_device(name, "labels", labels, hidden)
     _check_reduction(reduction)
-    if not 0 <= label_smoothing < 1:
-        raise InputError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    _check_smoothing(label_smoothing)
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not _is_number(label_smoothing) or not 0 <= label_smoothing < 1:
+        raise InputError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
 
 
 def _check_options(
@@ -832,25 +847,58 @@ def _check_options(
     shift: int,
 ) -> None:
     if class_weight is not None:
-        V = weight.shape[0]
-        if class_weight.shape != (V,) or not class_weight.dtype.is_floating_point:
-            raise InputError(
-                f"{name} needs class_weight [V] of floating point with V = {V}, "
-                f"got {_shape(class_weight)} {class_weight.dtype}"
-            )
-        if class_weight.requires_grad:
-            raise InputError(f"{name} makes no gradient of class_weight: hand it over detached")
+        check_class_weight(name, class_weight, weight.shape[0])
         _check_device(name, "class_weight", class_weight, labels)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"softcap must be above 0, or None for no cap, got {softcap}")
-    if not 0 <= z_loss < math.inf:
-        raise InputError(f"z_loss must be 0 or more, got {z_loss}")
+    _check_terms(softcap, z_loss)
     if shift and labels.ndim < 2:
         raise InputError(f"shift needs labels [.., T], a row for each text, got {_shape(labels)}")
     if not isinstance(shift, int) or not 0 <= shift < max(1, labels.shape[-1]):
         raise InputError(
             f"shift must be a whole number in [0, T) with T = {labels.shape[-1]}, got {shift}"
         )
+
+
+def _check_terms(softcap: float | None, z_loss: float) -> None:
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < math.inf):
+        raise InputError(f"softcap must be above 0, or None for no cap, got {softcap!r}")
+    if not _is_number(z_loss) or not 0 <= z_loss < math.inf:
+        raise InputError(f"z_loss must be 0 or more, got {z_loss!r}")
+
+
+def check_class_weight(name: str, class_weight: Tensor, V: int | None = None) -> None:
+    """Values are looked at where labels are (`ops.check_range`): on a GPU that waits for it."""
+    if not isinstance(class_weight, Tensor):
+        raise InputError(
+            f"{name} needs class_weight [V] as a tensor of floating point, "
+            f"got {_type(class_weight)}"
+        )
+    shape = class_weight.shape
+    if (
+        len(shape) != 1
+        or (V is not None and shape[0] != V)
+        or not class_weight.dtype.is_floating_point
+    ):
+        size = "" if V is None else f" with V = {V}"
+        raise InputError(
+            f"{name} needs class_weight [V] of floating point{size}, "
+            f"got {_shape(class_weight)} {class_weight.dtype}"
+        )
+    if class_weight.requires_grad:
+        raise InputError(f"{name} makes no gradient of class_weight: hand it over detached")
+    looked = class_weight.device.type == "cpu" or ops.CHECK_ON_GPU
+    if looked and not torch.compiler.is_compiling() and not (class_weight >= 0).all():
+        raise InputError(f"class_weight must be 0 or more, got {float(class_weight.min())}")
+
+
+def check_loss(
+    reduction: str, label_smoothing: float, softcap: float | None, z_loss: float, shift: int
+) -> None:
+    """What `linear_cross_entropy` refuses of its options whatever the tensors."""
+    _check_reduction(reduction)
+    _check_smoothing(label_smoothing)
+    _check_terms(softcap, z_loss)
+    if not isinstance(shift, int) or shift < 0:
+        raise InputError(f"shift must be a whole number of 0 or more, got {shift!r}")
 
 
 def _check_count(name: str, count: float | Tensor | None, reduction: str) -> None:
@@ -864,8 +912,8 @@ def _check_count(name: str, count: float | Tensor | None, reduction: str) -> Non
     if isinstance(count, Tensor):
         if count.numel() != 1:
             raise InputError(f"num_items_in_batch must be one number, got {_shape(count)}")
-    elif not 0 < count < math.inf:
-        raise InputError(f"num_items_in_batch must be above 0, got {count}")
+    elif not _is_number(count) or not 0 < count < math.inf:
+        raise InputError(f"num_items_in_batch must be above 0, got {count!r}")
 
 
 def _refuse_forward_mode(name: str, backend: str, *tensors: Tensor | None) -> None:
@@ -890,6 +938,9 @@ def _check_linear(
     """x [N, H] (or [.., H]), weight [V, H], bias [V]: shapes, dtypes, devices that go together."""
     rows, width = x_letters
     out, _ = weight_letters
+    for what, tensor in (("input", x), ("weight", weight), ("bias", bias)):
+        if not (isinstance(tensor, Tensor) or (tensor is None and what == "bias")):
+            raise InputError(f"{name} needs its {what} as a tensor, got {_type(tensor)}")
     dims = x.ndim if rows == ".." and x.ndim > 1 else 2
     if x.ndim != dims or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
         raise InputError(

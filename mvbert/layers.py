@@ -109,6 +109,9 @@ class LinearCrossEntropyLoss(nn.Module):
             all others: as `functional.linear_cross_entropy`.
         """
         super().__init__()
+        functional.check_loss(reduction, label_smoothing, softcap, z_loss, shift)
+        if class_weight is not None:
+            functional.check_class_weight("LinearCrossEntropyLoss", class_weight)
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -159,6 +162,10 @@ class LinearCrossEntropy(nn.Linear):
         """
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.loss = LinearCrossEntropyLoss(**options)
+        if self.loss.class_weight is not None:
+            functional.check_class_weight(
+                "LinearCrossEntropy", self.loss.class_weight, self.out_features
+            )
 
     def forward(
         self,

@@ -659,6 +659,30 @@ def test_a_model_that_differs_is_refused_with_the_reason():
         fuse(transformers.ErnieModel(config))
 
 
+@pytest.mark.parametrize(
+    ("model", "name"), [("MegatronBert", "MegatronBERT"), ("XLMRobertaXL", "XLM-RoBERTa-XL")]
+)
+def test_embeddings_without_a_norm_are_refused(model, name):
+    config = getattr(transformers, f"{model}Config")(**SMALL)
+    with pytest.raises(InputError, match=rf"\({name} has no LayerNorm in its embeddings\); supp"):
+        fuse(getattr(transformers, f"{model}Model")(config))
+
+
+def test_what_is_no_model_is_refused():
+    for model, shown in [
+        (None, r"None \(NoneType\)"), ("bert", r"'bert' \(str\)"),
+        (transformers.BertModel, r"BertModel \(type\)"),
+    ]:  # fmt: skip
+        for function in (fuse, unfuse):
+            message = f"^{function.__name__} needs a model of transformers, got {shown}"
+            with pytest.raises(InputError, match=message):
+                function(model)
+    model = make("bert")
+    with pytest.raises(InputError, match="keep_logits is 'no', expected True or False"):
+        fuse(model, keep_logits="no")
+    assert unfuse(model) == []
+
+
 def test_unknown_model_is_refused():
     with pytest.raises(
         InputError,

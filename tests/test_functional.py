@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mvbert import functional as MF
 from mvbert import layers
+from mvbert.errors import InputError
 from mvbert.kernels import chunked, linear_cross_entropy, linear_kl, ops
 
 
@@ -661,6 +662,31 @@ def test_operators_are_well_formed():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "x"}, "reduction must be one of mean, sum, none, got 'x'"),
+        ({"label_smoothing": 1.0}, "label_smoothing must lie in"),
+        ({"softcap": -1}, "softcap must be above 0, or None for no cap, got -1"),
+        ({"z_loss": -1.0}, "z_loss must be 0 or more"),
+        ({"shift": -1}, "shift must be a whole number of 0 or more, got -1"),
+        ({"class_weight": [1.0] * 20}, "class_weight .* got list"),
+        ({"class_weight": -torch.ones(20)}, "class_weight must be 0 or more, got -1.0"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_modules_refuse_options_when_they_are_made(options, message):
+    with pytest.raises(InputError, match=message):
+        layers.LinearCrossEntropyLoss(**options)
+    with pytest.raises(InputError, match=message):
+        layers.LinearCrossEntropy(8, 20, **options)
+
+
+def test_a_layer_refuses_weights_of_other_classes():
+    with pytest.raises(InputError, match=r"with V = 20, got \[3\] torch.float32"):
+        layers.LinearCrossEntropy(8, 20, class_weight=torch.ones(3))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (
@@ -686,6 +712,15 @@ def test_operators_are_well_formed():
         ),
         ({"class_weight": torch.ones(7, dtype=torch.int64)}, r"got \[7\] torch.int64"),
         ({"class_weight": torch.ones(7, requires_grad=True)}, "no gradient of class_weight"),
+        ({"class_weight": -torch.ones(7)}, "class_weight must be 0 or more, got -1.0"),
+        ({"class_weight": [1.0] * 7}, "class_weight .* as a tensor of floating point, got list"),
+        ({"hidden": [1.0]}, "linear_cross_entropy needs its input as a tensor, got list"),
+        ({"labels": [1]}, "linear_cross_entropy needs labels as a tensor, got list"),
+        ({"bias": [1.0] * 7}, "linear_cross_entropy needs its bias as a tensor, got list"),
+        ({"softcap": "30"}, "softcap must be above 0, or None for no cap, got '30'"),
+        ({"z_loss": "1"}, "z_loss must be 0 or more, got '1'"),
+        ({"label_smoothing": "1"}, r"label_smoothing must lie in \[0, 1\), got '1'"),
+        ({"num_items_in_batch": "3"}, "num_items_in_batch must be above 0, got '3'"),
         ({"softcap": 0.0}, "softcap must be above 0, or None for no cap, got 0.0"),
         ({"softcap": float("nan")}, "softcap must be above 0, or None for no cap, got nan"),
         ({"z_loss": -0.1}, "z_loss must be 0 or more, got -0.1"),
