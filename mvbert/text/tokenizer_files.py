@@ -24,6 +24,8 @@ MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 _BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
 # Those that take tokenizer.json for what it says.
 _JSON_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# BERT's rows, as tokenizers spells them.
+_BERT_ROWS = {"single": "[CLS]:0 $A:0 [SEP]:0", "pair": "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ def read_tokenizer_files(
     Args:
         lowercase, strip_accents: override the files.
     """
+    _check_sides(path if path.is_dir() else path.parent)
     if not path.is_dir():
         return _read_file(path, lowercase, strip_accents)
     files = _Files(path)
@@ -300,11 +303,23 @@ class _Files:
         yield from entries
 
     def _listed(self) -> Iterator[_Entry]:
-        """Special pieces that files list without an id."""
-        for path, data in ((self._config_path, self._config), (self._map_path, self._map)):
-            for key in ("additional_special_tokens", "extra_special_tokens"):
+        """Special pieces that files list without an id, in transformers' order."""
+        files = [(self._config_path, self._config), (self._map_path, self._map)]
+        for key in ("bos_token", "eos_token"):
+            stated = [_content(data[key]) for _, data in files if key in data]
+            if len({*stated}) > 1:
+                raise InputError(
+                    f"{self._map_path}: {key} is {stated[1]!r}, but {self._config_path.name} has "
+                    f"{stated[0]!r}; make them agree"
+                )
+        if "added_tokens_decoder" in self._config:  # transformers does not read the map then
+            files.pop()
+        for key in ("bos_token", "eos_token", "additional_special_tokens", "extra_special_tokens"):
+            for path, data in files:
                 tokens = data.get(key) or []
-                if isinstance(tokens, dict):
+                if key in ("bos_token", "eos_token"):
+                    tokens = [tokens] if tokens else []
+                elif isinstance(tokens, dict):
                     tokens = list(tokens.values())
                 if not isinstance(tokens, list):
                     raise InputError(f"{path}: {key} is {tokens!r}, expected a list")
@@ -339,6 +354,18 @@ def _word(value: bool) -> str:
 def _json(path: Path) -> dict[str, Json]:
     """The object in a file, or {} where there is no such file."""
     return read_json_object(path) if path.exists() else {}
+
+
+def _check_sides(folder: Path) -> None:
+    """Raises InputError if its tokenizer_config.json pads or truncates rows on the left."""
+    path = folder / "tokenizer_config.json"
+    config = _json(path)
+    for key in ("padding_side", "truncation_side"):
+        if config.get(key) not in (None, "right"):
+            raise InputError(
+                f"{path}: {key} is {config[key]!r}; rows are padded and truncated on the right "
+                f'only; set it to "right", or remove it'
+            )
 
 
 def _configured_casing(config: dict[str, Json], folder: Path) -> tuple[bool | None, bool | None]:
@@ -381,6 +408,7 @@ class _TokenizerJson:
         normalizer, pre_tokenizer = top.get("normalizer"), top.get("pre_tokenizer")
         normal = normalizer if isinstance(normalizer, dict) else {}
         splitter = pre_tokenizer if isinstance(pre_tokenizer, dict) else {}
+        sides: dict[str, Any] = {name: top.get(name) for name in ("truncation", "padding")}
         for name, value, expected in (
             ("model.unk_token", model.get("unk_token", "[UNK]"), "[UNK]"),
             ("model.continuing_subword_prefix", model.get("continuing_subword_prefix", "##"), "##"),
@@ -389,6 +417,11 @@ class _TokenizerJson:
             ("normalizer.clean_text", normal.get("clean_text", True), True),
             ("normalizer.handle_chinese_chars", normal.get("handle_chinese_chars", True), True),
             ("pre_tokenizer.type", splitter.get("type"), "BertPreTokenizer"),
+            *(
+                (f"{name}.direction", side.get("direction", "Right"), "Right")
+                for name, side in sides.items()
+                if isinstance(side, dict)
+            ),
         ):
             if value != expected:
                 raise InputError(f"{path}: {name} is {value!r}; only {expected!r} is supported")
@@ -400,6 +433,38 @@ class _TokenizerJson:
                 f"{path}: normalizer.strip_accents is true and lowercase false; accents are "
                 "stripped of lower-cased text only"
             )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Raises InputError unless its post_processor puts [CLS] and [SEP] where BERT has them."""
+        listed: Any = self._top.get("added_tokens")
+        tokens = [t for t in listed if isinstance(t, dict)] if isinstance(listed, list) else []
+        ids: dict[Any, Any] = {_content(token): token.get("id") for token in tokens}
+        ids |= self._vocab
+        value = self._top.get("post_processor")
+        post: dict[str, Any] = value if isinstance(value, dict) else {}
+        kind = post.get("type")
+        rows: list[tuple[str, Any, Any]]
+        if kind == "BertProcessing":
+            rows = [
+                (key, post.get(key), [piece, ids.get(piece)])
+                for key, piece in (("cls", "[CLS]"), ("sep", "[SEP]"))
+            ]
+        elif kind == "TemplateProcessing":
+            rows = [(key, _spelled(post.get(key)), row) for key, row in _BERT_ROWS.items()]
+            specials = post.get("special_tokens")
+            for piece in ("[CLS]", "[SEP]"):
+                special = specials.get(piece) if isinstance(specials, dict) else None
+                found = special.get("ids") if isinstance(special, dict) else None
+                rows.append((f"special_tokens.{piece}.ids", found, [ids.get(piece)]))
+        else:
+            rows = [("type", kind, "TemplateProcessing")]
+        for key, found, expected in rows:
+            if found != expected:
+                raise InputError(
+                    f"{self.path}: post_processor.{key} is {found!r}; only {expected!r}, which "
+                    "makes BERT's rows, is supported"
+                )
 
     def pieces(self) -> tuple[str, ...]:
         """The pieces of its WordPiece model by their ids."""
@@ -444,6 +509,18 @@ class _TokenizerJson:
             if not isinstance(id, int) or isinstance(id, bool):
                 raise InputError(f"{self.path}: added_tokens has {token!r}, which has no id")
             yield _entry(f"{self.path}: added_tokens", token, id)
+
+
+def _spelled(row: Any) -> str:
+    """A row of TemplateProcessing as in _BERT_ROWS."""
+    try:
+        return " ".join(
+            f"{'$' * (kind == 'Sequence')}{part['id']}:{part['type_id']}"
+            for item in row
+            for kind, part in item.items()
+        )
+    except (AttributeError, KeyError, TypeError):
+        return repr(row)
 
 
 # ---- vocab.txt -------------------------------------------------------------------------------

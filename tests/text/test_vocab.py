@@ -118,6 +118,38 @@ WRONG_JSON = [
     ),
     (edited(lambda t: t.update(normalizer=None)), "normalizer.type is None"),
     (edited(lambda t: t.update(pre_tokenizer={"type": "Whitespace"})), "pre_tokenizer.type is 'Wh"),
+    (edited(lambda t: t.update(post_processor=None)), "post_processor.type is None; only"),
+    (edited(lambda t: t.pop("post_processor")), "post_processor.type is None; only"),
+    (
+        edited(lambda t: t["post_processor"].update(type="RobertaProcessing")),
+        "post_processor.type is 'RobertaProcessing'",
+    ),
+    (
+        edited(lambda t: t["post_processor"]["single"].pop()),
+        r"single is '\[CLS\]:0 \$A:0'; only '\[CLS\]:0 \$A:0 \[SEP\]:0'",
+    ),
+    (
+        edited(lambda t: t["post_processor"]["pair"][3]["Sequence"].update(type_id=0)),
+        r"pair is '\[CLS\]:0 \$A:0 \[SEP\]:0 \$B:0 \[SEP\]:1'; only",
+    ),
+    (edited(lambda t: t["post_processor"].update(pair=[1])), r"pair is '\[1\]'; only"),
+    (
+        edited(lambda t: t["post_processor"]["special_tokens"]["[SEP]"].update(ids=[4])),
+        r"special_tokens\.\[SEP\]\.ids is \[4\]; only \[3\]",
+    ),
+    (
+        edited(
+            lambda t: t.update(
+                post_processor={"type": "BertProcessing", "cls": ["[CLS]", 2], "sep": ["[SEP]", 4]}
+            )
+        ),
+        r"post_processor\.sep is \['\[SEP\]', 4\]; only",
+    ),
+    (edited(lambda t: t.update(padding={"direction": "Left"})), r"padding\.direction is 'Left'"),
+    (
+        edited(lambda t: t.update(truncation={"direction": "Left"})),
+        r"truncation\.direction is 'Left'",
+    ),
     (edited(lambda t: t["model"]["vocab"].update(a=4)), "both have id 4"),
     (edited(lambda t: t["model"]["vocab"].update(a=99)), "'a' has id 99"),
     (edited(lambda t: t["model"]["vocab"].update(a="x")), "'a' has id 'x'"),
@@ -168,6 +200,10 @@ def test_wrong_config(tmp_path):
         ({"tokenize_chinese_chars": False}, "tokenize_chinese_chars is False"),
         ({"do_basic_tokenize": False}, "do_basic_tokenize is False"),
         ({"never_split": ["a"]}, r"never_split is \['a'\]"),
+        ({"padding_side": "left"}, "padding_side is 'left'; .* set it to \"right\""),
+        ({"truncation_side": "left"}, "truncation_side is 'left'"),
+        ({"bos_token": {"content": "<s>", "rstrip": True}}, "bos_token: '<s>' has rstrip true"),
+        ({"eos_token": 3}, "eos_token: 3 is not an added token"),
         ({"cls_token": "<s>"}, "cls_token is '<s>'"),
         ({"sep_token": {"content": "</s>"}}, "sep_token is '</s>'"),
         (
@@ -262,6 +298,20 @@ AS_TRANSFORMERS = {
     "extra special tokens by name": {
         "tokenizer_config.json": {"extra_special_tokens": {"ent_token": "<ent>"}}
     },
+    "bos and eos": {
+        "tokenizer_config.json": {"bos_token": "<ent>", "eos_token": "h", "sep_token": "[SEP]"}
+    },
+    "bos and eos that are special already": {
+        "tokenizer_config.json": {"bos_token": "[CLS]", "eos_token": "[SEP]"}
+    },
+    "eos of special_tokens_map.json, before additional ones": {
+        "tokenizer_config.json": {"additional_special_tokens": ["[ENT]"], "bos_token": None},
+        "special_tokens_map.json": {"eos_token": added("<ent>")},
+    },
+    "a special_tokens_map.json beside added_tokens_decoder": {
+        "tokenizer_config.json": {"added_tokens_decoder": {str(NEW): added("<ent>")}},
+        "special_tokens_map.json": {"eos_token": "h", "additional_special_tokens": ["[ENT]"]},
+    },
     "special_tokens_map.json": {
         "special_tokens_map.json": {"additional_special_tokens": ["<ent>"], "cls_token": "[CLS]"}
     },
@@ -299,6 +349,49 @@ def test_a_folder_is_read_as_transformers_reads_it(tmp_path, files):
     write(tmp_path / "again" / "config.json", json.dumps({"model_type": "bert"}))
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again(text)["input_ids"] == ours.encode(text)
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "PreTrainedTokenizerFast"])
+def test_both_forms_of_berts_rows_are_read(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    top = tokenizer_json(tmp_path)
+    forms = [
+        {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        top["post_processor"] | {"special_tokens": {
+            **top["post_processor"]["special_tokens"],
+            "[MASK]": {"id": "[MASK]", "ids": [4], "tokens": ["[MASK]"]},
+        }},
+    ]  # fmt: skip
+    for i, form in enumerate(forms):
+        files = {
+            "tokenizer.json": top | {"post_processor": form},
+            "tokenizer_config.json": {"tokenizer_class": kind},
+        }
+        folder = folder_of(tmp_path / str(i), files)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        ours = WordPieceTokenizer.from_pretrained(folder)
+        for texts in ((TEXT,), ("x", "he")):
+            rows = theirs(*texts, return_token_type_ids=True)
+            assert ours(*texts)["input_ids"] == rows["input_ids"]
+            assert ours(*texts)["token_type_ids"] == rows["token_type_ids"]
+
+
+def test_bos_and_eos_are_the_same_in_both_files(tmp_path):
+    files = {
+        "tokenizer_config.json": {"eos_token": "<ent>"},
+        "special_tokens_map.json": {"eos_token": {"content": "</s>"}},
+    }
+    folder = folder_of(tmp_path, files)
+    with pytest.raises(InputError, match=r"map\.json: eos_token is '</s>', but tokenizer_config"):
+        Vocab.load(folder)
+    write(folder / "special_tokens_map.json", json.dumps({"eos_token": {"content": "<ent>"}}))
+    assert [a.piece for a in Vocab.load(folder).added] == ["<ent>"]
+
+
+def test_a_vocab_txt_whose_folder_pads_on_the_left_is_refused(tmp_path, vocab_file):
+    write(tmp_path / "tokenizer_config.json", json.dumps({"padding_side": "left"}))
+    with pytest.raises(InputError, match="padding_side is 'left'"):
+        WordPieceTokenizer.from_pretrained(vocab_file)
 
 
 def test_tokens_added_by_transformers_are_read(tmp_path):
