@@ -315,7 +315,7 @@ def _output_layer(weights: Weights, tied: bool) -> dict[str, str]:
 def load_label_head(folder: Path, weights: Weights, config: ModelConfig) -> LabelHead | None:
     """The head of a BERT that was fine-tuned for labels; None if it has none.
 
-    Where config.json does not name a known architecture, the names of the tensors decide.
+    Where config.json names no architecture, the names of the tensors decide.
 
     Raises:
         InputError: its weights are missing, do not fit, or do not say what they score.
@@ -372,6 +372,15 @@ def _label_architecture(folder: Path, weights: Weights) -> str | None:
             return architecture
         if architecture in _WITHOUT_LABELS:
             return None
+    others = [name for name in weights.tensors if not name.startswith(("bert.", "cls."))]
+    if "cls.seq_relationship.weight" in weights and _BIAS not in weights:
+        others.append("cls.seq_relationship.weight")
+    # What an unknown class does with its head is in its code, not in the names of its tensors.
+    if named and others:
+        raise InputError(
+            f"{path}: architectures is {named!r}, whose head ({weights.key(others[0])}) is not "
+            f"supported; expected one of {', '.join([*_LABEL_HEADS, *_WITHOUT_LABELS])}"
+        )
     if "qa_outputs.weight" in weights:
         return "BertForQuestionAnswering"
     if "classifier.weight" in weights:
@@ -379,18 +388,12 @@ def _label_architecture(folder: Path, weights: Weights) -> str | None:
         if "bert.pooler.dense.weight" not in weights:
             return "BertForTokenClassification"
         raise InputError(
-            f"{path}: architectures is {named!r}, and {weights.place('classifier.weight')} may "
+            f"{path} names no architecture, and {weights.place('classifier.weight')} may "
             'score sequences or tokens; add "architectures": ["BertForSequenceClassification"] or '
             '["BertForTokenClassification"]'
         )
-    if "cls.seq_relationship.weight" in weights and _BIAS not in weights:
+    if "cls.seq_relationship.weight" in others:
         return "BertForNextSentencePrediction"
-    others = [name for name in weights.tensors if not name.startswith(("bert.", "cls."))]
-    if named and others:
-        raise InputError(
-            f"{path}: architectures is {named!r}, whose head ({weights.key(others[0])}) is not "
-            f"supported; expected one of {', '.join([*_LABEL_HEADS, *_WITHOUT_LABELS])}"
-        )
     return None
 
 

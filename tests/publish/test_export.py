@@ -572,6 +572,28 @@ def test_a_head_that_may_be_either_or_that_nobody_knows_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "architecture", "more", "head"),
+    [("BertForTokenClassification", "BertCRFForNer", {"crf.transitions": (2, 2)}, "c"),
+     ("BertForTokenClassification", "SentimentClassifier", {}, "classifier."),
+     ("BertForSequenceClassification", "SentimentClassifier", {}, "classifier."),
+     ("BertForQuestionAnswering", "BertWithAnswers", {}, "qa_outputs."),
+     ("BertForNextSentencePrediction", "BertForOrder", {}, "cls.seq_relationship.")],
+)  # fmt: skip
+def test_tensors_of_known_names_under_an_unknown_architecture_are_refused(
+    name, architecture, more, head, training_inputs, tmp_path, refused
+):
+    tuned(training_inputs, tmp_path / "tuned", name)
+
+    def add(weights):
+        weights |= {name: torch.zeros(shape) for name, shape in more.items()}
+
+    change(tmp_path / "tuned", add, architectures=[architecture])
+    command = ["export", tmp_path / "tuned", "-o", tmp_path / "out"]
+    refused(command, f"architectures is ['{architecture}'], whose head ({head}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_padded_table_and_other_activations_are_exported(training_inputs, tmp_path, verb):
     model, tokenizer = tuned(training_inputs, tmp_path / "tuned", "BertForMaskedLM")
 
