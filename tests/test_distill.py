@@ -369,14 +369,28 @@ def test_a_cased_teacher_whose_folder_does_not_say_so(tmp_path, verb, refused, t
 
 
 def test_a_cased_student_vocabulary_under_an_uncased_teacher_is_warned_of(
-    tmp_path, verb, training_inputs
+    tmp_path, verb, refused, training_inputs
 ):
     pieces = (training_inputs / "stage1" / "student_vocab.txt").read_text().splitlines()
     (tmp_path / "student.txt").write_text("\n".join([*pieces, "The", "Über"]) + "\n")
-    _, said = verb(
+    command = [
         "train", "--stage", 1, "--corpus", training_inputs / "corpus", "--teacher",
         training_inputs / "teacher", "--student-vocab", tmp_path / "student.txt", "--steps", 1,
         "--row.length", 16, "--rows", 2, "--eval-rows", 2, "--threads", 1, "--device", "cpu",
         "--embedding-size", 64, "--dtype", "float32", "-o", tmp_path / "run",
-    )  # fmt: skip
-    assert f"student.txt is uncased: 2 of its {len(pieces) + 2} pieces have capitals" in said
+    ]  # fmt: skip
+    _, said = verb(*command)
+    warning = (
+        "student.txt is assumed uncased, as no file in its folder says: "
+        f"2 of its {len(pieces) + 2} pieces have capitals"
+    )
+    assert warning in said
+    # What a file states is not read as the corpus is.
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"do_lower_case": False}))
+    command[-1] = tmp_path / "other"
+    wrong = f"the student's vocabulary {tmp_path / 'student.txt'} is cased but the corpus"
+    refused(command, wrong, "is uncased")
+    config.write_text(json.dumps({"strip_accents": False}))
+    refused(command, "is assumed uncased with accents but the corpus", "is uncased")
+    assert not (tmp_path / "other" / "run.json").exists()

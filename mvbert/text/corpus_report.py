@@ -44,6 +44,9 @@ def run_corpus(
     corpus = Corpus.open(out)
     report = corpus_report(corpus, vocabs or {})
     print_corpus_report(report)
+    for vocab in (vocabs or {}).values():
+        if vocab.doubt:
+            print(vocab.doubt, file=sys.stderr)
     return report
 
 
@@ -70,9 +73,7 @@ def load_vocabs(
     """
     vocabs = {}
     for path in map(Path, paths):
-        # A bare vocab.txt does not say whether it is cased.
-        casing = () if path.is_dir() else (lowercase, strip_accents)
-        vocab = Vocab.load(path, *casing)
+        vocab = Vocab.load_for(path, lowercase, strip_accents)
         if (vocab.lowercase, vocab.strip_accents) != (lowercase, strip_accents):
             raise InputError(
                 f"the vocabulary {path} is {vocab.casing} but the corpus is "

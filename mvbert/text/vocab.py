@@ -108,6 +108,16 @@ class Vocab:
         """
         return cls(**read_tokenizer_files(Path(path), lowercase, strip_accents))
 
+    @classmethod
+    def load_for(cls, path: str | Path, lowercase: bool, strip_accents: bool) -> "Vocab":
+        """Reads a vocabulary for text that is normalised so; what its files state still holds."""
+        vocab = cls.load(path)
+        if not vocab.assumed:
+            return vocab
+        # That accents stay may be stated although lower-casing is not.
+        strip = strip_accents and vocab.strip_accents
+        return replace(vocab, lowercase=lowercase, strip_accents=strip)
+
     def with_added_of(self, other: "Vocab") -> "Vocab":
         """This vocabulary with those added pieces of `other` that it contains."""
         return replace(self, added=tuple(a for a in other.added if a.piece in self.ids))

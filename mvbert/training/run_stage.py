@@ -36,8 +36,13 @@ def checked_corpus(folder: Path) -> Corpus:
 
 
 def load_student_vocab(vocab_file: Path, corpus: Corpus, teacher: Vocab) -> Vocab:
-    """The student's vocabulary, with the corpus's normaliser and the teacher's added pieces."""
-    vocab = Vocab.load(vocab_file, corpus.lowercase, corpus.strip_accents)
+    """The student's vocabulary, with the corpus's normaliser and the teacher's added pieces.
+
+    Raises:
+        InputError: not a vocabulary, or its files state another normaliser.
+    """
+    vocab = Vocab.load_for(vocab_file, corpus.lowercase, corpus.strip_accents)
+    corpus.check_casing(vocab, "the student's vocabulary")
     return vocab.with_added_of(teacher)
 
 

@@ -900,4 +900,15 @@ def test_a_vocabulary_to_report_on_must_read_text_as_the_corpus_does(
     save_tokenizer_files(cased, tmp_path / "cased")
     command = ["corpus", tmp_path / "text.txt", "-o", tmp_path / "c", "--vocab", tmp_path / "cased"]
     refused(command, f"the vocabulary {tmp_path / 'cased'} is cased but the corpus is uncased")
+    refused([*command[:-1], tmp_path / "cased" / "vocab.txt"], "is cased but the corpus is unc")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_cased_list_to_report_on_is_warned_of(tmp_path, text, student_vocab, verb):
+    (tmp_path / "text.txt").write_text(text)
+    (tmp_path / "list.txt").write_text("\n".join([*student_vocab.pieces, "The", "Über"]) + "\n")
+    command = ["corpus", tmp_path / "text.txt", "--vocab", tmp_path / "list.txt", "-o"]
+    _, said = verb(*command, tmp_path / "c")
+    assert "list.txt is assumed uncased, as no file in its folder says: 2 of its" in said
+    _, said = verb(*command, tmp_path / "cased", "--cased")
+    assert "assumed" not in said
