@@ -163,7 +163,7 @@ def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
 def run_embed_score(name: str, data: str, dtype: str, device: str, threads: int) -> dict[str, Json]:
     """Scores a model of sentence vectors on pairs in STS-B's format."""
     progress = Progress("eval")
-    model = load_sentence_model(huggingface.find_model(name))
+    model = load_sentence_model(huggingface.find_model(name), progress)
     products = encoder_products(model.bert.config, PIECES)
     where = set_up_alone(device, dtype, threads, products, gradients=False)
     progress.note(f"device {where}; {model.pooling}")
@@ -202,11 +202,11 @@ def run_embed(
         sts = splits["dev"] if "dev" in splits else next(iter(splits.values()))
         if not sts.labelled or not len(sts):
             raise InputError(f"{config.sts} has no labelled pairs")
-    teacher = load_sentence_model(teacher_folder, "teacher")
+    teacher = load_sentence_model(teacher_folder, progress)
     for prefix in config.prefixes:
         if prefix >= teacher.width:
             raise InputError(f"prefix {prefix} is not below the teacher's width, {teacher.width}")
-    bert, vocab, _ = load_bert(folder, config.dropout, cased, config.seed)
+    bert, vocab, _ = load_bert(folder, config.dropout, cased, config.seed, progress)
     room = bert.config.max_position_embeddings
     if config.length > room:
         raise InputError(f"length is {config.length}, but {folder} has {room} positions")

@@ -182,7 +182,7 @@ class _Job:
     ) -> None:  # fmt: skip
         self._folder, self._task, self._labels, self._out = folder, task, labels, out
         self._config, self._progress, self._cased = config, progress, cased
-        bert, self._vocab, head = load_bert(folder, config.dropout, cased)
+        bert, self._vocab, head = load_bert(folder, config.dropout, cased, progress=progress)
         if self._vocab.doubt:
             progress.note(self._vocab.doubt)
         shape = self._shape = bert.config

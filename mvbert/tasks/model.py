@@ -19,6 +19,7 @@ from mvbert.model.encoder import Taps
 from mvbert.model.huggingface import INTENT
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.weights import WEIGHTS, read_weights
+from mvbert.progress import Progress
 from mvbert.tasks.formats import Kind
 from mvbert.tasks.rows import TaskBatch
 from mvbert.text.tokenizer import save_tokenizer_files
@@ -103,11 +104,14 @@ class TaskModel(nn.Module):
 
 
 def load_bert(
-    folder: Path, dropout: float, cased: bool, seed: int = 0
+    folder: Path, dropout: float, cased: bool, seed: int = 0, progress: Progress | None = None
 ) -> tuple[MaskedLM, Vocab, bool]:
     """The BERT in a folder, its vocabulary, and whether it has a masked-language-model head.
 
     A missing pooler is drawn from the seed. Of Stage I it is the teacher that reads student pieces.
+
+    Args:
+        progress: notes tensors that are not used.
     """
     if (folder / STUDENT_TABLE).is_file():
         mixed, vocab = load_stage1(folder)
@@ -116,12 +120,20 @@ def load_bert(
     shape = replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     model = MaskedLM(shape)
     model.init_weights(seed)
-    model, missing = huggingface.load_masked_lm(folder, model)
+    weights = read_weights(folder)
+    model, missing = huggingface.load_masked_lm(folder, model, weights=weights)
+    if progress is not None and weights.unread():
+        progress.note(weights.unread())
     return model, vocab, not any(name.startswith("cls.") for name in missing)
 
 
-def load_task_model(folder: Path, what: str = "model") -> tuple[TaskModel, Vocab]:
+def load_task_model(
+    folder: Path, what: str = "model", progress: Progress | None = None
+) -> tuple[TaskModel, Vocab]:
     """A model that was fine-tuned for labels, by this program or another.
+
+    Args:
+        progress: notes tensors that are not used.
 
     Raises:
         InputError: the folder's model scores no labels, or not those that its config.json names.
@@ -137,6 +149,8 @@ def load_task_model(folder: Path, what: str = "model") -> tuple[TaskModel, Vocab
     config = read_json_object(folder / "config.json")
     model = TaskModel(bert, _read_labels(folder, config, head))
     model.head.load_state_dict(head.state_dict())
+    if progress is not None and weights.unread():
+        progress.note(weights.unread())
     return model.eval(), vocab
 
 

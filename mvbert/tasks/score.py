@@ -128,7 +128,7 @@ def run_score(
     check_installed()
     progress = Progress("eval")
     folder = huggingface.find_model(name)
-    model, vocab = load_task_model(folder)
+    model, vocab = load_task_model(folder, progress=progress)
     recorded: Any = {}
     if (folder / "finetune.json").exists():
         recorded = read_json_object(folder / "finetune.json").get("description") or {}

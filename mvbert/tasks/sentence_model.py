@@ -17,7 +17,8 @@ from mvbert.files import atomic_write, read_json_object, write_json
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.model.pooling import Pooling, Step, read_pooling, write_pooling
-from mvbert.model.weights import WEIGHTS
+from mvbert.model.weights import WEIGHTS, read_weights
+from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, find_task
 from mvbert.tasks.rows import TaskBatch, batches_by_length, make_rows, read_batch
 from mvbert.text.tokenizer import save_tokenizer_files
@@ -46,14 +47,20 @@ class SentenceModel:
         return self.pooling.width(self.bert.config.hidden_size)
 
 
-def load_sentence_model(folder: Path, what: str = "model") -> SentenceModel:
+def load_sentence_model(folder: Path, progress: Progress | None = None) -> SentenceModel:
     """Reads a folder with modules.json, or any BERT, whose vectors are then means.
+
+    Args:
+        progress: notes tensors that are not used.
 
     Raises:
         InputError: it has no such model, or a module that is not supported.
     """
     shape, vocab = huggingface.read_shape(folder)
-    bert, _ = huggingface.load_masked_lm(folder, MaskedLM(shape))
+    weights = read_weights(folder)
+    bert, _ = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
+    if progress is not None and weights.unread():
+        progress.note(weights.unread())
     length = shape.max_position_embeddings
     path = folder / "sentence_bert_config.json"
     if path.exists():

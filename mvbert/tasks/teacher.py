@@ -37,7 +37,7 @@ class Teacher:
     """
 
     def __init__(self, folder: Path, task: Task, labels: Labels, progress: Progress) -> None:
-        self._model, self.vocab = load_task_model(folder, "teacher")
+        self._model, self.vocab = load_task_model(folder, "teacher", progress)
         self._task, self._labels = task, labels
         self._order = _order(folder, self._model, labels, progress)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import tarfile
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 pytest.importorskip("seqeval")
+
+from safetensors.torch import load_file, save_file
 
 FAST = ("--device", "cpu", "--threads", 1, "--dtype", "float32")
 
@@ -89,6 +92,20 @@ def task_data(tmp_path_factory):
 def bert(training_inputs):
     """A tiny BERT of 32 positions with random weights."""
     return training_inputs / "teacher"
+
+
+@pytest.fixture
+def with_extra(tmp_path):
+    """A function that copies a model's folder and adds a tensor that nothing reads."""
+
+    def copy(folder, name):
+        copied = shutil.copytree(folder, tmp_path / name)
+        weights = load_file(copied / "model.safetensors")
+        weights["extra"] = weights[min(weights)][:1].clone()
+        save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+        return copied
+
+    return copy
 
 
 @pytest.fixture

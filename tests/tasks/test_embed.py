@@ -286,6 +286,16 @@ def test_eval_scores_any_model_of_sentence_vectors(vectors, sts, verb):
     assert report["dev"]["spearman"] == result["widths"]["16"]["sts_spearman"]
 
 
+def test_tensors_that_are_not_used_are_named(bert, teacher, prose, sts, tmp_path, verb, with_extra):
+    start, other = with_extra(bert, "start"), with_extra(teacher, "teacher")
+    _, said = verb("finetune", start, "embed", prose, "--teacher", other, "-o", tmp_path / "out",
+                   *FAST, "--epochs", 1)  # fmt: skip
+    for folder in (start, other):
+        assert said.count(f"{folder}: 1 tensor is not used: extra") == 1
+    _, said = verb("eval", other, "--task", "embed", "--data", sts, "--dtype", "float32")
+    assert f"{other}: 1 tensor is not used: extra" in said
+
+
 def test_wrong_input(bert, teacher, prose, sts, tmp_path, refused):
     base = ["finetune", bert, "embed", prose, "-o", tmp_path / "out", *FAST]
     refused(base, "embed needs --teacher")

@@ -267,6 +267,19 @@ def test_early_stopping_keeps_the_best_epoch(bert, task_data, tmp_path, finetune
     assert record["epoch"] == 2
 
 
+def test_tensors_that_are_not_used_are_named(
+    tuned, bert, task_data, tmp_path, finetune, verb, with_extra
+):
+    start, teacher = with_extra(bert, "start"), with_extra(tuned / "sst-2", "teacher")
+    _, said = finetune(
+        start, "sst-2", task_data / "sst", tmp_path / "out", "--teacher", teacher, "--epochs", 1
+    )
+    for folder in (start, teacher):
+        assert said.count(f"{folder}: 1 tensor is not used: extra") == 1
+    _, said = verb("eval", teacher, "--data", task_data / "sst", "--dtype", "float32")
+    assert f"{teacher}: 1 tensor is not used: extra" in said
+
+
 def test_numbers_are_learnt(bert, task_data, tmp_path, finetune, verb):
     report, _ = finetune(
         bert, "number", task_data / "own", tmp_path / "out", "--label", "score", *LEARN
