@@ -139,6 +139,12 @@ def best(checkpoints: Path) -> str | None:
     return step_folder(checkpoints, steps[0]).name if steps else None
 
 
+def evaluated_step(checkpoints: Path) -> int:
+    """The last step whose checkpoint has a held-out loss, or -1."""
+    steps = _steps(checkpoints)
+    return max((s for s in steps if _heldout(checkpoints, s) < math.inf), default=-1)
+
+
 def _best(losses: dict[int, float]) -> list[int]:
     """Steps sorted by held-out loss, lowest first, without those that have none."""
     return sorted((s for s, loss in losses.items() if loss < math.inf), key=lambda s: losses[s])

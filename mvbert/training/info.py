@@ -41,17 +41,25 @@ def run_info(folder: Path) -> dict[str, Json]:
         }
     except (KeyError, TypeError):
         raise InputError(f"{folder / 'run.json'} does not describe a run; was it edited?") from None
+    finished = (folder / "model" / "manifest.json").is_file()
+    # Read before the log, which is written before a checkpoint.
+    saved = max(checkpoint.evaluated_step(folder / "checkpoints"), 0 if finished else -1)
     # A run that has just started has neither.
     started = (folder / "log.jsonl").exists() or (folder / "checkpoints").exists()
     records = read_log(folder) if started else []
     trained = [r for r in records if "heldout" not in r]
     evaluated = [r for r in records if "heldout" in r]
-    step = max((r["step"] for r in records), default=0)
+    step = max((r["step"] for r in records), default=-1)
+    if step < saved:
+        raise InputError(
+            f"{folder / 'log.jsonl'} is corrupt: it has no record of step {saved}, after which "
+            f"{'the model' if finished else 'a checkpoint'} was written; restore the file"
+        )
     # The model may be of fewer steps than the run has now.
-    complete = (folder / "model" / "manifest.json").is_file() and step >= facts["steps"]
+    complete = finished and step >= facts["steps"]
     return {
         **facts,
-        "step": step,
+        "step": max(step, 0),
         "complete": complete,
         "last": trained[-1] if trained else None,
         "heldout_first": evaluated[0]["heldout"] if evaluated else None,

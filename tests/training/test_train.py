@@ -533,6 +533,20 @@ def test_info_in_every_state_of_a_run(tmp_path):
         info.run_info(run)
 
 
+def test_a_log_that_lacks_what_was_saved_is_refused(stage2, tmp_path, refused):
+    stage2(tmp_path, description={"stage": 2, **describe(STAGE2)})
+    log = tmp_path / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for left in (b"", lines[0][:-9], b"".join(lines[:-1])[:-9], b"".join(lines[:1])):
+        log.write_bytes(left)
+        refused(["info", tmp_path], f"{log} is corrupt: it has no record of step 6, after which")
+    shutil.rmtree(tmp_path / "checkpoints")  # a user may: the model is there
+    log.write_bytes(b"")
+    refused(["info", tmp_path], "it has no record of step 0, after which the model was written")
+    log.write_bytes(b"".join(lines))
+    assert info.run_info(tmp_path)["complete"]
+
+
 def test_loss_curves_are_drawn(stage2, tmp_path):
     pytest.importorskip("matplotlib")
     stage2(tmp_path / "run", description={"stage": 2, **describe(STAGE2)})
