@@ -24,6 +24,7 @@ from mvbert.files import (
     Json,
     atomic_write,
     open_to_readers,
+    read_json,
     read_json_object,
     sync_file,
     write_error,
@@ -127,14 +128,29 @@ def find_model(name: str, what: str = "model") -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
-        run = not (folder / "config.json").exists() and (folder / "model").is_dir()
-        return folder / "model" if run else folder
+        if (folder / "config.json").exists():
+            return folder
+        if (folder / "modules.json").exists():
+            raise _elsewhere(folder, what)
+        return folder / "model" if (folder / "model").is_dir() else folder
     if folder.exists():
         raise InputError(f"{what} {name} is a file; expected a folder with config.json")
     if not is_hub_name(name):
         raise InputError(f"{what} {name}: no such folder, nor a name that the hub could know")
     packaged = _packaged_model(name)
     return _from_hub(name, what) if packaged is None else packaged
+
+
+def _elsewhere(folder: Path, what: str) -> InputError:
+    """The error for an older sentence-transformers folder, whose BERT is in a folder below."""
+    path = folder / "modules.json"
+    modules = read_json(path)
+    first = modules[0] if isinstance(modules, list) and modules else None
+    below = first.get("path") if isinstance(first, dict) else None
+    return InputError(
+        f"{what} {folder} has no config.json"
+        + (f"; {path} has its first module in {below}: give {folder / below}" if below else "")
+    )
 
 
 _VOCABULARIES = {"vocab.txt", "tokenizer.json"}

@@ -76,26 +76,27 @@ class Pooling:
 
 
 def read_pooling(folder: Path, hidden_size: int) -> Pooling:
-    """The pooling of a sentence-transformers folder; the mean if it has no modules.json.
+    """The pooling of a sentence-transformers folder; the mean if no modules.json names it.
+
+    Args:
+        folder: the model's; older layouts have modules.json in the folder above.
 
     Raises:
         InputError: a module or a setting is not supported.
     """
-    path = folder / "modules.json"
+    root, path = folder, folder / "modules.json"
     if not path.exists():
-        return Pooling()
-    modules = read_json(path)
-    if not isinstance(modules, list):
-        raise InputError(f"{path}: expected a list of modules")
+        folder = folder.resolve()
+        root, path = folder.parent, folder.parent / "modules.json"
+        if not path.exists() or all(root / _path(m) != folder for m in _modules(path)):
+            return Pooling()
     mode: str | None = None
     steps: list[Step] = []
     width = hidden_size
-    for module in modules:
-        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
-            raise InputError(f"{path}: {module!r} is not a module with a type")
+    for module in _modules(path):
         kind = module["type"].rsplit(".", 1)[-1]
-        part = folder / str(module.get("path") or "")
-        if kind == "Transformer" and mode is None and part == folder:
+        part = root / _path(module)
+        if kind in ("Transformer", "BERT") and mode is None and part == folder:
             continue
         if kind == "Pooling" and mode is None:
             mode = _mode(part / "config.json")
@@ -111,6 +112,20 @@ def read_pooling(folder: Path, hidden_size: int) -> Pooling:
                 "or Dropout"
             )
     return Pooling(mode or "mean", tuple(steps))
+
+
+def _modules(path: Path) -> list[dict[str, Any]]:
+    modules = read_json(path)
+    if not isinstance(modules, list):
+        raise InputError(f"{path}: expected a list of modules")
+    for module in modules:
+        if not isinstance(module, dict) or not isinstance(module.get("type"), str):
+            raise InputError(f"{path}: {module!r} is not a module with a type")
+    return modules
+
+
+def _path(module: dict[str, Any]) -> str:
+    return str(module.get("path") or "")
 
 
 def _mode(path: Path) -> str:

@@ -683,6 +683,28 @@ def test_pooling_is_what_modules_json_says(mode, pooled, training_inputs, tmp_pa
     assert distance(again(hidden, tokens["attention_mask"]), wanted) < 1e-5
 
 
+def test_the_older_layout_of_sentence_transformers(training_inputs, tmp_path, verb, refused):
+    """Its BERT is in a folder below that of modules.json, which says how it is pooled."""
+    old = tmp_path / "old"
+    tuned(training_inputs, old / "0_BERT", "BertModel")
+    sentence_transformer(old, {"pooling_mode_cls_token": True})
+    path = old / "modules.json"
+    modules = json.loads(path.read_text())
+    modules[0] |= {"path": "0_BERT", "type": "sentence_transformers.models.BERT"}
+    path.write_text(json.dumps(modules))
+    command = ["export", old, "-o", tmp_path / "out", "--head", "pooled"]
+    refused(command, f"{path} has its first module in 0_BERT: give {old / '0_BERT'}")
+    command[1] = old / "0_BERT"
+    _, said = verb(*command, "--corpus", training_inputs / "corpus")
+    assert "sentence_embedding: cls" in said
+    assert str(read_pooling(tmp_path / "out", 32)) == "cls"
+    # What modules.json does not name is pooled by the mean.
+    other = shutil.copytree(old / "0_BERT", old / "other")
+    assert str(read_pooling(other, 32)) == "mean"
+    path.write_text("[]")
+    refused(["export", old, "-o", tmp_path / "no"], f"model {old} has no config.json")
+
+
 @pytest.mark.parametrize(
     ("mode", "more", "complaint"),
     [
