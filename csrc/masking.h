@@ -3,6 +3,8 @@
 // mvbert/text/masking.py defines it in plain Python; this is the same, bit for bit. A row's numbers
 // are those of Purpose::kMasking for the hash of its ids and the epoch, first to last: they depend
 // on nothing but the row, the seed and the epoch, so it does not matter who masks it and when.
+//
+// Every loop ends: each runs once over the rows, a row's ids, or its words, which are no more.
 
 #ifndef MVBERT_MASKING_H_
 #define MVBERT_MASKING_H_

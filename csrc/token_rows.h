@@ -1,4 +1,8 @@
 // Texts -> rows of ids for a model: truncation, [CLS] and [SEP], padding, as transformers has them.
+//
+// Every loop ends: each runs once over texts, rows or ids that are there before it begins, and of a
+// text that overflows each window begins at least one id after the last, since a stride that leaves
+// no room for another is refused.
 
 #ifndef MVBERT_TOKEN_ROWS_H_
 #define MVBERT_TOKEN_ROWS_H_

@@ -18,7 +18,10 @@ import pytest
 CHECKOUT = "TRANSFORMERS_CHECKOUT"
 FUSE = "MVBERT_FUSE_EVERY_MODEL"
 OUTCOMES = "MVBERT_TEST_OUTCOMES"
-SUITES = ("bert", "camembert", "distilbert", "electra", "roberta", "xlm_roberta")
+SUITES = (
+    "albert", "bert", "camembert", "deberta_v2", "distilbert", "electra", "modernbert", "mpnet",
+    "roberta", "xlm_roberta",
+)  # fmt: skip
 # Some of these tests draw random weights and fail now and then, fused or not.
 TRIES = 4
 

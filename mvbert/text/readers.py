@@ -390,7 +390,8 @@ class TextFile:
                 if pa.types.is_dictionary(kind):
                     kind = kind.value_type
                 views = [pa.string_view()] if hasattr(pa, "string_view") else []
-                if kind not in (pa.string(), pa.large_string(), *views):
+                # A column without a single value has the type null.
+                if kind not in (pa.string(), pa.large_string(), pa.null(), *views):
                     raise InputError(
                         f"{self.path}: column {self.field!r} holds {kind}, expected strings"
                     )
@@ -517,7 +518,10 @@ def _of_zeros(text: bytes, offset: int) -> str | None:
         return "UTF-32BE"
     even, odd = share[0] + share[2], share[1] + share[3]
     if min(even, odd) * 8 < max(even, odd):
-        return "UTF-16LE" if odd > even else "UTF-16BE"
+        encoding = "UTF-16LE" if odd > even else "UTF-16BE"
+        units = text[offset % 2 :].decode(encoding, "replace")
+        if sum(c < " " and c not in "\t\n\f\r" for c in units) * 8 < len(units):
+            return encoding
     return ""
 
 

@@ -256,6 +256,16 @@ def test_records_without_text_are_left_out_and_counted(tmp_path):
         assert file.nulls == nulls
 
 
+def test_a_parquet_column_of_nulls_alone_has_no_type(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    write_parquet(tmp_path / "a.parquet", text=pa.nulls(4))
+    file = TextFile(tmp_path / "a.parquet")
+    assert list(file.records()) == []
+    assert file.nulls == 4
+    write_parquet(tmp_path / "b.parquet", text=pa.nulls(0))
+    assert list(documents(tmp_path / "b.parquet")) == []
+
+
 def test_files_with_byte_order_marks_may_be_concatenated(tmp_path):
     marked = codecs.BOM_UTF8 + jsonl(DOCUMENTS)
     (tmp_path / "a.jsonl").write_bytes(marked + marked + codecs.BOM_UTF8 + b"\n")
@@ -388,6 +398,17 @@ def test_wide_encodings_are_named_and_never_patched(
     path.write_bytes(pack(text.encode(encoding), packing))
     name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
     with pytest.raises(InputError, match=rf"{name}, not UTF-8; convert it: iconv -f {name} -t"):
+        list(documents(path, errors=errors))
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+@pytest.mark.parametrize("chunk", [30, 31, 1 << 10])
+@pytest.mark.parametrize("data", [b"\x00\x01\x02abc", b"\x01\x00\x02\x00a\x00b\x00"])
+def test_control_characters_are_no_wide_encoding(tmp_path, monkeypatch, data, chunk, errors):
+    monkeypatch.setattr(readers, "CHUNK_BYTES", chunk)
+    path = tmp_path / "a.txt"
+    path.write_bytes(data * 50)
+    with pytest.raises(InputError, match="is binary, not text"):
         list(documents(path, errors=errors))
 
 
