@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +76,12 @@ def run_trim(
     if data is not None:
         data.check_casing(old, f"the vocabulary of {folder}")
     if vocab is not None:
-        read = Vocab.load(vocab, old.lowercase, old.strip_accents)
-        new = replace(read, strip_accents=old.strip_accents).with_added_of(old)
+        read = Vocab.load_for(vocab, old.lowercase, old.strip_accents)
+        if (read.lowercase, read.strip_accents) != (old.lowercase, old.strip_accents):
+            raise InputError(
+                f"the vocabulary {vocab} is {read.casing} but that of {folder} is {old.casing}"
+            )
+        new = read.with_added_of(old)
     else:
         assert data is not None
         pieces = learn_vocab(data.words, data.counts, size, threads=cores(threads))

@@ -13,7 +13,7 @@ from mvbert.model.huggingface import find_model, load_masked_lm, read_shape
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.model.trim import trim_tensors
 from mvbert.study.run_trim import run_trim
-from mvbert.text.tokenizer import WordPieceTokenizer
+from mvbert.text.tokenizer import WordPieceTokenizer, save_tokenizer_files
 from mvbert.text.vocab import Vocab
 
 TABLE = "bert.embeddings.word_embeddings.weight"
@@ -268,6 +268,10 @@ def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refu
     refused(["trim", teacher, "--size", 50, "-o", out], "--size needs --corpus")
     refused(["trim", teacher, "--vocab", smaller, "--size", 50, "-o", out], "give either --vocab")
     refused(["trim", teacher, "--vocab", tmp_path / "none", "-o", out], "none does not exist")
+    save_tokenizer_files(Vocab(teacher_vocab.pieces, lowercase=False), tmp_path / "stated")
+    for path in (tmp_path / "stated", tmp_path / "stated" / "vocab.txt"):
+        command = ["trim", teacher, "--vocab", path, "-o", out]
+        refused(command, f"the vocabulary {path} is cased but that of {teacher} is uncased")
     refused(["trim", tmp_path / "none", "--vocab", smaller, "-o", out], "none")
     refused(["trim", teacher, "--vocab", smaller, "-o", teacher], "teacher")
     Vocab(teacher_vocab.pieces[:4]).save(tmp_path / "few.txt")
