@@ -24,7 +24,9 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import clocks
 import harness
+import reporting
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"text to corpus, {harness.threads(self.threads)}"
+        return f"text to corpus, {reporting.threads(self.threads)}"
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,13 @@ class Build:
         self.began = time.perf_counter(), time.process_time()
         build_corpus([x.path], harness.folder("corpus") / "out", threads=self.threads)
 
-    def sample(self, calls: int) -> harness.Sample:
+    def sample(self, calls: int) -> clocks.Sample:
         wall = own = 0.0
         for _ in range(calls):
             self(text())
             wall += time.perf_counter() - self.began[0]
             own += time.process_time() - self.began[1]
-        return harness.Sample(wall / calls, own / calls)
+        return clocks.Sample(wall / calls, own / calls)
 
 
 @BENCH.provider("mvbert")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import clocks
 import harness
 import torch
 
@@ -126,7 +127,7 @@ def check(case: Case, x: torch.Tensor, outputs) -> dict:
             return [model(x[:1].cpu()).last_hidden_state]
 
     facts = harness.relative_errors(case, truth, [hidden[:1].cpu()], {"hidden": bound})
-    return {**facts, "megabytes": harness.digits(megabytes)}
+    return {**facts, "megabytes": clocks.digits(megabytes)}
 
 
 BENCH = harness.Bench(

@@ -12,6 +12,7 @@ model's sharp softmax: random logits have few of them, so it gains nothing from 
 from dataclasses import dataclass
 
 import harness
+import reporting
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -195,7 +196,7 @@ def cut(case, device, **options):
         cut_cross_entropy.LinearCrossEntropyImpl, "CCE_EXACT"
     ):
         raise harness.Skip(
-            f"cut-cross-entropy {harness.version('cut-cross-entropy')} has no cce_exact; run: "
+            f"cut-cross-entropy {reporting.version('cut-cross-entropy')} has no cce_exact; run: "
             'pip install --no-deps "git+https://github.com/apple/ml-cross-entropy"'
         )
     loss = cut_cross_entropy.linear_cross_entropy

@@ -19,6 +19,7 @@ from functools import cache
 
 import harness
 import numpy as np
+import reporting
 from bench_corpus import corpus, teacher_vocab
 
 from mvbert.text import row_reference
@@ -39,7 +40,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.words} rows, {harness.threads(self.threads)}"
+        return f"{self.words} rows, {reporting.threads(self.threads)}"
 
 
 TEACHER_ALONE = Case("teacher", 1)  # what peers do too
@@ -94,7 +95,7 @@ BENCH = harness.Bench(
 def _(case: Case, device: str):
     source = rows(case.words)
     check_definition(case.words)
-    if harness.version("transformers"):
+    if reporting.version("transformers"):
         check_tokenizer()
     out = Batch.empty(ROWS, T, source.capacity)
     start = 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import clocks
 import harness
 import numpy as np
 from bench_inference import megabytes, quantize
@@ -62,7 +63,7 @@ def work(case: Case, device: str) -> harness.Work:
 def check(case: Case, texts: list[str], outputs) -> dict:
     """The least cosine to what PyTorch gives in float32, sentence by sentence."""
     vectors, model, size, bound = outputs
-    facts = {"megabytes": harness.digits(size)}
+    facts = {"megabytes": clocks.digits(size)}
     vectors = np.asarray(vectors, np.float64)
     if not np.isfinite(vectors).all():
         raise harness.Wrong("vectors are not finite")
@@ -70,7 +71,7 @@ def check(case: Case, texts: list[str], outputs) -> dict:
         return facts
     truth = in_torch(model, tuple(texts))
     cosine = (vectors * truth).sum(1) / np.linalg.norm(vectors, axis=1)
-    facts["least_cosine"] = harness.digits(float(cosine.min()), 5)
+    facts["least_cosine"] = clocks.digits(float(cosine.min()), 5)
     if not cosine.min() >= bound:
         raise harness.Wrong(f"cosine {cosine.min():.4f} to the model's own vectors, under {bound}")
     return facts

@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import clocks
 import harness
+import reporting
 from bench_corpus import teacher_vocab
 
 TF_PYTHON = harness.ROOT / "bench" / ".venv-tf" / "bin" / "python"
@@ -44,7 +46,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.task} {self.texts}, {harness.threads(self.threads)}, {self.state}"
+        return f"{self.task} {self.texts}, {reporting.threads(self.threads)}, {self.state}"
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -184,9 +186,9 @@ class Worker:
     def __call__(self, _) -> "Worker":
         return self
 
-    def sample(self, calls: int) -> harness.Sample:
+    def sample(self, calls: int) -> clocks.Sample:
         facts = self.ask(do="time", calls=calls, cold=self.case.state == "cold", texts=self.texts)
-        return harness.Sample(facts["wall"], facts["own"])
+        return clocks.Sample(facts["wall"], facts["own"])
 
     def digests(self) -> list[str]:
         count, _ = self.material.prefix(CHECKED_BYTES)
@@ -201,7 +203,7 @@ class Worker:
 @cache
 def definition(kind: str, megabytes: float) -> list[str]:
     """Digests of the slow tokenizer's ids of the first texts; [] if it is not installed."""
-    version = harness.version("transformers")
+    version = reporting.version("transformers")
     if version is None or int(version.split(".")[0]) >= 5:
         return []
     worker = Worker("transformers slow", Case(kind, 1, "warm", "plain", megabytes))
@@ -223,7 +225,7 @@ def check(case: Case, x: Material, worker: Worker) -> dict:
     """The share of texts whose ids are those of the definition; ours must have all."""
     facts: dict = {"text": x.name}
     if worker.texts:
-        facts["megabytes"] = harness.digits(worker.share * sum(x.sizes) / 1e6)
+        facts["megabytes"] = clocks.digits(worker.share * sum(x.sizes) / 1e6)
     if case.task == "mixed":
         return facts
     truth = definition(case.texts, case.megabytes)
@@ -231,7 +233,7 @@ def check(case: Case, x: Material, worker: Worker) -> dict:
         return {**facts, "equal": None}
     digests = worker.digests()
     equal = sum(a == b for a, b in zip(digests, truth, strict=True))
-    facts |= {"equal": harness.digits(equal / len(truth), 6), "checked": len(truth)}
+    facts |= {"equal": clocks.digits(equal / len(truth), 6), "checked": len(truth)}
     if worker.ours and equal < len(truth):
         raise harness.Wrong(f"{len(truth) - equal} of {len(truth)} texts have other ids")
     return facts
@@ -253,7 +255,10 @@ def add(name: str, task: str = "plain", needs: tuple[str, ...] = ()) -> None:
             if not TF_PYTHON.exists():
                 raise harness.Skip(f"not installed; run: {TF_INSTALL}")
             python = str(TF_PYTHON)
-        if name == "transformers slow" and int(harness.version("transformers").split(".")[0]) >= 5:
+        if (
+            name == "transformers slow"
+            and int(reporting.version("transformers").split(".")[0]) >= 5
+        ):
             raise harness.Skip("gone from transformers 5; run: pip install 'transformers<5'")
         if name == "mvbert mixed":
             gate_mixed(case)

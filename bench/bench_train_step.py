@@ -19,6 +19,7 @@ import multiprocessing
 from dataclasses import dataclass
 from functools import partial
 
+import clocks
 import harness
 import torch
 from torch import nn
@@ -196,9 +197,9 @@ class Separate:
         """Loss and gradient norm of its first step."""
         return self._first
 
-    def sample(self, calls: int) -> harness.Sample:
+    def sample(self, calls: int) -> clocks.Sample:
         self._pipe.send(calls)
-        return harness.Sample(*self._answer())
+        return clocks.Sample(*self._answer())
 
     def close(self) -> None:
         self._pipe.close()
@@ -215,7 +216,7 @@ def serve(pipe, name: str, case: Case, threads: int) -> None:
         pipe.send((float(loss), float(norm), *rest))
         while calls := pipe.recv():
             run(copies[-1])  # not timed: other processes have run since
-            sample = harness.measure(run, copies, calls, "cpu")
+            sample = clocks.measure(run, copies, calls, "cpu")
             pipe.send((sample.wall, sample.own))
             give_memory_back()  # there are many of these processes
     except EOFError:

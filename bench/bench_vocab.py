@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import clocks
 import harness
+import reporting
 from bench_corpus import beginning, corpus, teacher_vocab
 
 from mvbert.text import learner_reference
@@ -30,7 +32,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.size} pieces from {self.megabytes:g} MB, {harness.threads(self.threads)}"
+        return f"{self.size} pieces from {self.megabytes:g} MB, {reporting.threads(self.threads)}"
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -49,8 +51,8 @@ def check(case: Case, x, pieces: list[str]) -> dict:
     return {
         "words": report["words"],
         "distinct": report["distinct"],
-        **{key: harness.digits(report[key], 6) for key in keys},
-        "in_teacher": harness.digits(report["teacher"]["shared_share"]),
+        **{key: clocks.digits(report[key], 6) for key in keys},
+        "in_teacher": clocks.digits(report["teacher"]["shared_share"]),
     }
 
 

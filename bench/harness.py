@@ -29,23 +29,19 @@ on a line, appended, never edited; a separate line describes the run it belongs 
 import atexit
 import contextlib
 import gc
-import importlib.metadata
-import json
 import math
-import os
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import clocks
+import memory
+import reporting
 
 from mvbert.files import data_folder
 
@@ -165,141 +161,6 @@ def folder(name: str) -> Path:
     return Path(scratch.name)
 
 
-# ---- clocks --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measurement, per call: wall clock, and the device's or the processors' own time."""
-
-    wall: float
-    own: float
-
-
-def measure(run: Callable[[Any], Any], copies: Sequence[Any], calls: int, device: str) -> Sample:
-    """Seconds a call, over `calls` calls in a row.
-
-    On a GPU the queue is filled before the first event, so that `own` is the device's time even
-    where launching takes longer; what waits for the device inside a call (Liger, cut-cross-entropy)
-    cannot run ahead, and its waiting is in `own`. `wall` is from an idle device until it is idle
-    again. A provider that works in another process measures there: its `sample`.
-    """
-    if hasattr(run, "sample"):
-        return run.sample(calls)
-    if device != "cuda":
-        wall, own = time.perf_counter(), time.process_time()
-        for call in range(calls):
-            run(copies[call % len(copies)])
-        return Sample((time.perf_counter() - wall) / calls, (time.process_time() - own) / calls)
-    import torch
-
-    torch.cuda.synchronize()
-    wall = time.perf_counter()
-    for call in range(calls):
-        run(copies[call % len(copies)])
-    torch.cuda.synchronize()
-    wall = (time.perf_counter() - wall) / calls
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    few = max(1, min(calls, 50))  # what fits into the launch queue
-    torch.cuda._sleep(min(2_000_000 * few, 40_000_000))  # cycles: the host runs ahead
-    first.record()
-    for call in range(few):
-        run(copies[call % len(copies)])
-    last.record()
-    torch.cuda.synchronize()
-    return Sample(wall, first.elapsed_time(last) / 1e3 / few)
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p20, p50, p80 in milliseconds (linear between neighbours), four digits."""
-    return {f"p{at}": digits(1e3 * np.percentile(values, at)) for at in (20, 50, 80)}
-
-
-def digits(value: float, count: int = 4) -> float:
-    """`value` rounded to `count` significant digits: more would be noise."""
-    return float(f"{value:.{count}g}")
-
-
-@cache
-def ceilings(device: str, dtype: str, threads: int, quick: bool, toy: bool) -> dict[str, float]:
-    """What this machine reaches now: a copy in GB/s (read + written), a product in TFLOP/s."""
-    import torch
-
-    large = device == "cuda"
-    source = torch.randn(2**29 if large else 2**25 >> 5 * toy, device=device)
-    target = torch.empty_like(source)
-    n = 8192 if large else 2048 >> 3 * toy
-    left, right = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
-
-    def rate(run: Callable[[Any], Any], amount: float) -> float:
-        calls = 10 if large else 1
-        measure(run, [None], calls, device)
-        samples = [measure(run, [None], calls, device) for _ in range(5 if quick else 9)]
-        # The best: a ceiling is what the machine can do, not what was left of it just then. On a
-        # CPU `own` is the sum over the cores.
-        return digits(amount / min(sample.own if large else sample.wall for sample in samples))
-
-    return {
-        "copy_gb_s": rate(lambda _: target.copy_(source), 2 * source.nbytes / 1e9),
-        "matmul_tflop_s": rate(lambda _: left @ right, 2 * n**3 / 1e12),
-    }
-
-
-# ---- memory --------------------------------------------------------------------------------------
-
-
-def cuda_peak(run: Callable[[Any], Any], x: Any) -> float:
-    """MB that one call needs beyond what is allocated before it, outputs included."""
-    import torch
-
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    start = torch.cuda.memory_allocated()
-    output = run(x)
-    torch.cuda.synchronize()
-    del output
-    return (torch.cuda.max_memory_allocated() - start) / 1e6
-
-
-def cpu_peak_here(run: Callable[[Any], Any], x: Any) -> float:
-    """MB by which one call raises this process's resident set at its peak.
-
-    A first call loads code and starts threads. Linux only: the high-water mark is set back through
-    /proc.
-    """
-    run(x)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    start = _resident()[0]
-    output = run(x)
-    peak = _resident()[1]
-    del output
-    return max(0, peak - start) / 1e3
-
-
-def _resident() -> tuple[int, int]:
-    """kB: resident now, and at the high-water mark."""
-    status = Path("/proc/self/status").read_text()
-    return tuple(int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "VmHWM"))
-
-
-def cpu_peak(bench: Bench, case_number: int, provider: Provider) -> float | None:
-    """`cpu_peak_here` in a fresh process, where freed memory goes back to the system at once."""
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    command = [sys.executable, str(ROOT / "bench" / "run.py"), bench.name, "--device", "cpu"]
-    command += ["--peak", str(case_number), provider.name]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
-    if done.returncode:
-        print(f"    no peak memory: {done.stderr.strip().splitlines()[-1:]}", flush=True)
-        return None
-    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
-
-
 # ---- gates ---------------------------------------------------------------------------------------
 
 _truth: dict = {}  # of the last problem: what is checked is the same copy for all providers
@@ -321,7 +182,7 @@ def relative_errors(
     errors = {}
     for (name, bound), output, exact in zip(bounds.items(), outputs, _truth[key], strict=False):
         error = float((output.detach().double() - exact).norm() / exact.norm())
-        errors[name] = digits(error, 2)
+        errors[name] = clocks.digits(error, 2)
         if not error <= bound:
             raise Wrong(f"{name} is off by {error:.2g} relative, more than {bound:g}")
     return {"errors": errors}
@@ -354,65 +215,6 @@ def loss_errors(
     return facts if "bias" in names else {**facts, "note": "no bias"}
 
 
-# ---- description of a run ------------------------------------------------------------------------
-
-
-def run_record(
-    benches: Sequence[Bench], device: str, quick: bool, only: Sequence[str] = ()
-) -> dict:
-    """Device, driver, versions, commit, clocks, load: what readers of a result ask first."""
-    import torch
-
-    from mvbert.training import environment
-
-    now = datetime.now(timezone.utc)
-    needs = sorted({name for bench in benches for p in bench.providers for name in p.needs})
-    facts = {
-        "record": "run",
-        "ends": True,  # each bench has a line where it ended; without one it was cut short
-        "run": f"{now:%Y%m%dT%H%M%SZ}-{os.getpid()}",
-        "benches": [bench.name for bench in benches],
-        "device": device,
-        "quick": quick,
-        "only": list(only),
-        "commit": environment.commit() or os.environ.get("MVBERT_COMMIT"),
-        "processor": environment.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "peers": {name: version(name) for name in needs if version(name)},
-    }
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["cuda"] = torch.version.cuda
-        facts["nvidia_smi"] = nvidia_smi()
-    return facts
-
-
-def version(distribution: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks, power and temperature now, or None where nvidia-smi does not answer."""
-    names = ["driver_version", "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu"]
-    try:
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return dict(zip(names, (v.strip() for v in answer.splitlines()[0].split(",")), strict=False))
-
-
 # ---- the loop ------------------------------------------------------------------------------------
 
 
@@ -425,7 +227,7 @@ class Entry:
     run: Any = None
     calls: int = 1
     seconds: float = 0.0  # a call takes about
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[clocks.Sample] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -462,15 +264,15 @@ def run_bench(bench: Bench, settings: Settings, emit: Callable[[dict], None]) ->
     cases = bench.cases(settings.device, settings.quick)
     if settings.toy:
         cases = [shrunk(cases[0])]
-    records: list[dict] = []
+    results: list[dict] = []
     stream: contextlib.AbstractContextManager = contextlib.nullcontext()
     if settings.device == "cuda":
         stream = torch.cuda.stream(torch.cuda.Stream())
 
     def keep(record: dict) -> None:
-        records.append(record)
+        results.append(record)
         emit(record)
-        outcome = summary(record) if "ms" in record else reason(record)
+        outcome = reporting.summary(record) if "ms" in record else reporting.reason(record)
         print(f"  {record['provider']:28} {outcome}", flush=True)
 
     with stream:
@@ -484,7 +286,7 @@ def run_bench(bench: Bench, settings: Settings, emit: Callable[[dict], None]) ->
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
     torch.set_num_threads(threads)
-    return records
+    return results
 
 
 def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Callable) -> None:
@@ -494,16 +296,17 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
     device, quick, toy = settings.device, settings.quick, settings.toy
     work = bench.work(case, device)
     dtype = bench.dtype(case, device)
-    ceiling = ceilings(device, dtype, torch.get_num_threads(), quick, toy)
+    ceiling = clocks.ceilings(device, dtype, torch.get_num_threads(), quick, toy)
     floor = max(
         work.flop / (ceiling["matmul_tflop_s"] * 1e12),
         work.bytes / (ceiling["copy_gb_s"] * 1e9),
     )
     base = {
-        "record": "result", "bench": bench.name, "case": label(case), "fields": {**vars(case)},
-        "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
+        "record": "result", "bench": bench.name, "case": reporting.label(case),
+        "fields": {**vars(case)}, "device": device, "dtype": dtype,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
-    print(f"{bench.name} {label(case)}", flush=True)
+    print(f"{bench.name} {reporting.label(case)}", flush=True)
     copies = [bench.inputs(case, device, 0)] if toy else input_copies(bench, case, device)
     entries = [
         Entry(provider, {**base, "provider": provider.name})
@@ -535,7 +338,7 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
             raise Skip("left out")
         if device not in provider.devices:
             raise Skip(f"runs on {', '.join(provider.devices)} only")
-        missing = [name for name in provider.needs if version(name) is None]
+        missing = [name for name in provider.needs if reporting.version(name) is None]
         if missing:
             pip = dict.fromkeys(PIP.get(name, f"pip install {name}") for name in missing)
             entry.record["pip"] = "; ".join(pip)
@@ -556,12 +359,12 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
     turns = 2 if toy else max(5, min(30, int(budget / max(per_round, 1e-9))))
 
     def sample(entry: Entry) -> None:
-        entry.samples.append(measure(entry.run, copies, entry.calls, device))
+        entry.samples.append(clocks.measure(entry.run, copies, entry.calls, device))
 
     for turn in range(turns):
         shift = turn % max(1, len(entries))
         apply(sample, entries[shift:] + entries[:shift])
-    smi = nvidia_smi() if device == "cuda" else None  # clocks just after load
+    smi = reporting.nvidia_smi() if device == "cuda" else None  # clocks just after load
 
     def complete(entry: Entry) -> None:
         finish(entry, work, ceiling, floor, device)
@@ -569,10 +372,10 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
             entry.record["nvidia_smi"] = smi
         if bench.memory and device == "cuda":
             if not getattr(entry.run, "captured", False):
-                entry.record["peak_mb"] = digits(cuda_peak(entry.run, copies[0]))
+                entry.record["peak_mb"] = clocks.digits(memory.cuda_peak(entry.run, copies[0]))
         elif bench.memory and not (quick or toy or hasattr(entry.run, "sample")):
-            peak = cpu_peak(bench, number, entry.provider)
-            entry.record["peak_mb"] = None if peak is None else digits(peak)
+            peak = memory.cpu_peak(bench.name, number, entry.provider.name)
+            entry.record["peak_mb"] = None if peak is None else clocks.digits(peak)
         close(entry.run)
         keep(entry.record)
 
@@ -621,7 +424,7 @@ def warm_up(entry: Entry, copies, device: str, target: float, quick: bool) -> No
     begin = time.perf_counter()
     entry.seconds = math.inf
     while True:
-        entry.seconds = min(entry.seconds, measure(entry.run, copies, 1, device).wall)
+        entry.seconds = min(entry.seconds, clocks.measure(entry.run, copies, 1, device).wall)
         if time.perf_counter() - begin > (0.2 if quick else 0.5):
             break
     entry.calls = max(1, min(10_000, round(target / max(entry.seconds, 1e-7))))
@@ -633,20 +436,20 @@ def finish(entry: Entry, work: Work, ceiling: dict, floor: float, device: str) -
     wall = [sample.wall / share for sample in entry.samples]
     own = [sample.own / share for sample in entry.samples]
     record = entry.record
-    record["ms"] = percentiles(wall)
-    record["device_ms" if device == "cuda" else "processor_ms"] = percentiles(own)
+    record["ms"] = clocks.percentiles(wall)
+    record["device_ms" if device == "cuda" else "processor_ms"] = clocks.percentiles(own)
     record["rounds"], record["calls"] = len(wall), entry.calls
     record["ceiling"] = ceiling
     best = record["device_ms" if device == "cuda" else "ms"]["p50"] / 1e3
     if work.flop:
-        record["tflop_s"] = digits(work.flop / best / 1e12)
+        record["tflop_s"] = clocks.digits(work.flop / best / 1e12)
     if work.bytes:
-        record["gb_s"] = digits(work.bytes / best / 1e9)
+        record["gb_s"] = clocks.digits(work.bytes / best / 1e9)
     if floor:
-        record["floor_ms"] = digits(1e3 * floor)
-        record["times_floor"] = digits(best / floor)
+        record["floor_ms"] = clocks.digits(1e3 * floor)
+        record["times_floor"] = clocks.digits(best / floor)
     if work.items:
-        record["items_s"] = digits(1e3 * work.items / record["ms"]["p50"])
+        record["items_s"] = clocks.digits(1e3 * work.items / record["ms"]["p50"])
         record["unit"] = work.unit
 
 
@@ -681,61 +484,3 @@ def cache_bytes(device: str) -> int:
         largest = max(largest, int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     # A virtual machine may show a large shared cache of which it has a small part.
     return min(largest or 32 << 20, 64 << 20)
-
-
-# ---- printing ------------------------------------------------------------------------------------
-
-
-def threads(count: int) -> str:
-    """A number of threads, for labels."""
-    return f"{count} thread" + "s" * (count != 1)
-
-
-def label(case: Any) -> str:
-    """The name of a case in tables: its `label`, or else its fields."""
-    own = getattr(case, "label", None)
-    return own or " ".join(f"{name}={value}" for name, value in vars(case).items())
-
-
-def reason(record: dict) -> str:
-    for kind in ("skipped", "wrong", "failed"):
-        if kind in record:
-            hint = f" ({record['pip']})" if "pip" in record else ""
-            return f"{kind}: {record[kind]}{hint}"
-    return ""
-
-
-def summary(record: dict) -> str:
-    parts = (
-        ("ms", "{ms[p50]:10.4g} ms ({ms[p20]:.4g} .. {ms[p80]:.4g})"),
-        ("items_s", "{items_s:.4g} {unit}/s"),
-        ("tflop_s", "{tflop_s:.4g} of {ceiling[matmul_tflop_s]:.4g} TFLOP/s"),
-        ("gb_s", "{gb_s:.4g} of {ceiling[copy_gb_s]:.4g} GB/s"),
-        ("times_floor", "{times_floor:.3g} x floor"),
-        ("equal", "{equal:.2%} of texts equal"),
-        ("peak_mb", "peak {peak_mb:.4g} MB"),
-    )
-    return "  ".join(
-        text.format_map(record) for name, text in parts if record.get(name) is not None
-    )
-
-
-def appender(output: Path | None, run: dict) -> Callable[[dict], None]:
-    """A function that appends a record to `output`, a .jsonl file or a folder of them.
-
-    Records carry the number of their run; the line that describes it comes first in each file.
-    """
-    files: set[Path] = set()
-
-    def emit(record: dict) -> None:
-        if output is None:
-            return
-        file = output if output.suffix == ".jsonl" else output / f"{record['bench']}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as out:
-            if file not in files:
-                files.add(file)
-                out.write(json.dumps(run) + "\n")
-            out.write(json.dumps({**record, "run": run["run"]}) + "\n")
-
-    return emit

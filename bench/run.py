@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import harness
+import memory
+import reporting
 
 ORDER = ("tokenizer", "vocab", "rows", "collator", "embedding", "loss", "kl", "relations",
          "train_step", "trainer", "finetune", "inference", "sentences")  # fmt: skip
@@ -76,7 +78,7 @@ def main() -> None:
         for bench in benches:
             print(bench.name)
             for case in bench.cases(args.device, args.quick):
-                print(f"    case      {harness.label(case)}")
+                print(f"    case      {reporting.label(case)}")
             for provider in bench.providers:
                 needs = f"  needs {', '.join(provider.needs)}" if provider.needs else ""
                 print(f"    provider  {provider.name}{needs}")
@@ -84,8 +86,8 @@ def main() -> None:
     if args.peak:
         peak(benches[0], int(args.peak[0]), args.peak[1])
         return
-    run = harness.run_record(benches, args.device, args.quick, args.only)
-    emit = harness.appender(None if args.no_output else args.output, run)
+    run = reporting.run_record(benches, args.device, args.quick, args.only)
+    emit = reporting.appender(None if args.no_output else args.output, run)
     settings = harness.Settings(**{f.name: getattr(args, f.name) for f in fields(harness.Settings)})
     records = []
     for bench in benches:
@@ -113,19 +115,19 @@ def outcome(run: dict, records: list[dict]) -> dict:
     missing = {}
     for record in records:
         if "ms" not in record:
-            missing[f"{record['bench']}: {record['provider']}"] = harness.reason(record)
+            missing[f"{record['bench']}: {record['provider']}"] = reporting.reason(record)
     return {"run": run["run"], "timed": sum("ms" in r for r in records), "not timed": missing}
 
 
 def peak(bench: harness.Bench, number: int, name: str) -> None:
-    """The child process of `harness.cpu_peak`."""
+    """The child process of `memory.cpu_peak`."""
     import torch
 
     torch.set_num_threads(bench.threads or torch.get_num_threads())
     case = bench.cases("cpu", False)[number]
     provider = next(provider for provider in bench.providers if provider.name == name)
     run = provider.make(case, "cpu")
-    mb = harness.cpu_peak_here(run, bench.inputs(case, "cpu", 0))
+    mb = memory.cpu_peak_here(run, bench.inputs(case, "cpu", 0))
     harness.close(run)
     print(json.dumps({"peak_mb": mb}))
 

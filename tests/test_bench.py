@@ -29,6 +29,20 @@ def harness(bench_path):
     return harness
 
 
+@pytest.fixture
+def clocks(bench_path):
+    import clocks
+
+    return clocks
+
+
+@pytest.fixture
+def reporting(bench_path):
+    import reporting
+
+    return reporting
+
+
 @dataclass(frozen=True)
 class Case:
     N: int
@@ -61,10 +75,10 @@ def bench(harness):
     return bench
 
 
-def test_only_what_is_right_is_timed(harness, bench, tmp_path):
+def test_only_what_is_right_is_timed(harness, bench, tmp_path, reporting):
     file = tmp_path / "double.jsonl"
-    run = harness.run_record([bench], "cpu", quick=True)
-    emit = harness.appender(file, run)
+    run = reporting.run_record([bench], "cpu", quick=True)
+    emit = reporting.appender(file, run)
     harness.run_bench(bench, harness.Settings("cpu", quick=True, toy=True), emit)
     first, *records = [json.loads(line) for line in file.read_text().splitlines()]
     assert first["record"] == "run"
@@ -102,7 +116,7 @@ def test_who_fails_while_timed_leaves_and_the_rest_goes_on(harness, bench):
 
 
 @pytest.fixture
-def device(harness, monkeypatch):
+def device(harness, monkeypatch, clocks, reporting):
     """What the harness asks of a GPU, answered by a made-up one, whose every call takes 2 ms."""
 
     class Device:
@@ -139,8 +153,8 @@ def device(harness, monkeypatch):
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     ceiling = {"matmul_tflop_s": 700.0, "copy_gb_s": 3000.0}
-    monkeypatch.setattr(harness, "ceilings", lambda *args: ceiling)
-    monkeypatch.setattr(harness, "nvidia_smi", lambda: {"clocks.sm": "1980 MHz"})
+    monkeypatch.setattr(clocks, "ceilings", lambda *args: ceiling)
+    monkeypatch.setattr(reporting, "nvidia_smi", lambda: {"clocks.sm": "1980 MHz"})
     return made
 
 
@@ -151,7 +165,7 @@ def run_on(device, harness, bench, **options):
     return {record["provider"]: record for record in records}
 
 
-def test_times_and_memory_of_a_device(device, harness, bench):
+def test_times_and_memory_of_a_device(device, harness, bench, clocks):
     def captured(x):
         return x * 2
 
@@ -192,8 +206,8 @@ def test_errors_are_told_and_bounded(harness):
             harness.relative_errors("key", truth, [right, torch.tensor(bad)], bounds)
 
 
-def test_percentiles(harness):
-    assert harness.percentiles([3.0, 1.0, 2.0]) == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
+def test_percentiles(clocks):
+    assert clocks.percentiles([3.0, 1.0, 2.0]) == {"p20": 1400.0, "p50": 2000.0, "p80": 2600.0}
 
 
 def test_copies_outgrow_the_cache(harness, bench, monkeypatch):
