@@ -106,9 +106,10 @@ class TextView {
 };
 
 // The UTF-8 of several texts, valid while this object lives. Made and destroyed with the GIL held.
+// With `keep`, buffers that others may write to are copied.
 class TextViews {
  public:
-  explicit TextViews(const py::iterable& texts)
+  explicit TextViews(const py::iterable& texts, bool keep = false)
       : keep_(py::reinterpret_steal<py::tuple>(PySequence_Tuple(texts.ptr()))) {
     if (!keep_) throw py::error_already_set();
     views_.reserve(keep_.size());
@@ -121,7 +122,13 @@ class TextViews {
         continue;
       }
       PyErr_Clear();
-      others_.emplace_back(views_.size(), std::make_unique<TextView>(text, TextView::kUnchecked));
+      auto view = std::make_unique<TextView>(text, TextView::kUnchecked);
+      if (keep && !PyUnicode_Check(text.ptr()) && !PyBytes_Check(text.ptr())) {
+        const std::string_view bytes = view->get();
+        view = std::make_unique<TextView>(py::bytes(bytes.data(), bytes.size()),
+                                          TextView::kUnchecked);
+      }
+      others_.emplace_back(views_.size(), std::move(view));
       views_.push_back(others_.back().second->get());
     }
   }

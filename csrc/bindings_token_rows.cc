@@ -18,33 +18,6 @@ Truncation TruncationNamed(const std::optional<std::string>& name) {
   throw std::invalid_argument("there is no truncation '" + *name + "'");
 }
 
-// Ids, offsets and token types of flat rows.
-py::tuple FlatArrays(const TokenRows& rows, int threads) {
-  py::array_t<std::int32_t> ids(rows.offsets().back());
-  py::array_t<std::uint8_t> types(rows.offsets().back());
-  std::int32_t* const ids_data = ids.mutable_data();
-  std::uint8_t* const types_data = types.mutable_data();
-  {
-    py::gil_scoped_release release;
-    rows.FillFlat(threads, ids_data, types_data);
-  }
-  return py::make_tuple(ids, CopyArray<std::int64_t>(rows.offsets()), types);
-}
-
-template <typename T>
-py::tuple PaddedArrays(const TokenRows& rows, std::size_t width, int threads) {
-  const std::vector<py::ssize_t> shape = {static_cast<py::ssize_t>(rows.size()),
-                                          static_cast<py::ssize_t>(width)};
-  py::array_t<T> ids(shape), types(shape), mask(shape);
-  T *ids_data = ids.mutable_data(), *types_data = types.mutable_data(),
-    *mask_data = mask.mutable_data();
-  {
-    py::gil_scoped_release release;
-    rows.FillPadded(threads, width, ids_data, types_data, mask_data);
-  }
-  return py::make_tuple(ids, types, mask);
-}
-
 // [CLS] and [SEP], or neither.
 using ClsSep = std::optional<std::pair<std::int32_t, std::int32_t>>;
 
@@ -63,125 +36,242 @@ std::vector<std::uint64_t> CopyNumbers(const Numbers& numbers) {
   return {numbers->data(), numbers->data() + numbers->size()};
 }
 
-// The array of number(row) for every row.
-template <typename Number>
-py::array_t<std::int64_t> OfRows(const TokenRows& rows, Number&& number) {
-  py::array_t<std::int64_t> array(static_cast<py::ssize_t>(rows.size()));
-  std::int64_t* const data = array.mutable_data();
-  for (std::size_t row = 0; row < rows.size(); ++row) {
-    data[row] = static_cast<std::int64_t>(number(row));
-  }
-  return array;
+// How rows are made of texts: what the options of a call mean, for any number of calls.
+struct RowPlan {
+  RowOptions options;
+  bool padded = false;
+  std::optional<std::size_t> width;
+  std::size_t multiple = 1;
+};
+
+RowPlan MakeRowPlan(const ClsSep& cls_sep, std::int32_t pad,
+                    const std::optional<std::string>& truncation, std::uint64_t max_length,
+                    std::optional<std::uint64_t> stride, bool padded,
+                    std::optional<std::size_t> width, std::size_t multiple, bool spans, bool keep) {
+  RowPlan plan{MakeRowOptions(cls_sep), padded, width, multiple};
+  plan.options.pad = pad;
+  plan.options.truncation = TruncationNamed(truncation);
+  plan.options.max_length = max_length;
+  plan.options.overflow = stride.has_value();
+  plan.options.stride = stride.value_or(0);
+  plan.options.spans = spans;
+  plan.options.keep = keep;
+  return plan;
 }
 
-// Further columns, each None unless asked for: spans, special pieces, words. Padded ones are of
-// shape [B, width], flat ones, and words, of [N].
-template <typename T>
-py::tuple ColumnArrays(const TokenRows& rows, std::optional<std::size_t> width, bool spans,
-                       bool special, bool words, int threads) {
-  std::vector<py::ssize_t> shape = {rows.offsets().back()};
-  if (width) shape = {static_cast<py::ssize_t>(rows.size()), static_cast<py::ssize_t>(*width)};
-  std::vector<py::ssize_t> pairs = shape;
-  pairs.push_back(2);
-  py::object arrays[3] = {py::none(), py::none(), py::none()};
-  RowColumns<T> columns;
-  const auto make = [&](int place, auto array, auto** column) {
-    *column = array.mutable_data();
-    arrays[place] = std::move(array);
-  };
-  if (spans) make(0, py::array_t<T>(pairs), &columns.spans);
-  if (special) make(1, py::array_t<T>(shape), &columns.special);
-  if (words) make(2, py::array_t<std::int32_t>(rows.offsets().back()), &columns.words);
-  if (spans || special || words) {
+// Rows of texts or of pairs, and what is asked of them, at any time if the plan keeps them.
+class PlannedRows {
+ public:
+  // Made and destroyed with the GIL held.
+  PlannedRows(std::shared_ptr<const Tokenizer> tokenizer, const py::iterable& texts,
+              const std::optional<py::iterable>& pairs, const RowPlan& plan, int threads,
+              const Numbers& text_words, const Numbers& pair_words)
+      : tokenizer_(std::move(tokenizer)),
+        first_(texts, plan.options.keep),
+        ends_{CopyNumbers(text_words), CopyNumbers(pair_words)},
+        options_(plan.options),
+        padded_(plan.padded),
+        threads_(threads) {
+    if (pairs) second_.emplace(*pairs, plan.options.keep);
+    if (text_words) options_.words[0] = &ends_[0];
+    if (pair_words) options_.words[1] = &ends_[1];
     py::gil_scoped_release release;
-    rows.FillColumns(threads, width, columns);
+    first_.Check("text");
+    if (second_) second_->Check("pair");
+    rows_.emplace(*tokenizer_, first_.get(), second_ ? &second_->get() : nullptr, options_, threads);
+    if (padded_) width_ = rows_->Width(plan.width, plan.multiple);
   }
-  return py::make_tuple(arrays[0], arrays[1], arrays[2]);
-}
+  PlannedRows(const PlannedRows&) = delete;
+  PlannedRows& operator=(const PlannedRows&) = delete;
 
-// Rows of texts or of pairs. Without `padded`: ids, offsets, token types, flat. With it: input ids,
-// token types, attention mask, [B, TokenRows::Width(width, multiple)]. With `layout` further: the
-// sample of each row if a stride makes samples overflow, the sizes of its first and second texts
-// (the latter only of pairs), and what ColumnArrays gives.
-py::tuple EncodeRows(const Tokenizer& tokenizer, const py::iterable& texts,
-                     const std::optional<py::iterable>& pairs, const ClsSep& cls_sep,
-                     std::int32_t pad, const std::optional<std::string>& truncation,
-                     std::uint64_t max_length, bool padded, std::optional<std::size_t> width,
-                     std::size_t multiple, bool wide, int threads, bool layout,
-                     std::optional<std::uint64_t> stride, const Numbers& text_words,
-                     const Numbers& pair_words, bool spans, bool special, bool words) {
-  RowOptions options = MakeRowOptions(cls_sep);
-  options.pad = pad;
-  options.truncation = TruncationNamed(truncation);
-  options.max_length = max_length;
-  options.overflow = stride.has_value();
-  options.stride = stride.value_or(0);
-  options.spans = spans;
-  const TextViews first(texts);
-  std::optional<TextViews> second;
-  if (pairs) second.emplace(*pairs);
-  const std::vector<std::uint64_t> ends[2] = {CopyNumbers(text_words), CopyNumbers(pair_words)};
-  if (text_words) options.words[0] = &ends[0];
-  if (pair_words) options.words[1] = &ends[1];
-  std::optional<TokenRows> rows;
-  std::optional<std::size_t> columns;
-  {
+  std::size_t size() const { return rows_->size(); }
+
+  std::optional<std::size_t> width() const {
+    return padded_ ? std::optional<std::size_t>(width_) : std::nullopt;
+  }
+
+  // Of the rows without padding.
+  py::array_t<std::int64_t> Offsets() const { return CopyArray<std::int64_t>(rows_->offsets()); }
+
+  // Ids, offsets and token types, flat.
+  py::tuple Flat() const {
+    py::array_t<std::int32_t> ids(Total());
+    py::array_t<std::uint8_t> types(Total());
+    std::int32_t* const ids_data = ids.mutable_data();
+    std::uint8_t* const types_data = types.mutable_data();
+    {
+      py::gil_scoped_release release;
+      rows_->FillFlat(threads_, ids_data, types_data);
+    }
+    return py::make_tuple(ids, Offsets(), types);
+  }
+
+  // Input ids, token types, attention mask, [B, width].
+  py::tuple Padded(bool wide) const {
+    return wide ? PaddedArrays<std::int64_t>() : PaddedArrays<std::int32_t>();
+  }
+
+  // The sample of each row.
+  py::array_t<std::int64_t> Samples() const {
+    return OfRows([&](std::size_t row) { return rows_->sample(row); });
+  }
+
+  // How many ids of its first text, or of its second, each row has.
+  py::array_t<std::int64_t> Sizes(int which) const {
+    return OfRows([&](std::size_t row) { return rows_->text_size(row, which); });
+  }
+
+  // The number of each piece's word, flat, -1 where none is.
+  py::array_t<std::int32_t> Words() const {
+    py::array_t<std::int32_t> words(Total());
+    Fill<std::int32_t>(nullptr, nullptr, words.mutable_data());
+    return words;
+  }
+
+  // The same of one row as a list, None where none is and of padding.
+  py::list RowWords(std::size_t row) const {
+    if (row >= size()) throw py::index_error("there is no such row");
+    const auto length = static_cast<std::size_t>(rows_->offsets()[row + 1] - rows_->offsets()[row]);
+    std::vector<std::int32_t> words(length);
+    rows_->FillWords(row, words.data());
+    return ListOf(padded_ ? width_ : length, [&](std::size_t i) {
+      return i >= length || words[i] < 0 ? py::none().release().ptr() : PyLong_FromLong(words[i]);
+    });
+  }
+
+  // Where each piece lies, [N, 2] flat.
+  py::array_t<std::int32_t> FlatSpans() const {
+    py::array_t<std::int32_t> spans({Total(), py::ssize_t{2}});
+    FillSpans(spans.mutable_data());
+    return spans;
+  }
+
+  // The same as [B, width, 2].
+  py::array_t<std::int64_t> PaddedSpans() const {
+    py::array_t<std::int64_t> spans({Rows(), Width(), py::ssize_t{2}});
+    Fill<std::int64_t>(spans.mutable_data(), nullptr, nullptr, width_);
+    return spans;
+  }
+
+  // 1 where a piece is of no text, [B, width].
+  py::array_t<std::int64_t> PaddedSpecial() const {
+    py::array_t<std::int64_t> special({Rows(), Width()});
+    Fill<std::int64_t>(nullptr, special.mutable_data(), nullptr, width_);
+    return special;
+  }
+
+  // A column by its name in a batch, as lists of the rows, padded or not.
+  py::list Lists(const std::string& column) const {
+    if (column == "attention_mask") {
+      return ListOfRows(0, [](std::size_t) { return PyLong_FromLong(1); });
+    }
+    std::vector<std::int32_t> values(Count());
+    if (column == "offset_mapping") {
+      values.resize(2 * Count());
+      FillSpans(values.data());
+      return ListOfRows(std::nullopt, [&](std::size_t i) {
+        return py::make_tuple(values[2 * i], values[2 * i + 1]).release().ptr();
+      });
+    }
+    const auto list = [&](std::int32_t fill) {
+      return ListOfRows(fill, [&](std::size_t i) { return PyLong_FromLong(values[i]); });
+    };
+    if (column == "special_tokens_mask") {
+      Fill<std::int32_t>(nullptr, values.data(), nullptr);
+      return list(1);
+    }
+    std::vector<std::uint8_t> types(Count());
+    rows_->FillFlat(threads_, values.data(), types.data());
+    if (column == "input_ids") return list(options_.pad);
+    if (column != "token_type_ids") {
+      throw std::invalid_argument("there is no column '" + column + "'");
+    }
+    return ListOfRows(0, [&](std::size_t i) { return PyLong_FromLong(types[i]); });
+  }
+
+ private:
+  std::size_t Count() const { return static_cast<std::size_t>(rows_->offsets().back()); }
+  py::ssize_t Total() const { return static_cast<py::ssize_t>(rows_->offsets().back()); }
+  py::ssize_t Rows() const { return static_cast<py::ssize_t>(rows_->size()); }
+  py::ssize_t Width() const { return static_cast<py::ssize_t>(width_); }
+
+  template <typename T>
+  py::tuple PaddedArrays() const {
+    const std::vector<py::ssize_t> shape = {Rows(), Width()};
+    py::array_t<T> ids(shape), types(shape), mask(shape);
+    T *ids_data = ids.mutable_data(), *types_data = types.mutable_data(),
+      *mask_data = mask.mutable_data();
+    {
+      py::gil_scoped_release release;
+      rows_->FillPadded(threads_, width_, ids_data, types_data, mask_data);
+    }
+    return py::make_tuple(ids, types, mask);
+  }
+
+  // The array of number(row) for every row.
+  template <typename Number>
+  py::array_t<std::int64_t> OfRows(Number&& number) const {
+    py::array_t<std::int64_t> array(Rows());
+    std::int64_t* const data = array.mutable_data();
+    for (std::size_t row = 0; row < rows_->size(); ++row) {
+      data[row] = static_cast<std::int64_t>(number(row));
+    }
+    return array;
+  }
+
+  // The lists of value(i), i being a piece's place in flat rows; padded rows end with `fill`, or
+  // with (0, 0).
+  template <typename Value>
+  py::list ListOfRows(std::optional<std::int32_t> fill, Value&& value) const {
+    const py::object padding = fill ? py::object(py::int_(*fill)) : py::make_tuple(0, 0);
+    const std::vector<std::int64_t>& offsets = rows_->offsets();
+    return ListOf(rows_->size(), [&](std::size_t row) {
+      const auto begin = static_cast<std::size_t>(offsets[row]);
+      const std::size_t size = static_cast<std::size_t>(offsets[row + 1]) - begin;
+      return ListOf(padded_ ? width_ : size, [&](std::size_t i) {
+               return i < size ? value(begin + i) : py::object(padding).release().ptr();
+             }).release().ptr();
+    });
+  }
+
+  template <typename T>
+  void Fill(T* spans, T* special, std::int32_t* words,
+            std::optional<std::size_t> width = std::nullopt) const {
+    RowColumns<T> columns;
+    columns.spans = spans;
+    columns.special = special;
+    columns.words = words;
     py::gil_scoped_release release;
-    first.Check("text");
-    if (second) second->Check("pair");
-    rows.emplace(tokenizer, first.get(), second ? &second->get() : nullptr, options, threads);
-    if (padded) columns = rows->Width(width, multiple);
+    rows_->FillColumns(threads_, width, columns);
   }
-  const py::tuple arrays = !padded ? FlatArrays(*rows, threads)
-                           : wide  ? PaddedArrays<std::int64_t>(*rows, *columns, threads)
-                                   : PaddedArrays<std::int32_t>(*rows, *columns, threads);
-  if (!layout) return arrays;
-  py::object samples = py::none(), second_sizes = py::none();
-  if (stride) samples = OfRows(*rows, [&](std::size_t row) { return rows->sample(row); });
-  if (pairs) second_sizes = OfRows(*rows, [&](std::size_t row) { return rows->text_size(row, 1); });
-  const py::tuple sizes = py::make_tuple(
-      samples, OfRows(*rows, [&](std::size_t row) { return rows->text_size(row, 0); }),
-      second_sizes);
-  return arrays + sizes +
-         (wide ? ColumnArrays<std::int64_t>(*rows, columns, spans, special, words, threads)
-               : ColumnArrays<std::int32_t>(*rows, columns, spans, special, words, threads));
-}
 
-// FindWords.
-template <typename T>
-py::array_t<std::int32_t> WordNumbers(const Tokenizer& tokenizer, const Flat<T>& ids,
-                                      const Flat<std::int64_t>& starts,
-                                      const Flat<std::int64_t>& places, bool special,
-                                      const Flat<std::int64_t>& firsts, const Numbers& seconds,
-                                      int threads) {
-  const auto rows = starts.size();
-  if (firsts.size() != rows || places.size() != rows + 1 || (seconds && seconds->size() != rows)) {
-    throw std::invalid_argument("every row needs the sizes of its texts");
-  }
-  RowIds<T> row_ids;
-  row_ids.ids = ids.data();
-  row_ids.size = static_cast<std::size_t>(ids.size());
-  row_ids.rows = static_cast<std::size_t>(rows);
-  row_ids.starts = starts.data();
-  row_ids.places = places.data();
-  row_ids.special = special;
-  row_ids.firsts = firsts.data();
-  row_ids.seconds = seconds ? seconds->data() : nullptr;
-  std::vector<std::int32_t> words;
-  {
+  // Flat spans; texts that were encoded without them are encoded again.
+  void FillSpans(std::int32_t* spans) const {
+    if (options_.spans) {
+      Fill<std::int32_t>(spans, nullptr, nullptr);
+      return;
+    }
+    RowOptions options = options_;
+    options.spans = true;
+    options.keep = false;
     py::gil_scoped_release release;
-    words = FindWords(tokenizer, row_ids, threads);
+    const TokenRows again(*tokenizer_, first_.get(), second_ ? &second_->get() : nullptr, options,
+                          threads_);
+    RowColumns<std::int32_t> columns;
+    columns.spans = spans;
+    again.FillColumns(threads_, std::nullopt, columns);
   }
-  return Own(std::move(words));
-}
 
-// Numbers of words as a list, None where there is none.
-py::list WordList(const Flat<std::int32_t>& words) {
-  const std::int32_t* const data = words.data();
-  return ListOf(static_cast<std::size_t>(words.size()), [data](std::size_t i) {
-    return data[i] < 0 ? py::none().release().ptr() : PyLong_FromLong(data[i]);
-  });
-}
+  const std::shared_ptr<const Tokenizer> tokenizer_;  // (destroyed last)
+  const TextViews first_;
+  std::optional<TextViews> second_;
+  const std::vector<std::uint64_t> ends_[2];
+  RowOptions options_;
+  const bool padded_;
+  const int threads_;
+  std::size_t width_ = 0;
+  std::optional<TokenRows> rows_;
+};
 
 // The ids of one row as a list.
 py::list EncodeList(const Tokenizer& tokenizer, const py::object& text,
@@ -227,22 +317,37 @@ py::object FilledRows(const py::list& rows, const py::ssize_t width, const std::
 
 void BindTokenRows(py::module_& m) {
   m.def("filled_rows", &FilledRows, py::arg("rows"), py::arg("width"), py::arg("fill"));
-  m.def("word_list", &WordList, py::arg("words"));
-  auto tokenizer = static_cast<py::class_<Tokenizer>>(m.attr("Tokenizer"));
-  tokenizer.def("encode_list", &EncodeList, py::arg("text"), py::arg("pair"), py::arg("cls_sep"))
-      .def("encode_rows", &EncodeRows, py::arg("texts"), py::arg("pairs"), py::kw_only(),
-           py::arg("cls_sep"), py::arg("pad"), py::arg("truncation"), py::arg("max_length"),
-           py::arg("padded"), py::arg("width"), py::arg("multiple"), py::arg("wide"),
-           py::arg("threads"), py::arg("layout") = false, py::arg("stride") = py::none(),
-           py::arg("text_words") = py::none(), py::arg("pair_words") = py::none(),
-           py::arg("spans") = false, py::arg("special") = false, py::arg("words") = false);
-  const auto def_word_numbers = [&](auto word_numbers) {
-    tokenizer.def("word_numbers", word_numbers, py::arg("ids").noconvert(), py::arg("starts"),
-                  py::arg("places"), py::arg("special"), py::arg("firsts"), py::arg("seconds"),
-                  py::arg("threads"));
-  };
-  def_word_numbers(&WordNumbers<std::int32_t>);
-  def_word_numbers(&WordNumbers<std::int64_t>);
+  py::class_<RowPlan>(m, "RowPlan")
+      .def(py::init(&MakeRowPlan), py::kw_only(), py::arg("cls_sep"), py::arg("pad") = 0,
+           py::arg("truncation") = py::none(), py::arg("max_length") = 0,
+           py::arg("stride") = py::none(), py::arg("padded") = false, py::arg("width") = py::none(),
+           py::arg("multiple") = 1, py::arg("spans") = false, py::arg("keep") = false);
+  py::class_<PlannedRows>(m, "TokenRows")
+      .def("__len__", &PlannedRows::size)
+      .def_property_readonly("width", &PlannedRows::width)
+      .def("offsets", &PlannedRows::Offsets)
+      .def("flat", &PlannedRows::Flat)
+      .def("padded", &PlannedRows::Padded, py::arg("wide"))
+      .def("samples", &PlannedRows::Samples)
+      .def("sizes", &PlannedRows::Sizes, py::arg("which"))
+      .def("words", &PlannedRows::Words)
+      .def("row_words", &PlannedRows::RowWords, py::arg("row"))
+      .def("spans", &PlannedRows::FlatSpans)
+      .def("padded_spans", &PlannedRows::PaddedSpans)
+      .def("padded_special", &PlannedRows::PaddedSpecial)
+      .def("lists", &PlannedRows::Lists, py::arg("column"));
+  static_cast<py::class_<Tokenizer, std::shared_ptr<Tokenizer>>>(m.attr("Tokenizer"))
+      .def("encode_list", &EncodeList, py::arg("text"), py::arg("pair"), py::arg("cls_sep"))
+      .def(
+          "encode_rows",
+          [](std::shared_ptr<const Tokenizer> tokenizer, const py::iterable& texts,
+             const std::optional<py::iterable>& pairs, const RowPlan& plan, int threads,
+             const Numbers& text_words, const Numbers& pair_words) {
+            return std::make_unique<PlannedRows>(std::move(tokenizer), texts, pairs, plan, threads,
+                                                 text_words, pair_words);
+          },
+          py::arg("texts"), py::arg("pairs"), py::arg("plan"), py::arg("threads"),
+          py::arg("text_words") = py::none(), py::arg("pair_words") = py::none());
 }
 
 }  // namespace mvbert::python

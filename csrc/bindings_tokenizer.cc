@@ -146,7 +146,7 @@ void BindTokenizer(py::module_& m) {
         "The ways to read ASCII that this machine has; the last is used unless another is named.");
   m.def("utf8_error", &Utf8Error, py::arg("data"),
         "Offset of the first byte that is not well-formed UTF-8, or None.");
-  py::class_<Tokenizer>(m, "Tokenizer")
+  py::class_<Tokenizer, std::shared_ptr<Tokenizer>>(m, "Tokenizer")
       .def(py::init(&MakeTokenizer), py::kw_only(), py::arg("lowercase"),
            py::arg("strip_accents") = true, py::arg("teacher"), py::arg("student") = nullptr,
            py::arg("special") = std::vector<std::tuple<std::string, std::int32_t, bool>>())

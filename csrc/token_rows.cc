@@ -4,7 +4,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "share.h"
 
@@ -15,16 +14,19 @@ std::uint64_t Specials(const RowOptions& options, bool pairs) {
   return options.special ? (pairs ? 3 : 2) : 0;
 }
 
-// Shortens a row's texts to `room` ids together; false if `truncation` cannot.
+// Shortens a row's texts to `room` ids together; false if `truncation` cannot: one text alone is cut
+// only if something of it stays. (Where nothing fits nothing stays, as Hugging Face has it.)
 bool Truncate(Truncation truncation, std::uint64_t room, std::uint64_t* first,
               std::uint64_t* second) {
   if (*first + *second <= room) return true;
   const std::uint64_t excess = *first + *second - room;
-  if (truncation == Truncation::kOnlyFirst) {
-    if (excess > *first) return false;
+  if (room == 0) {
+    *first = *second = 0;
+  } else if (truncation == Truncation::kOnlyFirst) {
+    if (excess >= *first) return false;
     *first -= excess;
   } else if (truncation == Truncation::kOnlySecond) {
-    if (excess > *second) return false;
+    if (excess >= *second) return false;
     *second -= excess;
   } else if (*first <= room / 2) {
     // The longer is cut down to what the shorter leaves; a piece that does not halve is the
@@ -119,6 +121,7 @@ TokenRows::TokenRows(const Tokenizer& tokenizer, const std::vector<std::string_v
   for (int which = 0; which < (pairs == nullptr ? 1 : 2); ++which) {
     tokenizer.EncodeParts(which == 0 ? texts : *pairs, text_options, 0, threads, &parts_[which],
                           options.words[which]);
+    if (options.keep) tokenizer.Shrink(&parts_[which]);
     texts_[which] = AllIds(parts_[which], options.words[which]);
   }
   Shape(pairs != nullptr);
@@ -159,7 +162,7 @@ void TokenRows::Shape(bool pairs) {
       throw std::invalid_argument("row " + std::to_string(i) + " cannot be cut to max_length " +
                                   std::to_string(options.max_length) + " by truncation='" +
                                   (only_first ? "only_first" : "only_second") +
-                                  "': the other text alone is too long; use 'longest_first'");
+                                  "': nothing of that text would be left; use 'longest_first'");
     }
     if (options.overflow) {
       const std::size_t before = windows_.size();
@@ -303,6 +306,18 @@ std::int32_t* TokenRows::Words(const Window& window, int which, std::int32_t* ou
   return out;
 }
 
+void TokenRows::FillWords(std::size_t row, std::int32_t* words) const {
+  const Window window = WindowOf(row);
+  const auto special = [&] {
+    if (options_.special) *words++ = -1;
+  };
+  special();
+  for (int which = 0; which < (texts_[1].empty() ? 1 : 2); ++which) {
+    words = Words(window, which, words);
+    special();
+  }
+}
+
 template <typename T>
 void TokenRows::FillColumns(int threads, std::optional<std::size_t> width,
                             const RowColumns<T>& columns) const {
@@ -337,12 +352,7 @@ void TokenRows::FillColumns(int threads, std::optional<std::size_t> width,
         to += window.size[which] + lead;
       }
     }
-    if (columns.words != nullptr) {
-      std::int32_t* const words = columns.words + offsets_[row];
-      std::fill(words, columns.words + offsets_[row + 1], -1);
-      std::int32_t* out = words + lead;
-      for (int which = 0; which < texts; ++which) out = Words(window, which, out) + lead;
-    }
+    if (columns.words != nullptr) FillWords(row, columns.words + offsets_[row]);
   });
 }
 
@@ -350,69 +360,6 @@ template void TokenRows::FillColumns(int, std::optional<std::size_t>,
                                      const RowColumns<std::int32_t>&) const;
 template void TokenRows::FillColumns(int, std::optional<std::size_t>,
                                      const RowColumns<std::int64_t>&) const;
-
-namespace {
-
-// What FindWords refuses.
-template <typename T>
-void CheckRowIds(const Tokenizer& tokenizer, const RowIds<T>& rows) {
-  const std::int64_t special = !rows.special ? 0 : rows.seconds == nullptr ? 2 : 3;
-  const auto ids = static_cast<std::int64_t>(rows.size);
-  if (rows.places[0] != 0) throw std::invalid_argument("the places of rows must begin with 0");
-  for (std::size_t row = 0; row < rows.rows; ++row) {
-    const std::int64_t first = rows.firsts[row], start = rows.starts[row];
-    const std::int64_t second = rows.seconds == nullptr ? 0 : rows.seconds[row];
-    // (In this order no sum of any numbers overflows.)
-    const bool within = 0 <= first && first <= ids && 0 <= second && second <= ids - first &&
-                        0 <= start && start <= ids - first - second - special &&
-                        rows.places[row + 1] == rows.places[row] + first + second + special;
-    if (!within) {
-      throw std::invalid_argument("row " + std::to_string(row) + " is not within the ids");
-    }
-  }
-  using Unsigned = std::make_unsigned_t<T>;
-  const auto pieces = static_cast<Unsigned>(tokenizer.begins_word().size());
-  bool outside = false;  // (of all at once: so it vectorises)
-  for (std::size_t i = 0; i < rows.size; ++i) {
-    outside |= static_cast<Unsigned>(rows.ids[i]) >= pieces;
-  }
-  if (outside) throw std::invalid_argument("an id is not in the vocabulary");
-}
-
-}  // namespace
-
-template <typename T>
-std::vector<std::int32_t> FindWords(const Tokenizer& tokenizer, const RowIds<T>& rows,
-                                    int threads) {
-  CheckRowIds(tokenizer, rows);
-  std::vector<std::int32_t> words(static_cast<std::size_t>(rows.places[rows.rows]), -1);
-  const std::uint8_t* const begins = tokenizer.begins_word().data();
-  const std::size_t lead = rows.special ? 1 : 0;
-  constexpr std::size_t kRows = 512;
-  Share((rows.rows + kRows - 1) / kRows, threads, [&](auto&& next) {
-    for (std::size_t part; next(&part);) {
-      const std::size_t end = std::min(rows.rows, (part + 1) * kRows);
-      for (std::size_t row = part * kRows; row < end; ++row) {
-        const T* id = rows.ids + rows.starts[row] + lead;
-        std::int32_t* out = words.data() + rows.places[row] + lead;
-        for (const std::int64_t* const sizes : {rows.firsts, rows.seconds}) {
-          if (sizes == nullptr) continue;
-          std::int32_t word = -1;
-          for (const T* const stop = id + sizes[row]; id < stop; ++id) {
-            word += begins[static_cast<std::size_t>(*id)];
-            *out++ = word;
-          }
-          id += lead;
-          out += lead;
-        }
-      }
-    }
-  });
-  return words;
-}
-
-template std::vector<std::int32_t> FindWords(const Tokenizer&, const RowIds<std::int32_t>&, int);
-template std::vector<std::int32_t> FindWords(const Tokenizer&, const RowIds<std::int64_t>&, int);
 
 void TokenRows::FillFlat(int threads, std::int32_t* ids, std::uint8_t* types) const {
   ForEachRow(threads,

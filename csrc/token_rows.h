@@ -37,6 +37,7 @@ struct RowOptions {
   bool overflow = false;
   std::uint64_t stride = 0;
   bool spans = false;
+  bool keep = false;  // the rows are to live long: they hold no more memory than they need
   // If not null, texts are words that stand by themselves: sample i has words up to (*words[0])[i];
   // words[1] says the same of pairs.
   const std::vector<std::uint64_t>* words[2] = {nullptr, nullptr};
@@ -86,6 +87,9 @@ class TokenRows {
 
   // How many ids of its first text, or of its second, a row has.
   std::size_t text_size(std::size_t row, int which) const;
+
+  // Writes RowColumns::words of one row.
+  void FillWords(std::size_t row, std::int32_t* words) const;
 
   // Writes all rows one after another: ids, and 1 where the second text of a pair and its [SEP] are
   // (0 everywhere without special pieces, as transformers has it).
@@ -149,25 +153,6 @@ class TokenRows {
   std::vector<std::int64_t> offsets_;
   std::uint64_t longest_ = 0;
 };
-
-// Rows of TokenRows, flat or padded, whose texts were neither cut into words before nor overflowed.
-template <typename T>
-struct RowIds {
-  const T* ids = nullptr;
-  std::size_t size = 0;  // of ids
-  std::size_t rows = 0;
-  const std::int64_t* starts = nullptr;   // [rows], where each row's ids begin
-  const std::int64_t* places = nullptr;   // [rows + 1], offsets of the rows without padding
-  bool special = true;                    // as in RowOptions
-  const std::int64_t* firsts = nullptr;   // [rows], ids of each row's first text
-  const std::int64_t* seconds = nullptr;  // the same of pairs; else null
-};
-
-// RowColumns::words of such rows, found from the ids alone. Up to `threads` >= 1 threads are used.
-// Throws std::invalid_argument, naming the row, if one does not lie within the ids or is not of the
-// size that its texts make, and if an id is not in the vocabulary.
-template <typename T>
-std::vector<std::int32_t> FindWords(const Tokenizer& tokenizer, const RowIds<T>& rows, int threads);
 
 // Appends one row, not truncated, to *ids; its second text may be null.
 void EncodeRow(const Tokenizer& tokenizer, std::string_view text, const std::string_view* pair,

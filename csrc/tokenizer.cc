@@ -373,6 +373,20 @@ void Tokenizer::Recycle(std::vector<Encoding>* parts) const {
   parts->clear();
 }
 
+void Tokenizer::Shrink(std::vector<Encoding>* parts) const {
+  std::vector<Encoding> roomy;
+  for (Encoding& part : *parts) {
+    for (IdBuffer* const buffer : {&part.ids, &part.spans}) {
+      if (buffer->size() >= buffer->capacity() / 2) continue;
+      IdBuffer exact(nullptr, std::max<std::size_t>(buffer->size(), 1));
+      exact.Append(buffer->data(), buffer->size());
+      std::swap(*buffer, exact);
+      roomy.emplace_back().ids = std::move(exact);
+    }
+  }
+  Recycle(&roomy);
+}
+
 void Tokenizer::EncodeWords(std::string_view text, const TextOptions& options, std::uint64_t number,
                             IdBuffer* ids, WordMap* words) const {
   CheckCoin(options.coin);

@@ -87,6 +87,10 @@ class Tokenizer {
   // system, and then the next call meets a page fault every 4 KiB.
   void Recycle(std::vector<Encoding>* parts) const;
 
+  // Moves what such parts have into memory of its size where they fill less than half of theirs,
+  // which later calls may use: for parts that are kept.
+  void Shrink(std::vector<Encoding>* parts) const;
+
   // The same as Encode for one text on one thread, with its words unless `words` is null.
   void EncodeWords(std::string_view text, const TextOptions& options, std::uint64_t number,
                    IdBuffer* ids, WordMap* words) const;

@@ -23,7 +23,6 @@ def split(
 ) -> list[str]: ...
 def instruction_sets() -> list[str]: ...
 def utf8_error(data: Buffer) -> int | None: ...
-def word_list(words: NDArray[np.int32]) -> list[int | None]: ...
 
 class WordPiece:
     def __init__(self, pieces: Sequence[str], unk_id: int, max_chars: int = 100) -> None: ...
@@ -43,41 +42,15 @@ class Tokenizer:
     def encode_list(
         self, text: str | Buffer, pair: str | Buffer | None, cls_sep: tuple[int, int] | None
     ) -> list[int]: ...
-    # padded: input ids, token types, mask [B, width]; otherwise flat ids, offsets, token types.
-    # With layout further: sample [B], sizes of first and second texts [B], spans, special, words.
     def encode_rows(
         self,
         texts: Iterable[str | Buffer],
         pairs: Iterable[str | Buffer] | None,
-        *,
-        cls_sep: tuple[int, int] | None,
-        pad: int,
-        truncation: str | None,
-        max_length: int,
-        padded: bool,
-        width: int | None,
-        multiple: int,
-        wide: bool,
+        plan: RowPlan,
         threads: int,
-        layout: bool = False,
-        stride: int | None = None,
         text_words: NDArray[np.int64] | None = None,
         pair_words: NDArray[np.int64] | None = None,
-        spans: bool = False,
-        special: bool = False,
-        words: bool = False,
-    ) -> tuple[Any, ...]: ...
-    # of rows one after another, the number of each piece's word in its text, -1 where none is
-    def word_numbers(
-        self,
-        ids: NDArray[Any],
-        starts: NDArray[np.int64],
-        places: NDArray[np.int64],
-        special: bool,
-        firsts: NDArray[np.int64],
-        seconds: NDArray[np.int64] | None,
-        threads: int,
-    ) -> NDArray[np.int32]: ...
+    ) -> TokenRows: ...
     # ids, offsets [B + 1]
     def encode_texts(
         self,
@@ -105,6 +78,40 @@ class Tokenizer:
         self, text: str | Buffer, find_special: bool
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
     def forget_words(self) -> None: ...
+
+class RowPlan:
+    def __init__(
+        self,
+        *,
+        cls_sep: tuple[int, int] | None,
+        pad: int = 0,
+        truncation: str | None = None,
+        max_length: int = 0,
+        stride: int | None = None,
+        padded: bool = False,
+        width: int | None = None,
+        multiple: int = 1,
+        spans: bool = False,
+        keep: bool = False,
+    ) -> None: ...
+
+class TokenRows:
+    def __len__(self) -> int: ...
+    @property
+    def width(self) -> int | None: ...
+    def offsets(self) -> NDArray[np.int64]: ...
+    # ids, offsets [B + 1], token types
+    def flat(self) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]]: ...
+    # input ids, token types, attention mask [B, width]
+    def padded(self, wide: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+    def samples(self) -> NDArray[np.int64]: ...
+    def sizes(self, which: int) -> NDArray[np.int64]: ...
+    def words(self) -> NDArray[np.int32]: ...
+    def row_words(self, row: int) -> list[int | None]: ...
+    def spans(self) -> NDArray[np.int32]: ...
+    def padded_spans(self) -> NDArray[np.int64]: ...
+    def padded_special(self) -> NDArray[np.int64]: ...
+    def lists(self, column: str) -> list[list[Any]]: ...
 
 # ---- lexicon ---------------------------------------------------------------------------------
 

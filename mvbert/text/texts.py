@@ -7,13 +7,17 @@ from numbers import Integral, Real
 from mvbert.errors import InputError
 
 Text = str | bytes | bytearray | memoryview
+TEXT_TYPES = (str, bytes, bytearray, memoryview)  # (isinstance is slow for a union of types)
 
 
-def list_of_texts(name: str, texts: Iterable[Text]) -> Sequence[Text]:
-    """The texts of an argument, which must be one list of them; `check_texts` checks each."""
+def list_of_texts(name: str, texts: Iterable[Text]) -> tuple[Text, ...]:
+    """The texts of an argument, which must be one list of them; `check_texts` checks each.
+
+    A tuple: the caller's list may change before a batch reads it again. (The core needs one, too.)
+    """
     if isinstance(texts, list | tuple):
-        return texts
-    if isinstance(texts, Text):
+        return tuple(texts)
+    if isinstance(texts, TEXT_TYPES):
         raise InputError(
             f"{name}s is {type(texts).__name__}, expected a list of texts; use encode() for "
             "a single text"
@@ -89,6 +93,12 @@ def check_integer(name: str, value: object, least: int, end: int) -> None:
         raise InputError(
             f"{name} is {value!r}, expected an integer of [{least}, 2^{end.bit_length() - 1})"
         )
+
+
+def check_index(name: str, value: object) -> None:
+    """Refuses what is no number of a row, a piece, a word or a character."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InputError(f"the {name} is {described(value)}, expected an integer")
 
 
 def check_flags(**flags: object) -> None:

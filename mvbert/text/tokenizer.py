@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -28,11 +28,13 @@ from mvbert.text.hub import TOKENIZER_FILES, download, is_hub_name
 from mvbert.text.readers import SAMPLE_BYTES, check_is_text
 from mvbert.text.texts import (
     Text,
+    check_flags,
     check_integer,
     check_length,
     check_size,
     check_text,
     check_texts,
+    described,
     list_of_texts,
 )
 from mvbert.text.token_names import TokenNames
@@ -40,8 +42,10 @@ from mvbert.text.tokenizer_call import (
     UNKNOWN_LENGTH,
     call,
     check_multiple,
+    check_side,
     pad,
     padding_name,
+    plan_call,
     truncation_name,
 )
 from mvbert.text.tokenizer_files import MODEL_INPUTS, read_model_inputs
@@ -156,6 +160,7 @@ class WordPieceTokenizer(TokenNames):
         vocab: the vocabulary, with its normalisation.
         model_max_length: the longest row the model takes; what `truncation=True` cuts to.
         model_input_names: the inputs that a call gives unless it says otherwise.
+        name_or_path: what it was opened from.
     """
 
     def __init__(
@@ -163,20 +168,22 @@ class WordPieceTokenizer(TokenNames):
         vocab: Vocab,
         model_max_length: int = UNKNOWN_LENGTH,
         model_input_names: Sequence[str] = MODEL_INPUTS,
+        name_or_path: str = "",
     ) -> None:
         self.vocab = vocab
+        self.name_or_path = name_or_path
         self.model_max_length = model_max_length
-        self.model_input_names = tuple(model_input_names)
-        # Words are never cut into pieces that come after the base vocabulary.
-        pieces = [p if id < vocab.base_size else "" for id, p in enumerate(vocab.pieces)]
-        special = [(piece, vocab.ids[piece], False) for piece in vocab.special_pieces]
-        added = [(a.piece, vocab.ids[a.piece], a.normalized) for a in vocab.added]
-        self._core = _core.Tokenizer(
-            lowercase=vocab.lowercase,
-            strip_accents=vocab.strip_accents,
-            teacher=_core.WordPiece(pieces, vocab.unk),
-            special=special + added,
-        )
+        self.model_input_names = list(model_input_names)
+        special = [AddedPiece(piece) for piece in vocab.special_pieces]
+        self._core = _core_of(vocab, [*special, *vocab.added])
+        # What options mean is decided once. (By their types, too: 1 is no True.)
+        self._plan_call = lru_cache(64, typed=True)(partial(plan_call, vocab))
+        self._plan_batch = lru_cache(64, typed=True)(partial(_plan_batch, vocab))
+
+    @cached_property
+    def _core_without_special(self) -> _core.Tokenizer:
+        """For split_special_tokens: special pieces in texts are text, other added ones are not."""
+        return _core_of(self.vocab, [added for added in self.vocab.added if not added.special])
 
     @classmethod
     def from_pretrained(
@@ -188,10 +195,18 @@ class WordPieceTokenizer(TokenNames):
             path: one of these, or the name of a repository on the Hugging Face Hub.
             lowercase: overrides what the files say.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(
+                f"path is {described(path)}, expected a folder, a file, or a name on the Hugging "
+                "Face Hub"
+            )
+        if lowercase is not None:
+            check_flags(lowercase=lowercase)
+        name = os.fspath(path)
         if not os.path.lexists(path) and is_hub_name(str(path)) and not Path(path).suffix:
             path = download(str(path), "tokenizer", list(TOKENIZER_FILES))
         vocab = Vocab.load(path, lowercase)
-        return cls(vocab, *read_model_inputs(Path(path)))
+        return cls(vocab, *read_model_inputs(Path(path)), name)
 
     def save_pretrained(self, folder: str | Path) -> tuple[Path, ...]:
         """Writes the files that `AutoTokenizer` opens; see `save_tokenizer_files`."""
@@ -203,10 +218,14 @@ class WordPieceTokenizer(TokenNames):
         return 512 if self.model_max_length >= UNKNOWN_LENGTH else self.model_max_length
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.vocab, self.model_max_length, self.model_input_names)
+        return type(self), (*self._identity, self.name_or_path)
+
+    @property
+    def _identity(self) -> tuple:
+        return self.vocab, self.model_max_length, self.model_input_names
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.__reduce__() == other.__reduce__()
+        return isinstance(other, type(self)) and self._identity == other._identity
 
     def __hash__(self) -> int:
         return hash((self.vocab.sha256, self.model_max_length))
@@ -226,6 +245,7 @@ class WordPieceTokenizer(TokenNames):
         stride: int = 0,
         is_split_into_words: bool = False,
         pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
         return_tensors: str | None = None,
         return_token_type_ids: bool | None = None,
         return_attention_mask: bool | None = None,
@@ -233,6 +253,7 @@ class WordPieceTokenizer(TokenNames):
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
+        split_special_tokens: bool = False,
         verbose: bool = True,
         threads: int = 0,
     ) -> BatchEncoding:
@@ -249,12 +270,14 @@ class WordPieceTokenizer(TokenNames):
             max_length: None: model_max_length.
             stride: pieces that an overflowing row repeats of the one before.
             pad_to_multiple_of: rounds the padded length up.
+            padding_side: "right", or None for the same.
             return_tensors: "np" or "pt" for int64 [B, T]; None for lists of ints.
             return_token_type_ids, return_attention_mask: None: as in model_input_names.
             return_overflowing_tokens: what truncation cuts off makes further rows.
             return_special_tokens_mask: 1 where [CLS], [SEP] or [PAD] was added.
             return_offsets_mapping: where each piece lies in its text or word, in characters.
             return_length: the length of each row.
+            split_special_tokens: special pieces in texts are cut as other text is.
             verbose: for transformers' calls; it changes nothing.
             threads: 0 is one for each available core.
 
@@ -262,27 +285,47 @@ class WordPieceTokenizer(TokenNames):
             InputError: an option or a combination that has no meaning, rows that cannot be cut or
                 are no array, what is no text or not UTF-8 (the message has its number).
         """
-        return call(
-            self,
-            self._core,
-            text,
-            text_pair,
-            add_special_tokens=add_special_tokens,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            stride=stride,
-            is_split_into_words=is_split_into_words,
-            pad_to_multiple_of=pad_to_multiple_of,
-            return_tensors=return_tensors,
-            return_token_type_ids=return_token_type_ids,
-            return_attention_mask=return_attention_mask,
-            return_overflowing_tokens=return_overflowing_tokens,
-            return_special_tokens_mask=return_special_tokens_mask,
-            return_offsets_mapping=return_offsets_mapping,
-            return_length=return_length,
-            threads=threads,
+        options = (
+            self.model_max_length,
+            tuple(self.model_input_names),
+            add_special_tokens,
+            padding,
+            truncation,
+            max_length,
+            stride,
+            is_split_into_words,
+            pad_to_multiple_of,
+            padding_side,
+            return_tensors,
+            return_token_type_ids,
+            return_attention_mask,
+            return_overflowing_tokens,
+            return_special_tokens_mask,
+            return_offsets_mapping,
+            return_length,
         )
+        try:
+            plan = self._plan_call(*options)
+        except TypeError:  # one that has no hash: its check has the words for it
+            plan = plan_call(self.vocab, *options)
+        core = self._core
+        if split_special_tokens:
+            check_flags(split_special_tokens=split_special_tokens)
+            core = self._core_without_special
+        return call(plan, core, self.vocab, text, text_pair, threads)
+
+    def encode_plus(
+        self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any
+    ) -> BatchEncoding:
+        """A call of one text, under its older name."""
+        return self(text, text_pair, add_special_tokens=add_special_tokens, **options)
+
+    def batch_encode_plus(
+        self, batch_text_or_text_pairs: Any, add_special_tokens: bool = True, **options: Any
+    ) -> BatchEncoding:
+        """A call of a list of texts or of pairs, under its older name."""
+        texts = list_of_texts("batch_text_or_text_pair", batch_text_or_text_pairs)
+        return self(texts, add_special_tokens=add_special_tokens, **options)
 
     def pad(
         self,
@@ -290,7 +333,7 @@ class WordPieceTokenizer(TokenNames):
         padding: bool | str = True,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
-        *,
+        padding_side: str | None = None,
         return_attention_mask: bool | None = None,
         return_tensors: str | None = None,
         verbose: bool = True,
@@ -300,6 +343,7 @@ class WordPieceTokenizer(TokenNames):
         input_ids, token_type_ids, attention_mask and special_tokens_mask are filled up; other
         values stay. An attention mask is added unless return_attention_mask says otherwise.
         """
+        check_side(padding_side)
         return pad(
             self,
             encoded_inputs,
@@ -311,33 +355,46 @@ class WordPieceTokenizer(TokenNames):
         )
 
     def tokenize(
-        self, text: Text, pair: Text | None = None, add_special_tokens: bool = False
+        self,
+        text: Any,
+        pair: Any = None,
+        add_special_tokens: bool = False,
+        **options: Any,
     ) -> list[str]:
-        """The pieces of a text, or of a pair one after the other."""
-        ids = self.encode(text, pair, add_special_tokens=add_special_tokens)
+        """The pieces of a text, or of a pair one after the other; options are those of a call."""
+        if options:
+            return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
+        ids = self.encode(text, pair, add_special_tokens)
         return [self.vocab.pieces[id] for id in ids]
 
     def encode(
-        self, text: Text, pair: Text | None = None, *, add_special_tokens: bool = True
-    ) -> list[int]:
+        self, text: Any, text_pair: Any = None, add_special_tokens: bool = True, **options: Any
+    ) -> Any:
         """The ids of a text, or of a pair of texts.
 
         Args:
             text: str (lone surrogates are deleted) or UTF-8 bytes.
-            pair: a second text, after a [SEP].
+            text_pair: a second text, after a [SEP].
             add_special_tokens: [CLS] at the beginning, [SEP] after each text.
+            options: those of a call, whose input_ids these are then.
 
         Raises:
-            InputError: an argument is not text.
+            InputError: an argument is not text, or what a call refuses.
             ValueError: bytes that are not UTF-8; the message has the offset.
         """
+        if options:
+            if not options.get("is_split_into_words"):
+                check_text("text", text)
+            return self(text, text_pair, add_special_tokens=add_special_tokens, **options)[
+                "input_ids"
+            ]
         special = (self.vocab.cls, self.vocab.sep) if add_special_tokens else None
         try:
-            return self._core.encode_list(text, pair, special)
+            return self._core.encode_list(text, text_pair, special)
         except TypeError:
             check_text("text", text)
-            if pair is not None:
-                check_text("pair", pair)
+            if text_pair is not None:
+                check_text("text_pair", text_pair)
             raise
 
     def offsets(self, text: Text) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -436,36 +493,29 @@ class WordPieceTokenizer(TokenNames):
         """
         texts = list_of_texts("text", texts)
         pairs = None if pairs is None else list_of_texts("pair", pairs)
-        cut = _truncation(truncation, max_length, pairs is not None)
-        pad_to = _padding(padding, max_length)
-        if max_length is not None and cut is None and pad_to != "max_length":
-            raise InputError("max_length needs truncation or padding='max_length'")
-        wide = _is_int64(dtype)
-        if pad_to_multiple_of is not None:
-            check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
-        check_multiple(cut, pad_to, max_length, pad_to_multiple_of)
-        threads = cores(threads)
+        options: Any = (
+            max_length,
+            truncation,
+            padding,
+            pad_to_multiple_of,
+            add_special_tokens,
+            dtype,
+        )
         try:
-            arrays = self._core.encode_rows(
-                texts,
-                pairs,
-                cls_sep=(self.vocab.cls, self.vocab.sep) if add_special_tokens else None,
-                pad=self.vocab.pad,
-                truncation=cut,
-                max_length=max_length or 0,
-                padded=pad_to is not None,
-                width=max_length if pad_to == "max_length" else None,
-                multiple=pad_to_multiple_of or 1,
-                wide=wide,
-                threads=threads,
-            )
+            plan, wide = self._plan_batch(pairs is not None, *options)
+        except TypeError:  # one that has no hash: its check has the words for it
+            plan, wide = _plan_batch(self.vocab, pairs is not None, *options)
+        try:
+            rows = self._core.encode_rows(texts, pairs, plan, cores(threads))
         except TypeError:
             check_texts("text", texts)
             check_texts("pair", pairs or ())
             raise
         except ValueError as error:
             raise InputError(str(error)) from None
-        return PaddedBatch(*arrays) if pad_to else FlatBatch(*arrays)
+        if rows.width is None:
+            return FlatBatch(*rows.flat())
+        return PaddedBatch(*rows.padded(wide))
 
     def encode_file(self, path: str | Path, *, threads: int = 0) -> NDArray[np.int32]:
         """The ids of a UTF-8 text file as one text, without [CLS] and [SEP]; it is memory-mapped.
@@ -494,24 +544,28 @@ class WordPieceTokenizer(TokenNames):
 
     def decode(
         self,
-        ids: Sequence[int] | NDArray[Any],
+        token_ids: int | Sequence[int] | NDArray[Any],
         skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool = True,
+        clean_up_tokenization_spaces: bool | None = None,
     ) -> str:
         """The text of ids: pieces joined, as Hugging Face's slow tokenizer does.
 
         Args:
-            ids: any integers of [0, size).
+            token_ids: any integers of [0, size), or one.
             skip_special_tokens: leave out [PAD], [UNK], [CLS], [SEP], [MASK], special added ones.
-            clean_up_tokenization_spaces: no space before punctuation and in English contractions.
+            clean_up_tokenization_spaces: no space before punctuation and in English contractions;
+                None: True.
 
         Raises:
             InputError: an id outside the vocabulary.
         """
-        array = np.asarray(ids)
+        array = np.asarray(token_ids)
+        if array.ndim == 0 and array.dtype.kind in "iu":
+            array = array[None]
         if array.ndim != 1:
             raise InputError(
-                f"ids has {array.ndim} dimensions, expected one row; decode rows one at a time"
+                f"token_ids has {array.ndim} dimensions, expected one row; use batch_decode() for "
+                "several"
             )
         pieces = []
         skipped = set(self.all_special_tokens)
@@ -522,18 +576,20 @@ class WordPieceTokenizer(TokenNames):
             if not (skip_special_tokens and piece in skipped):
                 pieces.append(piece)
         text = self.convert_tokens_to_string(pieces)
-        if clean_up_tokenization_spaces:
-            for suffix in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-                text = text.replace(suffix, suffix.strip())
+        if clean_up_tokenization_spaces is not False:
+            for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+                text = text.replace(before, before.strip())
         return text
 
     def batch_decode(
         self,
         sequences: Iterable[Sequence[int] | NDArray[Any]],
         skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool = True,
+        clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
         """The texts of rows of ids; see `decode`."""
+        if not isinstance(sequences, Iterable):
+            raise InputError(f"sequences is {described(sequences)}, expected rows of ids")
         return [
             self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in sequences
         ]
@@ -681,6 +737,49 @@ def _coin(student_prob: float, seed: int, number: int) -> tuple[int, int, int]:
     for name, value in (("seed", seed), ("number", number)):
         check_integer(name, value, 0, 2**64)
     return round(student_prob * 2**32), seed, number
+
+
+def _core_of(vocab: Vocab, recognised: list[AddedPiece]) -> _core.Tokenizer:
+    """The core's tokenizer that recognises these pieces in texts."""
+    # Words are never cut into pieces that come after the base vocabulary.
+    pieces = [p if id < vocab.base_size else "" for id, p in enumerate(vocab.pieces)]
+    return _core.Tokenizer(
+        lowercase=vocab.lowercase,
+        strip_accents=vocab.strip_accents,
+        teacher=_core.WordPiece(pieces, vocab.unk),
+        special=[(piece.piece, vocab.ids[piece.piece], piece.normalized) for piece in recognised],
+    )
+
+
+def _plan_batch(
+    vocab: Vocab,
+    pairs: bool,
+    max_length: int | None,
+    truncation: bool | str,
+    padding: bool | str,
+    pad_to_multiple_of: int | None,
+    add_special_tokens: bool,
+    dtype: DTypeLike,
+) -> tuple[_core.RowPlan, bool]:
+    """What the options of `encode_batch` mean, and whether padded rows are int64."""
+    cut = _truncation(truncation, max_length, pairs)
+    pad_to = _padding(padding, max_length)
+    if max_length is not None and cut is None and pad_to != "max_length":
+        raise InputError("max_length needs truncation or padding='max_length'")
+    wide = _is_int64(dtype)
+    if pad_to_multiple_of is not None:
+        check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
+    check_multiple(cut, pad_to, max_length, pad_to_multiple_of)
+    plan = _core.RowPlan(
+        cls_sep=(vocab.cls, vocab.sep) if add_special_tokens else None,
+        pad=vocab.pad,
+        truncation=cut,
+        max_length=max_length or 0,
+        padded=pad_to is not None,
+        width=max_length if pad_to == "max_length" else None,
+        multiple=pad_to_multiple_of or 1,
+    )
+    return plan, wide
 
 
 def _truncation(truncation: bool | str, max_length: int | None, pairs: bool) -> str | None:

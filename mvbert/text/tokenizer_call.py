@@ -3,18 +3,21 @@
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mvbert import _core
 from mvbert.cores import cores
-from mvbert.errors import InputError, MissingExtra
-from mvbert.text.batch_encoding import BatchEncoding, EncodedRows, LazyValue, lists, pairs
+from mvbert.errors import InputError
+from mvbert.text.batch_encoding import LATER, BatchEncoding, EncodedRows
+from mvbert.text.batch_encoding import as_tensors as as_tensors  # (others import them from here)
+from mvbert.text.batch_encoding import check_tensors as check_tensors
 from mvbert.text.texts import (
+    TEXT_TYPES,
     Text,
     check_flags,
     check_integer,
@@ -36,23 +39,66 @@ UNKNOWN_LENGTH = 10**30  # model_max_length of transformers where no file says i
 
 
 @dataclass(frozen=True)
-class Shape:
-    """How rows are cut and padded."""
+class CallPlan:
+    """What the options of a call mean, for any number of calls.
 
-    truncation: str | None
-    padding: str | None  # "longest" or "max_length"
-    max_length: int | None
-    multiple: int
+    Attributes:
+        rows: how the core makes rows.
+        columns: the names of what it makes of each row, in the batch's order.
+        split: texts are lists of words.
+        lead: special pieces before and after each text: 1 or 0.
+        overflow: what is cut off makes further rows.
+        offsets: the offsets of pieces are asked for.
+        length: the lengths of rows are asked for.
+        tensors: "np" or "pt", or None for lists.
+        even: rows must be of one length by themselves.
+        warning: what every such call warns of.
+    """
+
+    rows: _core.RowPlan
+    columns: tuple[str, ...]
+    split: bool
+    lead: int
+    overflow: bool
+    offsets: bool
+    length: bool
+    tensors: str | None
+    even: bool
+    warning: str | None
 
 
-def row_shape(
+def plan_call(
+    vocab: Vocab,
+    model_max_length: int,
+    model_input_names: Sequence[str],
+    add_special_tokens: bool,
     padding: bool | str,
     truncation: bool | str | None,
     max_length: int | None,
+    stride: int,
+    is_split_into_words: bool,
     pad_to_multiple_of: int | None,
-    model_max_length: int,
-) -> Shape:
+    padding_side: str | None,
+    return_tensors: str | None,
+    return_token_type_ids: bool | None,
+    return_attention_mask: bool | None,
+    return_overflowing_tokens: bool,
+    return_special_tokens_mask: bool,
+    return_offsets_mapping: bool,
+    return_length: bool,
+) -> CallPlan:
     """What transformers makes of these options: `max_length` alone truncates, for example."""
+    check_flags(
+        add_special_tokens=add_special_tokens,
+        is_split_into_words=is_split_into_words,
+        return_overflowing_tokens=return_overflowing_tokens,
+        return_special_tokens_mask=return_special_tokens_mask,
+        return_offsets_mapping=return_offsets_mapping,
+        return_length=return_length,
+    )
+    check_tensors(return_tensors)
+    check_side(padding_side)
+    check_integer("stride", stride, 0, 2**31)
     if max_length is not None:
         check_length(max_length)
     pad_to = padding_name(padding)
@@ -61,6 +107,7 @@ def row_shape(
     cut = truncation_name(truncation)
     if pad_to_multiple_of is not None:
         check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
+    warning = None
     if max_length is None and (cut or pad_to == "max_length"):
         if model_max_length >= UNKNOWN_LENGTH:
             option = "truncation" if cut else "padding='max_length'"
@@ -69,15 +116,43 @@ def row_shape(
             )
         max_length = model_max_length
     elif max_length is not None and pad_to == "longest" and not cut:
-        warnings.warn(
+        warning = (
             "max_length is ignored, as padding is to the longest row and truncation is off; pass "
-            "truncation=True to cut rows to it",
-            UserWarning,
-            stacklevel=4,
+            "truncation=True to cut rows to it"
         )
         max_length = None
     check_multiple(cut, pad_to, max_length, pad_to_multiple_of)
-    return Shape(cut, pad_to, max_length, pad_to_multiple_of or 1)
+    wanted = {
+        "input_ids": True,
+        "token_type_ids": _wanted(return_token_type_ids, "token_type_ids", model_input_names),
+        "attention_mask": _wanted(return_attention_mask, "attention_mask", model_input_names),
+        "special_tokens_mask": return_special_tokens_mask,
+        "offset_mapping": return_offsets_mapping,
+    }
+    rows = _core.RowPlan(
+        cls_sep=(vocab.cls, vocab.sep) if add_special_tokens else None,
+        pad=vocab.pad,
+        truncation=cut,
+        max_length=max_length or 0,
+        stride=stride if return_overflowing_tokens else None,
+        padded=pad_to is not None or return_tensors is not None,
+        width=max_length if pad_to == "max_length" else None,
+        multiple=pad_to_multiple_of or 1 if pad_to else 1,
+        spans=return_offsets_mapping,
+        keep=True,
+    )
+    return CallPlan(
+        rows=rows,
+        columns=tuple(name for name, want in wanted.items() if want),
+        split=is_split_into_words,
+        lead=int(add_special_tokens),
+        overflow=return_overflowing_tokens,
+        offsets=return_offsets_mapping,
+        length=return_length,
+        tensors=return_tensors,
+        even=return_tensors is not None and pad_to is None,
+        warning=warning,
+    )
 
 
 def padding_name(padding: bool | str) -> str | None:
@@ -111,31 +186,22 @@ def check_multiple(
         )
 
 
-def check_tensors(return_tensors: str | None) -> None:
-    if return_tensors not in (None, "np", "pt"):
-        raise InputError(f"return_tensors is {return_tensors!r}, expected 'np', 'pt' or None")
-
-
-def as_tensors(values: NDArray[Any], return_tensors: str | None) -> Any:
-    """An array as it is, or as a torch tensor of the same memory."""
-    if return_tensors != "pt":
-        return values
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtra("return_tensors='pt'", "torch", "hf") from None
-    return torch.from_numpy(values)
+def check_side(padding_side: str | None) -> None:
+    if padding_side not in (None, "right"):
+        raise InputError(
+            f"padding_side is {padding_side!r}, expected 'right': rows are padded at their end; "
+            "as_hf() gives a tokenizer that pads on the left"
+        )
 
 
 # ---- texts -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Texts:
+class Texts(NamedTuple):
     """One argument of a call: B texts, or the words of B texts one after another."""
 
     name: str
-    texts: Sequence[Text]
+    texts: tuple[Text, ...]
     words: NDArray[np.int64] | None  # [B], where each text's words end
 
     def check(self) -> None:
@@ -161,14 +227,14 @@ def _one_list(name: str, value: Any, split: bool) -> Texts:
                 "(is_split_into_words is true)"
             )
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    return Texts(name, list(itertools.chain.from_iterable(rows)), ends)
+    return Texts(name, tuple(itertools.chain.from_iterable(rows)), ends)
 
 
 def _is_single(name: str, value: Any, split: bool) -> bool:
     """Whether an argument is one text, not a list of them."""
     if not split:
-        return isinstance(value, Text)
-    if isinstance(value, Text):
+        return isinstance(value, TEXT_TYPES)
+    if isinstance(value, TEXT_TYPES):
         raise InputError(f"{name} is {described(value)}, expected a list of words, or of such")
     value = list_of_texts(name, value)
     return not value or not isinstance(value[0], list | tuple)
@@ -207,174 +273,73 @@ def _unzip(rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def call(
-    tokenizer: "TokenNames",
-    core: _core.Tokenizer,
-    text: Any,
-    text_pair: Any,
-    *,
-    add_special_tokens: bool,
-    padding: bool | str,
-    truncation: bool | str | None,
-    max_length: int | None,
-    stride: int,
-    is_split_into_words: bool,
-    pad_to_multiple_of: int | None,
-    return_tensors: str | None,
-    return_token_type_ids: bool | None,
-    return_attention_mask: bool | None,
-    return_overflowing_tokens: bool,
-    return_special_tokens_mask: bool,
-    return_offsets_mapping: bool,
-    return_length: bool,
-    threads: int,
+    plan: CallPlan, core: _core.Tokenizer, vocab: Vocab, text: Any, text_pair: Any, threads: int
 ) -> BatchEncoding:
     """`WordPieceTokenizer.__call__`, which says what the arguments mean."""
-    vocab: Vocab = tokenizer.vocab
-    check_flags(
-        add_special_tokens=add_special_tokens,
-        is_split_into_words=is_split_into_words,
-        return_overflowing_tokens=return_overflowing_tokens,
-        return_special_tokens_mask=return_special_tokens_mask,
-        return_offsets_mapping=return_offsets_mapping,
-        return_length=return_length,
-    )
-    check_tensors(return_tensors)
-    check_integer("stride", stride, 0, 2**31)
-    shape = row_shape(
-        padding, truncation, max_length, pad_to_multiple_of, tokenizer.model_max_length
-    )
-    texts, others, several = read_texts(text, text_pair, is_split_into_words)
-    if shape.truncation == "only_second" and others is None:
-        raise InputError("truncation='only_second' needs text_pair")
-    padded = shape.padding is not None or return_tensors is not None
-    width = shape.max_length if shape.padding == "max_length" else None
-    threads = cores(threads)
+    if plan.warning is not None:
+        warnings.warn(plan.warning, UserWarning, stacklevel=3)
+    texts, others, several = read_texts(text, text_pair, plan.split)
+    try:
+        rows = core.encode_rows(
+            texts.texts,
+            None if others is None else others.texts,
+            plan.rows,
+            cores(threads) if several or threads else 1,
+            texts.words,
+            None if others is None else others.words,
+        )
+    except TypeError:
+        texts.check()
+        if others is not None:
+            others.check()
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    # One text that cannot overflow has no list around it.
+    first = not (several or plan.overflow)
+    kept = EncodedRows(vocab, rows, plan.lead, others is not None, first, plan.offsets)
+    # Lists are made when they are read.
+    values = _arrays(plan, rows) if plan.tensors else dict.fromkeys(plan.columns, LATER)
+    if plan.length:
+        values["length"] = _lengths(plan, rows)
+    if plan.overflow:
+        samples = rows.samples()
+        values["overflow_to_sample_mapping"] = (
+            as_tensors(samples, plan.tensors) if plan.tensors else samples.tolist()
+        )
+    return BatchEncoding(values, kept)
 
-    def encode(padded: bool, spans: bool, words: bool) -> tuple[Any, ...]:
-        try:
-            return core.encode_rows(
-                texts.texts,
-                None if others is None else others.texts,
-                cls_sep=(vocab.cls, vocab.sep) if add_special_tokens else None,
-                pad=vocab.pad,
-                truncation=shape.truncation,
-                max_length=shape.max_length or 0,
-                padded=padded,
-                width=width,
-                multiple=shape.multiple if shape.padding else 1,
-                wide=return_tensors is not None and padded,
-                threads=threads,
-                layout=True,
-                stride=stride if return_overflowing_tokens else None,
-                text_words=texts.words,
-                pair_words=None if others is None else others.words,
-                spans=spans,
-                special=return_special_tokens_mask,
-                words=words,
+
+def _arrays(plan: CallPlan, rows: _core.TokenRows) -> dict[str, Any]:
+    """The columns as arrays or tensors."""
+    if plan.even and len(rows) > 1:
+        short = np.diff(rows.offsets()) < rows.width
+        if short.any():
+            raise InputError(
+                f"row {int(short.argmax())} is shorter than others, so the rows are no array; pass "
+                "padding=True with return_tensors, or return_tensors=None for lists"
             )
-        except TypeError:
-            texts.check()
-            if others is not None:
-                others.check()
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from None
-
-    # Of ordinary rows, the ids say where words begin; but an array that was given away may change.
-    of_ids = not (is_split_into_words or return_overflowing_tokens)
-    arrays = encode(padded, return_offsets_mapping, not of_ids)
-    samples, firsts, seconds, spans, special, words = arrays[3:]
-    lead = int(add_special_tokens)
-    special_pieces = lead * (2 if seconds is None else 3)
-    if padded:
-        ids, types, mask = arrays[:3]
-        length = ids.shape[1]
-        offsets = np.arange(0, ids.size + 1, length or 1)[: len(ids) + 1]
-        if not length:
-            offsets = np.zeros(len(ids) + 1, np.int64)
-        places = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(firsts + special_pieces + (0 if seconds is None else seconds), out=places[1:])
-    else:
-        ids, offsets, types = arrays[:3]
-        places = offsets
-
-    def find_words() -> NDArray[np.int32]:
-        if return_tensors is not None:
-            return encode(False, False, True)[8]
-        return core.word_numbers(
-            ids, offsets[:-1], places, add_special_tokens, firsts, seconds, threads
-        )
-
-    rows = EncodedRows(
-        vocab, ids, offsets, places, lead, firsts, seconds, words,
-        spans=spans if not padded else None,
-        find_words=find_words,
-        find_spans=lambda: encode(False, True, False)[6],
-        with_spans=return_offsets_mapping,
-    )  # fmt: skip
-    values: dict[str, Any] = {"input_ids": ids}
-    if _includes(return_token_type_ids, "token_type_ids", tokenizer):
-        values["token_type_ids"] = types
-    if _includes(return_attention_mask, "attention_mask", tokenizer):
-        values["attention_mask"] = mask if padded else None
-    if return_special_tokens_mask:
-        values["special_tokens_mask"] = special
-    if return_offsets_mapping:
-        values["offset_mapping"] = spans
-    if return_tensors is not None:
-        if shape.padding is None:
-            _check_even(firsts, seconds, length - special_pieces)
-        if return_length:
-            values["length"] = np.full(len(ids), length)
-        if samples is not None:
-            values["overflow_to_sample_mapping"] = samples
-        return BatchEncoding(
-            {name: as_tensors(value, return_tensors) for name, value in values.items()}, rows
-        )
-    # Lists are made when they are read; one text that cannot overflow has no list around it.
-    first = not several and not return_overflowing_tokens
-    entries: dict[str, Any] = {
-        name: LazyValue(_lister(value, offsets, padded, first)) for name, value in values.items()
-    }
-    if return_length:
-        entries["length"] = np.diff(offsets).tolist()
-    if samples is not None:
-        entries["overflow_to_sample_mapping"] = samples.tolist()
-    return BatchEncoding(entries, rows)
+    ids, types, mask = rows.padded(True)
+    made = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    if "special_tokens_mask" in plan.columns:
+        made["special_tokens_mask"] = rows.padded_special()
+    if plan.offsets:
+        made["offset_mapping"] = rows.padded_spans()
+    return {name: as_tensors(made[name], plan.tensors) for name in plan.columns}
 
 
-def _includes(option: bool | None, name: str, tokenizer: "TokenNames") -> bool:
+def _lengths(plan: CallPlan, rows: _core.TokenRows) -> Any:
+    if rows.width is None:
+        return np.diff(rows.offsets()).tolist()
+    lengths = np.full(len(rows), rows.width)
+    return as_tensors(lengths, plan.tensors) if plan.tensors else lengths.tolist()
+
+
+def _wanted(option: bool | None, name: str, model_input_names: Sequence[str]) -> bool:
     if option is None:
-        return name in tokenizer.model_input_names
+        return name in model_input_names
     check_flags(**{f"return_{name}": option})
     return bool(option)
-
-
-def _check_even(firsts: NDArray[Any], seconds: NDArray[Any] | None, room: int) -> None:
-    """Refuses rows of different lengths, which are no array."""
-    short = firsts + (0 if seconds is None else seconds) < room
-    if short.any():
-        raise InputError(
-            f"row {int(short.argmax())} is shorter than others, so the rows are no array; pass "
-            "padding=True with return_tensors, or return_tensors=None for lists"
-        )
-
-
-def _lister(
-    value: NDArray[Any] | None, offsets: NDArray[np.int64], padded: bool, first: bool
-) -> Callable[[], list[Any]]:
-    """Makes lists of rows, or the list of the first; without values lists of ones."""
-
-    def make() -> list[Any]:
-        if value is None:
-            rows: list[Any] = [[1] * length for length in np.diff(offsets).tolist()]
-        elif not padded:
-            rows = lists(value, offsets)
-        else:
-            rows = [pairs(row) for row in value] if value.ndim == 3 else value.tolist()
-        return rows[0] if first else rows
-
-    return make
 
 
 # ---- padding what was cut before --------------------------------------------------------------
@@ -396,13 +361,18 @@ def pad(
     inputs = _columns(encoded_inputs)
     if "input_ids" not in inputs:
         raise InputError(f"pad needs input_ids, got {', '.join(map(str, inputs)) or 'nothing'}")
+    fills = {"input_ids": tokenizer.vocab.pad, **_FILL}
+    for name in inputs.keys() & fills:
+        _check_row(name, inputs[name], "a row of integers, or rows")
     single = not _is_rows(inputs["input_ids"])
     columns = {name: [values] if single else list(values) for name, values in inputs.items()}
     ids = columns["input_ids"]
     for name, values in columns.items():
         if len(values) != len(ids):
             raise InputError(f"{name} has {len(values)} rows and input_ids {len(ids)}")
-    if _includes(return_attention_mask, "attention_mask", tokenizer):
+        for number, row in enumerate(values if name in fills else ()):
+            _check_row(f"{name} {number}", row, "a row of integers")
+    if _wanted(return_attention_mask, "attention_mask", tokenizer.model_input_names):
         columns.setdefault("attention_mask", [[1] * len(row) for row in ids])
     pad_to = padding_name(padding)
     width = 0
@@ -418,8 +388,7 @@ def pad(
     if pad_to_multiple_of is not None:
         check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
         width += -width % pad_to_multiple_of
-    fills = {"input_ids": tokenizer.vocab.pad, **_FILL}
-    result: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     for name, values in columns.items():
         if return_tensors is None:
             if name in fills:
@@ -450,6 +419,11 @@ def _columns(inputs: Any) -> dict[str, Any]:
     if not hasattr(inputs, "keys"):
         raise InputError(f"pad got {described(inputs)}, expected a mapping or a list of mappings")
     return {name: inputs[name] for name in inputs}
+
+
+def _check_row(name: str, row: Any, expected: str) -> None:
+    if not hasattr(row, "__len__") or getattr(row, "ndim", 1) == 0:
+        raise InputError(f"{name} is {described(row)}, expected {expected}")
 
 
 def _is_rows(values: Any) -> bool:
@@ -484,7 +458,10 @@ def _filled(name: str, rows: list[Any], width: int, fill: int) -> NDArray[Any]:
         return filled
     sizes = np.array([len(row) for row in rows])
     if all(isinstance(row, list) for row in rows):
-        flat = np.array(list(itertools.chain.from_iterable(rows)))
+        try:
+            flat = np.array(list(itertools.chain.from_iterable(rows)))
+        except ValueError:
+            raise InputError(f"{name} has lists among integers, expected rows of them") from None
     else:
         flat = np.concatenate([_array(row) for row in rows])
     if not len(flat):

@@ -82,7 +82,15 @@ void CheckRows() {
       "wrong single rows");
 }
 
-// Texts given as words, and the words of rows found again from ids.
+std::vector<std::int32_t> WordsOf(const TokenRows& rows) {
+  std::vector<std::int32_t> words(static_cast<std::size_t>(rows.offsets().back()));
+  RowColumns<std::int32_t> columns;
+  columns.words = words.data();
+  rows.FillColumns(2, std::nullopt, columns);
+  return words;
+}
+
+// The words of rows, whose texts may be given as words.
 void CheckWords() {
   const auto pieces = std::make_shared<WordPiece>(
       std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"}, kUnk);
@@ -90,7 +98,7 @@ void CheckWords() {
   RowOptions options;
   options.cls = kCls;
   options.sep = kSep;
-  const std::vector<std::string_view> texts = {"ab", "a", "a"}, none;
+  const std::vector<std::string_view> texts = {"ab", "a", "a"}, none = {};
   using Ends = std::vector<std::uint64_t>;
   const auto refusal = [&](const Ends& first, const Ends* second) {
     options.words[0] = &first;
@@ -108,54 +116,43 @@ void CheckWords() {
       refusal({3}, &pair_ends) == "where the words of each pair end must ascend to their number, 0",
       "words of pairs were taken without pairs");
 
-  // [CLS] a ##b [SEP] a [SEP], [CLS] [SEP] a ##b [SEP], then padding.
-  const std::int32_t ids[] = {kCls, kA,   kB, kSep, kA,   kSep, kPad,
-                              kCls, kSep, kA, kB,   kSep, kPad, kPad};
-  std::int64_t starts[] = {0, 7}, places[] = {0, 6, 11}, firsts[] = {2, 0}, seconds[] = {1, 2};
-  RowIds<std::int32_t> rows;
-  rows.ids = ids;
-  rows.size = 14;
-  rows.rows = 2;
-  rows.starts = starts;
-  rows.places = places;
-  rows.firsts = firsts;
-  rows.seconds = seconds;
-  for (const int threads : {1, 2}) {
-    Require(FindWords(tokenizer, rows, threads) ==
-                std::vector<std::int32_t>{-1, 0, 0, -1, 0, -1, -1, -1, 0, 0, -1},
-            "wrong words of ids");
+  // [CLS] a ##b [SEP] a [SEP], [CLS] a [SEP] [SEP]: of texts, and of texts in words.
+  const std::vector<std::string_view> firsts = {"ab", "a"}, seconds = {"a", ""};
+  const Ends first_ends = {0, 3}, second_ends = {0, 0};
+  for (const bool keep : {false, true}) {
+    RowOptions whole = options;
+    whole.words[0] = whole.words[1] = nullptr;
+    whole.keep = keep;
+    Require(WordsOf(TokenRows(tokenizer, firsts, &seconds, whole, 2)) ==
+                std::vector<std::int32_t>{-1, 0, 0, -1, 0, -1, -1, 0, -1, -1},
+            "wrong words of texts");
+    whole.words[0] = &first_ends;
+    whole.words[1] = &second_ends;
+    Require(WordsOf(TokenRows(tokenizer, texts, &none, whole, 2)) ==
+                std::vector<std::int32_t>{-1, -1, -1, -1, 0, 0, 1, 2, -1, -1},
+            "wrong words of words");
   }
-  const auto refused_with = [&](std::int64_t* number, std::int64_t value) {
-    const std::int64_t before = std::exchange(*number, value);
-    const std::string message = Refusal([&] { FindWords(tokenizer, rows, 1); });
-    *number = before;
-    return message;
-  };
-  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
-  for (const std::int64_t number : {std::int64_t{-1}, std::int64_t{5}, kMost, -kMost - 1}) {
-    const std::string first = "row 0 is not within the ids", second = "row 1 is not within the ids";
-    Require(refused_with(&firsts[0], number) == first && refused_with(&seconds[0], number) == first,
-            "a text of another size was taken");
-    Require(refused_with(&firsts[1], number) == second, "a text of another size was taken");
-    Require(refused_with(&places[1], number) == first && refused_with(&places[2], number) == second,
-            "a row of another size was taken");
-    Require(refused_with(&places[0], number) == "the places of rows must begin with 0",
-            "places before the first were taken");
-  }
-  for (const std::int64_t number : {std::int64_t{-1}, std::int64_t{10}, kMost, -kMost - 1}) {
-    Require(refused_with(&starts[1], number) == "row 1 is not within the ids",
-            "a row outside the ids was taken");
-  }
-  rows.special = false;
-  Require(Refusal([&] { FindWords(tokenizer, rows, 1); }) == "row 0 is not within the ids",
-          "a row with special pieces was taken for one without");
-  rows.special = true;
-  for (const std::int32_t id : {-1, 7}) {
-    std::vector<std::int32_t> others(ids, ids + rows.size);
-    others.back() = id;
-    rows.ids = others.data();
-    Require(Refusal([&] { FindWords(tokenizer, rows, 1); }) == "an id is not in the vocabulary",
-            "an id outside the vocabulary was taken");
+}
+
+// Rows that are cut, of one text alone: something of it stays unless nothing fits.
+void CheckCuts() {
+  const auto pieces = std::make_shared<WordPiece>(
+      std::vector<std::string>{"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"}, kUnk);
+  const Tokenizer tokenizer({}, pieces, nullptr, {});
+  const std::vector<std::string_view> texts = {"a a"}, pairs = {"b b"};
+  for (const Truncation truncation : {Truncation::kOnlyFirst, Truncation::kOnlySecond}) {
+    RowOptions options;
+    options.truncation = truncation;
+    const auto lengths = [&](std::uint64_t max_length) {
+      options.max_length = max_length;
+      return TokenRows(tokenizer, texts, &pairs, options, 1).offsets();
+    };
+    Require(lengths(3)[1] == 3 && lengths(6)[1] == 6 && lengths(7)[1] == 7, "wrong cuts");
+    for (const std::uint64_t max_length : {4, 5}) {
+      Require(Refusal([&] { lengths(max_length); }).find("nothing of that text would be left") !=
+                  std::string::npos,
+              "a text was cut to nothing");
+    }
   }
 }
 
@@ -203,6 +200,7 @@ void CheckSpecialPieces() {
 int main() {
   CheckRows();
   CheckWords();
+  CheckCuts();
   CheckSpecialPieces();
   if (failures == 0) std::puts("rows_check: all rows and special pieces are right");
   return failures != 0;

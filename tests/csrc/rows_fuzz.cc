@@ -26,9 +26,14 @@ std::vector<std::int32_t> Ids(const Tokenizer& tokenizer, std::string_view text)
   return {ids.data(), ids.end()};
 }
 
-// transformers' truncation, a piece at a time.
+// transformers' truncation, a piece at a time; false where it fails.
 bool CutSlowly(Truncation truncation, std::size_t room, std::vector<std::int32_t>* first,
                std::vector<std::int32_t>* second) {
+  if (room == 0) {
+    first->clear();
+    second->clear();
+  }
+  const bool longest = truncation != Truncation::kOnlyFirst && truncation != Truncation::kOnlySecond;
   while (first->size() + second->size() > room) {
     auto* from = truncation == Truncation::kOnlyFirst    ? first
                  : truncation == Truncation::kOnlySecond ? second
@@ -36,6 +41,7 @@ bool CutSlowly(Truncation truncation, std::size_t room, std::vector<std::int32_t
                                                          : second;
     if (from->empty()) return false;
     from->pop_back();
+    if (from->empty() && !longest) return false;
   }
   return true;
 }

@@ -26,18 +26,15 @@ def builder() -> _core.CorpusBuilder:
     return build
 
 
-ROWS = {
-    **{"cls_sep": None, "pad": 0, "truncation": None, "max_length": 0, "padded": False},
-    **{"width": None, "multiple": 1, "wide": False, "threads": 1},
-}
+FLAT = _core.RowPlan(cls_sep=None)
 TAKES_BYTES = {
     "split": _core.split,
     "utf8_error": _core.utf8_error,
     "cut": WORDPIECE.cut,
     "encode_list": lambda data: TOKENIZER.encode_list(data, None, None),
     "encode_list, pair": lambda data: TOKENIZER.encode_list("", data, None),
-    "encode_rows": lambda data: TOKENIZER.encode_rows([data], None, **ROWS),
-    "encode_rows, pairs": lambda data: TOKENIZER.encode_rows([""], [data], **ROWS),
+    "encode_rows": lambda data: TOKENIZER.encode_rows([data], None, FLAT, 1),
+    "encode_rows, pairs": lambda data: TOKENIZER.encode_rows([""], [data], FLAT, 1),
     "encode_texts": lambda data: TOKENIZER.encode_texts([data], False),
     "encode_long": lambda data: TOKENIZER.encode_long(data, False),
     "encode_words": lambda data: TOKENIZER.encode_words(data, False),
@@ -85,31 +82,30 @@ def test_counts_outside_a_lexicon_are_refused():
 
 def test_a_width_that_overflows_is_refused():
     most = 2**64 - 1
-    options = {**ROWS, "padded": True, "width": most, "multiple": 8}
+    plan = _core.RowPlan(cls_sep=None, padded=True, width=most, multiple=8)
     with pytest.raises(ValueError, match=f"max_length {most} cannot be rounded up"):
-        TOKENIZER.encode_rows(["a"], None, **options)
-    options = {**ROWS, "truncation": "longest_first", "max_length": most}
-    assert TOKENIZER.encode_rows(["a a"], None, **options)[0].tolist() == [1, 1]
+        TOKENIZER.encode_rows(["a"], None, plan, 1)
+    plan = _core.RowPlan(cls_sep=None, truncation="longest_first", max_length=most)
+    assert TOKENIZER.encode_rows(["a a"], None, plan, 1).flat()[0].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_rows_outside_their_ids_are_refused(dtype):
-    numbers = partial(np.array, dtype=np.int64)
-    ids = np.array([0, 1, 0], dtype)  # one row: a piece between two special ones
-    rows = [numbers([0]), numbers([0, 3]), True, numbers([1]), None, 1]
-    assert TOKENIZER.word_numbers(ids, *rows).tolist() == [-1, 0, -1]
-    with pytest.raises(ValueError, match="row 0 is not within the ids"):
-        TOKENIZER.word_numbers(ids[:2].copy(), *rows)
-    with pytest.raises(ValueError, match="an id is not in the vocabulary"):
-        TOKENIZER.word_numbers(ids + 1, *rows)
-    with pytest.raises(ValueError, match="every row needs the sizes of its texts"):
-        TOKENIZER.word_numbers(ids, numbers([0, 0]), *rows[1:])
+def test_rows_stay_what_they_were_after_their_texts_have_gone():
+    text = bytearray(b"a a")
+    texts = [text, "a"]
+    rows = TOKENIZER.encode_rows(texts, None, _core.RowPlan(cls_sep=None, keep=True), 1)
+    text[:] = b"aaaaa"
+    texts.clear()
+    assert rows.words().tolist() == [0, 1, 0]
+    assert rows.spans().tolist() == [[0, 1], [2, 3], [0, 1]]
+    assert rows.lists("input_ids") == [[1, 1], [1]]
+    with pytest.raises(ValueError, match="there is no column 'labels'"):
+        rows.lists("labels")
 
 
 def test_words_that_are_not_those_of_their_texts_are_refused():
     for ends in ([1], [2, 1], [-1, 2], []):
         with pytest.raises(ValueError, match="the words of each text end must ascend to their num"):
-            TOKENIZER.encode_rows(["a", "a"], None, **ROWS, text_words=np.array(ends, np.int64))
+            TOKENIZER.encode_rows(["a", "a"], None, FLAT, 1, np.array(ends, np.int64))
 
 
 def test_lists_of_integers_become_one_array_filled_up():

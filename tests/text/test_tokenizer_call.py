@@ -8,8 +8,10 @@ alike (tests/text/test_tokenizer.py counts the characters that they do not).
 import collections
 import copy
 import pickle
+import random
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -247,7 +249,7 @@ def test_names_as_transformers(ours, fast):
     for name in ("vocab_size", "model_max_length", "padding_side", "truncation_side", "is_fast",
                  "pad_token_type_id"):  # fmt: skip
         assert getattr(ours, name) == getattr(fast, name), name
-    assert list(ours.model_input_names) == fast.model_input_names
+    assert ours.model_input_names == fast.model_input_names
     # (The object counts BERT's; a tokenizer of saved files counts special added pieces, too.)
     assert sorted(ours.all_special_ids) == sorted([*fast.all_special_ids, ours.vocab.ids["<tag>"]])
     assert set(ours.all_special_tokens) == {*fast.all_special_tokens, "<tag>"}
@@ -328,7 +330,7 @@ def test_a_batch_is_a_mapping(ours):
     with pytest.raises(AttributeError, match="has no 'nothing'"):
         batch.nothing  # noqa: B018
     with pytest.raises(KeyError, match="read by name"):
-        batch[0]
+        batch[1.5]
     with pytest.raises(InputError, match="there is no row 2; the batch has 2"):
         batch.word_ids(2)
     with pytest.raises(InputError, match="there is no piece 9; the row has 5"):
@@ -339,6 +341,56 @@ def test_a_batch_is_a_mapping(ours):
                           "attention_mask": [[1] * 3]}  # fmt: skip
     with pytest.raises(InputError, match="pickled without offsets"):
         lists.char_to_token(0)
+
+
+@pytest.mark.parametrize("tensors", [None, "np"])
+def test_a_list_may_change_after_the_call(ours, tensors):
+    """Words and offsets are found later, of the texts as they were."""
+    for split in (False, True):
+        texts = [["hello", "x"], ["the"]] if split else ["hello x", "the"]
+        pairs = [["x"], ["x"]] if split else ["worlds", bytearray(b"the")]
+        options = {"padding": True, "return_tensors": tensors, "is_split_into_words": split}
+        batch = ours(texts, pairs, **options)
+        again = ours(texts, pairs, **options)
+        expected = [again.word_ids(i) for i in (0, 1)], again.token_to_chars(0, 1)
+        second = again.token_to_chars(1, 3)
+        if split:
+            texts[0][0] = pairs[0][0] = "y y y"
+        else:
+            texts[0] = pairs[0] = "y y y"
+            pairs[1][:] = b"y y y y y"
+        assert ([batch.word_ids(i) for i in (0, 1)], batch.token_to_chars(0, 1)) == expected
+        texts.clear()
+        pairs.clear()
+        assert batch.token_to_chars(1, 3) == second
+        assert batch.word_ids(1) == expected[0][1]
+
+
+def test_a_call_encodes_once_and_decides_once(vocab):
+    class Counted:
+        def __init__(self, core):
+            self.core = core
+            self.calls = 0
+
+        def encode_rows(self, *arguments):
+            self.calls += 1
+            return self.core.encode_rows(*arguments)
+
+    tok = WordPieceTokenizer(vocab)
+    tok._core = counted = Counted(tok._core)
+    for tensors in (None, "np"):
+        batch = tok(["hello x", "x"], ["the", "x"], padding=True, return_tensors=tensors)
+        words = [None, 0, 1, None, 0, None]
+        assert batch.word_ids(0) == words
+        batch["input_ids"][0][:] = 0 if tensors else []  # changes no word and no piece
+        assert batch.word_ids(0) == words
+        assert batch.tokens(0) == ["[CLS]", "hello", "x", "[SEP]", "the", "[SEP]"]
+        assert batch.sequence_ids(0) == [None, 0, 0, None, 1, None]
+    assert counted.calls == 2
+    tok(["hello"], padding=True, return_tensors="np")
+    assert tok._plan_call.cache_info().misses == 2
+    with pytest.raises(InputError, match="padding is 1"):  # True and 1 are one key
+        tok(["hello"], padding=1, return_tensors="np")
 
 
 def test_pairs_in_one_list(ours):
@@ -397,7 +449,7 @@ def test_bytes_and_arrays_of_texts(ours):
         ("a", {"padding": "left"}, "padding is 'left', expected True, False, 'longest'"),
         ("a", {"padding": 1}, "padding is 1"),
         ("a", {"truncation": "shortest"}, "truncation is 'shortest', expected True"),
-        ("a", {"truncation": "only_second"}, "truncation='only_second' needs text_pair"),
+        ("a b c", {"truncation": "only_second", "max_length": 4}, "row 0 cannot be cut"),
         ("a", {"max_length": "5"}, "max_length is '5', expected an integer"),
         ("a", {"max_length": 1}, "leaves no room for the 2 special tokens"),
         ("a", {"stride": -1}, "stride is -1, expected an integer"),
@@ -413,6 +465,9 @@ def test_bytes_and_arrays_of_texts(ours):
         ("a b c", {"padding": "max_length", "max_length": 3, "truncation": False},
          "row 0 has 5 pieces, more than max_length 3"),
         ("a", {"threads": -1}, "threads must be 0"),
+        ("a", {"padding_side": "left"}, "padding_side is 'left', expected 'right'.*as_hf"),
+        ("a", {"split_special_tokens": 1}, r"split_special_tokens is 1 \(int\)"),
+        ("a", {"padding": ["longest"]}, r"padding is \['longest'\]"),
         (["a b c"], {"text_pair": ["d e f"], "truncation": "only_first", "max_length": 5},
          "row 0 cannot be cut"),
     ],
@@ -455,6 +510,12 @@ def test_pad_refuses(ours):
         ([{"input_ids": [1]}, 5], {}, r"example 1 is 5 \(int\), expected a mapping"),
         ([{"input_ids": [1]}, {"labels": 1}], {}, "example 1 has labels and example 0 input_ids"),
         ({"labels": [[1]]}, {}, "pad needs input_ids, got labels"),
+        ({"input_ids": 5}, {}, r"input_ids is 5 \(int\), expected a row of integers, or rows"),
+        ({"input_ids": [[1], 2]}, {}, r"input_ids 1 is 2 \(int\), expected a row of integers"),
+        ({"input_ids": [[1], None]}, {}, "input_ids 1 is None"),
+        ({"input_ids": [[1]], "attention_mask": 1}, {}, "attention_mask is 1"),
+        ({"input_ids": [2, [1]]}, {"return_tensors": "np"}, "input_ids has lists among integers"),
+        ({"input_ids": [[1]]}, {"padding_side": "left"}, "padding_side is 'left', expected"),
         ({"input_ids": [[1], [2]], "labels": [1]}, {}, "labels has 1 rows and input_ids 2"),
         ({"input_ids": [[1], [2]], "labels": [[1], [2, 3]]}, {"return_tensors": "np"},
          "labels has rows of different lengths, which pad does not fill up"),
@@ -499,7 +560,7 @@ def test_files_say_lengths_and_inputs(ours, tmp_path):
     for text, length, names in [
         ('{"tokenizer_class": "DistilBertTokenizer", "model_max_length": 1e30, '
          '"do_lower_case": false, "strip_accents": null}',
-         10**30, ("input_ids", "attention_mask")),
+         10**30, ["input_ids", "attention_mask"]),
     ]:  # fmt: skip
         config.write_text(text.replace("false", str(ours.vocab.lowercase).lower()))
         found = WordPieceTokenizer.from_pretrained(tmp_path / "saved")
@@ -564,6 +625,230 @@ def test_transformers_collators_take_it(ours):
         [{**row, "labels": [1] * len(row["input_ids"])} for row in rows]
     )
     assert classes["labels"].tolist()[1][3:] == [-100] * (classes["labels"].shape[1] - 3)
+
+
+def test_transformers_collator_for_whole_words_takes_it(ours, fast):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    if not hasattr(fast, "_convert_id_to_token"):
+        pytest.skip("the collator of transformers 5 asks its own tokenizers' offsets")
+    made = []
+    for tok in (ours, fast):
+        rows = [tok("hello worlds slowing") for _ in range(4)]
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is for BertTokenizer, it says
+            random.seed(0)
+            made.append(transformers.DataCollatorForWholeWordMask(tok, mlm_probability=0.4)(rows))
+    for name in ("input_ids", "labels"):
+        assert torch.equal(made[0][name], made[1][name])
+    assert (made[0]["labels"] != -100).any()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_pipelines_take_it(ours):
+    """Question answering asks the most: rows by number, words, characters."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    if not hasattr(transformers, "QuestionAnsweringPipeline"):
+        pytest.skip("this transformers has no such pipeline")
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(
+        transformers.BertConfig(vocab_size=len(ours), hidden_size=16, num_hidden_layers=1,
+                                num_attention_heads=1, intermediate_size=16)
+    )  # fmt: skip
+    fast = ours.as_hf()
+    question, context = "x the", "hello worlds the slowing x " * 8
+    made = [
+        transformers.pipeline("question-answering", model=model, tokenizer=tok, device="cpu")(
+            question=question, context=context, max_seq_len=24, doc_stride=8
+        )
+        for tok in (ours, fast)
+    ]
+    assert made[0] == pytest.approx(made[1])
+
+
+def test_one_text_is_cut_as_transformers(ours, fast):
+    """only_first and only_second of texts that they leave nothing of, or that have no second."""
+    texts = [("x", None), ("x", "a"), ("x a", "the x"), ("the x a", "x")]
+    for cut in ("only_first", "only_second"):
+        for length in range(3, 9):
+            for text, pair in texts:
+                options = {"truncation": cut, "max_length": length}
+                try:
+                    expected = plain(fast(text, pair, **options))
+                except Exception:
+                    expected = None
+                if expected is not None:
+                    assert plain(ours(text, pair, **options)) == expected
+                    continue
+                with pytest.raises(InputError, match="row 0 cannot be cut"):
+                    ours(text, pair, **options)
+
+
+def test_older_names_of_a_call_as_transformers(ours, fast):
+    torch = pytest.importorskip("torch")
+    for call in (
+        lambda tok: tok.encode("hello x", text_pair="x", add_special_tokens=False),
+        lambda tok: tok.encode("hello worlds x", truncation=True, max_length=4),
+        lambda tok: tok.encode("hello", "x", max_length=9, padding="max_length", truncation=True),
+        lambda tok: tok.encode(["hello", "x"], is_split_into_words=True),
+        lambda tok: tok.tokenize(["hello x", "the"], is_split_into_words=True),
+        lambda tok: tok.tokenize("hello", pair="x", add_special_tokens=True),
+        lambda tok: tok.tokenize("hello [MASK] <tag>", split_special_tokens=True),
+        lambda tok: plain(tok("hello [MASK] <tag>", split_special_tokens=True)),
+        lambda tok: plain(tok(["hello", "hello x"], padding=True, padding_side="right")),
+        lambda tok: tok.pad([{"input_ids": [1]}, {"input_ids": [1, 2]}], True, None, None, "right",
+                            None, None).data,
+    ):  # fmt: skip
+        assert call(ours) == call(fast)
+    if hasattr(fast, "encode_plus"):  # transformers 5 has no such names
+        for call in (
+            lambda tok: plain(
+                tok.encode_plus("hello " * 4, "x", True, truncation=True, max_length=6)
+            ),
+            lambda tok: plain(tok.batch_encode_plus(["hello x", "x"], padding=True)),
+            lambda tok: plain(tok.batch_encode_plus([("hello x", "x")], return_length=True)),
+        ):
+            assert call(ours) == call(fast)
+    for tok in (ours, fast):
+        ids = tok.encode("hello", return_tensors="pt", max_length=2, truncation=True)
+        assert torch.equal(ids, torch.tensor([[2, 3]]))
+    with pytest.raises(InputError, match="pairs is str, expected a list"):
+        ours.batch_encode_plus("hello")
+    with pytest.raises(InputError, match=r"text is \['a'\] \(list\)"):
+        ours.encode(["a"], padding=True)
+
+
+def test_a_plain_added_piece_stays_whole(vocab, tmp_path):
+    """split_special_tokens is about special pieces."""
+    transformers = pytest.importorskip("transformers")
+    added = (AddedPiece("<tag>", special=False),)
+    tok = WordPieceTokenizer(Vocab(PIECES, vocab.lowercase, added=added, base_size=len(PIECES) - 1))
+    tok.save_pretrained(tmp_path)
+    fast = transformers.BertTokenizerFast.from_pretrained(tmp_path)
+    text = "hello[MASK]<tag> x"
+    for split in (False, True):
+        assert tok.tokenize(text, split_special_tokens=split) == (
+            fast.tokenize(text, split_special_tokens=split)
+        )
+    assert tok.additional_special_tokens == fast.additional_special_tokens == []
+    _assert_added(tok, fast)
+
+
+def _assert_added(ours, theirs):
+    assert list(ours.added_tokens_decoder) == list(theirs.added_tokens_decoder)
+    assert ours.added_tokens_encoder == theirs.added_tokens_encoder
+    for id, expected in theirs.added_tokens_decoder.items():
+        got = ours.added_tokens_decoder[id]
+        assert str(got) == str(expected)
+        for name in ("content", "single_word", "lstrip", "rstrip", "normalized", "special"):
+            assert getattr(got, name) == getattr(expected, name), name
+
+
+def test_further_names_as_transformers(ours, tmp_path):
+    """Of the tokenizer of saved files, which knows its special added pieces."""
+    transformers = pytest.importorskip("transformers")
+    ours.save_pretrained(tmp_path)
+    ours = WordPieceTokenizer.from_pretrained(tmp_path)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    names = ("bos_token", "eos_token", "bos_token_id", "eos_token_id", "split_special_tokens",
+             "special_tokens_map", "max_len_single_sentence", "max_len_sentences_pair",
+             "do_lower_case", "additional_special_tokens",
+             "additional_special_tokens_ids")  # fmt: skip
+    for name in names:
+        if hasattr(fast, name):  # (5 has fewer)
+            assert getattr(ours, name) == getattr(fast, name), name
+    assert ours.name_or_path == str(fast.name_or_path) == str(tmp_path)
+    _assert_added(ours, fast)
+    assert pickle.loads(pickle.dumps(ours)).name_or_path == str(tmp_path)
+    assert WordPieceTokenizer(ours.vocab, ours.model_max_length) == ours
+    five = ours.vocab.ids["hello"]
+    assert ours.decode(five) == ours.decode(np.int64(five)) == fast.decode(five) == "hello"
+    assert ours.decode(token_ids=[five]) == fast.decode(token_ids=[five])
+
+
+def test_wrong_types_are_refused_by_name(ours):
+    batch = ours("hello")
+    for call, message in [
+        (lambda: ours.batch_decode(5), r"sequences is 5 \(int\), expected rows of ids"),
+        (lambda: ours.convert_tokens_to_string(5), r"tokens is 5 \(int\), expected pieces"),
+        (lambda: ours.get_special_tokens_mask(5), r"token_ids_0 is 5 \(int\), expected a row"),
+        (lambda: ours.build_inputs_with_special_tokens([5], 6), r"token_ids_1 is 6 \(int\)"),
+        (lambda: WordPieceTokenizer.from_pretrained(None), r"path is None .*expected a folder"),
+        (lambda: WordPieceTokenizer.from_pretrained(5), r"path is 5 \(int\)"),
+        (lambda: WordPieceTokenizer.from_pretrained("x", "yes"), r"lowercase is 'yes' \(str\)"),
+        (lambda: batch.word_ids("x"), r"the row is 'x' \(str\), expected an integer"),
+        (lambda: batch.word_ids(0.0), r"the row is 0.0 \(float\)"),
+        (lambda: batch.token_to_sequence("x"), r"the piece is 'x' \(str\)"),
+        (lambda: batch.word_to_tokens("x"), r"the word is 'x' \(str\)"),
+        (lambda: batch.char_to_token("x"), r"the character is 'x' \(str\)"),
+        (lambda: batch.convert_to_tensors("tf"), "return_tensors is 'tf'"),
+        (lambda: ours(["a", "a x"]).convert_to_tensors("np"), "input_ids has rows of different"),
+        (lambda: BatchEncoding({"a": "b"}).convert_to_tensors("np"), "a has <U1 values"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_rows_of_a_batch_as_transformers(ours, fast):
+    for texts, pairs, options in [
+        (["hello worlds", "x"], None, {"padding": True}),
+        (["hello x", "x"], ["the", "slowing x"], {}),
+        (["hello x the"], ["the x slowing"], {"padding": "max_length", "max_length": 8,
+         "truncation": "only_second", "stride": 1, "return_overflowing_tokens": True}),
+        ("hello", "x x", {}),
+    ]:  # fmt: skip
+        got, expected = ours(texts, pairs, **options), fast(texts, pairs, **options)
+        assert got.n_sequences == expected.n_sequences
+        assert got.is_fast
+        assert got.words(0) == expected.word_ids(0)
+        assert len(got.encodings) == len(got[0:]) == len(expected.encodings)
+        for row, other in zip(got[:], expected[:], strict=True):
+            for name in ("ids", "type_ids", "tokens", "offsets", "word_ids", "n_sequences",
+                         "attention_mask", "special_tokens_mask", "sequence_ids"):  # fmt: skip
+                assert getattr(row, name) == getattr(other, name), name
+            assert len(row) == len(other)
+            for place in range(len(other)):
+                for name in ("token_to_sequence", "token_to_word", "token_to_chars"):
+                    assert getattr(row, name)(place) == getattr(other, name)(place), name
+                for sequence in range(other.n_sequences):
+                    for name in ("word_to_tokens", "word_to_chars", "char_to_token",
+                                 "char_to_word"):  # fmt: skip
+                        assert getattr(row, name)(place, sequence) == (
+                            getattr(other, name)(place, sequence)
+                        ), name
+        assert got[-1].ids == expected[-1].ids
+    assert "hello" in repr(ours("hello")[0])
+
+
+def test_a_batch_as_a_dictionary(ours, fast):
+    torch = pytest.importorskip("torch")
+    for tok in (ours, fast):
+        batch = tok(["hello", "x x"], padding=True)
+        assert (batch | {"x": 1})["x"] == 1
+        assert ({"x": 1} | batch)["x"] == 1
+        assert next(iter({"x": 1} | batch)) == "x"
+        assert type(batch | {}) is type(batch)
+        other = batch.copy()
+        other["labels"] = [0, 1]
+        assert "labels" not in batch
+        assert other.convert_to_tensors(None) is other
+        assert other["labels"] == [0, 1]
+        assert other.convert_to_tensors("pt") is other
+        assert {name: value.dtype for name, value in other.items()} == dict.fromkeys(
+            [*batch, "labels"], torch.int64
+        )
+        assert other["input_ids"].tolist() == batch["input_ids"]
+        one = tok("hello").convert_to_tensors("np", prepend_batch_axis=True)
+        assert one["input_ids"].shape == (1, len(tok("hello")["input_ids"]))
+        assert type(batch)({"a": [0.5]}).convert_to_tensors("pt")["a"].dtype == torch.float32
+        plain_batch = type(batch)({"a": [1, 2, 3]})
+        assert plain_batch[:2] == {"a": [1, 2]}
+        assert plain_batch.n_sequences is None
+        assert not plain_batch.is_fast
+        with pytest.raises(KeyError):
+            plain_batch[0]
 
 
 def test_values_of_a_batch_are_its_own(ours):
