@@ -75,9 +75,14 @@ class TokenNames:
     @property
     def all_special_tokens(self) -> list[str]:
         """The special pieces, added ones last."""
-        usual = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
-        names = dict.fromkeys((*usual, *self.additional_special_tokens))
-        return [p for p in names if p in self.vocab.ids]
+        named = self._named_special
+        return [*named, *(p for p in self.additional_special_tokens if p not in named)]
+
+    @property
+    def _named_special(self) -> list[str]:
+        """Those with a name, in transformers' order."""
+        names = ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]")
+        return [piece for piece in names if piece in self.vocab.ids]
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -94,7 +99,7 @@ class TokenNames:
 
     @property
     def special_tokens_map(self) -> dict[str, Any]:
-        names: dict[str, Any] = {f"{p[1:-1].lower()}_token": p for p in self.vocab.special_pieces}
+        names: dict[str, Any] = {f"{p[1:-1].lower()}_token": p for p in self._named_special}
         more = self.additional_special_tokens
         return {**names, "additional_special_tokens": more} if more else names
 

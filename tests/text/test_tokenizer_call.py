@@ -656,7 +656,7 @@ def test_pipelines_take_it(ours):
     model = transformers.BertForQuestionAnswering(
         transformers.BertConfig(vocab_size=len(ours), hidden_size=16, num_hidden_layers=1,
                                 num_attention_heads=1, intermediate_size=16)
-    )  # fmt: skip
+    ).eval()  # fmt: skip
     fast = ours.as_hf()
     question, context = "x the", "hello worlds the slowing x " * 8
     made = [
