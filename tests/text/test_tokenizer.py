@@ -190,11 +190,14 @@ def test_wrong_options(tokenizer):
     ]:
         with pytest.raises(InputError, match=message):
             tokenizer.encode_batch(["hello world", "a"], **options)
-    with pytest.raises(InputError, match="cannot be cut"):
-        tokenizer.encode_batch(["a b c"], ["d e f"], truncation="only_first", max_length=5)
-    # A text may be cut to nothing; not to less.
-    row = tokenizer.encode_batch(["a b c"], ["d e f"], truncation="only_first", max_length=6)
-    assert row.ids.tolist() == tokenizer.encode("", "d e f")
+    # A text alone may not be cut to nothing, unless nothing fits.
+    for length in (5, 6):
+        with pytest.raises(InputError, match="cannot be cut"):
+            tokenizer.encode_batch(["a b c"], ["d e f"], truncation="only_first", max_length=length)
+    for length, texts in ((3, ("", "")), (7, ("a", "d e f"))):
+        options = {"truncation": "only_first", "max_length": length}
+        row = tokenizer.encode_batch(["a b c"], ["d e f"], **options)
+        assert row.ids.tolist() == tokenizer.encode(*texts)
     with pytest.raises(InputError, match="list of texts"):
         tokenizer.encode_batch("hello")
     with pytest.raises(InputError, match="text 1 is not UTF-8: byte 0xff at offset 1"):
