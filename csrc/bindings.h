@@ -125,8 +125,8 @@ class TextViews {
       auto view = std::make_unique<TextView>(text, TextView::kUnchecked);
       if (keep && !PyUnicode_Check(text.ptr()) && !PyBytes_Check(text.ptr())) {
         const std::string_view bytes = view->get();
-        view = std::make_unique<TextView>(py::bytes(bytes.data(), bytes.size()),
-                                          TextView::kUnchecked);
+        view =
+            std::make_unique<TextView>(py::bytes(bytes.data(), bytes.size()), TextView::kUnchecked);
       }
       others_.emplace_back(views_.size(), std::move(view));
       views_.push_back(others_.back().second->get());

@@ -78,7 +78,8 @@ class PlannedRows {
     py::gil_scoped_release release;
     first_.Check("text");
     if (second_) second_->Check("pair");
-    rows_.emplace(*tokenizer_, first_.get(), second_ ? &second_->get() : nullptr, options_, threads);
+    rows_.emplace(*tokenizer_, first_.get(), second_ ? &second_->get() : nullptr, options_,
+                  threads);
     if (padded_) width_ = rows_->Width(plan.width, plan.multiple);
   }
   PlannedRows(const PlannedRows&) = delete;
@@ -228,9 +229,12 @@ class PlannedRows {
     return ListOf(rows_->size(), [&](std::size_t row) {
       const auto begin = static_cast<std::size_t>(offsets[row]);
       const std::size_t size = static_cast<std::size_t>(offsets[row + 1]) - begin;
-      return ListOf(padded_ ? width_ : size, [&](std::size_t i) {
-               return i < size ? value(begin + i) : py::object(padding).release().ptr();
-             }).release().ptr();
+      return ListOf(padded_ ? width_ : size,
+                    [&](std::size_t i) {
+                      return i < size ? value(begin + i) : py::object(padding).release().ptr();
+                    })
+          .release()
+          .ptr();
     });
   }
 

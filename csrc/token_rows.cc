@@ -14,8 +14,8 @@ std::uint64_t Specials(const RowOptions& options, bool pairs) {
   return options.special ? (pairs ? 3 : 2) : 0;
 }
 
-// Shortens a row's texts to `room` ids together; false if `truncation` cannot: one text alone is cut
-// only if something of it stays. (Where nothing fits nothing stays, as Hugging Face has it.)
+// Shortens a row's texts to `room` ids together; false if `truncation` cannot: one text alone is
+// cut only if something of it stays. (Where nothing fits nothing stays, as Hugging Face has it.)
 bool Truncate(Truncation truncation, std::uint64_t room, std::uint64_t* first,
               std::uint64_t* second) {
   if (*first + *second <= room) return true;

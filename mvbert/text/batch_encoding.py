@@ -69,7 +69,7 @@ class EncodedRows:
         lead: special pieces before and after each text: 1 or 0.
         pairs: whether each row has two texts.
         first: one text: a column is its list, without a list of rows around it.
-        asked: whether the call asked for offsets.
+        with_spans: whether the call asked for offsets.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class EncodedRows:
         lead: int,
         pairs: bool,
         first: bool,
-        asked: bool,
+        with_spans: bool,
     ) -> None:
         self.vocab = vocab
         self.core = core
         self.lead = lead
         self.pairs = pairs
         self.first = first
-        self.asked = asked
+        self.with_spans = with_spans
 
     def __getstate__(self) -> dict[str, Any]:
         """The core's rows hold the texts and the tokenizer, which are not pickled."""
         for name in ("ids", "offsets", "width", "firsts", "seconds", "words"):
             getattr(self, name)
-        if self.asked:
+        if self.with_spans:
             _ = self.spans
         return {**self.__dict__, "core": None}
 
@@ -103,8 +103,8 @@ class EncodedRows:
 
     def column(self, name: str) -> list[Any]:
         """Lists of the rows, or the list of the only one."""
-        made = self.rows.lists(name)
-        return made[0] if self.first else made
+        rows = self.rows.lists(name)
+        return rows[0] if self.first else rows
 
     # Without padding:
 
@@ -185,7 +185,7 @@ class EncodedRows:
         return ids + [None] * self.padding(number)
 
 
-LATER = object()  # a column that is made when it is first read
+UNREAD = object()  # a column that is made when it is first read
 
 
 class BatchEncoding(MutableMapping[str, Any]):
@@ -209,7 +209,7 @@ class BatchEncoding(MutableMapping[str, Any]):
         if not isinstance(name, str):
             return self._numbered(name)
         value = self._values[name]
-        if value is LATER:
+        if value is UNREAD:
             value = self._values[name] = self.rows.column(name)
         return value
 
@@ -367,9 +367,9 @@ class BatchEncoding(MutableMapping[str, Any]):
         """The pieces of a word."""
         row, word = _row_and(batch_or_word_index, word_index)
         check_index("word", word)
-        both = zip(self.word_ids(row), self.sequence_ids(row), strict=True)
-        found = [place for place, has in enumerate(both) if has == (word, sequence_index)]
-        return TokenSpan(found[0], found[-1] + 1) if found else None
+        keys = zip(self.word_ids(row), self.sequence_ids(row), strict=True)
+        places = [place for place, key in enumerate(keys) if key == (word, sequence_index)]
+        return TokenSpan(places[0], places[-1] + 1) if places else None
 
     def word_to_chars(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0

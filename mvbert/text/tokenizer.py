@@ -577,8 +577,8 @@ class WordPieceTokenizer(TokenNames):
                 pieces.append(piece)
         text = self.convert_tokens_to_string(pieces)
         if clean_up_tokenization_spaces is not False:
-            for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-                text = text.replace(before, before.strip())
+            for suffix in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+                text = text.replace(suffix, suffix.strip())
         return text
 
     def batch_decode(

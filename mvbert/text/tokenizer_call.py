@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError
-from mvbert.text.batch_encoding import LATER, BatchEncoding, EncodedRows
+from mvbert.text.batch_encoding import UNREAD, BatchEncoding, EncodedRows
 from mvbert.text.batch_encoding import as_tensors as as_tensors  # (others import them from here)
 from mvbert.text.batch_encoding import check_tensors as check_tensors
 from mvbert.text.texts import (
@@ -122,10 +122,10 @@ def plan_call(
         )
         max_length = None
     check_multiple(cut, pad_to, max_length, pad_to_multiple_of)
-    wanted = {
+    included = {
         "input_ids": True,
-        "token_type_ids": _wanted(return_token_type_ids, "token_type_ids", model_input_names),
-        "attention_mask": _wanted(return_attention_mask, "attention_mask", model_input_names),
+        "token_type_ids": _includes(return_token_type_ids, "token_type_ids", model_input_names),
+        "attention_mask": _includes(return_attention_mask, "attention_mask", model_input_names),
         "special_tokens_mask": return_special_tokens_mask,
         "offset_mapping": return_offsets_mapping,
     }
@@ -143,7 +143,7 @@ def plan_call(
     )
     return CallPlan(
         rows=rows,
-        columns=tuple(name for name, want in wanted.items() if want),
+        columns=tuple(name for name, include in included.items() if include),
         split=is_split_into_words,
         lead=int(add_special_tokens),
         overflow=return_overflowing_tokens,
@@ -297,9 +297,9 @@ def call(
         raise InputError(str(error)) from None
     # One text that cannot overflow has no list around it.
     first = not (several or plan.overflow)
-    kept = EncodedRows(vocab, rows, plan.lead, others is not None, first, plan.offsets)
+    encoded = EncodedRows(vocab, rows, plan.lead, others is not None, first, plan.offsets)
     # Lists are made when they are read.
-    values = _arrays(plan, rows) if plan.tensors else dict.fromkeys(plan.columns, LATER)
+    values = _arrays(plan, rows) if plan.tensors else dict.fromkeys(plan.columns, UNREAD)
     if plan.length:
         values["length"] = _lengths(plan, rows)
     if plan.overflow:
@@ -307,7 +307,7 @@ def call(
         values["overflow_to_sample_mapping"] = (
             as_tensors(samples, plan.tensors) if plan.tensors else samples.tolist()
         )
-    return BatchEncoding(values, kept)
+    return BatchEncoding(values, encoded)
 
 
 def _arrays(plan: CallPlan, rows: _core.TokenRows) -> dict[str, Any]:
@@ -320,12 +320,12 @@ def _arrays(plan: CallPlan, rows: _core.TokenRows) -> dict[str, Any]:
                 "padding=True with return_tensors, or return_tensors=None for lists"
             )
     ids, types, mask = rows.padded(True)
-    made = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    arrays = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
     if "special_tokens_mask" in plan.columns:
-        made["special_tokens_mask"] = rows.padded_special()
+        arrays["special_tokens_mask"] = rows.padded_special()
     if plan.offsets:
-        made["offset_mapping"] = rows.padded_spans()
-    return {name: as_tensors(made[name], plan.tensors) for name in plan.columns}
+        arrays["offset_mapping"] = rows.padded_spans()
+    return {name: as_tensors(arrays[name], plan.tensors) for name in plan.columns}
 
 
 def _lengths(plan: CallPlan, rows: _core.TokenRows) -> Any:
@@ -335,7 +335,7 @@ def _lengths(plan: CallPlan, rows: _core.TokenRows) -> Any:
     return as_tensors(lengths, plan.tensors) if plan.tensors else lengths.tolist()
 
 
-def _wanted(option: bool | None, name: str, model_input_names: Sequence[str]) -> bool:
+def _includes(option: bool | None, name: str, model_input_names: Sequence[str]) -> bool:
     if option is None:
         return name in model_input_names
     check_flags(**{f"return_{name}": option})
@@ -372,7 +372,7 @@ def pad(
             raise InputError(f"{name} has {len(values)} rows and input_ids {len(ids)}")
         for number, row in enumerate(values if name in fills else ()):
             _check_row(f"{name} {number}", row, "a row of integers")
-    if _wanted(return_attention_mask, "attention_mask", tokenizer.model_input_names):
+    if _includes(return_attention_mask, "attention_mask", tokenizer.model_input_names):
         columns.setdefault("attention_mask", [[1] * len(row) for row in ids])
     pad_to = padding_name(padding)
     width = 0
@@ -388,7 +388,7 @@ def pad(
     if pad_to_multiple_of is not None:
         check_integer("pad_to_multiple_of", pad_to_multiple_of, 1, 2**31)
         width += -width % pad_to_multiple_of
-    made: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, values in columns.items():
         if return_tensors is None:
             if name in fills:

@@ -33,7 +33,8 @@ bool CutSlowly(Truncation truncation, std::size_t room, std::vector<std::int32_t
     first->clear();
     second->clear();
   }
-  const bool longest = truncation != Truncation::kOnlyFirst && truncation != Truncation::kOnlySecond;
+  const bool longest =
+      truncation != Truncation::kOnlyFirst && truncation != Truncation::kOnlySecond;
   while (first->size() + second->size() > room) {
     auto* from = truncation == Truncation::kOnlyFirst    ? first
                  : truncation == Truncation::kOnlySecond ? second
