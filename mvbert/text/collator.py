@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError, MissingExtra
-from mvbert.text.batch_encoding import BatchEncoding
+from mvbert.text.batch_encoding import BatchEncoding, as_tensors, check_tensors
 from mvbert.text.masking import BEGINS, CONTINUES, SEPARATES, STAYS, budget
 from mvbert.text.texts import check_flags, check_integer, described
-from mvbert.text.tokenizer_call import as_tensors, check_tensors
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
