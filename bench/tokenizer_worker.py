@@ -107,7 +107,7 @@ def _(vocab, threads):
 
 @peer("mvbert called, words")
 def _(vocab, threads):
-    return ours_called(vocab, threads, lambda batch: batch.rows.all_words())
+    return ours_called(vocab, threads, lambda batch: batch.rows.words)
 
 
 @peer("mvbert mixed")
@@ -122,17 +122,16 @@ def _(vocab, threads):
 # ---- Hugging Face --------------------------------------------------------------------------------
 
 
-def hugging_face_fast(vocab):
-    import transformers
+def hugging_face(vocab):
+    """The library tokenizers alone: transformers takes few of its versions."""
+    from tokenizers import BertWordPieceTokenizer
 
-    tokenizer = transformers.BertTokenizerFast(vocab, do_lower_case=True)
-    tokenizer.model_max_length = 10**9
-    return tokenizer
+    return BertWordPieceTokenizer(vocab, lowercase=True)._tokenizer
 
 
 @peer("HF encode_batch_fast")
 def _(vocab, threads):
-    tokenizer = hugging_face_fast(vocab).backend_tokenizer
+    tokenizer = hugging_face(vocab)
     return Tokenizer(
         lambda texts: [
             row.ids for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -142,7 +141,10 @@ def _(vocab, threads):
 
 @peer("transformers fast")
 def _(vocab, threads):
-    tokenizer = hugging_face_fast(vocab)
+    import transformers
+
+    tokenizer = transformers.BertTokenizerFast(vocab, do_lower_case=True)
+    tokenizer.model_max_length = 10**9
     options = dict.fromkeys(
         ("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False
     )
@@ -169,8 +171,7 @@ def _(vocab, threads):
 @peer("HF twice, spliced")
 def _(vocab, threads):
     """Mixed tokenization with Hugging Face alone: ids by both vocabularies, chosen word by word."""
-    teacher = hugging_face_fast(vocab).backend_tokenizer
-    student = hugging_face_fast(student_of(vocab)).backend_tokenizer
+    teacher, student = hugging_face(vocab), hugging_face(student_of(vocab))
     size = teacher.get_vocab_size()
     coin = random.Random(0)
 
@@ -201,8 +202,7 @@ def _(vocab, threads):
 @peer("HF words + dict")
 def _(vocab, threads):
     """Hugging Face's normaliser and word splitter, then a Python dict of both cuts of each word."""
-    teacher = hugging_face_fast(vocab).backend_tokenizer
-    student = hugging_face_fast(student_of(vocab)).backend_tokenizer
+    teacher, student = hugging_face(vocab), hugging_face(student_of(vocab))
     normalize, split = teacher.normalizer.normalize_str, teacher.pre_tokenizer.pre_tokenize_str
     size = teacher.get_vocab_size()
     draw = random.Random(0).random
@@ -264,7 +264,7 @@ def _(vocab, threads):
     import tokie
 
     with tempfile.TemporaryDirectory() as folder:
-        hugging_face_fast(vocab).backend_tokenizer.save(f"{folder}/tokenizer.json")
+        hugging_face(vocab).save(f"{folder}/tokenizer.json")
         tokenizer = tokie.Tokenizer.from_json(f"{folder}/tokenizer.json")
 
     def ids(result):
