@@ -143,6 +143,9 @@ class TrainConfig:
     """Learning rate of Muon's matrices, as a multiple of lr."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises from 0."""
+    cooldown: float = 1.0
+    """Share of the steps after the warm-up, at the end, in which the rate falls; it is constant
+    before."""
     final_lr: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     weight_decay: float = 0.01
@@ -212,7 +215,7 @@ class TrainConfig:
             raise InputError(f"seed must lie in [0, 2^40), got {self.seed}")
         if self.micro_rows and self.rows % self.micro_rows:
             raise InputError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
-        for name in ("warmup", "final_lr"):
+        for name in ("warmup", "cooldown", "final_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("lr", "eps", "muon_lr_ratio"):

@@ -90,18 +90,26 @@ def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of `step`, from 0."""
-    return config.lr * linear_schedule(step, config.steps, config.warmup, config.final_lr)
+    share = linear_schedule(step, config.steps, config.warmup, config.final_lr, config.cooldown)
+    return config.lr * share
 
 
-def linear_schedule(step: int, steps: int, warmup: float, final: float = 0.0) -> float:
+def linear_schedule(
+    step: int, steps: int, warmup: float, final: float = 0.0, cooldown: float = 1.0
+) -> float:
     """The share of the peak learning rate at `step`, from 0: linear warm-up, then linear decay.
+
+    With a cooldown below 1 the rate is constant between the two: warm-up, stable, decay (Hu et al.
+    2024, MiniCPM, arXiv 2404.06395).
 
     Args:
         warmup: share of the steps with a rising rate.
         final: share of the peak that the decay ends at.
+        cooldown: share of the steps after the warm-up, the last ones, with a falling rate.
     """
     rising = round(warmup * steps)
     if step < rising:
         return (step + 1) / rising
-    fraction = (steps - step) / max(steps - rising, 1)
-    return final + (1 - final) * fraction
+    falling = cooldown * (steps - rising)
+    left = min(1.0, (steps - step) / falling) if falling else 1.0
+    return final + (1 - final) * left

@@ -37,6 +37,7 @@ NEUTRAL: dict[str, Json] = {
     "row.late_length": 0,
     "row.late_share": None,
     "train.optimizer": "adamw",
+    "train.cooldown": 1.0,
     "train.student_prob_end": -1.0,
     "train.ramp_start": None,
     "train.logits_top_k": 0,

@@ -239,6 +239,13 @@ def test_warm_up_and_decay():
     assert rates[9] == rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert learning_rate(100, config) == pytest.approx(0.1)
+    config = replace(config, cooldown=0.5)  # of the 90 steps after the warm-up
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[9] == rates[55] == pytest.approx(1.0)
+    assert rates[56] < 1
+    assert rates[78] == pytest.approx(0.1 + 0.9 * 22 / 45)
+    assert rates[99] == pytest.approx(0.1 + 0.9 / 45)
+    assert learning_rate(99, replace(config, cooldown=0.0)) == pytest.approx(1.0)
 
 
 # ---- it resumes -----------------------------------------------------------------------------
