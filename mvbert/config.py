@@ -288,8 +288,6 @@ class Stage2Config(TrainConfig):
     """Distillation losses: logits, hidden, relations, sentence (empty: none, as in the paper)."""
     temperature: float = 1.0
     """Temperature of the logits loss."""
-    logits_at: Literal["masked", "all"] = "masked"
-    """Positions of the logits loss."""
     hidden_layers: tuple[int, ...] = ()
     """Student layers of the hidden loss, from 1; 0: the embeddings (empty: the last)."""
     relations_layer: int = 0

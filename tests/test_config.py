@@ -44,7 +44,7 @@ def test_toml_is_read_with_types(tmp_path):
         ("[stage2]\nhidden_layers = [2, 2]\n", "hidden_layers must be different"),
         ("[stage2]\nrelations_layer = -1\n", "relations_layer must not be negative"),
         ("[stage2]\nrelation_heads = 0\n", "relation_heads must be at least 1"),
-        ('[stage2]\nlogits_at = "some"\n', "must be one of masked, all"),
+        ('[stage2]\npositions = "some"\n', "must be one of sinusoidal, random"),
         ("[stage2]\nrows = 10\nmicro_rows = 3\n", "not a multiple of micro_rows"),
         ('[stage2]\nshape = "6x128"\n', "set stage1.embedding_size to 128"),
         ('[arms.a]\nshape = "6x250"\n', "student shape must be"),

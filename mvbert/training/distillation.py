@@ -173,18 +173,10 @@ class Distillation(nn.Module):
         losses: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
         if "logits" in config.distill:
-            if config.logits_at == "masked":
-                rows, index, mask = masked_hidden, batch.masked_index, batch.labels >= 0
-                sums["logits_count"] = mask.sum()
-                scale = 1 / masked
-            else:
-                rows, index, mask = student.head(hidden.flatten(0, 1)), None, None
-                count = batch.input_ids.numel()
-                sums["logits_count"] = torch.full_like(batch.labels[:1].sum(), count)
-                scale = share / count
-            total = self._logits(student, rows, teacher_hidden, index, mask)
-            losses["logits"] = total * scale
+            total = self._logits(student, batch, masked_hidden, teacher_hidden)
+            losses["logits"] = total / masked
             sums["logits_sum"] = total.detach()
+            sums["logits_count"] = (batch.labels >= 0).sum()
         if "hidden" in config.distill:
             errors = [
                 hidden_error(self.maps[str(s)](taps.hidden[s]), teacher_taps.hidden[t])
@@ -204,24 +196,17 @@ class Distillation(nn.Module):
         return losses, sums
 
     def _logits(
-        self,
-        student: MaskedLM,
-        rows: Tensor,
-        teacher_hidden: Tensor,
-        index: Tensor | None,
-        mask: Tensor | None,
+        self, student: MaskedLM, batch: DeviceBatch, masked_hidden: Tensor, teacher_hidden: Tensor
     ) -> Tensor:
-        """The sum of tau^2 KL over the rows of `mask`."""
+        """The sum of tau^2 KL over the masked pieces."""
         config, teacher = self.config, self.teacher.model
         student_head = (student.embeddings.word.weight, student.head.bias)
         teacher_head = (teacher.embeddings.word.weight, teacher.head.bias)
         with torch.no_grad():
-            if index is None:
-                index = torch.arange(len(rows), device=rows.device)
-            target = teacher.masked_hidden(teacher_hidden, index)
+            target = teacher.masked_hidden(teacher_hidden, batch.masked_index)
         return functional.linear_kl(
-            rows, *student_head, target, *teacher_head,
-            temperature=config.temperature, mask=mask, reduction="sum",
+            masked_hidden, *student_head, target, *teacher_head,
+            temperature=config.temperature, mask=batch.labels >= 0, reduction="sum",
         )  # fmt: skip
 
     def teacher_flops(self, T: int, mask_prob: float) -> float:
@@ -232,8 +217,7 @@ class Distillation(nn.Module):
         if "relations" in self.config.distill:
             flops += 3 * 2.0 * T * shape.hidden_size
         if "logits" in self.config.distill:
-            share = mask_prob if self.config.logits_at == "masked" else 1.0
-            flops += share * head_flops(shape, shape.vocab_size)
+            flops += mask_prob * head_flops(shape, shape.vocab_size)
         return flops
 
     def map_flops(self) -> float:

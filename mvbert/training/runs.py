@@ -40,6 +40,7 @@ NEUTRAL: dict[str, Json] = {
     "train.cooldown": 1.0,
     "train.student_prob_end": -1.0,
     "train.ramp_start": None,
+    "train.logits_at": "masked",
     "train.logits_top_k": 0,
     "train.hidden_map": "linear",
     "train.mlm_weight_end": -1.0,

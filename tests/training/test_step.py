@@ -135,7 +135,7 @@ def test_a_run_of_replayed_steps_is_the_eager_run(stage2_run, tmp_path, fixed_sh
 @pytest.mark.parametrize(
     "change",
     [
-        {"logits_at": "all", "hidden_layers": (0, 1)},
+        {"hidden_layers": (0, 1)},
         {"distill": ("relations",), "relations_layer": 1, "relations_weight": 2.0},
         {"optimizer": "muon"},
     ],
