@@ -131,7 +131,10 @@ def put_in_place_of_cce():
 
     from mvbert.functional import linear_cross_entropy
 
-    def ours(e, c, targets, bias=None, *, softcap, shift=0, reduction, impl, return_lse=False):
+    def ours(  # `impl` names one of their kernels
+        e, c, targets, bias=None, *, softcap=None, shift=0, reduction="mean", impl="cce",
+        return_lse=False,
+    ):  # fmt: skip
         return linear_cross_entropy(
             e, c, targets, bias, softcap=softcap, shift=int(shift), reduction=reduction,
             return_lse=return_lse, backend="auto" if e.is_cuda else "chunked",
