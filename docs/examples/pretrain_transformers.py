@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+import torch
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments, set_seed
 from transformers import BertTokenizerFast
 from transformers import DataCollatorForLanguageModeling
@@ -29,6 +30,7 @@ def pretrain(folder, texts, steps=100, batch=32, length=128, bf16=False, **shape
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
             out, max_steps=steps, per_device_train_batch_size=batch, bf16=bf16, logging_steps=1,
+            use_cpu=not torch.cuda.is_available(),  # else bf16 asks for a GPU
             remove_unused_columns=False, save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
