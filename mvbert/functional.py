@@ -866,7 +866,7 @@ def _check_terms(softcap: float | None, z_loss: float) -> None:
 
 
 def check_class_weight(name: str, class_weight: Tensor, V: int | None = None) -> None:
-    """Values are looked at where labels are (`ops.check_range`): on a GPU that waits for it."""
+    """Shape and dtype alone: any value goes, as in torch."""
     if not isinstance(class_weight, Tensor):
         raise InputError(
             f"{name} needs class_weight [V] as a tensor of floating point, "

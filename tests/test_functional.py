@@ -91,6 +91,7 @@ OPTIONS = {
     "softcap": {"softcap": 3.0},
     "z-loss": {"z_loss": 0.1},
     "weights": {"class_weight": WEIGHTS},
+    "weights below 0": {"class_weight": WEIGHTS - WEIGHTS.mean()},
     "weights and z-loss": {"class_weight": WEIGHTS, "z_loss": 0.1},
     "all": {"class_weight": WEIGHTS, "z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.1},
 }

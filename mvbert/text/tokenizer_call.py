@@ -13,9 +13,13 @@ from numpy.typing import NDArray
 from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError
-from mvbert.text.batch_encoding import UNREAD, BatchEncoding, EncodedRows
-from mvbert.text.batch_encoding import as_tensors as as_tensors  # (others import them from here)
-from mvbert.text.batch_encoding import check_tensors as check_tensors
+from mvbert.text.batch_encoding import (
+    UNREAD,
+    BatchEncoding,
+    EncodedRows,
+    as_tensors,
+    check_tensors,
+)
 from mvbert.text.texts import (
     TEXT_TYPES,
     Text,
