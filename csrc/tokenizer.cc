@@ -1,6 +1,7 @@
 #include "tokenizer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
@@ -79,15 +80,10 @@ class Tokenizer::Worker {
         words->from_student.resize(after, 0);
         if (mixed_) std::copy_n(choices, batch_.size(), words->from_student.begin() + before);
         starts = words->starts.data() + before;
-      } else if (spans_ != nullptr) {
-        starts_.resize(std::max(starts_.size(), batch_.size() + 1));
-        starts = starts_.data();
       }
+      const std::size_t before = ids->size();
       cache_->Look(batch_, choices, text_ends_, ids, ends, starts);
-      if (spans_ != nullptr) {
-        starts[batch_.size()] = static_cast<std::uint32_t>(ids->size());
-        AddSpans(starts, *ids);
-      }
+      if (spans_ != nullptr) AddSpans(before, *ids);
       if (cache_->overfull()) cache_ = std::make_unique<PieceCache>(*tokenizer_.seeds_);
     }
     batch_.Clear();
@@ -113,31 +109,33 @@ class Tokenizer::Worker {
     ids->Append(&id, 1);
   }
 
-  // Where the pieces of the batch's words lie: word w has ids[starts[w], starts[w + 1]), the last
-  // one ends them.
-  void AddSpans(const std::uint32_t* starts, const IdBuffer& ids) {
+  // Where the pieces of the batch's words lie; `ids` ends with them, the first is ids[begin]. A
+  // piece begins where its word does or the piece before ended, and [UNK] is all of its word: no
+  // branch on how many pieces a word has.
+  void AddSpans(std::size_t begin, const IdBuffer& ids) {
     spans_->Reserve(2 * ids.size() - spans_->size());
     std::int32_t* out = spans_->end();
+    // (Locals: a store to *out might change a member.)
+    const std::uint32_t *const starts = batch_.starts(), *const ends = batch_.ends();
     const std::uint32_t* const letters = tokenizer_.letters_.data();
-    const auto add = [&](std::uint32_t from, std::uint32_t to) {
-      out[0] = static_cast<std::int32_t>(batch_.source_begin(from, to));
-      out[1] = static_cast<std::int32_t>(batch_.source_end(from, to));
-      out += 2;
-    };
-    const std::size_t words = batch_.size();
-    const std::int32_t* id = ids.data() + starts[0];
-    for (std::size_t word = 0; word < words; ++word) {
-      std::uint32_t from = batch_.start(word);
-      // (The last piece of a word takes the rest: of [UNK] that is all.)
-      const std::int32_t* const last = ids.data() + starts[word + 1] - 1;
-      for (; id < last; ++id) {
-        const std::uint32_t to = from + letters[*id];
-        add(from, to);
-        from = to;
+    const std::uint8_t* const begins_word = tokenizer_.begins_word_.data();
+    const std::int32_t unk = tokenizer_.teacher_->unk_id();
+    const std::int32_t* const last = ids.end();
+    batch_.WithSources([&](auto sources) {
+      std::size_t word = 0;  // the next
+      std::uint32_t from = 0, to = 0;
+      for (const std::int32_t* id = ids.data() + begin; id < last; ++id, out += 2) {
+        const auto piece = static_cast<std::size_t>(*id);
+        const std::uint32_t start = starts[word];
+        const bool begins = begins_word[piece] != 0;
+        word += begins;
+        from = begins ? start : to;
+        to = from + letters[piece];
+        if (__builtin_expect(*id == unk, 0)) to = ends[word - 1];
+        const std::uint32_t span[] = {sources.begin(from, to), sources.end(from, to)};
+        std::memcpy(out, span, sizeof span);
       }
-      add(from, batch_.end(word));
-      ++id;
-    }
+    });
     spans_->SetEnd(out);
   }
 
@@ -182,7 +180,6 @@ class Tokenizer::Worker {
   WordBatch batch_;
   std::vector<std::uint32_t> text_ends_;  // texts that end within the batch, in its words
   std::vector<std::uint8_t> choices_;     // of the batch's words, if there is a coin
-  std::vector<std::uint32_t> starts_;     // of the batch's words in the ids, for spans
   IdBuffer* spans_ = nullptr;             // where spans go, if they are asked for
   bool mixed_ = false;
   std::uint64_t threshold_ = 0;

@@ -35,6 +35,7 @@ class WordPiece {
            std::vector<std::uint32_t>* ends) const;
 
   std::size_t size() const { return pieces_.size(); }
+  std::int32_t unk_id() const { return unk_id_; }
   const std::string& piece(std::int32_t id) const { return pieces_[static_cast<std::size_t>(id)]; }
 
  private:

@@ -51,6 +51,8 @@ class WordBatch {
   const char* bytes() const { return bytes_.data(); }
   std::uint32_t start(std::size_t i) const { return starts_[i]; }
   std::uint32_t end(std::size_t i) const { return ends_[i]; }
+  const std::uint32_t* starts() const { return starts_.data(); }
+  const std::uint32_t* ends() const { return ends_.data(); }
   std::string_view operator[](std::size_t i) const {
     return {bytes_.data() + starts_[i], ends_[i] - starts_[i]};
   }
@@ -59,15 +61,26 @@ class WordBatch {
   void TrackSources(bool track = true) { track_ = track; }
 
   // The smallest stretch of code points of the text that has all that the bytes [from, to) of
-  // bytes() came from, to > from. (Canonical ordering may have moved them.) Counted from the start
-  // of the text, or from the last RestartSources().
-  std::uint32_t source_begin(std::uint32_t from, std::uint32_t to) const {
-    if (!reordered_) return sources_[from];
-    return *std::min_element(sources_.data() + from, sources_.data() + to);
-  }
-  std::uint32_t source_end(std::uint32_t from, std::uint32_t to) const {
-    if (!reordered_) return sources_[to - 1] + 1;
-    return *std::max_element(sources_.data() + from, sources_.data() + to) + 1;
+  // bytes() came from, to > from. Counted from the start of the text, or from the last
+  // RestartSources(). The first and the last byte say it unless canonical ordering has moved some.
+  template <bool kAscend>
+  struct Sources {
+    const std::uint32_t* of;  // by byte
+    std::uint32_t begin(std::uint32_t from, std::uint32_t to) const {
+      return kAscend ? of[from] : *std::min_element(of + from, of + to);
+    }
+    std::uint32_t end(std::uint32_t from, std::uint32_t to) const {
+      return (kAscend ? of[to - 1] : *std::max_element(of + from, of + to)) + 1;
+    }
+  };
+  // Calls use(Sources) with the sources of the batch, of whichever kind they are.
+  template <typename Use>
+  void WithSources(Use&& use) const {
+    if (reordered_) {
+      use(Sources<false>{sources_.data()});
+    } else {
+      use(Sources<true>{sources_.data()});
+    }
   }
   void RestartSources(std::uint32_t at) { source_at_ = at; }
   std::uint32_t source_at() const { return source_at_; }

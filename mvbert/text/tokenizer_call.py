@@ -246,6 +246,8 @@ def _is_single(name: str, value: Any, split: bool) -> bool:
 
 def read_texts(text: Any, text_pair: Any, split: bool) -> tuple[Texts, Texts | None, bool]:
     """The texts and pairs of a call, and whether they are several."""
+    if type(text) is list and text and type(text[0]) is str and text_pair is None and not split:
+        return Texts("text", tuple(text), None), None, True  # nearly always
     single = _is_single("text", text, split)
     if text_pair is not None:
         if _is_single("pair", text_pair, split) != single:

@@ -38,11 +38,12 @@ void CheckWords(std::string_view text, SplitOptions options, std::size_t most) {
         for (std::size_t i = 0; i < batch.size(); ++i) {
           steps.bytes.append(batch[i]);
           steps.ends.push_back(static_cast<std::uint32_t>(steps.bytes.size()));
-          if (track) {
-            const std::uint32_t from = batch.source_begin(batch.start(i), batch.end(i));
-            const std::uint32_t to = batch.source_end(batch.start(i), batch.end(i));
+          if (!track) continue;
+          batch.WithSources([&](auto sources) {
+            const std::uint32_t from = sources.begin(batch.start(i), batch.end(i));
+            const std::uint32_t to = sources.end(batch.start(i), batch.end(i));
             Require(from < to && to <= text.size(), "a source outside the text");
-          }
+          });
         }
         batch.Clear();
       } while (at < text.size());
