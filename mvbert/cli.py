@@ -44,7 +44,6 @@ HELP = {"-h", "--help"}
 
 ModelName = Annotated[Positional[str], arg(metavar="MODEL")]
 OutFolder = Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
-CorpusFolder = Annotated[Path, arg(metavar="FOLDER")]
 
 
 def _several(name: str) -> Any:

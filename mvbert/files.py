@@ -196,6 +196,21 @@ def check_new_folder(path: Path, overwrite: bool) -> None:
         raise write_error(path, error) from error
 
 
+def check_outside(out: Path, *inputs: Path | None) -> None:
+    """Refuses an input inside `out`, a folder that is replaced as a whole."""
+    for path in inputs:
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise InputError(f"{out} contains the input {path}; give another path")
+
+
+def copy_card(folder: Path, target: Path) -> None:
+    """Copies what stays with a model, whatever becomes of its weights: its card and licence."""
+    for path in folder.iterdir():
+        carried = path.name == "README.md" or LICENCE_FILE.fullmatch(path.name)
+        if carried and path.is_file():
+            atomic_write(target / path.name, path.read_bytes())
+
+
 def move_folder(source: Path, target: Path) -> None:
     """Renames a folder to `target`, then removes the folder that it replaces."""
     if target.exists():

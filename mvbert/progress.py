@@ -42,8 +42,9 @@ class Progress:
         self._started = time.perf_counter()
 
     def note(self, text: str) -> None:
-        """Prints one line that stays above the bar."""
-        self._console.print(f"[{self.title}] {text}", markup=False)
+        """Prints one line that stays above the bar, unless it is empty."""
+        if text:
+            self._console.print(f"[{self.title}] {text}", markup=False)
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:

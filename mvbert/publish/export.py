@@ -27,9 +27,10 @@ from torch import Tensor
 from mvbert.config import ModelConfig, RowConfig
 from mvbert.errors import InputError
 from mvbert.files import (
-    LICENCE_FILE,
     atomic_folder,
     atomic_write,
+    check_outside,
+    copy_card,
     read_json_object,
     sync_folder,
     write_json,
@@ -388,9 +389,7 @@ def run_export(
     if gate is not None and len(files) == 1:
         raise InputError("--max-error and --min-agreement need --int8 or --float16")
     folder = huggingface.find_model(name)
-    for path in (folder, corpus):  # `out` is replaced as a whole
-        if path is not None and path.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"{out} contains the input {path}; give another path")
+    check_outside(out, folder, corpus)
     shape, vocab = huggingface.read_shape(folder, cased=cased)
     weights = read_weights(folder)
     model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
@@ -406,9 +405,8 @@ def run_export(
         progress.note(f"sentence_embedding: {pooling}")
     heads = [key for key in OUTPUTS if key in heads]
     inputs = _checked_inputs(inputs, shape)
-    for note in (vocab.doubt, weights.unread()):
-        if note:
-            progress.note(note)
+    progress.note(vocab.doubt)
+    progress.note(weights.unread())
     if "logits" in heads and not head and labels is None:
         raise InputError(
             f"{folder} has no head for masked language modelling, classification or question "
@@ -459,10 +457,7 @@ def run_export(
         # Read and written, not copied: config.json may be a relative link.
         config = read_json_object(folder / "config.json")
         write_json(partial / "config.json", config | {"vocab_size": vocab.size})
-        for path in folder.iterdir():  # the card and the licence stay with the model
-            carried = path.name == "README.md" or LICENCE_FILE.fullmatch(path.name)
-            if carried and path.is_file():
-                atomic_write(partial / path.name, path.read_bytes())
+        copy_card(folder, partial)
         length = model.config.max_position_embeddings
         save_tokenizer_files(vocab, partial, length)
         if "pooled" in heads:

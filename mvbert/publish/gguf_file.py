@@ -21,7 +21,7 @@ import torch
 from mvbert import _core
 from mvbert.config import ModelConfig
 from mvbert.errors import InputError, MissingExtra
-from mvbert.files import LICENCE_FILE, Json, atomic_folder, atomic_write, sync_file
+from mvbert.files import Json, atomic_folder, check_outside, copy_card, sync_file
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
 from mvbert.model.pooling import Pooling, read_pooling
@@ -196,8 +196,7 @@ def run_gguf(
     load_gguf()
     progress = Progress("export")
     folder = huggingface.find_model(name)
-    if folder.resolve().is_relative_to(out.resolve()):  # `out` is replaced as a whole
-        raise InputError(f"{out} contains the input {folder}; give another path")
+    check_outside(out, folder)
     if len(heads) > 1 or "logits" in heads:
         raise InputError(
             f"--head is {' '.join(heads)}, which a GGUF file cannot give; expected pooled or hidden"
@@ -215,9 +214,8 @@ def run_gguf(
     pooling = read_pooling(folder, shape.hidden_size) if "pooled" in heads else None
     _check_expressible(folder, shape, pooling)
     model, _ = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
-    for note in (vocab.doubt, weights.unread()):
-        if note:
-            progress.note(note)
+    progress.note(vocab.doubt)
+    progress.note(weights.unread())
     if pooling is not None:
         progress.note(f"embedding: {pooling}")
     _check_finite(folder, model, float16)
@@ -230,10 +228,7 @@ def run_gguf(
             size = (partial / file).stat().st_size
             progress.note(f"{file}: {size / 1e6:.2f} MB")
             report[file] = {"bytes": size}
-        for path in folder.iterdir():  # the card and the licence stay with the model
-            carried = path.name == "README.md" or LICENCE_FILE.fullmatch(path.name)
-            if carried and path.is_file():
-                atomic_write(partial / path.name, path.read_bytes())
+        copy_card(folder, partial)
     return {
         "output": str(out),
         "model": str(folder),

@@ -68,9 +68,8 @@ def run_eval(
     shape, vocab = huggingface.read_shape(folder, cased=cased)
     weights = read_weights(folder)
     model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
-    for note in (vocab.doubt, weights.unread()):
-        if note:
-            progress.note(note)
+    progress.note(vocab.doubt)
+    progress.note(weights.unread())
     if any(part.startswith("cls.") for part in missing):
         raise InputError(
             f"{folder} has no masked-language-model head, so it has no held-out loss; fine-tune it "

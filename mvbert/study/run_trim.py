@@ -10,7 +10,7 @@ import torch
 from mvbert.config import MeasureConfig, RowConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
-from mvbert.files import Json, atomic_folder, atomic_write, check_new_folder
+from mvbert.files import Json, atomic_folder, atomic_write, check_new_folder, check_outside
 from mvbert.model import huggingface
 from mvbert.model.trim import fitted_vocab, read_vocab, write_trimmed
 from mvbert.progress import Progress
@@ -65,12 +65,9 @@ def run_trim(
     choose_device(device)  # refuses one that does not exist before anything is written
     check_new_folder(out, overwrite)
     folder = huggingface.find_model(name)
-    for path in (folder, corpus):  # `out` is replaced as a whole
-        if path is not None and path.resolve().is_relative_to(out.resolve()):
-            raise InputError(f"{out} contains the input {path}; give another path")
+    check_outside(out, folder, corpus)
     old = read_vocab(folder, cased)
-    if old.doubt:
-        progress.note(old.doubt)
+    progress.note(old.doubt)
     torch.set_num_threads(cores(threads))
     data = None if corpus is None else Corpus.open(corpus)
     if data is not None:

@@ -143,8 +143,7 @@ def _check(
     train = splits["train"]
     for split, examples in splits.items():
         progress.note(f"{split}: {len(examples):,} examples")
-        if examples.note:
-            progress.note(examples.note)
+        progress.note(examples.note)
     tags = [tag for of in train.tags or () for tag in of]
     if train.tags is not None and not tags:
         raise InputError(f"{where}: the train set has no tag")
@@ -183,8 +182,7 @@ class _Job:
         self._folder, self._task, self._labels, self._out = folder, task, labels, out
         self._config, self._progress, self._cased = config, progress, cased
         bert, self._vocab, head = load_bert(folder, config.dropout, cased, progress=progress)
-        if self._vocab.doubt:
-            progress.note(self._vocab.doubt)
+        progress.note(self._vocab.doubt)
         shape = self._shape = bert.config
         paired = splits["train"].pairs is not None
         if config.length > shape.max_position_embeddings:

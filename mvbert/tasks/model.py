@@ -122,7 +122,7 @@ def load_bert(
     model.init_weights(seed)
     weights = read_weights(folder)
     model, missing = huggingface.load_masked_lm(folder, model, weights=weights)
-    if progress is not None and weights.unread():
+    if progress is not None:
         progress.note(weights.unread())
     return model, vocab, not any(name.startswith("cls.") for name in missing)
 
@@ -149,7 +149,7 @@ def load_task_model(
     config = read_json_object(folder / "config.json")
     model = TaskModel(bert, _read_labels(folder, config, head))
     model.head.load_state_dict(head.state_dict())
-    if progress is not None and weights.unread():
+    if progress is not None:
         progress.note(weights.unread())
     return model.eval(), vocab
 

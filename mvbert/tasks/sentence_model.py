@@ -59,7 +59,7 @@ def load_sentence_model(folder: Path, progress: Progress | None = None) -> Sente
     shape, vocab = huggingface.read_shape(folder)
     weights = read_weights(folder)
     bert, _ = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
-    if progress is not None and weights.unread():
+    if progress is not None:
         progress.note(weights.unread())
     length = shape.max_position_embeddings
     path = folder / "sentence_bert_config.json"

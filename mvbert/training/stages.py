@@ -52,8 +52,7 @@ class Stage1:
         shape, self.teacher_vocab = huggingface.read_shape(teacher, cased=config.cased)
         self.student_vocab = student_vocab
         for vocab in (self.teacher_vocab, student_vocab):
-            if vocab.doubt:
-                progress.note(vocab.doubt)
+            progress.note(vocab.doubt)
         check_lengths(row, shape)
         self._config = config
         shape = _with_dropout(shape, config.dropout)
@@ -63,8 +62,7 @@ class Stage1:
         _, missing = huggingface.load_masked_lm(teacher, model, weights=weights, seed=config.seed)
         if missing:
             progress.note(f"missing from the teacher, initialised randomly: {', '.join(missing)}")
-        if weights.unread():
-            progress.note(weights.unread())
+        progress.note(weights.unread())
         table = model.embeddings.word.weight.detach()
         rows, shared = spelled_rows(
             student_vocab.pieces, self.teacher_vocab.ids, table, self.teacher_vocab.unk
