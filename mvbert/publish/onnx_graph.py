@@ -39,6 +39,7 @@ MARGIN = 1.2  # of constant scales above the largest value measured
 LOWEST = {"gelu": -0.1701, "gelu_new": -0.1701, "silu": -0.2785, "relu": 0.0}  # rounded down
 
 Precision = Literal["float32", "float16", "int8"]
+Outputs = dict[str, tuple[str, list[str | int]]]  # by name: the value, and its shape
 
 
 def load_onnx() -> tuple[ModuleType, ModuleType]:
@@ -185,10 +186,8 @@ class _Graph:
             inner = self("Tanh", scaled)
         return self("Mul", self("Mul", x, self("Add", inner, one)), half)
 
-    def model(
-        self, inputs: Sequence[str], outputs: dict[str, tuple[str, list[str | int]]]
-    ) -> bytes:
-        """Serialises the model; `outputs` maps each name to its value, floats, and its shape."""
+    def model(self, inputs: Sequence[str], outputs: Outputs) -> bytes:
+        """Serialises the model; outputs are floats."""
         onnx, helper = load_onnx()[0], self._helper
         for name, (value, _) in outputs.items():
             to = onnx.TensorProto.FLOAT
@@ -244,6 +243,173 @@ def smoothed(largest: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, float
 def constant_scale(largest: np.ndarray) -> float:
     """The scale for inputs whose channels' largest absolute values are `largest`."""
     return max(float(largest.max()), 1e-20) * MARGIN / (SYMMETRIC - 1)
+
+
+class _Bert:
+    """Adds the parts of a BERT to a graph.
+
+    Args:
+        largest: for int8, what `calibration.largest_inputs` measured.
+    """
+
+    def __init__(
+        self, model: MaskedLM, precision: Precision, largest: Mapping[str, np.ndarray] | None
+    ) -> None:
+        if precision == "int8" and largest is None:
+            raise ValueError("an int8 graph needs the largest inputs of its products")
+        self.graph, self.config = _Graph(precision), model.config
+        self._largest = largest if precision == "int8" else None
+        self._value = {n: p.detach().cpu().float().numpy() for n, p in model.named_parameters()}
+        if sum(array.nbytes for array in self._value.values()) >= 2**31:
+            raise InputError("a model of 2 GB or more does not fit one ONNX file")
+
+    def _integers(self, *numbers: int) -> str:
+        return self.graph.constant(numbers, np.int64)
+
+    def _linear(self, x: str, name: str) -> str:
+        """A linear layer after a LayerNorm."""
+        weight, scale = self._value[f"{name}.weight"], None
+        if self._largest is not None:
+            channels, scale = smoothed(self._largest[name], weight)
+            x = self.graph("Mul", x, self.graph.constant(1 / channels))
+            weight = weight * channels
+        return self.graph.linear(x, weight, self._value[f"{name}.bias"], scale)
+
+    def _norm(self, x: str, name: str) -> str:
+        weight, bias = (self._value[f"{name}.{part}"] for part in ("weight", "bias"))
+        return self.graph.norm(x, weight, bias, self.config.layer_norm_eps)
+
+    def word_table(self, scored: bool) -> tuple[str, ...]:
+        """The word table; `scored`: it is also the matrix of the logits, where tied."""
+        bits = MATRIX_BITS if scored and self.config.tie_word_embeddings else TABLE_BITS
+        return self.graph.table(self._value["embeddings.word.weight"], bits)
+
+    def embeddings(self, word: tuple[str, ...], inputs: Sequence[str]) -> str:
+        """Hidden states [B, T, H] before the first layer."""
+        graph, (ids, _, types) = self.graph, INPUTS
+        position_rows, type_rows = (
+            self._value[f"embeddings.{n}.weight"] for n in ("position", "token_type")
+        )
+        if types not in inputs:
+            position_rows = position_rows + type_rows[:1]
+        position = graph.table(position_rows, TABLE_BITS)
+        length = graph("Slice", graph("Shape", ids), self._integers(1), self._integers(2))
+        rows = graph.rows(word, "Gather", ids)
+        if types in inputs:
+            rows = graph("Add", rows, graph("Gather", graph.constant(type_rows), types))
+        start, axis = self._integers(0), self._integers(0)
+        rows = graph("Add", rows, graph.rows(position, "Slice", start, length, axis))
+        return self._norm(rows, "embeddings.norm")
+
+    def encoder(self, hidden: str, first_only: bool) -> str:
+        """Hidden states after the last layer; `first_only`: only those of first pieces."""
+        graph, H, A = self.graph, self.config.hidden_size, self.config.num_attention_heads
+        # A large number instead of infinity, so that a row without pieces does not give NaN.
+        large = -3e4 if graph.dtype is np.float16 else -1e9
+        absent = graph("Sub", graph.constant(1.0), graph.floats(INPUTS[1]))
+        absent = graph("Mul", absent, graph.constant(large))
+        absent = graph("Unsqueeze", absent, self._integers(1, 2))
+        shapes = self._integers(0, 0, A, H // A), self._integers(0, 0, H)
+        last = self.config.num_hidden_layers - 1
+        for number in range(last + 1):
+            layer = f"encoder.layers.{number}"
+            hidden = self._layer(layer, hidden, absent, shapes, first_only and number == last)
+        return hidden
+
+    def _layer(
+        self, layer: str, hidden: str, absent: str, shapes: tuple[str, str], first_only: bool
+    ) -> str:
+        """One layer; `absent` is added to scores, `shapes` are those of split and merged heads."""
+        graph, H, activation = self.graph, self.config.hidden_size, self.config.hidden_act
+        after, scale = self._fold_scales(layer)
+        qkv = self._linear(hidden, f"{layer}.qkv")
+        query, key, values = (
+            graph("Transpose", graph("Reshape", part, shapes[0]), perm=order)
+            for part, order in zip(
+                graph("Split", qkv, self._integers(H, H, H), outputs=3, axis=-1),
+                ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]),
+                strict=True,
+            )
+        )
+        if first_only:
+            query = graph("Slice", query, *(self._integers(n) for n in (0, 1, 2)))
+            hidden = graph("Slice", hidden, *(self._integers(n) for n in (0, 1, 1)))
+        scores = graph("Add", graph("MatMul", query, key), absent)
+        context = graph("MatMul", graph("Softmax", scores, axis=-1), values)
+        context = graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), shapes[1])
+        bias = self._value[f"{layer}.attention_output.bias"]
+        attended = graph.linear(context, after, bias, scale)
+        hidden = self._norm(graph("Add", attended, hidden), f"{layer}.attention_norm")
+        expanded = graph.activation(self._linear(hidden, f"{layer}.intermediate"), activation)
+        weight, bias = (self._value[f"{layer}.output.{part}"] for part in ("weight", "bias"))
+        contracted = graph.linear(expanded, weight, bias, lowest=LOWEST[activation])
+        return self._norm(graph("Add", contracted, hidden), f"{layer}.output_norm")
+
+    def _fold_scales(self, layer: str) -> tuple[np.ndarray, float | None]:
+        """Folds the scale of a layer's scores into its weights, and for int8 that of the result.
+
+        Returns:
+            The matrix after attention [H, H], and the scale of its inputs.
+        """
+        H, A = self.config.hidden_size, self.config.num_attention_heads
+        weight, bias = (self._value[f"{layer}.qkv.{part}"].copy() for part in ("weight", "bias"))
+        self._value |= {f"{layer}.qkv.weight": weight, f"{layer}.qkv.bias": bias}
+        weight[:H] *= (H // A) ** -0.5
+        bias[:H] *= (H // A) ** -0.5
+        after, scale = self._value[f"{layer}.attention_output.weight"], None
+        if self._largest is not None:
+            # What is moved from the attention's result is moved into the values' weights.
+            channels, scale = smoothed(self._largest[f"{layer}.attention_output"], after)
+            after = after * channels
+            weight[2 * H :] /= channels[:, None]
+            bias[2 * H :] /= channels
+        return after, scale
+
+    def piece_scores(self, hidden: str, word: tuple[str, ...]) -> str:
+        """Logits over the vocabulary [B, T, V]."""
+        graph, config = self.graph, self.config
+        x = graph.activation(self._linear(hidden, "head.dense"), config.hidden_act)
+        x = self._norm(x, "head.norm")
+        decoder = word
+        if not config.tie_word_embeddings:
+            decoder = graph.table(self._value["head.decoder"], MATRIX_BITS)
+        # Constant-folded when the file is opened.
+        matrix = [graph("Transpose", decoder[0], perm=[1, 0])]
+        scale = None
+        if self._largest is not None:
+            matrix.append(graph("Reshape", decoder[1], self._integers(-1)))
+            scale = constant_scale(self._largest["decoder"])
+        return graph.product(x, tuple(matrix), self._value["head.bias"], scale)
+
+    def label_scores(self, labels: LabelHead, hidden: str) -> Outputs:
+        """The outputs of a label head, in floats."""
+        graph, value = self.graph, self._value
+        x, shape = hidden, ["batch", "length"]
+        if labels.of_text:
+            first = graph("Gather", hidden, graph.constant(0, np.int64), axis=1)
+            pooled = graph.linear(first, value["pooler.weight"], value["pooler.bias"])
+            x, shape = graph("Tanh", pooled), ["batch"]
+        weight, bias = (p.detach().cpu().float().numpy() for p in labels.scores.parameters())
+        scores = graph.product(x, (graph.constant(weight.T),), bias)
+        if labels.intents:
+            tags = len(bias) - labels.intents
+            ends = (graph.constant((n,), np.int64) for n in (0, tags, len(bias), 2))
+            start, middle, end, last = ends
+            first = graph("Gather", scores, graph.constant(0, np.int64), axis=1)
+            axis = graph.constant((1,), np.int64)
+            return {
+                "logits": (graph("Slice", scores, start, middle, last), [*shape, tags]),
+                "intent_logits": (
+                    graph("Slice", first, middle, end, axis),
+                    ["batch", labels.intents],
+                ),
+            }
+        if len(labels.outputs) == 1:
+            return {labels.outputs[0]: (scores, [*shape, len(bias)])}
+        return {
+            name: (graph("Gather", scores, graph.constant(number, np.int64), axis=-1), [*shape])
+            for number, name in enumerate(labels.outputs)
+        }
 
 
 def _pooled(graph: _Graph, pooling: Pooling, hidden: str, counts: str) -> str:
@@ -304,141 +470,24 @@ def to_onnx(
     Raises:
         InputError: the file would be larger than ONNX allows.
     """
-    if precision == "int8" and largest is None:
-        raise ValueError("an int8 graph needs the largest inputs of its products")
-    config, graph = model.config, _Graph(precision)
-    value = {n: p.detach().cpu().float().numpy() for n, p in model.named_parameters()}
-    if sum(array.nbytes for array in value.values()) >= 2**31:
-        raise InputError("a model of 2 GB or more does not fit one ONNX file")
-    H, A, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-    ids, mask, types = INPUTS
-
-    def whole(*numbers: int) -> str:
-        return graph.constant(numbers, np.int64)
-
-    def linear(x: str, name: str) -> str:
-        """A linear layer after a LayerNorm."""
-        weight, scale = value[f"{name}.weight"], None
-        if graph.int8 and largest is not None:
-            channels, scale = smoothed(largest[name], weight)
-            x, weight = graph("Mul", x, graph.constant(1 / channels)), weight * channels
-        return graph.linear(x, weight, value[f"{name}.bias"], scale)
-
-    def norm(x: str, name: str) -> str:
-        return graph.norm(x, value[f"{name}.weight"], value[f"{name}.bias"], eps)
-
-    scored = "logits" in heads and labels is None and config.tie_word_embeddings
-    bits = MATRIX_BITS if scored else TABLE_BITS
-    word = graph.table(value["embeddings.word.weight"], bits)
-    position_rows, type_rows = (value[f"embeddings.{n}.weight"] for n in ("position", "token_type"))
-    if types not in inputs:
-        position_rows = position_rows + type_rows[:1]
-    position = graph.table(position_rows, TABLE_BITS)
-    length = graph("Slice", graph("Shape", ids), whole(1), whole(2))
-    rows = graph.rows(word, "Gather", ids)
-    if types in inputs:
-        rows = graph("Add", rows, graph("Gather", graph.constant(type_rows), types))
-    rows = graph("Add", rows, graph.rows(position, "Slice", whole(0), length, whole(0)))
-    hidden = norm(rows, "embeddings.norm")
-
-    # A large number instead of infinity, so that a row without pieces does not give NaN.
-    large = -3e4 if precision == "float16" else -1e9
-    absent = graph("Sub", graph.constant(1.0), graph.floats(mask))
-    absent = graph("Unsqueeze", graph("Mul", absent, graph.constant(large)), whole(1, 2))
-    split_heads, merge_heads = whole(0, 0, A, H // A), whole(0, 0, H)
+    bert = _Bert(model, precision, largest)
+    graph, H = bert.graph, model.config.hidden_size
+    word = bert.word_table(scored="logits" in heads and labels is None)
     # Labels of a text depend on its first piece only, so the last layer computes no other.
-    first_only = labels is not None and labels.of_text and list(heads) == ["logits"]
-    for number in range(config.num_hidden_layers):
-        layer = f"encoder.layers.{number}"
-        for part in ("weight", "bias"):
-            value[f"{layer}.qkv.{part}"] = value[f"{layer}.qkv.{part}"].copy()  # not the model's
-        weight, bias = value[f"{layer}.qkv.weight"], value[f"{layer}.qkv.bias"]
-        weight[:H] *= (H // A) ** -0.5  # folds the scale of the scores into the weights
-        bias[:H] *= (H // A) ** -0.5
-        after, scale = value[f"{layer}.attention_output.weight"], None
-        if graph.int8 and largest is not None:
-            # What is moved from the attention's result is moved into the values' weights.
-            channels, scale = smoothed(largest[f"{layer}.attention_output"], after)
-            after = after * channels
-            weight[2 * H :] /= channels[:, None]
-            bias[2 * H :] /= channels
-        qkv = linear(hidden, f"{layer}.qkv")
-        query, key, values = (
-            graph("Transpose", graph("Reshape", part, split_heads), perm=order)
-            for part, order in zip(
-                graph("Split", qkv, whole(H, H, H), outputs=3, axis=-1),
-                ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]),
-                strict=True,
-            )
-        )
-        if first_only and number == config.num_hidden_layers - 1:
-            query = graph("Slice", query, whole(0), whole(1), whole(2))
-            hidden = graph("Slice", hidden, whole(0), whole(1), whole(1))
-        scores = graph("Add", graph("MatMul", query, key), absent)
-        context = graph("MatMul", graph("Softmax", scores, axis=-1), values)
-        context = graph("Reshape", graph("Transpose", context, perm=[0, 2, 1, 3]), merge_heads)
-        attended = graph.linear(context, after, value[f"{layer}.attention_output.bias"], scale)
-        hidden = norm(graph("Add", attended, hidden), f"{layer}.attention_norm")
-        expanded = graph.activation(linear(hidden, f"{layer}.intermediate"), config.hidden_act)
-        contracted = graph.linear(
-            expanded,
-            value[f"{layer}.output.weight"],
-            value[f"{layer}.output.bias"],
-            lowest=LOWEST[config.hidden_act],
-        )
-        hidden = norm(graph("Add", contracted, hidden), f"{layer}.output_norm")
-
-    outputs: dict[str, tuple[str, list[str | int]]] = {}
+    first_only = labels is not None and labels.of_text and [*heads] == ["logits"]
+    hidden = bert.encoder(bert.embeddings(word, inputs), first_only)
+    outputs: Outputs = {}
     if "hidden" in heads:
         outputs[OUTPUTS["hidden"]] = hidden, ["batch", "length", H]
     if "logits" in heads and labels is not None:
-        outputs |= _label_scores(graph, labels, hidden, value)
+        outputs |= bert.label_scores(labels, hidden)
     elif "logits" in heads:
-        x = norm(graph.activation(linear(hidden, "head.dense"), config.hidden_act), "head.norm")
-        decoder = word
-        if not config.tie_word_embeddings:
-            decoder = graph.table(value["head.decoder"], MATRIX_BITS)
-        # Constant-folded when the file is opened.
-        matrix = [graph("Transpose", decoder[0], perm=[1, 0])]
-        scale = None
-        if graph.int8 and largest is not None:
-            matrix.append(graph("Reshape", decoder[1], whole(-1)))
-            scale = constant_scale(largest["decoder"])
-        scores = graph.product(x, tuple(matrix), value["head.bias"], scale)
-        outputs[OUTPUTS["logits"]] = scores, ["batch", "length", config.vocab_size]
+        scores = bert.piece_scores(hidden, word)
+        outputs[OUTPUTS["logits"]] = scores, ["batch", "length", model.config.vocab_size]
     if "pooled" in heads:
         pooling = pooling or Pooling()
         graph.dtype = np.float32  # sums over a long text are too coarse in float16
-        pooled = _pooled(graph, pooling, graph.floats(hidden), graph.floats(mask))
+        pooled = _pooled(graph, pooling, graph.floats(hidden), graph.floats(INPUTS[1]))
         outputs[OUTPUTS["pooled"]] = pooled, ["batch", pooling.width(H)]
     ordered = {name: outputs[name] for name in OUTPUTS.values() if name in outputs}
     return graph.model(inputs, ordered | outputs)
-
-
-def _label_scores(
-    graph: _Graph, labels: LabelHead, hidden: str, value: Mapping[str, np.ndarray]
-) -> dict[str, tuple[str, list[str | int]]]:
-    """Adds a label head, in floats; its outputs as _Graph.model takes them."""
-    x, shape = hidden, ["batch", "length"]
-    if labels.of_text:
-        first = graph("Gather", hidden, graph.constant(0, np.int64), axis=1)
-        pooled = graph.linear(first, value["pooler.weight"], value["pooler.bias"])
-        x, shape = graph("Tanh", pooled), ["batch"]
-    weight, bias = (p.detach().cpu().float().numpy() for p in labels.scores.parameters())
-    scores = graph.product(x, (graph.constant(weight.T),), bias)
-    if labels.intents:
-        tags = len(bias) - labels.intents
-        ends = (graph.constant((n,), np.int64) for n in (0, tags, len(bias), 2))
-        start, middle, end, last = ends
-        first = graph("Gather", scores, graph.constant(0, np.int64), axis=1)
-        axis = graph.constant((1,), np.int64)
-        return {
-            "logits": (graph("Slice", scores, start, middle, last), [*shape, tags]),
-            "intent_logits": (graph("Slice", first, middle, end, axis), ["batch", labels.intents]),
-        }
-    if len(labels.outputs) == 1:
-        return {labels.outputs[0]: (scores, [*shape, len(bias)])}
-    return {
-        name: (graph("Gather", scores, graph.constant(number, np.int64), axis=-1), [*shape])
-        for number, name in enumerate(labels.outputs)
-    }
