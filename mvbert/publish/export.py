@@ -390,10 +390,66 @@ def run_export(
         raise InputError("--max-error and --min-agreement need --int8 or --float16")
     folder = huggingface.find_model(name)
     check_outside(out, folder, corpus)
+    source = _read_source(folder, heads, inputs, cased, progress)
+    model, labels, pooling = source.model, source.labels, source.pooling
+    compared, sample = _comparison_rows(source, corpus)
+    compare = Comparison(model, source.vocab, compared, source.predicts, labels, pooling)
+    largest = None
+    if int8:
+        counts = torch.ones_like(sample.input_ids, dtype=torch.bool)
+        largest = largest_inputs(model, sample.input_ids, counts, sample.token_type_ids)
+    measured: dict[str, dict[str, Any]] = {}
+    with atomic_folder(out, overwrite=overwrite) as partial:
+        (partial / "onnx").mkdir()
+        for file in files:
+            data = to_onnx(
+                model, source.heads, PRECISION[file], labels, pooling, largest, source.inputs
+            )
+            atomic_write(partial / file, data)
+            session = Session(data)
+            result = compare(session)
+            _check_difference(file, result, folder)
+            if gate is not None and file != FLOAT:
+                gate.check(file, result)
+            result |= {"bytes": len(data), "milliseconds": session.milliseconds(model.config)}
+            progress.note(_summary(file, result))
+            measured[file] = _rounded(result)
+        _write_beside(partial, source)
+        sync_folder(partial / "onnx")
+    return ExportReport(
+        output=str(out),
+        model=str(folder),
+        inputs=[*source.inputs],
+        outputs=session.outputs,
+        files=measured,
+        checked_on=str(corpus) if corpus is not None else "passages of English books",
+        onnxruntime=onnxruntime.__version__,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model's folder, and what graphs of it have."""
+
+    folder: Path
+    vocab: Vocab
+    model: MaskedLM
+    predicts: bool
+    """Whether it has the head that predicts pieces."""
+    labels: LabelHead | None
+    pooling: Pooling
+    heads: list[str]
+    inputs: tuple[str, ...]
+
+
+def _read_source(
+    folder: Path, heads: Sequence[str], inputs: Sequence[str], cased: bool, progress: Progress
+) -> _Source:
+    """Reads the model; chooses outputs and inputs where `heads` or `inputs` are empty."""
     shape, vocab = huggingface.read_shape(folder, cased=cased)
     weights = read_weights(folder)
     model, missing = huggingface.load_masked_lm(folder, MaskedLM(shape), weights=weights)
-    head = not any(part.startswith("cls.") for part in missing)
+    predicts = not any(part.startswith("cls.") for part in missing)
     explicit = bool(heads) and "logits" not in heads
     labels = None if explicit else huggingface.load_label_head(folder, weights, shape)
     pooling = read_pooling(folder, shape.hidden_size) if "pooled" in heads else Pooling()
@@ -407,71 +463,55 @@ def run_export(
     inputs = _checked_inputs(inputs, shape)
     progress.note(vocab.doubt)
     progress.note(weights.unread())
-    if "logits" in heads and not head and labels is None:
+    if "logits" in heads and not predicts and labels is None:
         raise InputError(
             f"{folder} has no head for masked language modelling, classification or question "
             "answering, so there are no logits"
         )
-    rows = real_rows(vocab, model.config, corpus)
+    return _Source(folder, vocab, model, predicts, labels, pooling, heads, inputs)
+
+
+def _comparison_rows(source: _Source, corpus: Path | None) -> tuple[DeviceBatch, DeviceBatch]:
+    """The rows to compare on, and those to measure the scales of int8 on."""
+    rows = real_rows(source.vocab, source.model.config, corpus)
     compared, sample = (
         DeviceBatch.of(rows, torch.device("cpu"), part) for part in (slice(ROWS), slice(ROWS, None))
     )
-    if INPUTS[2] not in inputs:
+    if INPUTS[2] not in source.inputs:
         for part in (compared, sample):
             part.token_type_ids.zero_()
-    compare = Comparison(model, vocab, compared, head, labels, pooling)
-    largest = None
-    if int8:
-        counts = torch.ones_like(sample.input_ids, dtype=torch.bool)
-        largest = largest_inputs(model, sample.input_ids, counts, sample.token_type_ids)
-    measured: dict[str, dict[str, Any]] = {}
-    with atomic_folder(out, overwrite=overwrite) as partial:
-        (partial / "onnx").mkdir()
-        for file in files:
-            data = to_onnx(model, heads, PRECISION[file], labels, pooling, largest, inputs)
-            atomic_write(partial / file, data)
-            session = Session(data)
-            result = compare(session)
-            worst = max(result["largest"].values())
-            if file == FLOAT and not worst <= BOUND:
-                if not math.isfinite(worst):
-                    raise InputError(f"{folder}: the model's weights are corrupt (outputs are NaN)")
-                raise InputError(
-                    f"outputs of ONNX Runtime {onnxruntime.__version__} for {folder} differ from "
-                    f"torch's by {worst:.1e} of the largest value, more than {BOUND:.0e}; "
-                    "nothing was written"
-                )
-            if not math.isfinite(worst):
-                raise InputError(
-                    f"{file}: outputs are not finite, because the model's values exceed what "
-                    f"{PRECISION[file]} holds; nothing was written"
-                )
-            if gate is not None and file != FLOAT:
-                gate.check(file, result)
-            result |= {"bytes": len(data), "milliseconds": session.milliseconds(model.config)}
-            progress.note(_summary(file, result))
-            measured[file] = {
-                key: _rounded(value) if isinstance(value, dict) else value
-                for key, value in _rounded(result).items()
-            }
-        # Read and written, not copied: config.json may be a relative link.
-        config = read_json_object(folder / "config.json")
-        write_json(partial / "config.json", config | {"vocab_size": vocab.size})
-        copy_card(folder, partial)
-        length = model.config.max_position_embeddings
-        save_tokenizer_files(vocab, partial, length)
-        if "pooled" in heads:
-            write_pooling(partial, pooling, shape.hidden_size, _max_length(folder, length))
-        sync_folder(partial / "onnx")
-    return ExportReport(
-        output=str(out),
-        model=str(folder),
-        inputs=[*inputs],
-        outputs=session.outputs,
-        files=measured,
-        checked_on=str(corpus) if corpus is not None else "passages of English books",
-        onnxruntime=onnxruntime.__version__,
-    )
+    return compared, sample
+
+
+def _check_difference(file: str, result: dict[str, Any], folder: Path) -> None:
+    """Raises InputError if the float32 file differs from torch or outputs are not finite."""
+    worst = max(result["largest"].values())
+    if file == FLOAT and not worst <= BOUND:
+        if not math.isfinite(worst):
+            raise InputError(f"{folder}: the model's weights are corrupt (outputs are NaN)")
+        raise InputError(
+            f"outputs of ONNX Runtime {load_onnx()[1].__version__} for {folder} differ from "
+            f"torch's by {worst:.1e} of the largest value, more than {BOUND:.0e}; "
+            "nothing was written"
+        )
+    if not math.isfinite(worst):
+        raise InputError(
+            f"{file}: outputs are not finite, because the model's values exceed what "
+            f"{PRECISION[file]} holds; nothing was written"
+        )
+
+
+def _write_beside(partial: Path, source: _Source) -> None:
+    """Writes what other programs read beside the graphs: configuration, tokenizer, card."""
+    folder, config = source.folder, source.model.config
+    # Read and written, not copied: config.json may be a relative link.
+    own = read_json_object(folder / "config.json")
+    write_json(partial / "config.json", own | {"vocab_size": source.vocab.size})
+    copy_card(folder, partial)
+    length = config.max_position_embeddings
+    save_tokenizer_files(source.vocab, partial, length)
+    if "pooled" in source.heads:
+        write_pooling(partial, source.pooling, config.hidden_size, _max_length(folder, length))
 
 
 def _max_length(folder: Path, positions: int) -> int:
@@ -502,11 +542,8 @@ def _summary(file: str, result: dict[str, Any]) -> str:
         worst = max(result["largest"].values())
         return f"{text}; differs from torch by {worst:.1e} of the largest value"
     for name, error in result["error"].items():
-        text += (
-            f"; {name} differs by {error:.2g} (RMS)"
-            if error < 0.005
-            else (f"; {name} differs by {error:.1%} (RMS)")
-        )
+        shown = f"{error:.2g}" if error < 0.005 else f"{error:.1%}"
+        text += f"; {name} differs by {shown} (RMS)"
     text += f"; alone and among padded rows by {result['alone']:.1e}"
     if "same_neighbour" in result:
         text += f"; same nearest neighbour for {result['same_neighbour']:.1%}"
@@ -524,4 +561,7 @@ def _summary(file: str, result: dict[str, Any]) -> str:
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
     """Rounds floats to four significant digits."""
-    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in values.items()}
+    return {
+        k: _rounded(v) if isinstance(v, dict) else float(f"{v:.4g}") if isinstance(v, float) else v
+        for k, v in values.items()
+    }
