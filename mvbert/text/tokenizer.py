@@ -561,20 +561,13 @@ class WordPieceTokenizer(TokenNames):
         """
         array = np.asarray(token_ids)
         if array.ndim == 0 and array.dtype.kind in "iu":
-            array = array[None]
-        if array.ndim != 1:
+            token_ids = [int(array)]
+        elif array.ndim != 1:
             raise InputError(
                 f"token_ids has {array.ndim} dimensions, expected one row; use batch_decode() for "
                 "several"
             )
-        pieces = []
-        skipped = set(self.all_special_tokens)
-        for id in array.tolist():
-            if not isinstance(id, int) or not 0 <= id < self.vocab.size:
-                raise InputError(f"id {id!r} is not in [0, {self.vocab.size})")
-            piece = self.vocab.pieces[id]
-            if not (skip_special_tokens and piece in skipped):
-                pieces.append(piece)
+        pieces = self.convert_ids_to_tokens(token_ids, skip_special_tokens)
         text = self.convert_tokens_to_string(pieces)
         if clean_up_tokenization_spaces is not False:
             for suffix in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):

@@ -367,7 +367,7 @@ def test_decode(tokenizer):
         == "hello , worlds !"
     )
     assert tokenizer.decode([]) == ""
-    for bad in (-1, len(PIECES), 1.5):
+    for bad in (-1, len(PIECES), 1.5, True):
         with pytest.raises(InputError, match="is not in"):
             tokenizer.decode([bad])
     for bad in ([[1, 2]], None, np.zeros((2, 2), int)):
