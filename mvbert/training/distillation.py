@@ -120,7 +120,7 @@ class Distillation(nn.Module):
         shape = teacher.model.config
         self.pairs = hidden_pairs(config, student, shape) if "hidden" in config.distill else {}
         self.relations_layer = relations_layer(config.relations_layer, shape)
-        H_s, H_t = student.hidden_size, shape.hidden_size
+        H_s, H_t = self._widths = student.hidden_size, shape.hidden_size
         if "relations" in config.distill and (
             H_s % config.relation_heads or H_t % config.relation_heads
         ):
@@ -226,8 +226,8 @@ class Distillation(nn.Module):
         Not counted: the student's relations, under 1 % of its FLOPs in rows of 128, and the
         sentence loss, a map a row.
         """
-        maps = {n: p for n, p in self.maps.named_parameters() if not n.startswith("sentence.")}
-        return sum(2.0 * p.numel() for p in maps.values() if p.ndim == 2)
+        H_s, H_t = self._widths
+        return 2.0 * H_s * H_t * len(self.pairs)
 
 
 # ---- which layers ------------------------------------------------------------------------------
