@@ -16,7 +16,7 @@ after that: the same rows on every machine.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mvbert.text.philox import EPOCH_OFFSET, ROW, VOCABULARY, below, halves, permuted, philox4x32
@@ -93,18 +93,53 @@ class _Side:
 
     def __init__(self, segmentation: Segmentation, base: int):
         vocab = segmentation.vocab
-        self.ends, self.ids, self.base, self.size = (
-            segmentation.ends,
-            segmentation.ids,
-            base,
-            vocab.size,
-        )
+        self.ends, self.ids, self.base = segmentation.ends, segmentation.ids, base
         self.cls, self.sep, self.mask = base + vocab.cls, base + vocab.sep, base + vocab.mask
         special = {vocab.cls, vocab.sep, vocab.mask, vocab.unk, vocab.pad, *vocab.unread_ids}
         self.ordinary = [base + i for i in range(vocab.size) if i not in special]
 
     def pieces(self, word: int) -> list[int]:
         return [self.base + int(i) for i in self.ids[self.ends[word - 1] : self.ends[word]]]
+
+
+def mask_words(
+    row: list[int],
+    words: list[tuple[int, int]],
+    sides: Sequence[_Side],
+    T: int,
+    mask_prob: float,
+    drawn: Callable[[int], int],
+) -> tuple[list[int], list[int]]:
+    """Masks words of a row in place; returns the masked positions and the ids before.
+
+    Args:
+        words: half-open ranges of the row's words.
+        drawn: the row's random numbers by index.
+    """
+    # Whole words in a drawn order: the first steps of a Fisher-Yates shuffle.
+    words = words.copy()
+    budget = mask_budget(sum(b - a for a, b in words), T, mask_prob)
+    masked: list[int] = []
+    step = 0
+    while budget and step < len(words):
+        other = step + below(drawn(2 + 2 * step), len(words) - step)
+        words[step], words[other] = words[other], words[step]
+        a, b = words[step]
+        if b - a <= budget:
+            budget -= b - a
+            masked += range(a, b)
+        step += 1
+    masked.sort()
+
+    labels = [row[position] for position in masked]
+    for j, position in enumerate(masked):
+        own = sides[-1] if row[position] >= sides[-1].base else sides[0]
+        tenth, rest = divmod(10 * drawn(3 + 2 * j), 2**32)
+        if tenth < 8:
+            row[position] = own.mask
+        elif tenth == 8:
+            row[position] = own.ordinary[below(rest, len(own.ordinary))]
+    return masked, labels
 
 
 def row_reference(
@@ -182,30 +217,9 @@ def row_reference(
         row, words = fill(T - 2)
     row = [side(0).cls, *row, side(T - 1).sep]
 
-    # Whole words in a drawn order: the first steps of a Fisher-Yates shuffle.
-    budget = mask_budget(sum(b - a for a, b in words), T, mask_prob)
-    masked: list[int] = []
-    step = 0
-    while budget and step < len(words):
-        bits = draw(seed, ROW, number, 2 + 2 * step)
-        other = step + below(bits, len(words) - step)
-        words[step], words[other] = words[other], words[step]
-        a, b = words[step]
-        if b - a <= budget:
-            budget -= b - a
-            masked += range(a, b)
-        step += 1
-    masked.sort()
-
-    labels = [row[position] for position in masked]
-    for j, position in enumerate(masked):
-        own = sides[-1] if row[position] >= sides[-1].base else sides[0]
-        tenth, rest = divmod(10 * draw(seed, ROW, number, 3 + 2 * j), 2**32)
-        if tenth < 8:
-            row[position] = own.mask
-        elif tenth == 8:
-            row[position] = own.ordinary[below(rest, len(own.ordinary))]
-
+    masked, labels = mask_words(
+        row, words, sides, T, mask_prob, lambda index: draw(seed, ROW, number, index)
+    )
     unused = capacity(T, mask_prob) - len(masked)
     return (
         row,
