@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from mvbert.errors import InputError
 from mvbert.toml import from_dict, to_dict
@@ -544,6 +544,11 @@ class EmbedConfig:
     """Device: cpu, cuda, cuda:1, ...; auto: cuda if available."""
     threads: int = 0
     """CPU threads (0: all available cores)."""
+
+    # Of the optimiser, as in the stages; no options.
+    beta1: ClassVar[float] = TrainConfig.beta1
+    beta2: ClassVar[float] = TrainConfig.beta2
+    eps: ClassVar[float] = TrainConfig.eps
 
     def __post_init__(self) -> None:
         for name in (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvbert.config import TrainConfig
+from mvbert.config import EmbedConfig, TrainConfig
 from mvbert.model.encoder import BertLayer
 from mvbert.training.device import Device
 from mvbert.training.muon import Muon
@@ -22,7 +22,9 @@ class Optimizer:
     device.
     """
 
-    def __init__(self, module: nn.Module, config: TrainConfig, device: Device) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainConfig | EmbedConfig, device: Device
+    ) -> None:
         self._lr = torch.tensor(config.lr, device=device.device)
         matrices = dict(_matrices(module)) if config.optimizer == "muon" else {}
         rest = [p for _, p in trained_parameters(module) if p not in matrices]
