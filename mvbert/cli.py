@@ -37,7 +37,7 @@ from mvbert.config import (
 )
 from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json, json_text
-from mvbert.toml import load_toml, to_dict
+from mvbert.toml import load_toml, to_report
 
 PRESETS = Path(__file__).parent / "presets"
 HELP = {"-h", "--help"}
@@ -198,7 +198,7 @@ class Stage1Command:
             self.out,
             deadline=deadline,
         )
-        return to_dict(report)
+        return to_report(report)
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Stage2Command:
         model = self.stage1 / "model" if (self.stage1 / "model").is_dir() else self.stage1
         corpus = checked_corpus(self.corpus)
         report = run_stage2(self.train, self.row, corpus, model, self.out, deadline=deadline)
-        return to_dict(report)
+        return to_report(report)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ class DistillCommand:
         report = run_distill(config)
         if leads():
             print_distill_report(report)
-        return report
+        return to_report(report)
 
 
 @dataclass(frozen=True)
@@ -394,15 +394,11 @@ class FinetuneCommand:
     def run(self) -> dict[str, Json]:
         from mvbert.tasks.finetune import Columns, run_finetune
 
-        return run_finetune(
-            self.model,
-            self.task,
-            self.data,
-            self.out,
-            self.train,
-            Columns(self.text, self.pair, self.label),
-            cased=self.cased,
+        columns = Columns(self.text, self.pair, self.label)
+        report = run_finetune(
+            self.model, self.task, self.data, self.out, self.train, columns, cased=self.cased
         )
+        return report.to_json()
 
 
 @dataclass(frozen=True)
@@ -427,7 +423,8 @@ class EmbedCommand:
     def run(self) -> dict[str, Json]:
         from mvbert.tasks.embed import run_embed
 
-        return run_embed(self.model, self.text_files, self.out, self.train, self.cased)
+        report = run_embed(self.model, self.text_files, self.out, self.train, self.cased)
+        return to_report(report)
 
 
 @dataclass(frozen=True)
@@ -545,7 +542,7 @@ class TrimCommand:
     def run(self) -> dict[str, Json]:
         from mvbert.study.run_trim import run_trim
 
-        return run_trim(
+        report = run_trim(
             self.model,
             self.out,
             vocab=self.vocab,
@@ -558,6 +555,7 @@ class TrimCommand:
             threads=self.threads,
             overwrite=self.overwrite,
         )
+        return to_report(report)
 
 
 @dataclass(frozen=True)
@@ -681,7 +679,7 @@ class ExportCommand:
             corpus=self.corpus,
             overwrite=self.overwrite,
         )
-        return to_dict(report)
+        return to_report(report)
 
     def _page(self, out: Path) -> dict[str, Json]:
         from mvbert.publish.page import run_page
@@ -696,7 +694,7 @@ class ExportCommand:
             ort=self.ort,
             overwrite=self.overwrite,
         )
-        return report | run_serve(out, self.port) if self.serve else report
+        return to_report(report) | (run_serve(out, self.port) if self.serve else {})
 
     def _wheel(self, package: str, out: Path) -> dict[str, Json]:
         from mvbert.publish.wheel import run_wheel

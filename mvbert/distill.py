@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from mvbert.progress import Progress
 from mvbert.text.corpus import Corpus
 from mvbert.text.prepare import VOCAB_FILE, make_corpus, make_vocab
 from mvbert.text.vocab import Vocab
-from mvbert.toml import to_dict
+from mvbert.toml import to_dict, to_report
 from mvbert.training.budget import Cost, measure_cost, share_of_steps
 from mvbert.training.device import Choice
 from mvbert.training.distillation import reader
@@ -45,11 +46,36 @@ from mvbert.training.train import RunReport
 _COMMON = ("teacher", "corpus", "vocab", "row", "stage1")  # settings that all arms share
 
 
-def run_distill(config: DistillConfig) -> dict[str, Json]:
-    """Runs every part that is not complete yet.
+@dataclass(frozen=True)
+class DistillReport:
+    """What a complete job reports."""
 
-    Returns:
-        The report: losses of both stages, sizes, results per arm, filled-in masks.
+    output: str
+    """Folder of the best student."""
+    best: str
+    """Its arm."""
+    student_parameters: int
+    student_bytes: int
+    teacher_parameters: int
+    teacher_bytes: int
+    vocab: dict[str, Json]
+    stage1_student_loss: list[float | None]
+    """Held-out, before and after, as the next."""
+    stage1_teacher_loss: list[float | None]
+    arms: dict[str, dict[str, float | None]]
+    """Held-out means of each arm's last step."""
+    pieces: dict[str, int]
+    filled: list[dict[str, str]]
+    """Sentences with their masks filled by both."""
+    random_init_heldout_loss: float | None
+    """Of the arm with this name, if there is one, as the next two."""
+    paper_heldout_loss: float | None
+    distilled_heldout_loss: float | None
+    seconds: float
+
+
+def run_distill(config: DistillConfig) -> DistillReport:
+    """Runs every part that is not complete yet.
 
     Raises:
         InputError: bad input, or `config.out` holds a run with other settings.
@@ -104,13 +130,12 @@ def run_distill(config: DistillConfig) -> dict[str, Json]:
         for name, arm in second.items()
     }  # fmt: skip
 
-    def conclude() -> dict[str, Json]:
-        report = _report(config, teacher, vocab_report, stage1, students)
-        report["seconds"] = round(time.monotonic() - started, 1)
-        write_json(out / "report.json", report)
-        return report
+    def conclude() -> dict[str, Any]:
+        report = _report(config, teacher, vocab_report, stage1, students, started)
+        write_json(out / "report.json", to_report(report))
+        return to_dict(report)
 
-    return ranks.first(conclude)
+    return DistillReport(**ranks.first(conclude))
 
 
 def _measure(
@@ -143,7 +168,8 @@ def _report(
     vocab_report: dict[str, Json],
     stage1: RunReport,
     students: dict[str, RunReport],
-) -> dict[str, Json]:
+    started: float,
+) -> DistillReport:
     """Losses of both stages, sizes, results per arm, filled-in masks."""
     stage1_model = Path(config.out) / "stage1" / "model"
     best = min(students, key=lambda name: students[name].loss)
@@ -151,19 +177,20 @@ def _report(
     student, _ = huggingface.load_masked_lm(best_folder, complete=True)
     student_vocab = Vocab.load(best_folder)
     teacher_reader = reader(load_stage1(stage1_model)[0])
-    report: dict[str, Json] = {
-        "output": str(best_folder),
-        "best": best,
-        "student_parameters": student.config.encoder_parameters,
-        "student_bytes": (best_folder / WEIGHTS).stat().st_size,
-        "teacher_parameters": _parameters(teacher),
-        "teacher_bytes": sum(path.stat().st_size for path in weight_files(teacher)),
-        "vocab": vocab_report,
-        "stage1_student_loss": _before_after(stage1, "student_loss"),
-        "stage1_teacher_loss": _before_after(stage1, "teacher_loss"),
-        "arms": {name: {**run.heldout_last} for name, run in students.items()},
-        "pieces": {name: run.pieces for name, run in students.items()},
-        "filled": [
+    losses = {name: run.loss for name, run in students.items()}
+    return DistillReport(
+        output=str(best_folder),
+        best=best,
+        student_parameters=student.config.encoder_parameters,
+        student_bytes=(best_folder / WEIGHTS).stat().st_size,
+        teacher_parameters=_parameters(teacher),
+        teacher_bytes=sum(path.stat().st_size for path in weight_files(teacher)),
+        vocab=vocab_report,
+        stage1_student_loss=_before_after(stage1, "student_loss"),
+        stage1_teacher_loss=_before_after(stage1, "teacher_loss"),
+        arms={name: {**run.heldout_last} for name, run in students.items()},
+        pieces={name: run.pieces for name, run in students.items()},
+        filled=[
             {
                 "sentence": sentence,
                 "teacher": fill_masks(teacher_reader, student_vocab, sentence),
@@ -171,14 +198,14 @@ def _report(
             }
             for sentence in config.sentences
         ],
-    }
-    for key, name in (("random_init", "random"), ("paper", "paper"), ("distilled", "distilled")):
-        if name in students:
-            report[f"{key}_heldout_loss"] = students[name].loss
-    return report
+        random_init_heldout_loss=losses.get("random"),
+        paper_heldout_loss=losses.get("paper"),
+        distilled_heldout_loss=losses.get("distilled"),
+        seconds=round(time.monotonic() - started, 1),
+    )
 
 
-def _before_after(run: RunReport, name: str) -> list[Json]:
+def _before_after(run: RunReport, name: str) -> list[float | None]:
     return [run.heldout_first[name], run.heldout_last[name]]
 
 
@@ -187,38 +214,36 @@ def _parameters(folder: Path) -> int:
     return huggingface.read_model_config(folder).encoder_parameters
 
 
-def print_distill_report(report: dict[str, Any]) -> None:
+def print_distill_report(report: DistillReport) -> None:
     """Prints losses of both stages, results per arm, sizes and filled-in sentences to stdout."""
     console = Console(highlight=False, soft_wrap=True)
     losses = Table("Stage I held-out loss (nats per masked piece)", "before", "after")
-    for name, key in (
-        ("teacher pieces", "stage1_teacher_loss"),
-        ("student pieces", "stage1_student_loss"),
+    for name, both in (
+        ("teacher pieces", report.stage1_teacher_loss),
+        ("student pieces", report.stage1_student_loss),
     ):
-        before, after = report[key]
-        losses.add_row(name, *("-" if x is None else f"{x:.3f}" for x in (before, after)))
+        losses.add_row(name, *("-" if x is None else f"{x:.3f}" for x in both))
     console.print(losses)
 
     arms = Table("Stage II student", "held-out loss", "accuracy", "pieces seen")
-    for name, heldout in report["arms"].items():
-        best = " (best)" if name == report["best"] and len(report["arms"]) > 1 else ""
+    for name, heldout in report.arms.items():
+        best = " (best)" if name == report.best and len(report.arms) > 1 else ""
         arms.add_row(
             name + best,
             f"{heldout['loss']:.3f}",
             f"{heldout['accuracy']:.1%}",
-            f"{report['pieces'][name] / 1e6:.2f} M",
+            f"{report.pieces[name] / 1e6:.2f} M",
         )
     console.print(arms)
 
     sizes = Table("size", "parameters", "bytes (float32)")
-    for name in ("teacher", "student"):
-        sizes.add_row(
-            name,
-            f"{report[f'{name}_parameters'] / 1e6:.2f} M",
-            f"{report[f'{name}_bytes'] / 1e6:.1f} MB",
-        )
+    for name, parameters, size in (
+        ("teacher", report.teacher_parameters, report.teacher_bytes),
+        ("student", report.student_parameters, report.student_bytes),
+    ):
+        sizes.add_row(name, f"{parameters / 1e6:.2f} M", f"{size / 1e6:.1f} MB")
     console.print(sizes)
-    for filled in report["filled"]:
+    for filled in report.filled:
         console.print(f"  {filled['sentence']}", markup=False)
         console.print(f"    Stage I teacher, student pieces: {filled['teacher']}", markup=False)
         console.print(f"    student:                         {filled['student']}", markup=False)

@@ -30,6 +30,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def to_report(report: Any) -> dict[str, Any]:
+    """Converts a report to plain data for JSON, without what was not measured (None)."""
+    return {name: value for name, value in to_dict(report).items() if value is not None}
+
+
 def from_dict(cls: type[C], data: dict[str, Any], place: str) -> C:
     """Builds a config from plain data; errors locate unknown keys and wrong types by `place`."""
     hints = typing.get_type_hints(cls)

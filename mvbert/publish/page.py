@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mvbert.config import ModelConfig
 from mvbert.errors import InputError
@@ -214,6 +215,22 @@ def copy_runtime(target: Path, folder: Path | None) -> str:
 # ---- the verb ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class PageReport:
+    """What an export of a page reports."""
+
+    output: str
+    model: str
+    page: str
+    """Name of the task."""
+    bytes: int
+    """Size of the model."""
+    int8: dict[str, Any]
+    """Of the model, as in ExportReport.files."""
+    runtime: str
+    """Where onnxruntime-web came from."""
+
+
 def run_page(
     name: str,
     out: Path,
@@ -223,7 +240,7 @@ def run_page(
     corpus: Path | None = None,
     ort: Path | None = None,
     overwrite: bool = False,
-) -> dict[str, Json]:
+) -> PageReport:
     """Writes the files listed at the top of this module.
 
     Args:
@@ -280,14 +297,7 @@ def run_page(
         )
         _write_worker(partial, files)
         sync_folder(partial / "ort")
-    return {
-        "output": str(out),
-        "model": str(folder),
-        "page": task.name,
-        "bytes": size,
-        "int8": report.files[INT8],
-        "runtime": runtime,
-    }
+    return PageReport(str(out), str(folder), task.name, size, report.files[INT8], runtime)
 
 
 def _write_worker(site: Path, files: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ import torch
 from mvbert.config import MeasureConfig, RowConfig
 from mvbert.cores import cores
 from mvbert.errors import InputError
-from mvbert.files import Json, atomic_folder, atomic_write, check_new_folder, check_outside
+from mvbert.files import atomic_folder, atomic_write, check_new_folder, check_outside
 from mvbert.model import huggingface
 from mvbert.model.trim import fitted_vocab, read_vocab, write_trimmed
 from mvbert.progress import Progress
@@ -23,6 +25,39 @@ from mvbert.text.vocab import Vocab
 from mvbert.training.device import choose_device
 
 MEASURED_WORDS = 1024  # for bits per word
+
+
+@dataclass(frozen=True)
+class TrimReport:
+    """What a trim reports; None: not measured."""
+
+    model: str
+    out: str
+    vocab_before: int
+    vocab_after: int
+    kept: int
+    """Pieces that kept their rows."""
+    new: int
+    parameters_saved: int
+    tensors: list[str]
+    """Names of those that were rewritten."""
+    # Of the corpus's words, each counted as often as it occurs.
+    words: int | None = None
+    changed_words: float | None = None
+    """The share that is cut into other pieces."""
+    unknown_words_before: float | None = None
+    unknown_words_after: float | None = None
+    pieces_per_word_before: float | None = None
+    pieces_per_word_after: float | None = None
+    # On held-out text, as run_eval measures it.
+    loss_before: float | None = None
+    accuracy_before: float | None = None
+    bits_per_word_before: float | None = None
+    bits_error_before: float | None = None
+    loss_after: float | None = None
+    accuracy_after: float | None = None
+    bits_per_word_after: float | None = None
+    bits_error_after: float | None = None
 
 
 def run_trim(
@@ -38,7 +73,7 @@ def run_trim(
     device: str = "auto",
     threads: int = 0,
     overwrite: bool = False,
-) -> dict[str, Json]:
+) -> TrimReport:
     """Writes a model with a smaller vocabulary.
 
     Args:
@@ -48,10 +83,6 @@ def run_trim(
         size: pieces to learn.
         cased: treat the model's vocabulary as cased, whatever its folder says.
         eval_rows: held-out rows for the loss; 0 measures none.
-
-    Returns:
-        Sizes, pieces kept, parameters saved, what share of the corpus's words changes its pieces,
-        and the held-out loss per masked piece and per word, before and after.
 
     Raises:
         InputError: neither a vocabulary nor a corpus with a size, or what cannot be trimmed.
@@ -73,17 +104,54 @@ def run_trim(
     if data is not None:
         data.check_casing(old, f"the vocabulary of {folder}")
     if vocab is not None:
-        read = Vocab.load_for(vocab, old.lowercase, old.strip_accents)
-        if (read.lowercase, read.strip_accents) != (old.lowercase, old.strip_accents):
-            raise InputError(
-                f"the vocabulary {vocab} is {read.casing} but that of {folder} is {old.casing}"
-            )
-        new = read.with_added_of(old)
+        new = _read_new(vocab, old, folder)
     else:
         assert data is not None
         pieces = learn_vocab(data.words, data.counts, size, threads=cores(threads))
         new = Vocab(tuple(pieces), old.lowercase, old.strip_accents)
     new = fitted_vocab(folder, new)
+    report = _trim(folder, out, old, new, overwrite, progress)
+    if data is None:
+        return report
+    report = replace(report, **_words(data, data.segment(old, threads), data.segment(new, threads)))
+    progress.note(
+        f"{report.changed_words:.2%} of the text's words are cut into other pieces; "
+        f"{report.pieces_per_word_before:.3f} -> {report.pieces_per_word_after:.3f} pieces per word"
+    )
+    if not eval_rows or not _predicts(folder):
+        progress.note("no held-out loss: " + ("as asked" if not eval_rows else "no such head"))
+        return report
+    losses: dict[str, Any] = {}
+    for suffix, model in (("before", folder), ("after", out)):
+        measures = run_eval(
+            str(model), data.folder, row or RowConfig(), MeasureConfig(words=MEASURED_WORDS),
+            cased and suffix == "before", eval_rows=eval_rows, device=device, threads=threads,
+        )  # fmt: skip
+        for measure in ("loss", "accuracy", "bits_per_word", "bits_error"):
+            losses[f"{measure}_{suffix}"] = measures[measure]
+    report = replace(report, **losses)
+    progress.note(
+        f"held-out loss {report.loss_before:.4f} -> {report.loss_after:.4f} nats per masked "
+        f"piece (each of its own vocabulary), {report.bits_per_word_before:.3f} -> "
+        f"{report.bits_per_word_after:.3f} bits per word (comparable)"
+    )
+    return report
+
+
+def _read_new(path: Path, old: Vocab, folder: Path) -> Vocab:
+    """The vocabulary in a file, with the old one's added pieces."""
+    new = Vocab.load_for(path, old.lowercase, old.strip_accents)
+    if (new.lowercase, new.strip_accents) != (old.lowercase, old.strip_accents):
+        raise InputError(
+            f"the vocabulary {path} is {new.casing} but that of {folder} is {old.casing}"
+        )
+    return new.with_added_of(old)
+
+
+def _trim(
+    folder: Path, out: Path, old: Vocab, new: Vocab, overwrite: bool, progress: Progress
+) -> TrimReport:
+    """Writes the model with the new vocabulary."""
     if "[MASK]" in old.ids and "[MASK]" not in new.ids:
         raise InputError(f"{new.source} has no [MASK], which the model's vocabulary has")
     missing = [a.piece for a in old.added if a.piece not in new.ids]
@@ -97,45 +165,19 @@ def run_trim(
         f"{old.size:,} pieces -> {new.size:,}, {trimmed.shared:,} of them the model's own; "
         f"word table: {(new.size - old.size) * width / 1e6:+.2f} M parameters"
     )
-    report: dict[str, Json] = {
-        "model": str(folder),
-        "out": str(out),
-        "vocab_before": old.size,
-        "vocab_after": new.size,
-        "kept": trimmed.shared,
-        "new": new.size - trimmed.shared,
-        "parameters_saved": (old.size - new.size) * width,
-        "tensors": list(trimmed.rewritten),
-    }
-    if data is None:
-        return report
-    old_cut, new_cut = data.segment(old, threads), data.segment(new, threads)
-    report |= _words(data, old_cut, new_cut)
-    progress.note(
-        f"{report['changed_words']:.2%} of the text's words are cut into other pieces; "
-        f"{report['pieces_per_word_before']:.3f} -> {report['pieces_per_word_after']:.3f} pieces "
-        "per word"
+    return TrimReport(
+        model=str(folder),
+        out=str(out),
+        vocab_before=old.size,
+        vocab_after=new.size,
+        kept=trimmed.shared,
+        new=new.size - trimmed.shared,
+        parameters_saved=(old.size - new.size) * width,
+        tensors=list(trimmed.rewritten),
     )
-    if not eval_rows or not _predicts(folder):
-        progress.note("no held-out loss: " + ("as asked" if not eval_rows else "no such head"))
-        return report
-    assert corpus is not None
-    for suffix, model in (("before", folder), ("after", out)):
-        measures = run_eval(
-            str(model), corpus, row or RowConfig(), MeasureConfig(words=MEASURED_WORDS),
-            cased and suffix == "before", eval_rows=eval_rows, device=device, threads=threads,
-        )  # fmt: skip
-        for measure in ("loss", "accuracy", "bits_per_word", "bits_error"):
-            report[f"{measure}_{suffix}"] = measures[measure]
-    progress.note(
-        f"held-out loss {report['loss_before']:.4f} -> {report['loss_after']:.4f} nats per masked "
-        f"piece (each of its own vocabulary), {report['bits_per_word_before']:.3f} -> "
-        f"{report['bits_per_word_after']:.3f} bits per word (comparable)"
-    )
-    return report
 
 
-def _words(corpus: Corpus, old: Segmentation, new: Segmentation) -> dict[str, float]:
+def _words(corpus: Corpus, old: Segmentation, new: Segmentation) -> dict[str, Any]:
     """How many of a text's words change their pieces, each counted as often as it occurs."""
     counts = corpus.counts[1:].astype(np.int64)  # word 0 ends documents
     total = int(counts.sum())

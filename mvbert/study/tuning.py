@@ -103,9 +103,9 @@ class Tuning:
         described: Any = read_json_object(out / DESCRIPTION)["description"]
         self._results[out] = {
             "task": task.name,
-            "setting": result["setting"],
+            "setting": result.setting,
             "examples": described["examples"],
-            "scores": {split: result[split] for split in described["examples"] if split in result},
+            "scores": {s: result.scores[s] for s in described["examples"] if s in result.scores},
         }
         return self._results[out]
 

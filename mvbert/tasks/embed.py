@@ -17,11 +17,11 @@ the teacher's own coordinates, so that an index of the teacher's vectors still w
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,13 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 
-from mvbert.config import EmbedConfig, TrainConfig
+from mvbert.config import EmbedConfig
 from mvbert.errors import InputError, MissingExtra
 from mvbert.files import (
     Json,
     atomic_file,
     atomic_folder,
     move_contents,
-    read_json_object,
     write_json,
 )
 from mvbert.model import huggingface
@@ -48,7 +47,7 @@ from mvbert.model.weights import read_tensors, weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.formats import Examples, find_task, read_examples
 from mvbert.tasks.model import load_bert
-from mvbert.tasks.rows import batches_of_epoch, make_rows, read_batch
+from mvbert.tasks.rows import TaskRows, batches_of_epoch, make_rows, read_batch
 from mvbert.tasks.sentence_model import (
     SentenceModel,
     SentenceStudent,
@@ -57,12 +56,12 @@ from mvbert.tasks.sentence_model import (
     write_sentence_model,
 )
 from mvbert.tasks.sentences import sample_sentences, sentences_of
-from mvbert.toml import to_dict
+from mvbert.toml import to_dict, to_report
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone
 from mvbert.training.optim import Optimizer, linear_schedule, trained_parameters
-from mvbert.training.runs import lock, make_folder, other_settings
+from mvbert.training.runs import lock, make_folder, recorded_job
 
 DESCRIPTION, VECTORS = "embed.json", "vectors"
 CHUNK = 8192  # sentences in a file of vectors
@@ -182,9 +181,24 @@ def run_embed_score(name: str, data: str, dtype: str, device: str, threads: int)
 # ---- the job -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class EmbedReport:
+    """What a job reports."""
+
+    output: str
+    model: str
+    teacher: str
+    sentences: int
+    """Sentences that were trained on."""
+    widths: dict[str, dict[str, float]]
+    """Measures of each prefix and of the whole vectors."""
+    teacher_sts_spearman: float | None = None
+    seconds: float = 0.0
+
+
 def run_embed(
     name: str, texts: Sequence[str], out: Path, config: EmbedConfig, cased: bool = False
-) -> dict[str, Json]:
+) -> EmbedReport:
     """Trains a student on sentences of text files; writes a sentence-transformers folder.
 
     Raises:
@@ -196,12 +210,7 @@ def run_embed(
         raise InputError("embed needs --teacher, a model of sentence vectors")
     folder = huggingface.find_model(name)
     teacher_folder = huggingface.find_model(config.teacher, "teacher")
-    sts = None
-    if config.sts:
-        splits = read_examples(find_task("sts-b"), config.sts)
-        sts = splits["dev"] if "dev" in splits else next(iter(splits.values()))
-        if not sts.labelled or not len(sts):
-            raise InputError(f"{config.sts} has no labelled pairs")
+    pairs = _read_pairs(config.sts) if config.sts else None
     teacher = load_sentence_model(teacher_folder, progress)
     for prefix in config.prefixes:
         if prefix >= teacher.width:
@@ -210,24 +219,14 @@ def run_embed(
     room = bert.config.max_position_embeddings
     if config.length > room:
         raise InputError(f"length is {config.length}, but {folder} has {room} positions")
-    length = min(config.length, room) or min(128, room)
+    length = config.length or min(128, room)
     make_folder(out)
     with lock(out):
-        description = json.loads(json.dumps({
-            "model": weights_id(folder), "teacher": weights_id(teacher_folder),
-            "texts": [*texts], "cased": cased,
-            **{k: v for k, v in to_dict(config).items()
-               if k not in ("teacher", "device", "threads", "dtype", "sts")},
-        }))  # fmt: skip
-        path = out / DESCRIPTION
-        recorded: dict[str, Any] = read_json_object(path) if path.exists() else {}
-        if recorded and recorded.get("description") != description:
-            raise other_settings(out, "job", recorded.get("description"), description)
+        description = _describe(folder, teacher_folder, texts, cased, config)
+        recorded: dict[str, Any] = recorded_job(out / DESCRIPTION, description)
         if "result" in recorded:
             progress.note(f"{out} is complete")
-            return dict(recorded["result"])
-        if not recorded and any(not p.name.startswith(".") for p in out.iterdir()):
-            raise InputError(f"{out} is not empty; give another --out")
+            return EmbedReport(**recorded["result"])
         device = set_up_alone(
             config.device,
             config.dtype,
@@ -237,47 +236,94 @@ def run_embed(
             recorded=recorded_choice(recorded.get("environment", {})),
         )
         progress.note(f"device {device}; {torch.get_num_threads()} threads")
-        also = {*sentences_of(config.also, config.text)}  # before the sample, which takes longer
-        train, heldout = sample_sentences(
-            texts, config.sentences, config.heldout, config.seed, config.text
-        )
-        train += sorted(also - {*train, *heldout})
-        progress.note(f"{len(train):,} sentences to train on, {len(heldout):,} held out")
+        train, heldout = _read_sentences(texts, config, progress)
         facts: dict[str, Json] = {"description": description, "environment": environment(device)}
-        write_json(path, facts)
+        write_json(out / DESCRIPTION, facts)
         theirs = _teacher_vectors(teacher, heldout + train, out / VECTORS, device, progress)
         theirs, asked = theirs[len(heldout) :], theirs[: len(heldout)].astype(np.float32)
-        turn = principal_directions(theirs) if config.prefixes else None
+        rows = make_rows(find_task("classes"), Examples(train, None, None, None, []), vocab, length)
+        progress.note(rows.note(length))
         student = SentenceStudent(bert, teacher.width, config.seed).to(device.device)
         kept = out / ".training.safetensors"
-        _train(student, vocab, train, theirs, turn, length, config, device, progress, kept)
+        _train(student, rows, vocab.pad, theirs, config, device, progress, kept)
         with atomic_folder(out / ".model", overwrite=True) as partial:
             write_sentence_model(partial, student, vocab, length, _card(config, teacher.width))
         model = load_sentence_model(out / ".model")
-        ours = vectors_of(model, heldout, device)
         widths = [*config.prefixes, teacher.width]
-        scores = {} if sts is None else sts_spearman(model, sts, device, widths)
-        measured: dict[str, dict[str, float]] = {}
-        for width in widths:
-            of_width = {"nearest": round(shared_nearest(_unit(ours[:, :width]), asked), 4)}
-            if sts is not None:
-                of_width["sts_spearman"] = round(scores[width], 5)
-            measured[str(width)] = of_width
-            shown = ", ".join(f"{key} {value}" for key, value in of_width.items())
-            progress.note(f"width {width}: {shown}")
-        result: dict[str, Json] = {
-            "output": str(out), "model": str(folder), "teacher": str(teacher_folder),
-            "sentences": len(train), "widths": measured,
-        }  # fmt: skip
-        if sts is not None:
-            of_teacher = sts_spearman(teacher, sts, device, [teacher.width])[teacher.width]
-            result["teacher_sts_spearman"] = round(of_teacher, 5)
+        measured = _measure(model, heldout, asked, pairs, widths, device, progress)
+        of_teacher = None
+        if pairs is not None:
+            of_teacher = sts_spearman(teacher, pairs, device, [teacher.width])[teacher.width]
         move_contents(out / ".model", out, last="modules.json")
-        result["seconds"] = round(time.perf_counter() - started, 1)
-        write_json(path, {**facts, "result": result})
+        report = EmbedReport(
+            output=str(out),
+            model=str(folder),
+            teacher=str(teacher_folder),
+            sentences=len(train),
+            widths=measured,
+            teacher_sts_spearman=None if of_teacher is None else round(of_teacher, 5),
+            seconds=round(time.perf_counter() - started, 1),
+        )
+        write_json(out / DESCRIPTION, {**facts, "result": to_report(report)})
         shutil.rmtree(out / VECTORS, ignore_errors=True)
         kept.unlink(missing_ok=True)
-    return result
+    return report
+
+
+def _read_pairs(name: str) -> Examples:
+    """Scored pairs of STS-B, of the dev set where there is one."""
+    splits = read_examples(find_task("sts-b"), name)
+    pairs = splits["dev"] if "dev" in splits else next(iter(splits.values()))
+    if not pairs.labelled or not len(pairs):
+        raise InputError(f"{name} has no labelled pairs")
+    return pairs
+
+
+def _describe(
+    folder: Path, teacher: Path, texts: Sequence[str], cased: bool, config: EmbedConfig
+) -> dict[str, Json]:
+    """What must be the same to resume."""
+    settings = to_dict(config)
+    for later in ("teacher", "device", "threads", "dtype", "sts"):
+        del settings[later]
+    ids = {"model": weights_id(folder), "teacher": weights_id(teacher)}
+    return {**ids, "texts": [*texts], "cased": cased, **settings}
+
+
+def _read_sentences(
+    texts: Sequence[str], config: EmbedConfig, progress: Progress
+) -> tuple[list[str], list[str]]:
+    """The sentences to train on, and those that are held out."""
+    also = {*sentences_of(config.also, config.text)}  # before the sample, which takes longer
+    train, heldout = sample_sentences(
+        texts, config.sentences, config.heldout, config.seed, config.text
+    )
+    train += sorted(also - {*train, *heldout})
+    progress.note(f"{len(train):,} sentences to train on, {len(heldout):,} held out")
+    return train, heldout
+
+
+def _measure(
+    model: SentenceModel,
+    heldout: list[str],
+    theirs: NDArray[np.float32],
+    pairs: Examples | None,
+    widths: list[int],
+    device: Device,
+    progress: Progress,
+) -> dict[str, dict[str, float]]:
+    """By width: neighbours shared with the teacher's vectors, and the score of pairs if given."""
+    ours = vectors_of(model, heldout, device)
+    scores = {} if pairs is None else sts_spearman(model, pairs, device, widths)
+    measured: dict[str, dict[str, float]] = {}
+    for width in widths:
+        of_width = {"nearest": round(shared_nearest(_unit(ours[:, :width]), theirs), 4)}
+        if width in scores:
+            of_width["sts_spearman"] = round(scores[width], 5)
+        measured[str(width)] = of_width
+        shown = ", ".join(f"{key} {value}" for key, value in of_width.items())
+        progress.note(f"width {width}: {shown}")
+    return measured
 
 
 def _teacher_vectors(
@@ -307,22 +353,24 @@ def _teacher_vectors(
 
 
 def _train(
-    student: SentenceStudent, vocab: Any, texts: list[str], theirs: NDArray[np.float16],
-    turn: NDArray[np.float32] | None, length: int, config: EmbedConfig, device: Device,
-    progress: Progress, kept: Path,
-) -> None:  # fmt: skip
+    student: SentenceStudent,
+    rows: TaskRows,
+    pad: int,
+    theirs: NDArray[np.float16],
+    config: EmbedConfig,
+    device: Device,
+    progress: Progress,
+    kept: Path,
+) -> None:
     """Trains in place; `kept` has the state of twenty steps on the way, from which it continues."""
-    rows = make_rows(find_task("classes"), Examples(texts, None, None, None, []), vocab, length)
-    if note := rows.note(length):
-        progress.note(note)
-    per_epoch = -(-len(texts) // config.batch)
+    per_epoch = -(-len(rows) // config.batch)
     steps = config.epochs * per_epoch
     parameters = [p for _, p in trained_parameters(student)]
-    names = ("lr", "optimizer", "muon_lr_ratio", "weight_decay")
-    settings = TrainConfig(**{name: getattr(config, name) for name in names})
-    optimizer = Optimizer(student, settings, device)
+    optimizer = Optimizer(student, config, device)
     never = torch.zeros((), dtype=torch.bool, device=device.device)
-    rotation = None if turn is None else torch.from_numpy(turn).to(device.device)
+    rotation: Tensor | None = None
+    if config.prefixes:
+        rotation = torch.from_numpy(principal_directions(theirs)).to(device.device)
     every = max(1, steps // 20)
     first = _load_state(kept, student, optimizer)
     if first:
@@ -338,7 +386,7 @@ def _train(
                     continue
                 rate = config.lr * linear_schedule(step, steps, config.warmup)
                 optimizer.set_learning_rate(rate)
-                batch = read_batch(rows, chosen, vocab.pad, device.device)
+                batch = read_batch(rows, chosen, pad, device.device)
                 target = torch.from_numpy(theirs[chosen].astype(np.float32)).to(device.device)
                 if rotation is not None:
                     target = target @ rotation

@@ -17,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +57,39 @@ from mvbert.tasks.rows import TaskRows, check_room, join_rows, make_rows
 from mvbert.tasks.score import Split, evaluate
 from mvbert.tasks.teacher import Teacher, cached_scores, keep_scores, read_unlabelled
 from mvbert.text.vocab import Vocab
-from mvbert.toml import to_dict
+from mvbert.toml import to_dict, to_report
 from mvbert.training.device import Device
 from mvbert.training.environment import environment
 from mvbert.training.machine import recorded_choice, set_up_alone
-from mvbert.training.runs import lock, make_folder, other_settings
+from mvbert.training.runs import lock, make_folder, recorded_job
 
 DESCRIPTION, RUNS, KEPT = "finetune.json", "runs.jsonl", ".best"
 VARIANTS, SCORES = "augmented.jsonl", ".teacher.safetensors"
 
 # What may change when a job is continued: more seeds, and how it is computed.
 _LATER = ("seeds", "device", "threads", "dtype")
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a job reports."""
+
+    output: str
+    model: str
+    task: str
+    setting: dict[str, float]
+    """The chosen one: batch, lr, epochs."""
+    seeds: int
+    scores: dict[str, dict[str, dict[str, Any]]]
+    """By split and metric: the median, the range and the value of each seed."""
+    seconds: float | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        """The report as plain data, in which splits are keys like the others."""
+        flat: dict[str, Json] = {}
+        for name, value in to_report(self).items():
+            flat |= value if name == "scores" else {name: value}
+        return flat
 
 
 @dataclass(frozen=True)
@@ -88,15 +110,12 @@ def run_finetune(
     columns: Columns = Columns(),
     *,
     cased: bool = False,
-) -> dict[str, Json]:
+) -> FinetuneReport:
     """Trains and scores all runs that are not done yet; writes the best one's model.
 
     Args:
         name: a name for mvbert.model.huggingface.find_model, e.g. a BERT's folder or a run folder.
         data: see mvbert.tasks.formats.read_task.
-
-    Returns:
-        The chosen setting, and the median and range of each metric over its seeds.
 
     Raises:
         InputError: bad input, or `out` holds another job.
@@ -118,7 +137,7 @@ def run_finetune(
         described = job.describe(data, columns)
         records = job.run()
         report = job.finish(records, described)
-    return {**report, "seconds": round(time.perf_counter() - started, 1)}
+    return replace(report, seconds=round(time.perf_counter() - started, 1))
 
 
 def _check(
@@ -263,17 +282,9 @@ class _Job:
             "teacher": self._teacher[1] if self._teacher else "",
             "unlabelled_texts": len(self._unlabelled) if self._unlabelled else 0,
         }
-        description = json.loads(json.dumps(description))
         path = self._out / DESCRIPTION
-        if path.exists():
-            recorded: Any = read_json_object(path).get("description")
-            if recorded != description:
-                raise other_settings(self._out, "job", recorded, description)
-            return read_json_object(path)
-        if any(not p.name.startswith(".") for p in self._out.iterdir()):
-            raise InputError(
-                f"{self._out} is not empty and no job of fine-tuning; give another --out"
-            )
+        if recorded := recorded_job(path, description):
+            return recorded
         facts: dict[str, Json] = {
             "description": description,
             "from": str(self._folder),
@@ -394,21 +405,24 @@ class _Job:
         path = self._out / KEPT / "run.json"
         return Run.of(read_json_object(path)) if path.exists() else None
 
-    def finish(self, records: list[dict[str, Any]], described: dict[str, Json]) -> dict[str, Json]:
+    def finish(self, records: list[dict[str, Any]], described: dict[str, Json]) -> FinetuneReport:
         """Moves the best model to its place; writes and returns the result."""
-        result: dict[str, Json] = {
-            "output": str(self._out),
-            "model": str(self._folder),
-            "task": self._task.name,
-            "setting": dict(zip(("batch", "lr", "epochs"), _setting(records[0]), strict=True)),
-            "seeds": len(records),
-        }
-        for split in ("dev", *(s for s in self._splits if s not in ("train", "dev"))):
-            names = records[0][split]
-            result[split] = {name: _spread([r[split][name] for r in records]) for name in names}
+        report = FinetuneReport(
+            output=str(self._out),
+            model=str(self._folder),
+            task=self._task.name,
+            setting=dict(zip(("batch", "lr", "epochs"), _setting(records[0]), strict=True)),
+            seeds=len(records),
+            scores={
+                split: {
+                    name: _spread([r[split][name] for r in records]) for name in records[0][split]
+                }
+                for split in ("dev", *(s for s in self._splits if s not in ("train", "dev")))
+            },
+        )
         self._publish(records)
-        write_json(self._out / DESCRIPTION, {**described, "result": result})
-        return result
+        write_json(self._out / DESCRIPTION, {**described, "result": report.to_json()})
+        return report
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
         """Moves the kept model's files to OUT."""
@@ -441,7 +455,7 @@ def _line(run: Run, record: Mapping[str, Any]) -> str:
     )
 
 
-def _spread(values: list[float]) -> dict[str, Json]:
+def _spread(values: list[float]) -> dict[str, Any]:
     return {
         "median": round(statistics.median(values), 5),
         "min": round(min(values), 5),

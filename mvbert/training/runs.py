@@ -118,6 +118,25 @@ def check_run(path: Path, description: dict[str, Json]) -> int | None:
     raise other_settings(path.parent, "run", recorded, current)
 
 
+def recorded_job(path: Path, description: dict[str, Json]) -> dict[str, Json]:
+    """What a job with this description has recorded in `path`; {} at its first start.
+
+    Raises:
+        InputError: the folder of `path` holds another job, or something else.
+    """
+    if not path.exists():
+        if any(not p.name.startswith(".") for p in path.parent.iterdir()):
+            raise InputError(
+                f"{path.parent} is not empty and no job of fine-tuning; give another --out"
+            )
+        return {}
+    job = read_json_object(path)
+    recorded, current = job.get("description"), json.loads(json.dumps(description))
+    if recorded != current:
+        raise other_settings(path.parent, "job", recorded, current)
+    return job
+
+
 def other_settings(out: Path, kind: str, recorded: Any, current: dict[str, Any]) -> InputError:
     """The refusal of a folder that holds a run or a job with other settings; names them."""
     names = _differences(recorded, current) if isinstance(recorded, dict) else ["description"]

@@ -85,10 +85,10 @@ def test_the_share_of_words_that_change(training_inputs, teacher_vocab, smaller,
         total += count
         changed += count * (pieces[0] != pieces[1])
         unknown += count * (pieces[1] == ["[UNK]"])
-    assert report["words"] == total
-    assert report["changed_words"] == pytest.approx(changed / total, abs=1e-12)
-    assert report["unknown_words_after"] == pytest.approx(unknown / total, abs=1e-12)
-    assert "loss_after" not in report
+    assert report.words == total
+    assert report.changed_words == pytest.approx(changed / total, abs=1e-12)
+    assert report.unknown_words_after == pytest.approx(unknown / total, abs=1e-12)
+    assert report.loss_after is None
 
 
 def test_texts_of_kept_pieces_are_read_as_before(training_inputs, teacher_vocab, smaller, tmp_path):
@@ -109,8 +109,8 @@ def test_a_vocabulary_learned_from_a_corpus(training_inputs, tmp_path):
         str(training_inputs / "teacher"), tmp_path / "out", corpus=training_inputs / "corpus",
         size=80, eval_rows=0,
     )  # fmt: skip
-    assert report["vocab_after"] == 80
-    assert report["unknown_words_after"] == 0
+    assert report.vocab_after == 80
+    assert report.unknown_words_after == 0
 
 
 def test_multilingual_to_one_language(shared_file, tmp_path):
@@ -126,8 +126,8 @@ def test_multilingual_to_one_language(shared_file, tmp_path):
     kept = [p for i, p in enumerate(full.pieces) if i < 300 or p.removeprefix("##").isascii()]
     Vocab(tuple(kept), lowercase=False).save(tmp_path / "vocab.txt")
     report = run_trim(str(tmp_path / "mbert"), tmp_path / "out", vocab=tmp_path / "vocab.txt")
-    assert report["kept"] == len(kept)
-    assert report["parameters_saved"] == (full.size - len(kept)) * 8
+    assert report.kept == len(kept)
+    assert report.parameters_saved == (full.size - len(kept)) * 8
     shape, vocab = read_shape(tmp_path / "out")
     assert (shape.vocab_size, vocab.lowercase) == (len(kept), False)
 
@@ -142,7 +142,7 @@ def test_a_sentence_encoder_keeps_its_files(training_inputs, smaller, tmp_path):
     kept = {k.removeprefix("bert."): v for k, v in tensors.items() if not k.startswith("cls.")}
     save_file(kept, source / "model.safetensors")
     report = run_trim(str(source), tmp_path / "out", vocab=smaller, eval_rows=0)
-    assert report["tensors"] == ["embeddings.word_embeddings.weight"]
+    assert report.tensors == ["embeddings.word_embeddings.weight"]
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     assert (tmp_path / "out" / "modules.json").exists()
 
@@ -208,7 +208,7 @@ def test_mpnet(own, teacher_vocab, smaller, tmp_path):
     report = run_trim(str(tmp_path / "model"), tmp_path / "out", vocab=given, eval_rows=0)
     new = (tmp_path / "out" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert new == ["<s>", "<pad>", "</s>", "<unk>", *kept, "<mask>"]
-    assert report["vocab_after"] == len(new)
+    assert report.vocab_after == len(new)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["vocab_size"], config["pad_token_id"]) == (len(new), 1)
     trimmed = transformers.MPNetForMaskedLM.from_pretrained(tmp_path / "out").eval()
@@ -227,7 +227,7 @@ def test_mpnet(own, teacher_vocab, smaller, tmp_path):
     assert after.convert_ids_to_tokens(new_ids.flatten()) == pieces
     shared = [i for i, piece in enumerate(new) if piece in before.vocab]
     old_ids = before.convert_tokens_to_ids([new[i] for i in shared])
-    assert len(shared) == report["kept"]
+    assert len(shared) == report.kept
     assert torch.allclose(logits[:, old_ids], new_logits[:, shared], atol=1e-5)
 
 
@@ -386,7 +386,7 @@ def test_the_packaged_encoder(tmp_path):
     old = Vocab.load(folder)
     Vocab(old.pieces[:6000]).save(tmp_path / "vocab.txt")
     report = run_trim(str(folder), tmp_path / "out", vocab=tmp_path / "vocab.txt")
-    assert report["kept"] == 6000
+    assert report.kept == 6000
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     table = load_file(tmp_path / "out" / "model.safetensors")["embeddings.word_embeddings.weight"]
     assert torch.equal(

@@ -171,7 +171,7 @@ def test_the_same_code_as_finetune_does_it(job):
     config = load_toml(StudyConfig, job / "study.toml").tuning("trimmed", "polarity")
     model = next((job / "study" / "trimmed").iterdir())
     alone = run_finetune(str(model), "sst-2", ["sst"], job / "alone", config)
-    assert read_json_object(tuned / "finetune.json")["result"]["dev"] == alone["dev"]
+    assert read_json_object(tuned / "finetune.json")["result"]["dev"] == alone.scores["dev"]
 
 
 @pytest.mark.parametrize(
