@@ -331,24 +331,7 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
                 if kind == "failed":
                     check_device(device, entry.provider.name)
 
-    def prepare(entry: Entry) -> None:
-        """Makes the provider and checks its output."""
-        provider = entry.provider
-        if provider.name in settings.without:
-            raise Skip("left out")
-        if device not in provider.devices:
-            raise Skip(f"runs on {', '.join(provider.devices)} only")
-        missing = [name for name in provider.needs if reporting.version(name) is None]
-        if missing:
-            pip = dict.fromkeys(PIP.get(name, f"pip install {name}") for name in missing)
-            entry.record["pip"] = "; ".join(pip)
-            raise Skip(f"not installed: {', '.join(missing)}")
-        entry.run = provider.make(case, device)
-        outputs = entry.run(copies[0])
-        if bench.check is not None:
-            entry.record.update(bench.check(case, copies[0], outputs))
-
-    apply(prepare, tuple(entries))
+    apply(lambda entry: prepare(entry, bench, case, copies[0], settings), tuple(entries))
     # Tens of milliseconds are long for events, short for a clock on a busy host.
     target = bench.seconds / (1 if not quick else 10 if device == "cuda" else 4)
     apply(lambda entry: warm_up(entry, copies, device, target, quick), tuple(entries))
@@ -380,6 +363,24 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
         keep(entry.record)
 
     apply(complete, tuple(entries))
+
+
+def prepare(entry: Entry, bench: Bench, case: Any, inputs: Any, settings: Settings) -> None:
+    """Makes an entry's provider and checks its output."""
+    provider, device = entry.provider, settings.device
+    if provider.name in settings.without:
+        raise Skip("left out")
+    if device not in provider.devices:
+        raise Skip(f"runs on {', '.join(provider.devices)} only")
+    missing = [name for name in provider.needs if reporting.version(name) is None]
+    if missing:
+        pip = dict.fromkeys(PIP.get(name, f"pip install {name}") for name in missing)
+        entry.record["pip"] = "; ".join(pip)
+        raise Skip(f"not installed: {', '.join(missing)}")
+    entry.run = provider.make(case, device)
+    outputs = entry.run(inputs)
+    if bench.check is not None:
+        entry.record.update(bench.check(case, inputs, outputs))
 
 
 def shrunk(case: Any) -> Any:

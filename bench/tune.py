@@ -129,25 +129,32 @@ def _loss_inputs(N: int, V: int, H: int, dtype: torch.dtype, device: str):
 
 def loss_cases(N: int, V: int, H: int, dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The products and the pass between them, or the two kernels without logits."""
-    hidden, weight, bias, labels = _loss_inputs(N, V, H, dtype, device)
-    shape = (N, V, H)
-    one = torch.ones((), device=device) / N
-    if launch.flash(hidden):
+    inputs = _loss_inputs(N, V, H, dtype, device)
+    return (_flash_cases if launch.flash(inputs[0]) else _product_cases)(*inputs)
 
-        def flash(need: Need) -> Callable[[], Run]:
-            def run() -> Tensor:
-                _, _, _, dhidden, dweight, _ = linear_cross_entropy.cross_entropy(
-                    hidden, weight, bias, labels, LossOptions(), one, None, need
-                )
-                return dweight if need.weight else dhidden
 
-            return lambda: run
+def _flash_cases(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Iterator[Case]:
+    (N, H), V = hidden.shape, len(weight)
+    dtype, shape, one = hidden.dtype, (N, V, H), torch.ones((), device=hidden.device) / N
 
-        # The other kernel runs too and is the same for every candidate.
-        yield Case("flash_fwd", dtype, shape, _with_splits(FLASH, (1, 2, 4, 8)), flash(Need(True)))
-        candidates = _with_splits(FLASH[::-1] + FLASH[:3], (2, 4, 8))
-        yield Case("flash_dweight", dtype, shape, candidates, flash(Need(weight=True)))
-        return
+    def flash(need: Need) -> Callable[[], Run]:
+        def run() -> Tensor:
+            _, _, _, dhidden, dweight, _ = linear_cross_entropy.cross_entropy(
+                hidden, weight, bias, labels, LossOptions(), one, None, need
+            )
+            return dweight if need.weight else dhidden
+
+        return lambda: run
+
+    # The other kernel runs too and is the same for every candidate.
+    yield Case("flash_fwd", dtype, shape, _with_splits(FLASH, (1, 2, 4, 8)), flash(Need(True)))
+    candidates = _with_splits(FLASH[::-1] + FLASH[:3], (2, 4, 8))
+    yield Case("flash_dweight", dtype, shape, candidates, flash(Need(weight=True)))
+
+
+def _product_cases(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tensor) -> Iterator[Case]:
+    (N, H), V, device = hidden.shape, len(weight), hidden.device
+    dtype, shape, one = hidden.dtype, (N, V, H), torch.ones((), device=device) / N
 
     def linear(library: bool = False) -> LinearRows:
         return LinearRows(hidden, weight, bias, *list_rows(labels, -100), library)
@@ -246,9 +253,8 @@ def embedding_cases(B: int, T: int, H: int, V: int, dtype: torch.dtype, device: 
     def backward() -> Run:
         _, mean, rstd = forward()
         return lambda: mixed_embedding.mixed_embedding_bwd(
-            upstream, inputs, mean, rstd, 0.1, seed, 0, [103 % V], False,
-            [True, False, True, True],
-        )[0]  # fmt: skip
+            upstream, inputs, mean, rstd, 0.1, seed, 0, [103 % V], False, [True, False, True, True]
+        )[0]
 
     programs = tuple(launch.multiprocessors(torch.device(device)) * n for n in (4, 8, 16))
     shape = (B * T, H)

@@ -164,6 +164,13 @@ def side_rows(table_ptr, at, size, inside, H, h, ACC: tl.constexpr):
 
 
 @triton.jit
+def add_rows(table_ptr, at, active, rows, H, h):
+    """Adds [ROWS, BLOCK_H] to the rows `at` of a gradient, where active."""
+    mask = active[:, None] & (h < H)[None, :]
+    tl.atomic_add(table_ptr + at[:, None] * H + h[None, :], rows, mask=mask, sem="relaxed")
+
+
+@triton.jit
 def mixed_embedding_bwd_kernel(
     dy_ptr,  # [N, H]
     ids_ptr,  # [N]
@@ -257,21 +264,9 @@ def mixed_embedding_bwd_kernel(
         else:
             type_0 += ds
         if ADD_TYPE:
-            valid = inside & (k >= 0) & (k < types)
-            tl.atomic_add(
-                dtype_ptr + k[:, None] * H + h[None, :],
-                ds,
-                mask=valid[:, None] & column,
-                sem="relaxed",
-            )
+            add_rows(dtype_ptr, k, inside & (k >= 0) & (k < types), ds, H, h)
         if ADD_POSITION:
-            valid = inside & (t >= 0) & (t < positions)
-            tl.atomic_add(
-                dposition_ptr + t[:, None] * H + h[None, :],
-                ds,
-                mask=valid[:, None] & column,
-                sem="relaxed",
-            )
+            add_rows(dposition_ptr, t, inside & (t >= 0) & (t < positions), ds, H, h)
         if ADD_TEACHER or ADD_STUDENT:
             v = tl.load(ids_ptr + n, mask=inside, other=0).to(tl.int64)
             active = inside & (v != padding_id)
@@ -280,19 +275,10 @@ def mixed_embedding_bwd_kernel(
                 sum_1 += tl.where((active & (v == frequent_1))[:, None], ds, 0.0)
                 active = active & (v != frequent_0) & (v != frequent_1)
             if ADD_TEACHER:
-                tl.atomic_add(
-                    dteacher_ptr + v[:, None] * H + h[None, :],
-                    ds,
-                    mask=(active & (v >= 0) & (v < V_T))[:, None] & column,
-                    sem="relaxed",
-                )
+                add_rows(dteacher_ptr, v, active & (v >= 0) & (v < V_T), ds, H, h)
             if ADD_STUDENT:
-                tl.atomic_add(
-                    dstudent_ptr + (v - V_T)[:, None] * H + h[None, :],
-                    ds,
-                    mask=(active & (v >= V_T) & (v < V_T + V_S))[:, None] & column,
-                    sem="relaxed",
-                )
+                of_student = active & (v >= V_T) & (v < V_T + V_S)
+                add_rows(dstudent_ptr, v - V_T, of_student, ds, H, h)
     out = sums_ptr + (share.to(tl.int64) * T + position) * 6 * H + h
     tl.store(out, tl.sum(dweight, 0), mask=h < H)
     tl.store(out + H, tl.sum(dbias, 0), mask=h < H)

@@ -408,24 +408,11 @@ def linear_cross_entropy(
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     backend = _backend(backend, hidden)
     labelled = labels != ignore_index
-    dtype = accumulator_dtype(hidden.dtype)
-    z_factor = torch.full((), z_loss, dtype=dtype, device=hidden.device) if z_loss else None
     if class_weight is not None:
-        class_weight = class_weight.to(dtype)
-    if reduction == "none":
-        scale = None
-    elif num_items_in_batch is not None:
-        count = torch.as_tensor(num_items_in_batch, dtype=dtype, device=hidden.device)
-        scale = count.reshape(()).reciprocal()
-    else:
-        scale = _scale(labelled, reduction, hidden)
-        if class_weight is not None and reduction == "mean":
-            weights = class_weight[labels.where(labelled, 0)].where(labelled, 0)
-            total = weights.sum().where(labelled.any(), 1)
-            if z_factor is not None:
-                # It stays a mean over labels, of whatever weight.
-                z_factor = z_factor * scale * total
-            scale = total.reciprocal()
+        class_weight = class_weight.to(accumulator_dtype(hidden.dtype))
+    scale, z_factor = _scales(
+        reduction, hidden, labels, labelled, class_weight, z_loss, num_items_in_batch
+    )
     options = LossOptions(
         ignore_index, float(label_smoothing), class_weight, float(softcap or 0), z_factor,
         return_metrics,
@@ -719,6 +706,34 @@ def _need(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[bool]:
     if not torch.is_grad_enabled():
         return [False, False, False]
     return [hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+
+
+def _scales(
+    reduction: str,
+    hidden: Tensor,
+    labels: Tensor,
+    labelled: Tensor,
+    class_weight: Tensor | None,
+    z_loss: float,
+    num_items_in_batch: float | Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the sum over rows is multiplied by, and z_loss, on the device; None: nothing."""
+    dtype, device = accumulator_dtype(hidden.dtype), hidden.device
+    z_factor = torch.full((), z_loss, dtype=dtype, device=device) if z_loss else None
+    if reduction == "none":
+        return None, z_factor
+    if num_items_in_batch is not None:
+        count = torch.as_tensor(num_items_in_batch, dtype=dtype, device=device)
+        return count.reshape(()).reciprocal(), z_factor
+    scale = _scale(labelled, reduction, hidden)
+    if class_weight is None or reduction == "sum":
+        return scale, z_factor
+    weights = class_weight[labels.where(labelled, 0)].where(labelled, 0)
+    total = weights.sum().where(labelled.any(), 1)
+    if z_factor is not None:
+        # It stays a mean over labels, of whatever weight.
+        z_factor = z_factor * scale * total
+    return total.reciprocal(), z_factor
 
 
 def _scale(mask: Tensor, reduction: str, hidden: Tensor) -> Tensor:
