@@ -190,8 +190,9 @@ ONNX = {"needs": ["onnxruntime", "onnx"]}
 for name in (STUDENT, WIDE, TEACHER):
     BENCH.add(f"{name}, mvbert int8", with_export, model=name, file="model_quantized.onnx",
               bound=0.9, **ONNX)  # fmt: skip
-    BENCH.add(f"{name}, mvbert float32", with_export, model=name, file="model.onnx",
-              bound=0.9999, **ONNX)  # fmt: skip
+    BENCH.add(
+        f"{name}, mvbert float32", with_export, model=name, file="model.onnx", bound=0.9999, **ONNX
+    )
     BENCH.add(f"{name}, quantize_dynamic and tokenizers", with_quantizer, model=name,
               needs=["onnxruntime", "onnx", "tokenizers"])  # fmt: skip
 

@@ -237,9 +237,7 @@ def loss_targets(name: str, ours: dict, peers: dict[str, float]) -> list[Target]
 def embedding_targets(name: str, ours: dict, peers: dict[str, float]) -> list[Target]:
     share = ours["gb_s"] / ours["ceiling"]["copy_gb_s"]
     rows = [at_least(f"{name}: of copy bandwidth", 0.85, share)]
-    for kind, names, goal in (
-        ("eager", ("eager", "HF"), 5), ("torch.compile", "torch.compile", 1),
-    ):  # fmt: skip
+    for kind, names, goal in (("eager", ("eager", "HF"), 5), ("torch.compile", "torch.compile", 1)):
         value = min((v for p, v in peers.items() if p.startswith(names)), default=None)
         rows.append(at_least(f"{name}: x faster than {kind}", goal, value))
     return rows

@@ -270,10 +270,12 @@ def write_python() -> None:
     alive = [c for c in range(LAST) if not is_surrogate(c)]
     lower = [f"{c:X}:{'+'.join(f'{ord(x):X}' for x in chr(c).lower())}"
              for c in alive if chr(c).lower() != chr(c)]  # fmt: skip
-    steps = [f"{c:X}:{'+'.join(f'{x:X}' for x in decomposition(c))}"
-             for c in alive if decomposition(c)]  # fmt: skip
-    excluded = [f"{c:X}" for c in alive
-                if len(decomposition(c)) == 2 and nfc(nfd(chr(c))) != chr(c)]  # fmt: skip
+    steps = [
+        f"{c:X}:{'+'.join(f'{x:X}' for x in decomposition(c))}" for c in alive if decomposition(c)
+    ]
+    excluded = [
+        f"{c:X}" for c in alive if len(decomposition(c)) == 2 and nfc(nfd(chr(c))) != chr(c)
+    ]
     classes = []
     combining = [unicodedata.combining(chr(c)) for c in range(LAST)]
     for value in sorted(set(combining) - {0}):

@@ -70,9 +70,10 @@ def _refuse_all_but(command: Any, known: Sequence[str], why: str) -> None:
             continue
         if is_dataclass(value):
             inner = next(
-                each.name for each in fields(value)
+                each.name
+                for each in fields(value)
                 if getattr(value, each.name) != getattr(default, each.name)
-            )  # fmt: skip
+            )
             prefixed = not str(option.type).startswith("OmitArgPrefixes")
             name = f"{name}.{inner}" if prefixed else inner
         raise InputError(f"--{name.replace('_', '-')} {why}")

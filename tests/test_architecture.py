@@ -105,9 +105,10 @@ def test_the_file_tree_in_the_docs_is_the_tree(root, git_files):
         assert list(root.glob(name)), f"docs/architecture.md names {name}, which does not exist"
     # A folder whose files are named stands for none of them, a header for its .cc file.
     whole = tuple(
-        name for name in listed
+        name
+        for name in listed
         if name.endswith("/") and not any(n != name and n.startswith(name) for n in listed)
-    )  # fmt: skip
+    )
     covered = {str(path.relative_to(root)) for name in listed for path in root.glob(name)}
     for name in git_files("--cached", "--others", "--exclude-standard"):
         alone = name in covered or str(Path(name).with_suffix(".h")) in covered

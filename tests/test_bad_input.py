@@ -583,8 +583,9 @@ def export(model, folder: Path, *more) -> list:
     return ["export", model, "--corpus", folder / "corpus", "-o", folder / "new", *more]
 
 
-@pytest.mark.parametrize("verb", [evaluated, lambda folder, model: export(model, folder)],
-                         ids=["eval", "export"])  # fmt: skip
+@pytest.mark.parametrize(
+    "verb", [evaluated, lambda folder, model: export(model, folder)], ids=["eval", "export"]
+)
 def test_models_that_are_none(ground, refused, verb):
     refused(verb(ground, ground / "nowhere"), "nowhere", "no such folder")
     refused(verb(ground, ground / "text.txt"), "text.txt", "expected a folder")

@@ -417,8 +417,9 @@ def test_targets_are_passed_and_missed(bench_path, tmp_path):
     assert found[f"{name}: x faster than Liger, CCE"].row()[-1] == "MISS"
     assert found[f"{name}: peak MB"].row()[-1] == "MISS"
     assert [t.passed for t in gpu_check.targets(tmp_path) if t.what == "stage 2: pieces/s"] == [
-        True, False,
-    ]  # fmt: skip
+        True,
+        False,
+    ]
     assert found["stage 1: pieces/s"].row()[-2:] == ["-", "-"]
 
 

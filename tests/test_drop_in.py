@@ -671,9 +671,10 @@ def test_embeddings_without_a_norm_are_refused(model, name):
 
 def test_what_is_no_model_is_refused():
     for model, shown in [
-        (None, r"None \(NoneType\)"), ("bert", r"'bert' \(str\)"),
+        (None, r"None \(NoneType\)"),
+        ("bert", r"'bert' \(str\)"),
         (transformers.BertModel, r"BertModel \(type\)"),
-    ]:  # fmt: skip
+    ]:
         for function in (fuse, unfuse):
             message = f"^{function.__name__} needs a model of transformers, got {shown}"
             with pytest.raises(InputError, match=message):

@@ -64,9 +64,7 @@ def same(assert_rounded):
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_linear_cross_entropy(reduction, label_smoothing, return_lse, small_chunks, same):
     labels = labels_of(13, 37)
-    options = {
-        "reduction": reduction, "label_smoothing": label_smoothing, "return_lse": return_lse,
-    }  # fmt: skip
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "return_lse": return_lse}
     same(
         lambda be, h, w, b: MF.linear_cross_entropy(h, w, labels, b, backend=be, **options),
         parameters((13, 20), (37, 20), (37,)),
@@ -173,11 +171,9 @@ def test_num_items_in_batch(count, backend):
     labels = labels_of(13, 37)
     for options in ({}, OPTIONS["all"]):
         found, total = (
-            MF.linear_cross_entropy(
-                hidden, weight, labels, backend=backend, **options | given
-            )
+            MF.linear_cross_entropy(hidden, weight, labels, backend=backend, **options | given)
             for given in ({"num_items_in_batch": count}, {"reduction": "sum"})
-        )  # fmt: skip
+        )
         torch.testing.assert_close(found, total / float(count))
         torch.testing.assert_close(
             torch.autograd.grad(found, weight)[0],

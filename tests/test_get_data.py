@@ -222,8 +222,9 @@ def test_wikipedia_becomes_four_parts_and_a_heldout_file(get_data, publisher, tm
     documents = ["\n".join(lines_of(path)).split("\n\n")[:-1] for path in files]
     assert [len(part) for part in documents] == [77, 77, 77, 77, 2]
     assert documents[0][0].split("\n")[:2] == [
-        "Title 0", "The 0-0th paragraph says something in a full sentence."
-    ]  # fmt: skip
+        "Title 0",
+        "The 0-0th paragraph says something in a full sentence.",
+    ]
     titles = [document.split("\n")[0] for part in documents for document in part]
     assert sorted(titles) == sorted(f"Title {n}" for n in range(310))
     assert not any("Heading" in document for part in documents for document in part)

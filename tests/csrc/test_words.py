@@ -59,7 +59,7 @@ AWKWARD = [
     ("क़ि", ["कि"], ["\u0915\u093c\u093f"]),  # a composition exclusion
     ("\ud800a\udfffb", ["ab"], ["ab"]),  # lone surrogates are deleted
     ("\ud83d\ude00", [], []),  # so is a pair of them: it is no character of a str
-]  # fmt: skip
+]
 
 # lower-casing, stripping accents
 CASINGS = ((True, True), (False, False), (True, False))

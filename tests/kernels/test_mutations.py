@@ -212,7 +212,7 @@ def one_sided(x, y):
         "the sum over rows": lambda x, y: relations(x, y) * B,
         "half of the gradient": one_sided,
     }
-)  # fmt: skip
+)
 def test_relation_kl(mutant, draw, exceeds):
     teacher = draw(B, T, 3 * W_T, dtype=HALF).detach().double()
     exceeds(
@@ -263,7 +263,7 @@ def added_once(ids, t, s, p, k, w, b):
         "no bias": lambda ids, *x: embedding(ids, *x[:-1], 0 * x[-1]),
         "an id that is repeated is added once": added_once,
     }
-)  # fmt: skip
+)
 def test_mixed_embedding(mutant, draw, exceeds, device):
     shapes = ((V_T, H), (V_S, H), (POSITIONS, H), (2, H), (H,), (H,))
     ids = IDS.to(device)

@@ -35,17 +35,18 @@ def test_losses(all_options, need, width, draw, device, monkeypatch):
     given, need = (h, w, b, labels), list(need)
     check(
         loss.linear_cross_entropy_sum,
-        (*given, scale, *options, need, "triton", False), test_utils=TESTS,
-    )  # fmt: skip
+        (*given, scale, *options, need, "triton", False),
+        test_utils=TESTS,
+    )
     check(
-        loss.linear_cross_entropy_rows,
-        (*given, *options, [False] * 3, "triton"), test_utils=TESTS,
-    )  # fmt: skip
+        loss.linear_cross_entropy_rows, (*given, *options, [False] * 3, "triton"), test_utils=TESTS
+    )
     up = torch.rand(5, device=device)
     check(
         loss.linear_cross_entropy_rows_backward,
-        (up, up, *given, *options[:2], [], *options[2:5], need, "triton"), test_utils=TESTS,
-    )  # fmt: skip
+        (up, up, *given, *options[:2], [], *options[2:5], need, "triton"),
+        test_utils=TESTS,
+    )
 
 
 @pytest.mark.parametrize("need", [True, False])
@@ -94,7 +95,7 @@ def test_layer_norm(dropout_p, dtype, draw, device):
             layer_norm.residual_layer_norm_backward,
             (torch.ones_like(y).detach(), drounded, total, w, mean, rstd, seed, dropout_p, dtype),
             test_utils=TESTS,
-        )  # fmt: skip
+        )
 
 
 def test_scale(draw):

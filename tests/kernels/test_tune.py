@@ -8,9 +8,7 @@ import torch
 
 from mvbert.kernels import launch
 
-SMALL = {
-    "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1, "GROUP": 2,
-}  # fmt: skip
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1, "GROUP": 2}
 
 
 @pytest.fixture

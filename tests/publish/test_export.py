@@ -643,7 +643,7 @@ def sentence_transformer(folder, mode, *more):
         ({"pooling_mode": "cls"}, lambda h, m: h[:, 0]),
     ],
     ids=["cls", "mean", "max", "sqrt", "cls by name"],
-)  # fmt: skip
+)
 def test_pooling_is_what_modules_json_says(mode, pooled, training_inputs, tmp_path, verb):
     model, tokenizer = tuned(training_inputs, tmp_path / "st", "BertModel")
     dense = torch.nn.Linear(32, 7)
@@ -714,7 +714,7 @@ def test_the_older_layout_of_sentence_transformers(training_inputs, tmp_path, ve
         ({"pooling_mode_cls_token": True}, [("2_LSTM", "models.LSTM")], "sentence_transformers.mo"),
         ({"pooling_mode_cls_token": True}, [("2", "models.Dense")], "config.json does not exist"),
     ],
-)  # fmt: skip
+)
 def test_other_poolings_are_refused_by_name(
     mode, more, complaint, training_inputs, tmp_path, refused
 ):

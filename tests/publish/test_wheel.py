@@ -127,7 +127,7 @@ def test_an_export_is_packed_too(training_inputs, model, tmp_path, verb):
         (["--version", "2.0"], "--version is for --wheel NAME"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_options(options, complaint, model, tmp_path, refused):
     refused(["export", model, "-o", tmp_path / "dist", *options], complaint)
     assert not (tmp_path / "dist").exists()

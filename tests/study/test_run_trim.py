@@ -258,8 +258,9 @@ def test_other_tokenizers_are_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": family}))
     refused(
         ["trim", tmp_path / "model", "--vocab", smaller, "-o", tmp_path / "out"],
-        f"model_type is '{family}', whose tokenizer is {tokenizer}", "needs a WordPiece",
-    )  # fmt: skip
+        f"model_type is '{family}', whose tokenizer is {tokenizer}",
+        "needs a WordPiece",
+    )
 
 
 def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refused):
@@ -337,8 +338,9 @@ def test_licence_and_longest_row_stay(name, training_inputs, smaller, tmp_path):
     run_trim(str(source), tmp_path / "out", vocab=smaller)
     assert WordPieceTokenizer.from_pretrained(tmp_path / "out").model_max_length == 1024
     assert [(tmp_path / "out" / file).read_text() for file in ("LICENSE", "NOTICE.txt")] == [
-        "LICENSE", "NOTICE.txt",
-    ]  # fmt: skip
+        "LICENSE",
+        "NOTICE.txt",
+    ]
 
 
 def test_a_trimmed_model_recovers(training_inputs, teacher_vocab, smaller, tmp_path, verb):

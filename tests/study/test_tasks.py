@@ -190,7 +190,7 @@ def test_the_same_code_as_finetune_does_it(job):
         ("parameters = 14_500_000", "parameters = 0", "published.Somebody's: a published model"),
         ("accuracy = 0.926", "accuracy = 92.6", "scores.polarity.accuracy must be a number from 0"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_refused(tmp_path, settings, old, new, part):
     assert old in settings
     (tmp_path / "study.toml").write_text(settings.replace(old, new))

@@ -197,15 +197,17 @@ def test_names_of_hugging_faces_datasets(monkeypatch):
         assert (path, config) == ("nyu-mll/glue", "mrpc")
         row = {"sentence1": "a", "sentence2": "b", "idx": 0}
         return {
-            "train": Rows([{**row, "label": 1}]), "validation": Rows([{**row, "label": 0}]),
+            "train": Rows([{**row, "label": 1}]),
+            "validation": Rows([{**row, "label": 0}]),
             "test": Rows([{**row, "label": -1}]),
-        }  # fmt: skip
+        }
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
     splits = read_task(find_task("mrpc"), ["datasets:nyu-mll/glue:mrpc"])
     assert {s: e.labels for s, e in splits.items()} == {
-        "train": ["equivalent"], "dev": ["not_equivalent"]
-    }  # fmt: skip
+        "train": ["equivalent"],
+        "dev": ["not_equivalent"],
+    }
     assert splits["dev"].pairs == ["b"]
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"needs datasets; run: pip install 'mvbert\[datasets\]'"):

@@ -46,8 +46,9 @@ TEACHER, STUDENT = make(WORDS, 300, 2, 1), make(WORDS, 100, 5, 2)
 @pytest.fixture(scope="module")
 def stream():
     rng = random.Random(3)
-    return np.array([0 if rng.random() < 0.02 else rng.randrange(1, WORDS) for _ in range(40_000)],
-                    np.uint32)  # fmt: skip
+    return np.array(
+        [0 if rng.random() < 0.02 else rng.randrange(1, WORDS) for _ in range(40_000)], np.uint32
+    )
 
 
 @pytest.fixture(scope="module")

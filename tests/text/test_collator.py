@@ -44,8 +44,9 @@ def test_rows_are_the_definitions(tokenizer, whole_word, threads):
         kinds = collator._options["kinds"].tolist()
         for i, row in enumerate(features[:6]):
             ids = row["input_ids"]
-            masked, labels = mask_row(ids, kinds, budget=budget(len(ids), share), seed=seed,
-                                      epoch=epoch, **options)  # fmt: skip
+            masked, labels = mask_row(
+                ids, kinds, budget=budget(len(ids), share), seed=seed, epoch=epoch, **options
+            )
             rest = batch["input_ids"].shape[1] - len(ids)
             assert batch["input_ids"][i].tolist() == masked + [0] * rest
             assert batch["labels"][i].tolist() == labels + [-100] * rest

@@ -114,8 +114,9 @@ def test_batches(tokenizer):
     for row, ids, mask in zip(rows, padded.input_ids, padded.attention_mask, strict=True):
         assert ids.tolist() == row + [0] * (width - len(row))
         assert mask.tolist() == [1] * len(row) + [0] * (width - len(row))
-    small = tokenizer.encode_batch(TEXTS, padding="max_length", max_length=8, truncation=True,
-                                   dtype=np.int32)  # fmt: skip
+    small = tokenizer.encode_batch(
+        TEXTS, padding="max_length", max_length=8, truncation=True, dtype=np.int32
+    )
     assert small.input_ids.shape == (len(TEXTS), 8)
     assert small.input_ids.dtype == np.int32
     assert len(tokenizer.encode_batch([])) == 0
@@ -428,8 +429,9 @@ def test_large_batches_of_pairs_from_many_threads(tokenizer):
         for count in (len(texts), 5, len(texts) - 7):
             some = texts[:count], pairs[:count]
             flat = tokenizer.encode_batch(*some, threads=threads)
-            padded = tokenizer.encode_batch(*some, threads=threads, padding=True, truncation=True,
-                                            max_length=9000)  # fmt: skip
+            padded = tokenizer.encode_batch(
+                *some, threads=threads, padding=True, truncation=True, max_length=9000
+            )
             for i, row in enumerate(rows[:count]):
                 kept = padded.input_ids[i][padded.attention_mask[i] == 1].tolist()
                 if flat[i].tolist() != row or kept != row:

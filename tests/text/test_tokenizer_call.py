@@ -162,8 +162,9 @@ def test_rows_as_transformers(ours, slow, fast, call):
     expected = plain((slow or fast)(texts, pairs, verbose=False, **options))
     assert plain(ours(texts, pairs, **options)) == expected
     assert plain(ours(texts, pairs, threads=3, **options)) == expected
-    single = isinstance(texts, str) or (options["is_split_into_words"] and texts
-                                        and isinstance(texts[0], str))  # fmt: skip
+    single = isinstance(texts, str) or (
+        options["is_split_into_words"] and texts and isinstance(texts[0], str)
+    )
     ids = [expected["input_ids"]] if single else expected["input_ids"]
     if len(set(map(len, ids))) == 1:
         arrays = ours(texts, pairs, return_tensors="np", **options)
@@ -539,8 +540,9 @@ def test_pad_takes_tensors_and_arrays(ours):
 
 
 def test_tokenizers_are_equal_by_what_they_do(ours, vocab):
-    same = WordPieceTokenizer(Vocab(vocab.pieces, vocab.lowercase, added=ADDED,
-                                    base_size=vocab.base_size), 12)  # fmt: skip
+    same = WordPieceTokenizer(
+        Vocab(vocab.pieces, vocab.lowercase, added=ADDED, base_size=vocab.base_size), 12
+    )
     assert same == ours
     assert hash(same) == hash(ours)
     assert pickle.loads(pickle.dumps(ours)) == ours

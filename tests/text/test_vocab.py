@@ -77,7 +77,7 @@ WRONG_TEXT = [
     (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02", "sentencepiece model"),
     ('{"version": "1.0", "model": {}}', "is JSON"),
     ("<unk>\t0\n<s>\t0\n\u2581a\t-1.5\n", r"columns \(tabs\)"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("content", "message"), WRONG_TEXT)
@@ -326,7 +326,7 @@ AS_TRANSFORMERS = {
     },
     "blank lines": {"vocab.txt": "".join(f"{p}\n" for p in (*LONG[:9], "", "", *LONG[9:]))},
     "no [MASK]": {"vocab.txt": "".join(f"{p}\n" for p in LONG if p != "[MASK]")},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("files", AS_TRANSFORMERS.values(), ids=AS_TRANSFORMERS.keys())
@@ -409,9 +409,10 @@ def test_tokens_added_by_transformers_are_read(tmp_path):
 
 def test_a_normalised_piece_is_found_before_words_are(tmp_path):
     vocab = Vocab(
-        (*LONG, "covid-19", "中h"), added=(AddedPiece("covid-19", True), AddedPiece("中h", True)),
+        (*LONG, "covid-19", "中h"),
+        added=(AddedPiece("covid-19", True), AddedPiece("中h", True)),
         base_size=len(LONG),
-    )  # fmt: skip
+    )
     encode = WordPieceTokenizer(vocab).encode
     new = len(LONG)
     for text, ids in [

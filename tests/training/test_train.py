@@ -209,9 +209,8 @@ def test_accumulated_micro_batches_give_the_whole_batch(stage2, tmp_path, assert
     # A large eps, so that a step is about as wrong as its gradient: with a small one the last bit
     # of a gradient near 0 decides which way its parameter goes.
     whole = replace(
-        STAGE2, dropout=0.0, distill=("logits", "hidden", "relations", "sentence"),
-        rows=8, eps=1e-2,
-    )  # fmt: skip
+        STAGE2, dropout=0.0, distill=("logits", "hidden", "relations", "sentence"), rows=8, eps=1e-2
+    )
     results = []
     for name, micro in (("a", 0), ("b", 2)):
         task, _, _ = stage2(tmp_path / name, replace(whole, micro_rows=micro))
