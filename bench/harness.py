@@ -298,8 +298,7 @@ def run_case(bench: Bench, case: Any, number: int, settings: Settings, keep: Cal
     dtype = bench.dtype(case, device)
     ceiling = clocks.ceilings(device, dtype, torch.get_num_threads(), quick, toy)
     floor = max(
-        work.flop / (ceiling["matmul_tflop_s"] * 1e12),
-        work.bytes / (ceiling["copy_gb_s"] * 1e9),
+        work.flop / (ceiling["matmul_tflop_s"] * 1e12), work.bytes / (ceiling["copy_gb_s"] * 1e9)
     )
     base = {
         "record": "result", "bench": bench.name, "case": reporting.label(case),

@@ -23,13 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mvbert.kernels import (
-    launch,
-    layer_norm,
-    linear_cross_entropy,
-    mixed_embedding,
-    relation_kl,
-)
+from mvbert.kernels import launch, layer_norm, linear_cross_entropy, mixed_embedding, relation_kl
 from mvbert.kernels.common import LossOptions, Need
 from mvbert.kernels.linear import LinearRows, list_rows
 from mvbert.kernels.linear_cross_entropy import Means

@@ -237,11 +237,7 @@ def write_cpp() -> None:
         f"// Made by csrc/make_unicode_tables.py from Unicode {VERSION}. Do not edit.\n",
         f'constexpr char kUnicodeVersionText[] = "{VERSION}";\n',
     ]
-    for name, values in (
-        ("kUncased", uncased),
-        ("kCased", cased),
-        ("kAccented", accented),
-    ):
+    for name, values in (("kUncased", uncased), ("kCased", cased), ("kAccented", accented)):
         index, blocks = two_stage(values)
         out.append(c_array("std::uint16_t", f"{name}Index", index))
         out.append(c_array("std::uint32_t", f"{name}Blocks", blocks))

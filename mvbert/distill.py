@@ -33,12 +33,7 @@ from mvbert.training.device import Choice
 from mvbert.training.distillation import reader
 from mvbert.training.machine import decide_for_job, pass_products, set_up
 from mvbert.training.ranks import join_ranks
-from mvbert.training.run_stage import (
-    checked_corpus,
-    load_student_vocab,
-    run_stage1,
-    run_stage2,
-)
+from mvbert.training.run_stage import checked_corpus, load_student_vocab, run_stage1, run_stage2
 from mvbert.training.runs import describe_run, make_folder
 from mvbert.training.stages import Stage1, Stage2, load_stage1
 from mvbert.training.train import RunReport

@@ -269,10 +269,7 @@ def _serves_embeddings(module: Any) -> bool:
 
 
 def _indices(
-    module: Any,
-    input_ids: Any = None,
-    token_type_ids: Any = None,
-    position_ids: Any = None,
+    module: Any, input_ids: Any = None, token_type_ids: Any = None, position_ids: Any = None
 ) -> tuple[Tensor, Any, Any] | None:
     """Ids [B, T], positions [1, T], [B, T] or None and types [1, T], [B, T] or None of a call.
 
@@ -337,11 +334,7 @@ class FusedLanguageModel(_Mixin):
             hidden, labels = hidden[labelled], labels[labelled]
         decoder = _find_module(self, path)
         loss = functional.linear_cross_entropy(
-            transform(self, hidden),
-            decoder.weight,
-            labels,
-            decoder.bias,
-            num_items_in_batch=count,
+            transform(self, hidden), decoder.weight, labels, decoder.bias, num_items_in_batch=count
         )
         if objective in ("causal", "counted"):
             # Whatever the model's dtype, as in the original.

@@ -799,10 +799,6 @@ def test_a_signal_outside_of_the_work_is_code_130_too(tmp_path, when, sent):
         f"def work():\n    import {when}\n    {when}.work()\nsys.exit(cli.guarded(work))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr.count("interrupted;")) == (130, 1), done.stderr

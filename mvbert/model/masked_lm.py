@@ -142,12 +142,7 @@ class LabelHead(nn.Module):
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        labels: int,
-        of_text: bool,
-        outputs: list[str],
-        intents: int = 0,
+        self, hidden_size: int, labels: int, of_text: bool, outputs: list[str], intents: int = 0
     ) -> None:
         super().__init__()
         self.scores = nn.Linear(hidden_size, labels)

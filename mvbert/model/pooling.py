@@ -184,8 +184,7 @@ def write_pooling(folder: Path, pooling: Pooling, hidden_size: int, max_length: 
     ]
     write_json(folder / "modules.json", modules)
     write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": max_length, "do_lower_case": False},
+        folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False}
     )
     keys = {
         "cls": "cls_token",

@@ -6,13 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mvbert.config import (
-    FinetuneConfig,
-    JobConfig,
-    MeasureConfig,
-    Stage1Config,
-    Stage2Config,
-)
+from mvbert.config import FinetuneConfig, JobConfig, MeasureConfig, Stage1Config, Stage2Config
 from mvbert.errors import InputError
 from mvbert.tasks.formats import Task, find_task
 from mvbert.toml import from_dict, to_dict

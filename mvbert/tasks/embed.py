@@ -34,13 +34,7 @@ from torch import Tensor
 
 from mvbert.config import EmbedConfig
 from mvbert.errors import InputError, MissingExtra
-from mvbert.files import (
-    Json,
-    atomic_file,
-    atomic_folder,
-    move_contents,
-    write_json,
-)
+from mvbert.files import Json, atomic_file, atomic_folder, move_contents, write_json
 from mvbert.model import huggingface
 from mvbert.model.flops import encoder_products
 from mvbert.model.weights import read_tensors, weights_id

@@ -41,14 +41,7 @@ from mvbert.model.weights import weights_id
 from mvbert.progress import Progress
 from mvbert.tasks.augment import augmented
 from mvbert.tasks.card import task_card
-from mvbert.tasks.formats import (
-    Examples,
-    Task,
-    find_task,
-    join_examples,
-    read_extra,
-    read_task,
-)
+from mvbert.tasks.formats import Examples, Task, find_task, join_examples, read_extra, read_task
 from mvbert.tasks.loop import IGNORED, Fitted, Run, Targets, Trainer, targets_of
 from mvbert.tasks.metrics import check_installed, has_spans
 from mvbert.tasks.model import Labels, labels_of, load_bert, load_task_model, write_task_model

@@ -355,11 +355,7 @@ class WordPieceTokenizer(TokenNames):
         )
 
     def tokenize(
-        self,
-        text: Any,
-        pair: Any = None,
-        add_special_tokens: bool = False,
-        **options: Any,
+        self, text: Any, pair: Any = None, add_special_tokens: bool = False, **options: Any
     ) -> list[str]:
         """The pieces of a text, or of a pair one after the other; options are those of a call."""
         if options:

@@ -13,13 +13,7 @@ from numpy.typing import NDArray
 from mvbert import _core
 from mvbert.cores import cores
 from mvbert.errors import InputError
-from mvbert.text.batch_encoding import (
-    UNREAD,
-    BatchEncoding,
-    EncodedRows,
-    as_tensors,
-    check_tensors,
-)
+from mvbert.text.batch_encoding import UNREAD, BatchEncoding, EncodedRows, as_tensors, check_tensors
 from mvbert.text.texts import (
     TEXT_TYPES,
     Text,

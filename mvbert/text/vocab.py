@@ -86,10 +86,7 @@ class Vocab:
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        lowercase: bool | None = None,
-        strip_accents: bool | None = None,
+        cls, path: str | Path, lowercase: bool | None = None, strip_accents: bool | None = None
     ) -> "Vocab":
         """Reads a vocabulary; of a folder, as transformers reads it.
 

@@ -22,14 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mvbert.errors import InputError
-from mvbert.files import (
-    PARTIAL,
-    Json,
-    atomic_folder,
-    read_json_object,
-    sha256_file,
-    write_json,
-)
+from mvbert.files import PARTIAL, Json, atomic_folder, read_json_object, sha256_file, write_json
 from mvbert.model.huggingface import write_tensors
 from mvbert.model.weights import WEIGHTS, read_tensors
 from mvbert.training.optim import Optimizer, trained_parameters

@@ -17,14 +17,7 @@ from mvbert.cores import cores
 from mvbert.errors import InputError
 from mvbert.files import read_json_object, write_json
 from mvbert.model.flops import Product, encoder_products, product_rates
-from mvbert.training.device import (
-    DTYPES,
-    Choice,
-    Device,
-    choose_device,
-    choose_dtype,
-    keep_memory,
-)
+from mvbert.training.device import DTYPES, Choice, Device, choose_device, choose_dtype, keep_memory
 from mvbert.training.ranks import join_ranks
 from mvbert.training.runs import dtype_of_run
 

@@ -98,11 +98,7 @@ def test_the_shared_library_shows_its_interface_alone(root, installed):
 
 
 class Added(ctypes.Structure):
-    _fields_ = (
-        ("piece", ctypes.c_char_p),
-        ("id", ctypes.c_int32),
-        ("normalized", ctypes.c_int32),
-    )
+    _fields_ = (("piece", ctypes.c_char_p), ("id", ctypes.c_int32), ("normalized", ctypes.c_int32))
 
 
 class Options(ctypes.Structure):

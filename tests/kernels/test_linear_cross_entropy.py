@@ -254,10 +254,7 @@ def test_without_bias_and_int32_labels(strategy, draw, check_against, device):
     inputs = [draw(13, 20, dtype=torch.float32), draw(37, 20, dtype=torch.float32)]
     kernel, reference = both(make_labels(13, 37, device).int())
     check_against(
-        lambda h, w: kernel(h, w, None),
-        lambda h, w: reference(h, w, None),
-        inputs,
-        longest_sum=37,
+        lambda h, w: kernel(h, w, None), lambda h, w: reference(h, w, None), inputs, longest_sum=37
     )
 
 
@@ -291,10 +288,7 @@ def test_large_logits_do_not_overflow(strategy, draw, check_against, device):
         inputs[0].mul_(256)  # a power of two: the logits stay exact
     kernel, reference = both(make_labels(13, 37, device))
     check_against(
-        lambda h, w: kernel(h, w, None),
-        lambda h, w: reference(h, w, None),
-        inputs,
-        longest_sum=37,
+        lambda h, w: kernel(h, w, None), lambda h, w: reference(h, w, None), inputs, longest_sum=37
     )
 
 

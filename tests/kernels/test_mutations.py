@@ -173,10 +173,7 @@ def test_linear_kl(mutant, draw, exceeds, device):
     teacher = [x.detach().double() for x in teacher]
     mask = torch.arange(N, device=device) % 3 != 1
     exceeds(
-        lambda *s: mutant(s, teacher, mask),
-        lambda *s: kl(s, teacher, mask),
-        student,
-        longest_sum=V,
+        lambda *s: mutant(s, teacher, mask), lambda *s: kl(s, teacher, mask), student, longest_sum=V
     )
 
 

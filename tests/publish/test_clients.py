@@ -25,11 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-TEXTS = [
-    "The old house by the river.",
-    "Words",
-    "A student learns the words of a paper.",
-]
+TEXTS = ["The old house by the river.", "Words", "A student learns the words of a paper."]
 # Cosine with float32's vectors. The model has random weights, so that int8 is far from its worst.
 INT8 = 0.995
 

@@ -61,10 +61,7 @@ ASK = {
     how: DIE.replace("os.kill(os.getpid(), signal.SIGKILL)", signal)
     for how, signal in (
         ("terminate", "os.kill(os.getppid(), signal.SIGTERM)"),
-        (
-            "ctrl-c",
-            "[os.kill(p, signal.SIGINT) for p in (os.getpid(), os.getppid())]",
-        ),
+        ("ctrl-c", "[os.kill(p, signal.SIGINT) for p in (os.getpid(), os.getppid())]"),
     )
 }
 
