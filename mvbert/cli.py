@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -39,6 +39,8 @@ from mvbert.errors import FailedElsewhere, InputError, Interrupted, OutOfTime
 from mvbert.files import Json, json_text
 from mvbert.toml import load_toml, to_report
 
+C = TypeVar("C")
+
 PRESETS = Path(__file__).parent / "presets"
 HELP = {"-h", "--help"}
 
@@ -49,6 +51,12 @@ OutFolder = Annotated[Path, arg(aliases=["-o"], metavar="FOLDER")]
 def _several(name: str) -> Any:
     """A positional of one value or more; tyro takes none for a default of it."""
     return arg(metavar=f"{name} [{name} ...]", help_behavior_hint="(required)")
+
+
+def _override(config: C, **options: Any) -> C:
+    """The config with the options that were given: not None, 0, False or an empty collection."""
+    given = {name: value for name, value in options.items() if value or value == ""}
+    return replace(config, **given)  # type: ignore[type-var]
 
 
 def _refuse_all_but(command: Any, known: Sequence[str], why: str) -> None:
@@ -262,22 +270,15 @@ class DistillCommand:
         if self.config is not None and self.preset != "demo":
             raise InputError(f"give a file of settings or --preset {self.preset}, not both")
         config = load_toml(DistillConfig, self.config or PRESETS / f"{self.preset}.toml")
-        if self.text:
-            config = replace(config, corpus=replace(config.corpus, text=self.text))
-        if self.teacher is not None:
-            config = replace(config, teacher=self.teacher)
-        if self.cased:
-            config = replace(config, stage1=replace(config.stage1, cased=True))
-        if self.out is not None:
-            config = replace(config, out=self.out)
-        if self.minutes:
-            config = replace(config, minutes=self.minutes)
-        if self.max_hours:
-            config = replace(
-                config,
-                stage1=replace(config.stage1, max_hours=self.max_hours),
-                stage2=replace(config.stage2, max_hours=self.max_hours),
-            )
+        config = _override(
+            config,
+            corpus=_override(config.corpus, text=self.text),
+            teacher=self.teacher,
+            stage1=_override(config.stage1, cased=self.cased, max_hours=self.max_hours),
+            stage2=_override(config.stage2, max_hours=self.max_hours),
+            out=self.out,
+            minutes=self.minutes,
+        )
         report = run_distill(config)
         if leads():
             print_distill_report(report)
@@ -321,11 +322,6 @@ class StudyCommand:
         from mvbert.study.study import run_study
 
         config = load_toml(StudyConfig, self.config)
-        corpus = config.corpus
-        if self.text:
-            corpus = replace(corpus, text=self.text)
-        if self.heldout_text:
-            corpus = replace(corpus, heldout_text=self.heldout_text)
         for name in self.arms:
             if name not in config.arms:
                 raise InputError(
@@ -337,31 +333,21 @@ class StudyCommand:
                     f"{self.config} has no task {name!r}; its tasks: "
                     f"{', '.join(config.measure.tasks) or 'none'}"
                 )
-        measure = config.measure
-        if self.tasks:
-            measure = replace(measure, tasks={name: measure.tasks[name] for name in self.tasks})
-        if self.task_seeds:
-            measure = replace(measure, finetune=replace(measure.finetune, seeds=self.task_seeds))
-        arms = self.arms or tuple(config.arms)
-        config = replace(
+        measure, arms = config.measure, self.arms or tuple(config.arms)
+        finetune = _override(measure.finetune, seeds=self.task_seeds, threads=self.threads)
+        tasks = {name: measure.tasks[name] for name in self.tasks}
+        config = _override(
             config,
-            corpus=corpus,
-            teacher=self.teacher or config.teacher,
-            out=self.out or config.out,
-            seeds=self.seeds or config.seeds,
+            corpus=_override(config.corpus, text=self.text, heldout_text=self.heldout_text),
+            teacher=self.teacher or None,
+            out=self.out or None,
+            seeds=self.seeds,
             chosen=arms,
-            measure=measure,
+            stage1=_override(config.stage1, cased=self.cased, threads=self.threads),
+            stage2=_override(config.stage2, threads=self.threads),
+            measure=_override(measure, tasks=tasks, finetune=finetune),
             baseline=config.baseline if config.baseline in arms else "",
         )
-        if self.cased:
-            config = replace(config, stage1=replace(config.stage1, cased=True))
-        if self.threads:
-            config = replace(
-                config,
-                stage1=replace(config.stage1, threads=self.threads),
-                stage2=replace(config.stage2, threads=self.threads),
-                measure=replace(measure, finetune=replace(measure.finetune, threads=self.threads)),
-            )
         return run_study(config.scaled(self.scale))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -20,6 +21,24 @@ Learner = Literal["topdown", "bpe", "unigram"]
 LEARNERS: tuple[str, ...] = get_args(Learner)
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu", "silu")
 DISTILL_LOSSES = ("logits", "hidden", "relations", "sentence")
+
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    "be above 0": lambda x: x > 0,
+    "be positive": lambda x: not x <= 0,
+    "be 0 or more": lambda x: x >= 0,
+    "not be negative": lambda x: not x < 0,
+    "be at least 1": lambda x: not x < 1,
+    "lie in [0, 1]": lambda x: 0 <= x <= 1,
+    "lie in [0, 1)": lambda x: 0 <= x < 1,
+}
+
+
+def _check(config: Any, must: str, *names: str) -> None:
+    """Refuses fields of a config that are out of the range, a key of _RANGES."""
+    for name in names:
+        if not _RANGES[must](getattr(config, name)):
+            raise InputError(f"{name} must {must}, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -117,8 +136,7 @@ class RowConfig:
             raise InputError(f"row length must lie in [8, 65535], got {self.length}")
         if not 0 < self.mask_prob <= 0.5:
             raise InputError(f"mask_prob must lie in (0, 0.5], got {self.mask_prob}")
-        if not 0 <= self.pair_prob <= 1:
-            raise InputError(f"pair_prob must lie in [0, 1], got {self.pair_prob}")
+        _check(self, "lie in [0, 1]", "pair_prob")
 
 
 @dataclass(frozen=True)
@@ -188,42 +206,17 @@ class TrainConfig:
             value = getattr(self, field_.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{field_.name} must be finite, got {value}")
-        for name in (
-            "steps",
-            "rows",
-            "eval_rows",
-            "eval_every",
-            "save_every",
-            "log_every",
-            "keep_last",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in (
-            "pieces",
-            "max_hours",
-            "micro_rows",
-            "threads",
-            "weight_decay",
-            "grad_clip",
-            "keep_best",
-            "seed",
-        ):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        _check(self, "be at least 1", "steps", "rows", "eval_rows")
+        _check(self, "be at least 1", "eval_every", "save_every", "log_every", "keep_last")
+        _check(self, "not be negative", "pieces", "max_hours", "micro_rows", "threads")
+        _check(self, "not be negative", "weight_decay", "grad_clip", "keep_best", "seed")
         if self.seed >= 2**40:
             raise InputError(f"seed must lie in [0, 2^40), got {self.seed}")
         if self.micro_rows and self.rows % self.micro_rows:
             raise InputError(f"rows {self.rows} is not a multiple of micro_rows {self.micro_rows}")
-        for name in ("warmup", "cooldown", "final_lr"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("lr", "eps", "muon_lr_ratio"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        _check(self, "lie in [0, 1]", "warmup", "cooldown", "final_lr")
+        _check(self, "be positive", "lr", "eps", "muon_lr_ratio")
+        _check(self, "lie in [0, 1)", "beta1", "beta2")
 
     def counted(self: T, length: int) -> T:
         """This config with `steps` computed from `pieces`, if set, and the row length."""
@@ -266,11 +259,9 @@ class Stage1Config(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.student_prob <= 1:
-            raise InputError(f"student_prob must lie in [0, 1], got {self.student_prob}")
-        _check_dropout(self.dropout)
-        if self.embedding_size < 1:
-            raise InputError(f"embedding_size must be at least 1, got {self.embedding_size}")
+        _check(self, "lie in [0, 1]", "student_prob")
+        _check(self, "lie in [0, 1)", "dropout")
+        _check(self, "be at least 1", "embedding_size")
 
 
 @dataclass(frozen=True)
@@ -319,22 +310,16 @@ class Stage2Config(TrainConfig):
                 raise InputError(f"distill must list {', '.join(DISTILL_LOSSES)}, got {name!r}")
         if len({*self.distill}) < len(self.distill):
             raise InputError(f"distill lists a loss twice: {', '.join(self.distill)}")
-        for name in (
-            "mlm_weight", "logits_weight", "hidden_weight", "relations_weight", "sentence_weight",
-            "relations_layer",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        _check(self, "not be negative", "mlm_weight", "logits_weight", "hidden_weight")
+        _check(self, "not be negative", "relations_weight", "sentence_weight", "relations_layer")
         object.__setattr__(self, "hidden_layers", tuple(self.hidden_layers))
         if len({*self.hidden_layers}) < len(self.hidden_layers) or any(
             layer < 0 for layer in self.hidden_layers
         ):
             raise InputError(f"hidden_layers must be different layers, got {self.hidden_layers}")
-        if self.relation_heads < 1:
-            raise InputError(f"relation_heads must be at least 1, got {self.relation_heads}")
-        _check_dropout(self.dropout)
-        if self.temperature <= 0:
-            raise InputError(f"temperature must be positive, got {self.temperature}")
+        _check(self, "be at least 1", "relation_heads")
+        _check(self, "lie in [0, 1)", "dropout")
+        _check(self, "be positive", "temperature")
 
     @property
     def continues(self) -> bool:
@@ -394,9 +379,7 @@ class MeasureConfig:
     """Words of context on each side."""
 
     def __post_init__(self) -> None:
-        for name in ("words", "context"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        _check(self, "not be negative", "words", "context")
 
 
 @dataclass(frozen=True)
@@ -459,31 +442,20 @@ class FinetuneConfig:
                 raise InputError(f"{name} has a value twice: {list(values)}")
         if max(self.lr) > 1:
             raise InputError(f"lr must be at most 1, got {max(self.lr)}")
-        if self.seeds < 1:
-            raise InputError(f"seeds must be at least 1, got {self.seeds}")
-        for name in ("patience", "length", "threads"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup must lie in [0, 1], got {self.warmup}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay must be 0 or more, got {self.weight_decay}")
-        if not 0 <= self.teacher_weight <= 1:
-            raise InputError(f"teacher_weight must lie in [0, 1], got {self.teacher_weight}")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be above 0, got {self.temperature}")
-        for name in ("relations_weight", "hidden_weight"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        _check(self, "be at least 1", "seeds")
+        _check(self, "be 0 or more", "patience", "length", "threads")
+        _check(self, "lie in [0, 1]", "warmup")
+        _check(self, "be 0 or more", "weight_decay")
+        _check(self, "lie in [0, 1]", "teacher_weight")
+        _check(self, "be above 0", "temperature")
+        _check(self, "be 0 or more", "relations_weight", "hidden_weight")
         if len({*self.distill}) < len(self.distill):
             raise InputError(f"distill lists a loss twice: {', '.join(self.distill)}")
-        if self.augment < 0:
-            raise InputError(f"augment must be 0 or more, got {self.augment}")
+        _check(self, "be 0 or more", "augment")
         if (self.unlabelled or self.augment) and not self.teacher:
             raise InputError("unlabelled and augment need a teacher, which labels the texts")
-        if not self.clip > 0:
-            raise InputError(f"clip must be above 0, got {self.clip}")
-        _check_dropout(self.dropout)
+        _check(self, "be above 0", "clip")
+        _check(self, "lie in [0, 1)", "dropout")
 
     def settings(self, default_epochs: int) -> list[tuple[int, float, int]]:
         """The grid: (batch, lr, epochs), one or several."""
@@ -551,27 +523,20 @@ class EmbedConfig:
     eps: ClassVar[float] = TrainConfig.eps
 
     def __post_init__(self) -> None:
-        for name in (
-            "sentences", "batch", "epochs", "heldout", "lr", "muon_lr_ratio", "temperature",
-        ):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in (
-            "similarity_weight", "pooler_weight", "weight_decay", "length", "threads", "seed",
-        ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        _check(self, "be above 0", "sentences", "batch", "epochs", "heldout")
+        _check(self, "be above 0", "lr", "muon_lr_ratio", "temperature")
+        _check(self, "be 0 or more", "similarity_weight", "pooler_weight", "weight_decay")
+        _check(self, "be 0 or more", "length", "threads", "seed")
         if self.heldout < 2:
             raise InputError(f"heldout must be at least 2, got {self.heldout}")
         if self.lr > 1:
             raise InputError(f"lr must be at most 1, got {self.lr}")
         if self.length in (1, 2):
             raise InputError(f"length must be at least 3, got {self.length}")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup must lie in [0, 1], got {self.warmup}")
+        _check(self, "lie in [0, 1]", "warmup")
         if any(p < 1 for p in self.prefixes) or [*self.prefixes] != sorted({*self.prefixes}):
             raise InputError(f"prefixes must be rising numbers, got {list(self.prefixes)}")
-        _check_dropout(self.dropout)
+        _check(self, "lie in [0, 1)", "dropout")
 
 
 GRID_BATCH, GRID_LR = (16, 32), (5e-5, 1e-4, 2e-4, 4e-4)
@@ -620,8 +585,7 @@ class DistillConfig(JobConfig):
                 )
         for name in self.arms or ("student",):
             self.check_start(name, self.arm(name))
-        if self.minutes < 0:
-            raise InputError(f"minutes must not be negative, got {self.minutes}")
+        _check(self, "not be negative", "minutes")
         for sentence in self.sentences:
             if "[MASK]" not in sentence:
                 raise InputError(f"no [MASK] in the sentence {sentence!r}")
@@ -632,8 +596,3 @@ class DistillConfig(JobConfig):
             return self.stage2
         base = {f.name: getattr(self.stage2, f.name) for f in fields(self.stage2)}
         return from_dict(Stage2Config, {**base, **self.arms[name]}, f"arms.{name}")
-
-
-def _check_dropout(value: float) -> None:
-    if not 0 <= value < 1:
-        raise InputError(f"dropout must lie in [0, 1), got {value}")
