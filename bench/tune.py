@@ -291,9 +291,9 @@ def relation_cases(B: int, T: int, H: int, H_t: int, R: int, dtype: torch.dtype,
     yield Case("relation_kl", dtype, shape, RELATIONS, lambda: gradient)
 
 
-def real_cases(device: str = "cuda") -> Iterator[Case]:
+def real_cases() -> Iterator[Case]:
     """The shapes of BERT-large, BERT-base, the demo's teacher and the student."""
-    dtype = torch.bfloat16
+    dtype, device = torch.bfloat16, "cuda"
     for N, V, H in (
         (4096, TEACHER, BERT_LARGE), (4096, TEACHER, BERT_BASE), (4096, TEACHER, DEMO_TEACHER),
         (4096, STUDENT, BERT_LARGE), (4096, STUDENT, STUDENT_WIDTH),

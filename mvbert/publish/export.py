@@ -51,6 +51,7 @@ from mvbert.text.vocab import Vocab
 FLOAT, HALF, INT8 = "onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"
 PRECISION: dict[str, Precision] = {FLOAT: "float32", HALF: "float16", INT8: "int8"}
 ROWS, PIECES = 64, 128  # shape of the comparison's batch; timed rows have PIECES too
+SECONDS = 0.4  # of timing
 CALIBRATION_ROWS = 16  # more rows on which the scales of int8 are measured
 CHECK_ROWS = 4  # rows per forward pass; few, because logits of all pieces are large
 INTENTS = "intent_logits"  # of a joint model, beside the logits of its words
@@ -81,7 +82,7 @@ class Session:
         results = self._session.run(None, {n: values[n].long().numpy() for n in self.inputs})
         return {n: torch.from_numpy(x) for n, x in zip(self.outputs, results, strict=True)}
 
-    def milliseconds(self, config: ModelConfig, seconds: float = 0.4) -> float:
+    def milliseconds(self, config: ModelConfig) -> float:
         """Median time per row of PIECES pieces."""
         T = min(PIECES, config.max_position_embeddings)
         ids = torch.arange(T)[None] * 7919 % config.vocab_size
@@ -89,7 +90,7 @@ class Session:
         times: list[float] = []
         for _ in range(3):
             self(*inputs)
-        while len(times) < 5 or (sum(times) < seconds and len(times) < 200):
+        while len(times) < 5 or (sum(times) < SECONDS and len(times) < 200):
             started = time.perf_counter()
             self(*inputs)
             times.append(time.perf_counter() - started)

@@ -81,8 +81,8 @@ class _Graph:
         self._tensors.append(tensor)
         return name
 
-    def floats(self, x: str, dtype: type | None = None) -> str:
-        to = self._helper.np_dtype_to_tensor_dtype(np.dtype(dtype or self.dtype))
+    def floats(self, x: str) -> str:
+        to = self._helper.np_dtype_to_tensor_dtype(np.dtype(self.dtype))
         return self("Cast", x, to=to)
 
     def table(self, rows: np.ndarray, bits: int) -> tuple[str, ...]:

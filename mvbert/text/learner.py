@@ -192,7 +192,6 @@ def run_vocab(
     teacher: str | Path | None = None,
     cased: bool = False,
     coverage: float = COVERAGE,
-    threads: int = 0,
     overwrite: bool = False,
 ) -> dict[str, Json]:
     """Learns a vocabulary from a corpus and writes its vocab.txt; implements `mvbert vocab`.
@@ -200,7 +199,7 @@ def run_vocab(
     Args:
         corpus_dir: a folder made by build_corpus.
         out_path: the vocab.txt to write, atomically; its folder is made if missing.
-        size, learner, coverage, threads: arguments of learn_vocab.
+        size, learner, coverage: arguments of learn_vocab.
         teacher: a folder or file with the teacher's vocabulary, for the report; its added pieces
             also become pieces of the student, after the special ones.
         cased: treat the teacher's vocabulary as cased, whatever its folder says.
@@ -222,7 +221,7 @@ def run_vocab(
     if out_path.is_dir():
         raise InputError(f"{out_path} is a folder; give the path of the vocab.txt to write")
     started = time.perf_counter()
-    options: dict[str, Any] = {"learner": learner, "coverage": coverage, "threads": threads}
+    options: dict[str, Any] = {"learner": learner, "coverage": coverage}
     added = [a.piece for a in teacher_vocab.added] if teacher_vocab is not None else []
     pieces = _learn_beside(added, corpus, size, options)
     seconds = time.perf_counter() - started
@@ -234,7 +233,7 @@ def run_vocab(
         "learner": learner,
         "coverage": coverage,
         "seconds": round(seconds, 3),
-        **vocab_report(pieces, corpus.words, corpus.counts, teacher_vocab, threads=threads),
+        **vocab_report(pieces, corpus.words, corpus.counts, teacher_vocab),
     }
     print_vocab_report(report)
     return report

@@ -61,9 +61,7 @@ def basic_split(text: str, lowercase: bool = True, strip_accents: bool | None = 
     return words
 
 
-def wordpiece(
-    word: str, vocab: Mapping[str, int], unk_token: str = "[UNK]", max_chars: int = 100
-) -> list[str]:
+def wordpiece(word: str, vocab: Mapping[str, int], max_chars: int = 100) -> list[str]:
     """Cuts a word into the longest pieces that match, from left to right.
 
     >>> wordpiece("unaffable", {"un": 0, "##aff": 1, "##able": 2})
@@ -72,17 +70,17 @@ def wordpiece(
     Args:
         word: one word, as `basic_split` yields it.
         vocab: piece to id; only its keys are used.
-        unk_token: the result where no piece matches somewhere, or where the word is too long.
         max_chars: the longest word, in code points, that is cut at all.
 
     Returns:
-        The pieces; those after the first begin with "##".
+        The pieces; those after the first begin with "##". [UNK] where no piece matches somewhere,
+        or where the word is too long.
     """
     if len(word) > max_chars:
-        return [unk_token]
+        return ["[UNK]"]
     if not word:
         return []
-    return longest_matches(word, vocab) or [unk_token]
+    return longest_matches(word, vocab) or ["[UNK]"]
 
 
 def longest_matches(word: str, pieces: Container[str], prefix: str = "") -> list[str]:
