@@ -1,5 +1,8 @@
 """Exceptions that end a command."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input: the message says where it is, what was expected and how to fix it.
@@ -13,6 +16,20 @@ class MissingExtra(InputError, ImportError):
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         super().__init__(f"{purpose} needs {package}; run: pip install 'mvbert[{extra}]'")
+
+
+@contextmanager
+def require_extra(name: str, purpose: str) -> Iterator[None]:
+    """Around imports of packages that `pip install 'mvbert[NAME]'` brings.
+
+    Raises:
+        MissingExtra: one is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or name).split(".")[0]
+        raise MissingExtra(purpose, package, name) from None
 
 
 class FailedElsewhere(InputError):

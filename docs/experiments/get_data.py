@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import (
     data_folder,
     read_json_object,
@@ -192,10 +192,8 @@ def prose(article: str, seen: set[bytes]) -> Iterator[str]:
 
 def pyarrow_parquet():
     """pyarrow.parquet, or what to install."""
-    try:
+    with require_extra("data", "the Wikipedia sample, a .parquet file,"):
         import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("the Wikipedia sample, a .parquet file,", "pyarrow", "data") from None
     return pyarrow.parquet
 
 

@@ -20,7 +20,7 @@ import torch
 
 from mvbert import _core
 from mvbert.config import ModelConfig
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import Json, atomic_folder, check_outside, copy_card, sync_file
 from mvbert.model import huggingface
 from mvbert.model.masked_lm import MaskedLM
@@ -57,10 +57,8 @@ def load_gguf() -> ModuleType:
     Raises:
         MissingExtra: it is not installed.
     """
-    try:
+    with require_extra("gguf", "a GGUF file"):
         import gguf
-    except ImportError as error:
-        raise MissingExtra("a GGUF file", str(error.name), "gguf") from None
     return gguf
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mvbert import __version__
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.model.masked_lm import LabelHead, MaskedLM
 from mvbert.model.pooling import Pooling
 
@@ -48,11 +48,9 @@ def load_onnx() -> tuple[ModuleType, ModuleType]:
     Raises:
         MissingExtra: one is not installed.
     """
-    try:
+    with require_extra("onnx", "an ONNX graph"):
         import onnx
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("an ONNX graph", str(error.name), "onnx") from None
     return onnx, onnxruntime
 
 

@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mvbert.config import EmbedConfig
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import Json, atomic_file, atomic_folder, move_contents, write_json
 from mvbert.model import huggingface
 from mvbert.model.flops import encoder_products
@@ -133,10 +133,8 @@ def sts_spearman(
     model: SentenceModel, examples: Examples, device: Device, widths: Sequence[int]
 ) -> dict[int, float]:
     """Spearman's correlation of the cosine with the scores of pairs, for each prefix."""
-    try:
+    with require_extra("finetune", "scoring similarities"):
         from scipy import stats
-    except ImportError:
-        raise MissingExtra("scoring similarities", "scipy", "finetune") from None
     assert examples.pairs is not None
     assert examples.labels is not None
     both = vectors_of(model, [*examples.texts, *examples.pairs], device)

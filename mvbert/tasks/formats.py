@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.tasks.sources import TABLES, File, Table, read_files, read_table
 
 Kind = Literal["classes", "number", "tags", "joint"]
@@ -423,10 +423,8 @@ def _read_sequences(task: Task, files: list[File]) -> Examples:
 
 def _from_hub(task: Task, name: str) -> dict[str, Examples]:
     """The splits of a data set that `datasets` loads: NAME or NAME:CONFIGURATION."""
-    try:
+    with require_extra("datasets", f"{HUB}{name}"):
         from datasets import load_dataset
-    except ImportError:
-        raise MissingExtra(f"{HUB}{name}", "datasets", "datasets") from None
     path, _, config = name.partition(":")
     try:
         parts = load_dataset(path, config or None)

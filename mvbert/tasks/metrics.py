@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.tasks.formats import POSITIVE, Task
 
 OUTSIDE = "O"
@@ -20,11 +20,9 @@ OUTSIDE = "O"
 
 def check_installed() -> None:
     """Raises MissingExtra if a library of metrics is not installed, before anything is trained."""
-    try:
+    with require_extra("finetune", "scoring a task"):
         for name in ("scipy.stats", "seqeval.metrics", "sklearn.metrics"):
             importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtra("scoring a task", str(error.name).split(".")[0], "finetune") from None
 
 
 def text_metrics(task: Task, truth: Sequence[Any], predictions: Sequence[Any]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import check_readable, data_path
 
 TABLES = (".tsv", ".csv", ".jsonl", ".parquet")
@@ -184,11 +184,9 @@ def _jsonl(file: File) -> Table:
 
 
 def _parquet(file: File) -> Table:
-    try:
+    with require_extra("data", f"{file.name}: reading .parquet"):
         import pyarrow
         import pyarrow.parquet as pq
-    except ImportError:
-        raise MissingExtra(f"{file.name}: reading .parquet", "pyarrow", "data") from None
     try:
         columns = pq.read_table(pyarrow.BufferReader(file.data)).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:

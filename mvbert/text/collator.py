@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mvbert import _core
 from mvbert.cores import cores
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.text.batch_encoding import BatchEncoding, as_tensors, check_tensors
 from mvbert.text.masking import BEGINS, CONTINUES, SEPARATES, STAYS, budget
 from mvbert.text.texts import check_flags, check_integer, described
@@ -135,10 +135,8 @@ class MaskingCollator:
 
     def callback(self) -> "TrainerCallback":
         """What sets the epoch in transformers' Trainer: `Trainer(..., callbacks=[callback])`."""
-        try:
+        with require_extra("hf", "MaskingCollator.callback"):
             from transformers import TrainerCallback
-        except ImportError:
-            raise MissingExtra("MaskingCollator.callback", "transformers", "hf") from None
         collator = self
 
         class SetEpoch(TrainerCallback):  # type: ignore[misc]
@@ -292,8 +290,6 @@ def _shared_number(return_tensors: str) -> Any:
     """One integer, in memory that DataLoader workers share where torch can do so."""
     if return_tensors == "np":
         return np.zeros(1, np.int64)
-    try:
+    with require_extra("hf", "return_tensors='pt'"):
         import torch
-    except ImportError:
-        raise MissingExtra("return_tensors='pt'", "torch", "hf") from None
     return torch.zeros(1, dtype=torch.int64).share_memory_()

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 
 TOKENIZER_FILES = ("*.json", "vocab.txt")
 
@@ -22,16 +22,15 @@ def download(name: str, what: str, patterns: list[str]) -> Path:
     Raises:
         InputError: it cannot be had; MissingExtra: without huggingface_hub.
     """
-    try:
+    with require_extra(
+        "hf", f"{what} {name}: no such folder or installed package; a name on the Hub"
+    ):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             HfHubHTTPError,
             HFValidationError,
             LocalEntryNotFoundError,
         )
-    except ImportError:
-        purpose = f"{what} {name}: no such folder or installed package; a name on the Hub"
-        raise MissingExtra(purpose, "huggingface_hub", "hf") from None
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

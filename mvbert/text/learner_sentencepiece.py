@@ -7,7 +7,7 @@ vocabulary, and neither was trained for greedy matching: pieces that it never us
 import io
 from collections.abc import Mapping
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.text.learner_reference import learnable_words, piece_uses
 from mvbert.text.vocab import SPECIAL_PIECES
 
@@ -58,10 +58,8 @@ def learn_with_sentencepiece(
 def train(words: Mapping[str, int], wanted: int, model_type: str) -> list[str]:
     """At least `wanted` pieces of two characters or more, best first, in ## form; fewer if
     sentencepiece finds no more."""
-    try:
+    with require_extra("vocab", f"the {model_type} learner"):
         import sentencepiece
-    except ImportError:
-        raise MissingExtra(f"the {model_type} learner", "sentencepiece", "vocab") from None
     # Its own mark inside a word would read as a space.
     lines = [f"{word}\t{count}" for word, count in words.items() if BOUNDARY not in word]
     characters = {character for word in words for character in word}

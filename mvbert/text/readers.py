@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mvbert import _core
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import LFS_POINTER, data_path, refuse_pointer, sha256_file
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -372,11 +372,9 @@ class TextFile:
         return value.encode("utf-8", "ignore")
 
     def _parquet(self) -> Iterator[tuple[memoryview, np.ndarray]]:
-        try:
+        with require_extra("data", f"{self.path}: reading .parquet"):
             import pyarrow as pa
             import pyarrow.parquet as pq
-        except ImportError:
-            raise MissingExtra(f"{self.path}: reading .parquet", "pyarrow", "data") from None
         size = self.path.stat().st_size
         try:
             with pq.ParquetFile(self.path, memory_map=True) as file:
@@ -603,10 +601,8 @@ def _unpacker(packing: str) -> Callable[[], Any]:
         return lambda: zlib.decompressobj(wbits=31)
     if packing == ".xz":
         return lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ)
-    try:
+    with require_extra("data", "reading .zst"):
         import zstandard
-    except ImportError:
-        raise MissingExtra("reading .zst", "zstandard", "data") from None
     # The window that `zstd --long=31` packs with; the default refuses more than 128 MiB.
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
 

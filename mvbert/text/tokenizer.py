@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mvbert import _core
 from mvbert.cores import cores
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import Json, atomic_write, write_error, write_json
 from mvbert.text.batch_encoding import BatchEncoding
 from mvbert.text.hub import TOKENIZER_FILES, download, is_hub_name
@@ -589,11 +589,9 @@ class WordPieceTokenizer(TokenNames):
         It is Hugging Face's implementation: its ids differ from this class's on some 760 characters
         newer than its Unicode tables, and on cased text with decomposed accents.
         """
-        try:
+        with require_extra("hf", "as_hf"):
             import tokenizers
             import transformers
-        except ImportError as error:
-            raise MissingExtra("as_hf", str(error.name), "hf") from None
         return transformers.BertTokenizerFast(
             tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(_tokenizer_json(self.vocab))),
             do_lower_case=self.vocab.lowercase,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mvbert.errors import InputError, MissingExtra
+from mvbert.errors import InputError, require_extra
 from mvbert.files import Json, atomic_file, read_json_object
 from mvbert.training import checkpoint
 from mvbert.training.runs import read_log
@@ -76,11 +76,9 @@ def plot_run(folder: Path, image: Path) -> None:
         InputError: `folder` is not a run folder, or its log has no losses.
         MissingExtra: matplotlib is not installed.
     """
-    try:
+    with require_extra("study", "plotting"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("plotting", "matplotlib", "study") from None
     records = read_log(folder)
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for record in records:
