@@ -7,6 +7,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if PY_VERSION_HEX < 0x030B0000 && !defined(PYPY_VERSION)
+#include <longintrepr.h>
+#endif
 
 #include <algorithm>
 #include <cstddef>

@@ -111,17 +111,19 @@ std::vector<std::pair<std::string, std::vector<std::uint32_t>>> PhiloxBlocksShim
 // Masks rows in place; their labels.
 py::array_t<std::int64_t> MaskRowsShim(Flat<std::int64_t> ids, const Flat<std::int64_t>& lengths,
                                        const Flat<std::uint8_t>& kinds, std::int64_t mask,
-                                       bool by_word, std::vector<std::uint32_t> budgets,
+                                       bool by_word, const Flat<std::uint32_t>& budgets,
                                        std::uint64_t piece_threshold, std::uint64_t mask_threshold,
                                        std::uint64_t other_threshold, std::uint64_t seed,
                                        std::uint64_t epoch, int threads) {
   if (ids.ndim() != 2 || lengths.size() != ids.shape(0)) {
     throw std::invalid_argument("expected ids [B, T] and lengths [B]");
   }
-  const MaskingOptions options = {{kinds.data(), kinds.data() + kinds.size()},
+  const MaskingOptions options = {kinds.data(),
+                                  static_cast<std::size_t>(kinds.size()),
                                   mask,
                                   by_word,
-                                  std::move(budgets),
+                                  budgets.data(),
+                                  static_cast<std::size_t>(budgets.size()),
                                   piece_threshold,
                                   mask_threshold,
                                   other_threshold,
@@ -139,6 +141,21 @@ py::array_t<std::int64_t> MaskRowsShim(Flat<std::int64_t> ids, const Flat<std::i
   return labels;
 }
 
+// The lengths of rows by their attention mask; None where a row is not ones and then zeros, for the
+// caller to say which.
+py::object LengthsOfMaskShim(const Flat<std::int64_t>& mask) {
+  if (mask.ndim() != 2) throw std::invalid_argument("expected an attention mask [B, T]");
+  py::array_t<std::int64_t> lengths(mask.shape(0));
+  std::int64_t* const lengths_data = lengths.mutable_data();
+  bool regular = false;
+  {
+    py::gil_scoped_release release;
+    regular = LengthsOfMask(mask.data(), static_cast<std::size_t>(mask.shape(0)),
+                            static_cast<std::size_t>(mask.shape(1)), lengths_data);
+  }
+  return regular ? py::object(lengths) : py::none();
+}
+
 }  // namespace
 
 void BindRows(py::module_& m) {
@@ -146,6 +163,7 @@ void BindRows(py::module_& m) {
         py::arg("kinds"), py::arg("mask"), py::arg("by_word"), py::arg("budgets"),
         py::arg("piece_threshold"), py::arg("mask_threshold"), py::arg("other_threshold"),
         py::arg("seed"), py::arg("epoch"), py::arg("threads"));
+  m.def("lengths_of_mask", &LengthsOfMaskShim, py::arg("mask").noconvert());
   m.def("philox4x32", &Philox4x32, py::arg("counter"), py::arg("key"));
   m.def("philox_blocks", &PhiloxBlocksShim, py::arg("first"), py::arg("rest"), py::arg("key"));
   py::class_<PieceTable, std::shared_ptr<PieceTable>>(m, "PieceTable")

@@ -1,9 +1,11 @@
 // Python: texts to token rows, padded or flat, and lists of ids to arrays.
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 #include "bindings.h"
+#include "masking.h"
 #include "token_rows.h"
 #include "tokenizer.h"
 
@@ -295,6 +297,48 @@ py::list EncodeList(const Tokenizer& tokenizer, const py::object& text,
   return ListOf(ids.size(), [&](std::size_t i) { return PyLong_FromLong(ids.data()[i]); });
 }
 
+// Writes a Python integer of 64 bits. False where it is another object, a subclass or larger. One
+// of a single digit, as ids are, is read where it lies.
+inline bool ReadInteger(PyObject* value, std::int64_t* out) {
+  if (!PyLong_CheckExact(value)) return false;
+#if defined(PYPY_VERSION)
+#elif PY_VERSION_HEX >= 0x030C0000
+  const auto* number = reinterpret_cast<const PyLongObject*>(value);
+  if (PyUnstable_Long_IsCompact(number)) {
+    *out = PyUnstable_Long_CompactValue(number);
+    return true;
+  }
+#else
+  if (Py_SIZE(value) == 1) {
+    *out = reinterpret_cast<const PyLongObject*>(value)->ob_digit[0];
+    return true;
+  }
+#endif
+  int overflow = 0;
+  *out = PyLong_AsLongLongAndOverflow(value, &overflow);
+  return overflow == 0;
+}
+
+// The same for all of a list, whose size the caller has checked.
+inline bool ReadIntegers(PyObject* list, std::int64_t* out) {
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!ReadInteger(PyList_GET_ITEM(list, i), out + i)) return false;
+  }
+  return true;
+}
+
+// Whether each item of a list is this very object.
+bool HasOnly(PyObject* list, const PyObject* object) {
+  std::uintptr_t differ = 0;
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    differ |= reinterpret_cast<std::uintptr_t>(PyList_GET_ITEM(list, i)) ^
+              reinterpret_cast<std::uintptr_t>(object);
+  }
+  return differ == 0;
+}
+
 // Lists of Python integers as one array [rows, width], filled up with `fill`. None where a row is
 // no list of at most `width` integers of 64 bits, for the caller to say why.
 py::object FilledRows(const py::list& rows, const py::ssize_t width, const std::int64_t fill) {
@@ -304,23 +348,163 @@ py::object FilledRows(const py::list& rows, const py::ssize_t width, const std::
   for (py::ssize_t number = 0; number < count; ++number, out += width) {
     PyObject* row = PyList_GET_ITEM(rows.ptr(), number);
     if (!PyList_CheckExact(row) || PyList_GET_SIZE(row) > width) return py::none();
-    const py::ssize_t size = PyList_GET_SIZE(row);
-    for (py::ssize_t i = 0; i < size; ++i) {
-      PyObject* value = PyList_GET_ITEM(row, i);
-      if (!PyLong_CheckExact(value)) return py::none();
-      int overflow = 0;
-      out[i] = PyLong_AsLongLongAndOverflow(value, &overflow);
-      if (overflow != 0) return py::none();
-    }
-    std::fill(out + size, out + width, fill);
+    if (!ReadIntegers(row, out)) return py::none();
+    std::fill(out + PyList_GET_SIZE(row), out + width, fill);
   }
   return array;
+}
+
+// ---- rows of a data set as a padded batch ------------------------------------------------------
+
+// One name of the rows' mappings.
+struct RowColumn {
+  enum Kind { kIds, kMask, kTypes, kSpecial, kLeftOut };
+  Kind kind;
+  py::str name;
+  std::vector<py::object> lists = {};
+};
+
+// The names of a row, or nothing where one is not known: what it means is then for the caller.
+std::optional<std::vector<RowColumn>> ColumnsOfRow(PyObject* row) {
+  static constexpr std::pair<const char*, RowColumn::Kind> kKinds[] = {
+      {"input_ids", RowColumn::kIds},          {"attention_mask", RowColumn::kMask},
+      {"token_type_ids", RowColumn::kTypes},   {"special_tokens_mask", RowColumn::kSpecial},
+      {"offset_mapping", RowColumn::kLeftOut}, {"labels", RowColumn::kLeftOut},
+  };
+  std::vector<RowColumn> columns;
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(row, &at, &key, &value);) {
+    if (!PyUnicode_CheckExact(key)) return std::nullopt;
+    const auto* known = std::find_if(std::begin(kKinds), std::end(kKinds), [&](const auto& kind) {
+      return PyUnicode_CompareWithASCIIString(key, kind.first) == 0;
+    });
+    if (known == std::end(kKinds)) return std::nullopt;
+    columns.push_back({known->second, py::reinterpret_borrow<py::str>(key)});
+  }
+  return columns;
+}
+
+// Rows of lists of Python integers, in mappings (dicts of the same names) or by themselves, as
+// arrays [rows, width] by name and the rows' lengths. What MaskingCollator's plain path makes of
+// the same rows; None, for that path to serve or to refuse, where a row is anything else.
+//
+// What is read is held by this call, and no Python code runs between looking at a size and reading.
+py::object PaddedRows(const py::object& features, const std::int64_t pad,
+                      const std::int64_t type_pad, const py::ssize_t multiple,
+                      const bool with_mask) {
+  const bool in_list = PyList_CheckExact(features.ptr());
+  if (!in_list && !PyTuple_CheckExact(features.ptr())) return py::none();
+  const auto rows = py::reinterpret_steal<py::tuple>(
+      in_list ? PyList_AsTuple(features.ptr()) : py::object(features).release().ptr());
+  if (!rows) throw py::error_already_set();
+  const auto count = static_cast<py::ssize_t>(rows.size());
+  if (count == 0) return py::none();
+
+  PyObject* const first = PyTuple_GET_ITEM(rows.ptr(), 0);
+  const bool bare = PyList_CheckExact(first);
+  std::vector<RowColumn> columns;
+  if (bare) {
+    columns.push_back({RowColumn::kIds, py::str("input_ids")});
+  } else {
+    if (!PyDict_CheckExact(first)) return py::none();
+    std::optional<std::vector<RowColumn>> found = ColumnsOfRow(first);
+    if (!found) return py::none();
+    columns = std::move(*found);
+  }
+  const auto find = [&](RowColumn::Kind kind) {
+    return std::find_if(columns.begin(), columns.end(),
+                        [&](const RowColumn& column) { return column.kind == kind; });
+  };
+  const auto ids = find(RowColumn::kIds);
+  if (ids == columns.end()) return py::none();
+
+  // The lists, each of its row's length.
+  for (RowColumn& column : columns) column.lists.reserve(rows.size());
+  py::ssize_t width = 0;
+  for (const py::handle row : rows) {
+    if (bare) {
+      if (!PyList_CheckExact(row.ptr())) return py::none();
+      ids->lists.push_back(py::reinterpret_borrow<py::object>(row));
+    } else {
+      if (!PyDict_CheckExact(row.ptr()) ||
+          PyDict_GET_SIZE(row.ptr()) != static_cast<Py_ssize_t>(columns.size())) {
+        return py::none();
+      }
+      for (RowColumn& column : columns) {
+        PyObject* const value = PyDict_GetItemWithError(row.ptr(), column.name.ptr());
+        if (value == nullptr) {
+          if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+          return py::none();
+        }
+        if (column.kind == RowColumn::kLeftOut) continue;
+        if (!PyList_CheckExact(value)) return py::none();
+        column.lists.push_back(py::reinterpret_borrow<py::object>(value));
+      }
+    }
+    width = std::max(width, PyList_GET_SIZE(ids->lists.back().ptr()));
+  }
+  if (width == 0) return py::none();
+  if (width % multiple != 0) width += multiple - width % multiple;
+
+  const py::int_ zero(0), one(1);
+  py::array_t<std::int64_t> lengths(count);
+  std::int64_t* const lengths_data = lengths.mutable_data();
+  const bool masked = find(RowColumn::kMask) != columns.end();
+  py::dict arrays;
+  for (const RowColumn& column : columns) {
+    if (column.kind == RowColumn::kLeftOut) continue;
+    py::array_t<std::int64_t> array({count, width});
+    std::int64_t* out = array.mutable_data();
+    for (py::ssize_t number = 0; number < count; ++number, out += width) {
+      PyObject* const list = column.lists[static_cast<std::size_t>(number)].ptr();
+      const Py_ssize_t size = PyList_GET_SIZE(list);
+      if (size != PyList_GET_SIZE(ids->lists[static_cast<std::size_t>(number)].ptr()) ||
+          size > width) {
+        return py::none();
+      }
+      std::int64_t fill = pad;
+      if (column.kind == RowColumn::kMask) {
+        fill = 0;
+        if (HasOnly(list, one.ptr())) {
+          std::fill(out, out + size, 1);
+          lengths_data[number] = size;
+        } else if (!ReadIntegers(list, out) ||
+                   !LengthsOfMask(out, 1, static_cast<std::size_t>(size), lengths_data + number)) {
+          return py::none();
+        }
+      } else if (column.kind == RowColumn::kTypes && HasOnly(list, zero.ptr())) {
+        fill = type_pad;
+        std::fill(out, out + size, 0);
+      } else {
+        if (column.kind == RowColumn::kTypes) fill = type_pad;
+        if (!ReadIntegers(list, out)) return py::none();
+        if (column.kind == RowColumn::kIds && !masked) {
+          lengths_data[number] = with_mask ? size : width;
+        }
+      }
+      std::fill(out + size, out + width, fill);
+    }
+    // The collator leaves out a special_tokens_mask, which is only looked at.
+    if (column.kind != RowColumn::kSpecial) arrays[column.name] = array;
+  }
+  if (with_mask && !masked) {
+    py::array_t<std::int64_t> mask({count, width});
+    std::int64_t* out = mask.mutable_data();
+    for (py::ssize_t number = 0; number < count; ++number, out += width) {
+      std::fill(out, out + lengths_data[number], 1);
+      std::fill(out + lengths_data[number], out + width, 0);
+    }
+    arrays["attention_mask"] = mask;
+  }
+  return py::make_tuple(arrays, lengths);
 }
 
 }  // namespace
 
 void BindTokenRows(py::module_& m) {
   m.def("filled_rows", &FilledRows, py::arg("rows"), py::arg("width"), py::arg("fill"));
+  m.def("padded_rows", &PaddedRows, py::arg("rows"), py::kw_only(), py::arg("pad"),
+        py::arg("type_pad"), py::arg("multiple"), py::arg("with_mask"));
   py::class_<RowPlan>(m, "RowPlan")
       .def(py::init(&MakeRowPlan), py::kw_only(), py::arg("cls_sep"), py::arg("pad") = 0,
            py::arg("truncation") = py::none(), py::arg("max_length") = 0,

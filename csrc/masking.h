@@ -11,7 +11,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace mvbert {
 
@@ -24,13 +23,15 @@ enum PieceKind : std::uint8_t {
 };
 
 struct MaskingOptions {
-  std::vector<std::uint8_t> kinds;     // by id
-  std::int64_t mask = 0;               // the id of [MASK]
-  bool by_word = true;                 // whole words up to the budget; else each piece by a coin
-  std::vector<std::uint32_t> budgets;  // how many pieces of a row of n to mask, for n up to width
-  std::uint64_t piece_threshold = 0;   // of 2^32, as the following: a piece is masked
-  std::uint64_t mask_threshold = 0;    // a masked piece becomes [MASK],
-  std::uint64_t other_threshold = 0;   // or, if not below that but below this, any other
+  const std::uint8_t* kinds = nullptr;  // [vocabulary], a PieceKind for each id
+  std::size_t vocabulary = 0;           // at most 2^32 - 1
+  std::int64_t mask = 0;                // the id of [MASK]
+  bool by_word = true;                  // whole words up to the budget; else each piece by a coin
+  const std::uint32_t* budgets = nullptr;  // [n]: how many pieces of a row of that many to mask
+  std::size_t budget_count = 0;            // more than width, if by_word
+  std::uint64_t piece_threshold = 0;       // of 2^32, as the following: a piece is masked
+  std::uint64_t mask_threshold = 0;        // a masked piece becomes [MASK],
+  std::uint64_t other_threshold = 0;       // or, if not below that but below this, any other
   std::uint64_t seed = 0;
   std::uint64_t epoch = 0;
 };
@@ -41,8 +42,16 @@ struct MaskingOptions {
 //
 // Throws std::invalid_argument, before a thing is written, if a length is more than width or an id
 // of a row is not in the vocabulary.
+//
+// Cost: the hash, a chain of multiplications, is most of it; rows are hashed four at a time. Random
+// numbers come sixteen blocks at a time, and what depends on them is selected, not branched on.
 void MaskRows(const MaskingOptions& options, std::size_t rows, std::size_t width,
               const std::int64_t* lengths, int threads, std::int64_t* ids, std::int64_t* labels);
+
+// Writes how many ones each row of an attention mask [rows, width] begins with. False, and
+// unfinished lengths, where a row is not ones and then zeros.
+bool LengthsOfMask(const std::int64_t* mask, std::size_t rows, std::size_t width,
+                   std::int64_t* lengths);
 
 }  // namespace mvbert
 

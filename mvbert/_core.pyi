@@ -176,8 +176,15 @@ def philox_blocks(
     first: Sequence[int], rest: Sequence[int], key: Sequence[int]
 ) -> list[tuple[str, list[int]]]: ...
 
-# masks [B, T] in place; labels [B, T]
 def filled_rows(rows: list[list[int]], width: int, fill: int) -> NDArray[np.int64] | None: ...
+
+# [B, T] by name, lengths [B]; None: a row is no list of integers, or no mapping of such lists
+def padded_rows(
+    rows: object, *, pad: int, type_pad: int, multiple: int, with_mask: bool
+) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]] | None: ...
+def lengths_of_mask(mask: NDArray[np.int64]) -> NDArray[np.int64] | None: ...
+
+# masks [B, T] in place; labels [B, T]
 def mask_rows(
     ids: NDArray[np.int64],
     lengths: NDArray[np.int64],
@@ -185,7 +192,7 @@ def mask_rows(
     kinds: NDArray[np.uint8],
     mask: int,
     by_word: bool,
-    budgets: Sequence[int],
+    budgets: NDArray[np.uint32],
     piece_threshold: int,
     mask_threshold: int,
     other_threshold: int,

@@ -15,6 +15,7 @@ from mvbert.errors import InputError, require_extra
 from mvbert.text.batch_encoding import BatchEncoding, as_tensors, check_tensors
 from mvbert.text.masking import BEGINS, CONTINUES, SEPARATES, STAYS, budget
 from mvbert.text.texts import check_flags, check_integer, described
+from mvbert.text.tokenizer import WordPieceTokenizer
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -107,6 +108,7 @@ class MaskingCollator:
         self._epoch = _shared_number(return_tensors)
         self._epoch[0] = NOT_SET
         self._numbers = _Numbers(seed)
+        self._budgets = np.zeros(0, np.uint32)
         kinds = _kinds(tokenizer)
         if whole_word_mask and not (kinds == CONTINUES).any():
             raise InputError(
@@ -159,6 +161,41 @@ class MaskingCollator:
             InputError: no rows of ids, an id outside the vocabulary, or an attention_mask that is
                 not ones and then zeros.
         """
+        batch, lengths = self._read(features) or self._checked(features)
+        ids = batch["input_ids"]
+        epoch = int(self._epoch[0])
+        if epoch == NOT_SET:
+            epoch = self._numbers.draw()
+        try:
+            labels = _core.mask_rows(
+                ids, lengths, budgets=self._budgets_of(ids.shape[1]), epoch=epoch, **self._options
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        batch["labels"] = labels
+        return BatchEncoding(
+            {name: as_tensors(value, self.return_tensors) for name, value in batch.items()}
+        )
+
+    def _budgets_of(self, width: int) -> NDArray[np.uint32]:
+        """How many pieces of a row of n are masked, for n up to the width at least."""
+        if len(self._budgets) <= width:
+            budgets = [budget(n, self._probability) for n in range(width + 1)]
+            self._budgets = np.array(budgets, np.uint32)
+        return self._budgets
+
+    def _read(self, features: Any) -> tuple[dict[str, Any], NDArray[np.int64]] | None:
+        """The same as `_checked`, of rows that are lists of Python integers; None of others."""
+        fills = _fills(self.tokenizer) if isinstance(features, list | tuple) else None
+        if fills is None:
+            return None
+        return _core.padded_rows(features, multiple=self.pad_to_multiple_of or 1, **fills)
+
+    def _checked(self, features: Any) -> tuple[dict[str, Any], NDArray[np.int64]]:
+        """The padded batch, its ids a copy that may be written to, and the lengths of its rows.
+
+        The definition: all that is refused is refused here.
+        """
         batch = {name: _array(name, value) for name, value in self._padded(features).items()}
         ids = batch["input_ids"]
         if ids.ndim != 2:
@@ -166,21 +203,10 @@ class MaskingCollator:
         if ids.size and ids.dtype.kind not in "iu":
             raise InputError(f"input_ids has {ids.dtype} values, expected rows of integers")
         lengths = _lengths(batch.get("attention_mask"), ids.shape)
-        ids = np.array(ids, np.int64, order="C")  # a copy: the caller's stay
-        epoch = int(self._epoch[0])
-        if epoch == NOT_SET:
-            epoch = self._numbers.draw()
-        budgets = [budget(n, self._probability) for n in range(ids.shape[1] + 1)]
-        try:
-            labels = _core.mask_rows(ids, lengths, budgets=budgets, epoch=epoch, **self._options)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        batch["input_ids"] = np.array(ids, np.int64, order="C")
         for name in ("special_tokens_mask", "offset_mapping"):
             batch.pop(name, None)
-        batch |= {"input_ids": ids, "labels": labels}
-        return BatchEncoding(
-            {name: as_tensors(value, self.return_tensors) for name, value in batch.items()}
-        )
+        return batch, lengths
 
     def _padded(self, features: Any) -> Mapping[str, Any]:
         if isinstance(features, Mapping):
@@ -249,6 +275,10 @@ def _lengths(mask: NDArray[Any] | None, shape: tuple[int, ...]) -> NDArray[np.in
             f"attention_mask is {list(mask.shape)} of {mask.dtype}, expected numbers "
             f"{list(shape)} as input_ids"
         )
+    if mask.dtype == np.int64 and mask.flags.c_contiguous:
+        found = _core.lengths_of_mask(mask)
+        if found is not None:
+            return found
     lengths: NDArray[np.int64] = mask.sum(1, np.int64)
     wrong = (mask != (np.arange(width) < lengths[:, None])).any(1)
     if wrong.any():
@@ -260,6 +290,28 @@ def _lengths(mask: NDArray[Any] | None, shape: tuple[int, ...]) -> NDArray[np.in
             "its pieces and then zeros for padding"
         )
     return lengths
+
+
+def _fills(tokenizer: Any) -> dict[str, Any] | None:
+    """What the core needs to pad as `tokenizer.pad` does; None if that is no `pad` we know."""
+    cls = type(tokenizer)
+    names = tokenizer.model_input_names
+    if getattr(cls, "pad", None) is WordPieceTokenizer.pad:
+        type_pad = 0
+    else:
+        module = sys.modules.get("transformers.tokenization_utils_base")
+        base = getattr(module, "PreTrainedTokenizerBase", None)
+        if base is None or not issubclass(cls, base) or cls.pad is not base.pad:
+            return None
+        if cls._pad is not base._pad or tokenizer.padding_side != "right":
+            return None
+        if names[0] != "input_ids" or "attention_mask" not in names:
+            return None
+        type_pad = tokenizer.pad_token_type_id
+    if tokenizer.pad_token_id is None:
+        return None
+    with_mask = "attention_mask" in names
+    return {"pad": tokenizer.pad_token_id, "type_pad": type_pad, "with_mask": with_mask}
 
 
 def _kinds(tokenizer: Any) -> NDArray[np.uint8]:

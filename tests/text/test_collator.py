@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mvbert import MaskingCollator, WordPieceTokenizer
+from mvbert import _core as mvbert_core
 from mvbert.errors import InputError
 from mvbert.text.masking import budget, mask_row
 from mvbert.text.vocab import SPECIAL_PIECES, Vocab
@@ -81,6 +82,135 @@ def test_what_comes_in(tokenizer):
     assert padded["input_ids"].shape[1] % 64 == 0
     assert collator({"input_ids": np.zeros((0, 0), int)})["labels"].shape == (0, 0)
     assert torch.equal(pickle.loads(pickle.dumps(collator))(features)["labels"], expected["labels"])
+
+
+def random_rows(rng, names, bare=False):
+    """Rows of a data set: some empty, some padded before, some ids beyond 30 and 32 bits."""
+    rows = []
+    for _ in range(rng.randint(1, 9)):
+        size = rng.choice([0, 1, 2, 7, 63, 64, 65, 130])
+        ids = [rng.choice([0, 1, -1, 5, 256, 257, 2**30 - 1, 2**30, 2**62, -(2**63), 2**63 - 1])
+               for _ in range(size)]  # fmt: skip
+        ones = rng.choice([size, rng.randint(0, size)])
+        columns = {
+            "input_ids": ids,
+            "attention_mask": [1] * ones + [0] * (size - ones),
+            "token_type_ids": rng.choice([[0] * size, [rng.randint(0, 300) for _ in range(size)]]),
+            "special_tokens_mask": [rng.randint(0, 1) for _ in range(size)],
+            "labels": [-100] * rng.randint(0, 3),
+            "offset_mapping": [(0, 1)] * size,
+        }
+        rows.append(ids if bare else {name: columns[name] for name in names})
+    rows[0] = rows[0] or [1]
+    return rng.choice([list, tuple])(rows)
+
+
+@pytest.mark.parametrize("whose", ["ours", "transformers"])
+def test_lists_are_read_as_by_the_definition(whose):
+    """In C++ as by `_checked`: names and their order, values, types, lengths."""
+    tokenizer = WordPieceTokenizer(Vocab(PIECES), 512)
+    if whose == "transformers":
+        pytest.importorskip("transformers")
+        tokenizer = tokenizer.as_hf()
+    rng = random.Random(0)
+    others = ["attention_mask", "token_type_ids", "special_tokens_mask", "labels"]
+    served = 0
+    for trial in range(100):
+        names = [name for name in [*others, "offset_mapping"] if rng.random() < 0.5]
+        names.insert(rng.randint(0, len(names)), "input_ids")
+        rows = random_rows(rng, names, bare=trial % 5 == 0)
+        if whose == "ours":
+            tokenizer.model_input_names = ["input_ids", *others[: trial % 2]]
+        multiple = rng.choice([None, 1, 8, 100])
+        collator = MaskingCollator(tokenizer, pad_to_multiple_of=multiple, return_tensors="np")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                batch, lengths = collator._checked(rows)
+            except (InputError, TypeError):  # rows without one id
+                assert not any(len(row if trial % 5 == 0 else row["input_ids"]) for row in rows)
+                assert collator._read(rows) is None
+                continue
+        found = collator._read(rows)
+        if found is None:
+            assert not batch["input_ids"].size
+            continue
+        served += 1
+        assert list(found[0]) == list(batch)
+        for name, values in batch.items():
+            assert found[0][name].dtype == np.int64 == values.dtype
+            assert found[0][name].tolist() == values.tolist(), name
+        assert found[1].tolist() == lengths.tolist()
+    assert served > 60
+
+
+@pytest.mark.parametrize("whose", ["ours", "transformers"])
+def test_what_the_fast_reader_leaves_to_the_definition(tokenizer, whose):
+    if whose == "transformers":
+        transformers = pytest.importorskip("transformers")
+        tokenizer = tokenizer.as_hf()
+    collator = MaskingCollator(tokenizer, return_tensors="np")
+    row = {"input_ids": [2, 5, 3], "attention_mask": [1, 1, 1], "token_type_ids": [0, 0, 0]}
+    assert collator._read([row]) is not None
+
+    class Ids(list):
+        pass
+
+    for other in (
+        None, {}, row, iter([row]), [], [[]], [{}], [{"input_ids": []}], [None], [5], ["abc"],
+        [{**row, "weights": [1.0, 2.0, 3.0]}],
+        [row, {"input_ids": [2, 3]}],
+        [row, {**row, "labels": [1]}],
+        [{"labels": [1]}],
+        [[2, 3], row],
+        [row, [2, 3]],
+        [{**row, 7: 1}],
+        [{**row, "attention_mask": [1, 1]}],
+        [{**row, "attention_mask": [1, 0, 1]}],
+        [{**row, "attention_mask": [0, 1, 1]}],
+        [{**row, "attention_mask": [2, 1, 0]}],
+        [{**row, "attention_mask": [True, 1, 1]}],
+        [{**row, "attention_mask": [1.0, 1, 1]}],
+        [{**row, "token_type_ids": [0, "0", 0]}],
+        [{**row, "token_type_ids": None}],
+        [{**row, "special_tokens_mask": [0, None, 0]}],
+        [{**row, "input_ids": [2, 2**63, 3]}],
+        [{**row, "input_ids": [2, -(2**63) - 1, 3]}],
+        [{**row, "input_ids": [2, np.int64(5), 3]}],
+        [{**row, "input_ids": [2, [5], 3]}],
+        [{**row, "input_ids": (2, 5, 3)}],
+        [{**row, "input_ids": Ids([2, 5, 3])}],
+        [{**row, "input_ids": np.array([2, 5, 3])}],
+    ):  # fmt: skip
+        assert collator._read(other) is None, other
+    if whose == "transformers":
+
+        class Padded(transformers.BertTokenizerFast):
+            def pad(self, *args, **kwargs):
+                return super().pad(*args, **kwargs)
+
+        tokenizer.padding_side = "left"
+        assert collator._read([row]) is None
+        tokenizer.padding_side = "right"
+        assert collator._read([row]) is not None
+        tokenizer.model_input_names = ["input_ids"]
+        assert collator._read([row]) is None
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        tokenizer.__class__ = Padded
+        assert collator._read([row]) is None
+
+
+def test_lengths_of_a_mask(tokenizer):
+    """In C++ as numpy finds them; what is no mask has none."""
+    for mask in (np.zeros((0, 0), int), np.zeros((3, 0), int), np.eye(4, dtype=int)[::-1],
+                 np.tri(5, 4, -1, dtype=int), np.tri(70, 69, dtype=int)):  # fmt: skip
+        mask = np.ascontiguousarray(mask)
+        regular = (np.sort(mask, 1)[:, ::-1] == mask).all()
+        found = mvbert_core.lengths_of_mask(mask)
+        assert (found is None) == (not regular)
+        assert found is None or found.tolist() == mask.sum(1).tolist()
+    for wrong in ([[2, 0]], [[1, -1, 1]], [[0, 1]], [[-1, 0]], [[2**63 - 1, 2]]):
+        assert mvbert_core.lengths_of_mask(np.array(wrong)) is None
 
 
 @pytest.mark.parametrize("whole_word", [True, False])
@@ -287,6 +417,17 @@ def test_what_is_refused(tokenizer):
             [{"input_ids": [2, 5, 3], "attention_mask": [1, 1]}],
             "row 0 has 3 input_ids and attention_mask of 2",
         ),
+        (
+            [{"input_ids": [2, 3]}, {"input_ids": [2, 99, 3]}],
+            "row 1 has the id 99, outside the vocabulary of 25 pieces",
+        ),
+        ([[2, 3], [2, -1, 3]], "row 1 has the id -1, outside the vocabulary of 25 pieces"),
+        (
+            [{"input_ids": [2, 5, 3], "attention_mask": [1, 0, 1]}],
+            r"attention_mask of row 0 is \[1, 0, 1\] \(list\), expected ones",
+        ),
+        ([{"input_ids": [2, "5", 3]}], "input_ids has "),
+        ([{"input_ids": [2, 5.5, 3]}], "input_ids has float64 values, expected rows of integers"),
         ([1, 2], r"row 0 is 1 \(int\), expected input_ids, or the list of them"),
         (["abc"], r"row 0 is 'abc' \(str\), expected input_ids"),
         ("abc", r"got 'abc' \(str\), expected a list of rows"),
