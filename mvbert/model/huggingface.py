@@ -198,7 +198,10 @@ def read_model_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     data = read_json_object(path)
     if data.get("model_type") != "bert":
-        raise InputError(f"{path}: model_type is {data.get('model_type')!r}, expected 'bert'")
+        raise InputError(
+            f"{path}: model_type is {data.get('model_type')!r}, expected 'bert': what is read here "
+            "is computed with BERT's layers, and another family's differ"
+        )
     for key, usual, reason in (
         ("position_embedding_type", "absolute", "only absolute position embeddings are supported"),
         ("is_decoder", False, "a decoder reads from left to right only; expected an encoder"),

@@ -27,7 +27,8 @@ from mvbert.text.tokenizer import save_tokenizer_files
 from mvbert.text.tokenizer_files import read_model_inputs
 from mvbert.text.vocab import Vocab
 
-# What has a row or a number for each piece, in BERT, DistilBERT, ELECTRA, MPNet, NomicBERT.
+# What has a row or a number for each piece, in BERT, ConvBERT, DistilBERT, ELECTRA, GTE, MPNet,
+# NomicBERT and SqueezeBERT.
 _OF_PIECES = re.compile(
     r"(^|.*\.)(word_embeddings\.weight|predictions\.(decoder\.)?(weight|bias)"
     r"|lm_head\.(decoder\.)?(weight|bias)|vocab_projector\.(weight|bias)"
@@ -41,10 +42,20 @@ _MODULE = re.compile(r"\d+_\w+")
 _NOT_WORDPIECE = {
     "albert": "SentencePiece",
     "camembert": "SentencePiece",
+    "data2vec-text": "byte-level BPE",
     "deberta-v2": "SentencePiece",
+    "funnel": "WordPiece with special pieces of its own",
+    "jina_embeddings_v3": "SentencePiece",
     "modernbert": "byte-level BPE",
+    "mra": "byte-level BPE",
+    "nystromformer": "SentencePiece",
+    "rembert": "SentencePiece",
     "roberta": "byte-level BPE",
+    "roberta-prelayernorm": "byte-level BPE",
+    "roformer": "WordPiece after a splitter of Chinese words",
     "xlm-roberta": "SentencePiece",
+    "xmod": "SentencePiece",
+    "yoso": "SentencePiece",
 }
 # MPNet's own special pieces, around those of BERT; its code takes the id of <pad> for granted.
 _MPNET_FIRST, _MPNET_LAST = ("<s>", "<pad>", "</s>", "<unk>"), "<mask>"
@@ -72,8 +83,8 @@ def read_vocab(folder: Path, cased: bool = False) -> Vocab:
     if family in _NOT_WORDPIECE:
         raise InputError(
             f"{folder / 'config.json'}: model_type is {family!r}, whose tokenizer is "
-            f"{_NOT_WORDPIECE[family]}; trim needs a WordPiece vocabulary (BERT, DistilBERT, "
-            "ELECTRA, MPNet, NomicBERT)"
+            f"{_NOT_WORDPIECE[family]}; trim needs BERT's WordPiece (BERT, ConvBERT, DistilBERT, "
+            "ELECTRA, GTE, MPNet, NomicBERT, SqueezeBERT)"
         )
     lowercase = False if cased else None
     if family != "mpnet":

@@ -21,7 +21,10 @@ LIMIT = 2**31 - 1  # ids are int32 everywhere
 MODEL_INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 
 # Classes that read text as BertTokenizer does, each with its fast form.
-_BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
+_BERT_CLASSES = (
+    "BertTokenizer", "ConvBertTokenizer", "DistilBertTokenizer", "ElectraTokenizer",
+    "MobileBertTokenizer", "SqueezeBertTokenizer",
+)  # fmt: skip
 # Those that take tokenizer.json for what it says.
 _JSON_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # BERT's rows, as tokenizers spells them.

@@ -147,13 +147,23 @@ def test_a_sentence_encoder_keeps_its_files(training_inputs, smaller, tmp_path):
     assert (tmp_path / "out" / "modules.json").exists()
 
 
-@pytest.mark.parametrize("family", ["Bert", "DistilBert", "Electra"])
+FAMILIES = ["Bert", "ConvBert", "DistilBert", "Electra", "Gte", "NomicBert", "SqueezeBert"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_families_of_transformers(family, tied, teacher_vocab, smaller, tmp_path):
-    """Loaded again by transformers, logits of kept pieces are those of before."""
+    """Tensors are the definition's; logits of kept pieces are those of before."""
     transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}, 5 has")
+    own = {
+        "ConvBert": {"embedding_size": 8, "head_ratio": 1, "conv_kernel_size": 3},
+        "Electra": {"embedding_size": 8},
+        "SqueezeBert": {"embedding_size": 16},
+    }
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=teacher_vocab.size, tie_word_embeddings=tied,
+        vocab_size=teacher_vocab.size, tie_word_embeddings=tied, **own.get(family, {}),
         **({"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32} if family == "DistilBert"
            else {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "intermediate_size": 32}),
@@ -170,6 +180,24 @@ def test_families_of_transformers(family, tied, teacher_vocab, smaller, tmp_path
     run_trim(str(tmp_path / "model"), tmp_path / "out", vocab=smaller, eval_rows=0)
     trimmed = make.from_pretrained(tmp_path / "out").eval()
     new = Vocab.load(tmp_path / "out")
+    spelled = {"thes": ["the", "##s"], "##ings": ["##ing", "##s"], "waters": ["water", "##s"]}
+    rows = [[teacher_vocab.ids[part] for part in spelled.get(piece, [piece])]
+            for piece in new.pieces]  # fmt: skip
+    before, after = model.state_dict(), trimmed.state_dict()
+    assert before.keys() == after.keys()
+    cut = [name for name in before if before[name].shape != after[name].shape]
+    assert len(cut) >= 3  # the table, the output layer, its bias
+    for name in before:
+        expected = before[name]
+        if name in cut:
+            expected = torch.stack([before[name][ids].mean(0) for ids in rows])
+        torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-7)
+        if name in cut:
+            assert torch.equal(after[name][:-3], expected[:-3]), name
+    table, decoder = (
+        net.weight for net in (trimmed.get_input_embeddings(), trimmed.get_output_embeddings())
+    )
+    assert (table is decoder) == tied
     logits = []
     for net, vocab in ((model, teacher_vocab), (trimmed, new)):
         batch = WordPieceTokenizer(vocab)("the river", return_tensors="pt")
@@ -248,8 +276,13 @@ def test_mpnet_files_that_contradict(teacher_vocab, smaller, tmp_path, refused):
 
 @pytest.mark.parametrize(
     ("family", "tokenizer"),
-    [("roberta", "byte-level BPE"), ("albert", "SentencePiece"), ("modernbert", "byte-level BPE")],
-)
+    [
+        ("roberta", "byte-level BPE"), ("albert", "SentencePiece"),
+        ("modernbert", "byte-level BPE"), ("xmod", "SentencePiece"),
+        ("roformer", "WordPiece after a splitter of Chinese words"),
+        ("funnel", "WordPiece with special pieces of its own"),
+    ],
+)  # fmt: skip
 def test_other_tokenizers_are_refused(
     family, tokenizer, training_inputs, smaller, tmp_path, refused
 ):
@@ -259,8 +292,22 @@ def test_other_tokenizers_are_refused(
     refused(
         ["trim", tmp_path / "model", "--vocab", smaller, "-o", tmp_path / "out"],
         f"model_type is '{family}', whose tokenizer is {tokenizer}",
-        "needs a WordPiece",
+        "needs BERT's WordPiece",
     )
+
+
+def test_each_family_of_fuse_is_trimmed_or_refused():
+    """By the names that config.json has for them."""
+    transformers = pytest.importorskip("transformers")
+    from mvbert.drop_in import LANGUAGE_MODELS
+    from mvbert.model.trim import _NOT_WORDPIECE
+
+    served = {f"{family}Config" for family in (*FAMILIES, "MPNet")}
+    for name in {key.rsplit(".", 1)[1] for key in LANGUAGE_MODELS}:
+        config = f"{re.sub('For.*|LMHeadModel', '', name)}Config"
+        if hasattr(transformers, config):
+            kind = getattr(transformers, config).model_type
+            assert (config in served) != (kind in _NOT_WORDPIECE), name
 
 
 def test_what_is_refused(training_inputs, teacher_vocab, smaller, tmp_path, refused):
