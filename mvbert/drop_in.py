@@ -54,6 +54,16 @@ def _modernbert_head(model: Any, hidden: Tensor) -> Tensor:
     return transformed
 
 
+def _rembert_head(model: Any, hidden: Tensor) -> Tensor:
+    head = model.cls.predictions
+    normed: Tensor = head.LayerNorm(head.activation(head.dense(hidden)))
+    return normed
+
+
+def _no_head(model: Any, hidden: Tensor) -> Tensor:
+    return hidden
+
+
 def _albert_head(model: Any, hidden: Tensor) -> Tensor:
     head = model.predictions
     normed: Tensor = head.LayerNorm(head.activation(head.dense(hidden)))
@@ -83,6 +93,12 @@ def _buffered_types(module: Any, input_ids: Tensor, position_ids: Tensor) -> Ten
     return types[:, : input_ids.shape[1]]
 
 
+def _buffered_types_of_columns(module: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Nystromformer reads that buffer at 0 .. T-1, whatever the positions. [1, T]."""
+    buffer: Tensor = module.token_type_ids
+    return buffer[:, : input_ids.shape[1]]
+
+
 def _first_type(module: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     return torch.zeros_like(input_ids[:1])
 
@@ -97,21 +113,41 @@ class Embeddings(NamedTuple):
     dropout: str = "dropout"
 
 
+_COLUMNS = Embeddings(types=_buffered_types_of_columns)
+_ROBERTA_LIKE = Embeddings(_positions_after_padding)
+_ONE_TYPE = Embeddings(types=_first_type)
 # Key: the class below transformers.models. A module without a table of positions or types has none.
 EMBEDDINGS = {
     "albert.modeling_albert.AlbertEmbeddings": Embeddings(),
     "bert.modeling_bert.BertEmbeddings": Embeddings(),
-    "camembert.modeling_camembert.CamembertEmbeddings": Embeddings(_positions_after_padding),
-    "deberta_v2.modeling_deberta_v2.DebertaV2Embeddings": Embeddings(types=_first_type),
+    "camembert.modeling_camembert.CamembertEmbeddings": _ROBERTA_LIKE,
+    "convbert.modeling_convbert.ConvBertEmbeddings": _COLUMNS,
+    # In transformers 4 and in 5.
+    "data2vec.modeling_data2vec_text.Data2VecTextEmbeddings": _ROBERTA_LIKE,
+    "data2vec.modeling_data2vec_text.Data2VecTextForTextEmbeddings": _ROBERTA_LIKE,
+    "deberta_v2.modeling_deberta_v2.DebertaV2Embeddings": _ONE_TYPE,
     "distilbert.modeling_distilbert.Embeddings": Embeddings(),
     "electra.modeling_electra.ElectraEmbeddings": Embeddings(),
+    "funnel.modeling_funnel.FunnelEmbeddings": Embeddings(norm="layer_norm"),
+    "gte.modeling_gte.GteEmbeddings": _ONE_TYPE,
+    "jina_embeddings_v3.modeling_jina_embeddings_v3.JinaEmbeddingsV3Embeddings": _ONE_TYPE,
     "modernbert.modeling_modernbert.ModernBertEmbeddings": Embeddings(
         word="tok_embeddings", norm="norm", dropout="drop"
     ),
-    "mpnet.modeling_mpnet.MPNetEmbeddings": Embeddings(_positions_after_padding),
-    "nomic_bert.modeling_nomic_bert.NomicBertEmbeddings": Embeddings(types=_first_type),
-    "roberta.modeling_roberta.RobertaEmbeddings": Embeddings(_positions_after_padding),
-    "xlm_roberta.modeling_xlm_roberta.XLMRobertaEmbeddings": Embeddings(_positions_after_padding),
+    "mpnet.modeling_mpnet.MPNetEmbeddings": _ROBERTA_LIKE,
+    "mra.modeling_mra.MraEmbeddings": _COLUMNS,
+    "nomic_bert.modeling_nomic_bert.NomicBertEmbeddings": _ONE_TYPE,
+    "nystromformer.modeling_nystromformer.NystromformerEmbeddings": _COLUMNS,
+    "rembert.modeling_rembert.RemBertEmbeddings": _ONE_TYPE,
+    "roberta.modeling_roberta.RobertaEmbeddings": _ROBERTA_LIKE,
+    "roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormEmbeddings": (
+        _ROBERTA_LIKE
+    ),
+    "roformer.modeling_roformer.RoFormerEmbeddings": _ONE_TYPE,
+    "squeezebert.modeling_squeezebert.SqueezeBertEmbeddings": _ONE_TYPE,
+    "xlm_roberta.modeling_xlm_roberta.XLMRobertaEmbeddings": _ROBERTA_LIKE,
+    "xmod.modeling_xmod.XmodEmbeddings": _ROBERTA_LIKE,
+    "yoso.modeling_yoso.YosoEmbeddings": _COLUMNS,
 }
 
 
@@ -141,32 +177,86 @@ LANGUAGE_MODELS = {
     "bert.modeling_bert.BertLMHeadModel": Head(*_BERT, "causal"),
     "camembert.modeling_camembert.CamembertForCausalLM": Head(*_ROBERTA, "causal"),
     "camembert.modeling_camembert.CamembertForMaskedLM": Head(*_ROBERTA, "masked"),
+    "convbert.modeling_convbert.ConvBertForMaskedLM": Head("convbert", *_ELECTRA[1:], "masked"),
+    "data2vec.modeling_data2vec_text.Data2VecTextForMaskedLM": Head(
+        "data2vec_text", *_ROBERTA[1:], "masked"
+    ),
     "deberta_v2.modeling_deberta_v2.DebertaV2ForMaskedLM": Head("deberta", *_BERT[1:], "masked"),
     "distilbert.modeling_distilbert.DistilBertForMaskedLM": Head(*_DISTILBERT, "masked"),
     "electra.modeling_electra.ElectraForCausalLM": Head(*_ELECTRA, "causal"),
     "electra.modeling_electra.ElectraForMaskedLM": Head(*_ELECTRA, "masked"),
+    "funnel.modeling_funnel.FunnelForMaskedLM": Head("funnel", _no_head, "lm_head", "masked"),
+    "gte.modeling_gte.GteForMaskedLM": Head("gte", *_ROBERTA[1:], "masked"),
+    "jina_embeddings_v3.modeling_jina_embeddings_v3.JinaEmbeddingsV3ForMaskedLM": Head(
+        *_ROBERTA, "masked"
+    ),
     "modernbert.modeling_modernbert.ModernBertForMaskedLM": Head(
         "model", _modernbert_head, "decoder", "counted"
     ),
     "mpnet.modeling_mpnet.MPNetForMaskedLM": Head("mpnet", *_ROBERTA[1:], "masked"),
+    "mra.modeling_mra.MraForMaskedLM": Head("mra", *_BERT[1:], "masked"),
     "nomic_bert.modeling_nomic_bert.NomicBertForMaskedLM": Head("nomic_bert", *_BERT[1:], "masked"),
+    "nystromformer.modeling_nystromformer.NystromformerForMaskedLM": Head(
+        "nystromformer", *_BERT[1:], "masked"
+    ),
+    "rembert.modeling_rembert.RemBertForMaskedLM": Head(
+        "rembert", _rembert_head, "cls.predictions.decoder", "masked"
+    ),
     "roberta.modeling_roberta.RobertaForCausalLM": Head(*_ROBERTA, "causal"),
     "roberta.modeling_roberta.RobertaForMaskedLM": Head(*_ROBERTA, "masked"),
+    "roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormForMaskedLM": Head(
+        "roberta_prelayernorm", *_ROBERTA[1:], "masked"
+    ),
+    "roformer.modeling_roformer.RoFormerForMaskedLM": Head("roformer", *_BERT[1:], "masked"),
+    "squeezebert.modeling_squeezebert.SqueezeBertForMaskedLM": Head(
+        "transformer", *_BERT[1:], "masked"
+    ),
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaForCausalLM": Head(*_ROBERTA, "causal"),
     "xlm_roberta.modeling_xlm_roberta.XLMRobertaForMaskedLM": Head(*_ROBERTA, "masked"),
+    "xmod.modeling_xmod.XmodForMaskedLM": Head(*_ROBERTA, "masked"),
+    "yoso.modeling_yoso.YosoForMaskedLM": Head("yoso", *_BERT[1:], "masked"),
 }
 
-# What a model is refused for that has one of these and nothing of the tables above.
-OTHERS = {
-    "deberta.modeling_deberta.DebertaEmbeddings": "DeBERTa (version 1) has its own LayerNorm class",
-    "ernie.modeling_ernie.ErnieEmbeddings": "ERNIE adds a table of tasks",
-    "megatron_bert.modeling_megatron_bert.MegatronBertEmbeddings": (
-        "MegatronBERT has no LayerNorm in its embeddings"
-    ),
-    "mobilebert.modeling_mobilebert.MobileBertEmbeddings": "MobileBERT joins three pieces in a row",
-    "xlm_roberta_xl.modeling_xlm_roberta_xl.XLMRobertaXLEmbeddings": (
-        "XLM-RoBERTa-XL has no LayerNorm in its embeddings"
-    ),
+_NO_NORM = "has no LayerNorm in its embeddings"
+_IMAGES = "reads images beside text"
+_GENERATES = "has a decoder beside its encoder"
+# Why a model is refused that has nothing of the tables above, by its folder in
+# transformers.models: every other one that fills in masked pieces.
+REFUSED = {
+    "bart": f"BART {_GENERATES}",
+    "big_bird": "BigBird's dropout comes before its LayerNorm",
+    "bridgetower": f"BridgeTower {_IMAGES}",
+    "deberta": "DeBERTa (version 1) has its own LayerNorm class",
+    "deprecated": "transformers has deprecated it",
+    "ernie": "ERNIE adds a table of tasks",
+    "esm": "ESM scales its embeddings by the share of masked pieces",
+    "esmc": f"ESM C {_NO_NORM}",
+    "eurobert": f"EuroBERT {_NO_NORM}",
+    "flaubert": "FlauBERT's embeddings are no module",
+    "flava": f"FLAVA {_IMAGES}",
+    "fnet": "FNet has a linear layer between LayerNorm and dropout",
+    "ibert": "I-BERT quantises its embeddings",
+    "layoutlm": "LayoutLM adds tables of places on a page",
+    "longformer": "Longformer's output has global attentions, which the fused one has not",
+    "luke": "LUKE reads and predicts entities beside pieces",
+    "lxmert": f"LXMERT {_IMAGES}",
+    "mbart": f"mBART {_GENERATES}",
+    "megatron_bert": f"MegatronBERT {_NO_NORM}",
+    "mobilebert": "MobileBERT joins three pieces in a row",
+    "mvp": f"MVP {_GENERATES}",
+    "neomme": f"NeoMME {_IMAGES}",
+    "perceiver": f"Perceiver {_NO_NORM}",
+    "reformer": f"Reformer {_NO_NORM}",
+    "roc_bert": "RoCBERT mixes in shapes and pronunciations",
+    "splinter": "Splinter predicts spans, not masked pieces",
+    "tapas": "TAPAS adds a table for each of seven kinds of types",
+    "ultrabert": f"UltraBERT {_NO_NORM}",
+    "ultravbert": f"UltraVBERT {_IMAGES}",
+    "vilt": f"ViLT {_IMAGES}",
+    "visual_bert": f"VisualBERT {_IMAGES}",
+    "wav2vec2": "wav2vec 2.0 reads sound",
+    "xlm": "XLM's embeddings are no module",
+    "xlm_roberta_xl": f"XLM-RoBERTa-XL {_NO_NORM}",
 }
 
 
@@ -546,6 +636,12 @@ def _key(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}".removeprefix("transformers.models.")
 
 
+def _family(module: nn.Module) -> str:
+    """The folder in transformers.models that a module's class is in."""
+    path = type(module).__module__.split(".")
+    return path[2] if path[:2] == ["transformers", "models"] and len(path) > 2 else ""
+
+
 @cache
 def _fused_class(cls: type, mixin: type) -> type:
     """A subclass of `cls` with the forward of `mixin`.
@@ -588,11 +684,10 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
     """Puts the fused layers into a Hugging Face encoder, in place.
 
     Args:
-        model: an Albert*, Bert*, Camembert*, DebertaV2*, DistilBert*, Electra*, ModernBert*,
-            MPNet*, NomicBert*, Roberta* or XLMRoberta* model of transformers, or a module that
-            contains one. What is an adapter's, has hooks or options
-            of its own is called as before, as is the original forward with arguments that the fused
-            one has no place for.
+        model: a model of transformers of a family in EMBEDDINGS (docs/fuse.md has the table), or a
+            module that contains one. What is an adapter's, has hooks or options of its own is
+            called as before, as is the original forward with arguments that the fused one has no
+            place for.
         keep_logits: a language model given labels returns logits too, as before (its head is then
             left alone). Without, its output in training with labels has none, and an
             AttributeError that names this option when asked for them. That loss is float32, and 0
@@ -621,7 +716,7 @@ def fuse(model: nn.Module, *, keep_logits: bool = False) -> list[str]:
         replaced.append(name)
     if not replaced and not any(hasattr(type(m), "_mvbert_original") for m in model.modules()):
         names = sorted(key.rsplit(".", 1)[1] for key in (*EMBEDDINGS, *LANGUAGE_MODELS))
-        reasons = {OTHERS[_key(type(m))] for m in model.modules() if _key(type(m)) in OTHERS}
+        reasons = {REFUSED[f] for f in map(_family, model.modules()) if f in REFUSED}
         reason = f" ({'; '.join(sorted(reasons))})" if reasons else ""
         raise InputError(
             f"fuse does not support {type(model).__name__}{reason}; supported: {', '.join(names)} "
