@@ -632,8 +632,8 @@ def test_transformers_collators_take_it(ours):
 def test_transformers_collator_for_whole_words_takes_it(ours, fast):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    if not hasattr(fast, "_convert_id_to_token"):
-        pytest.skip("the collator of transformers 5 asks its own tokenizers' offsets")
+    if not hasattr(transformers, "DataCollatorForWholeWordMask"):
+        pytest.skip("transformers 5 has no DataCollatorForWholeWordMask")
     made = []
     for tok in (ours, fast):
         rows = [tok("hello worlds slowing") for _ in range(4)]
@@ -722,6 +722,12 @@ def test_older_names_of_a_call_as_transformers(ours, fast):
         ours.encode(["a"], padding=True)
 
 
+def special_pieces(theirs):
+    """The special added pieces of a tokenizer of transformers, by the name of 4 or of 5."""
+    name = "additional_special_tokens"
+    return getattr(theirs, name) if hasattr(theirs, name) else theirs.extra_special_tokens
+
+
 def test_a_plain_added_piece_stays_whole(vocab, tmp_path):
     """split_special_tokens is about special pieces."""
     transformers = pytest.importorskip("transformers")
@@ -734,7 +740,7 @@ def test_a_plain_added_piece_stays_whole(vocab, tmp_path):
         assert tok.tokenize(text, split_special_tokens=split) == (
             fast.tokenize(text, split_special_tokens=split)
         )
-    assert tok.additional_special_tokens == fast.additional_special_tokens == []
+    assert tok.additional_special_tokens == special_pieces(fast) == []
     _assert_added(tok, fast)
 
 
@@ -760,7 +766,10 @@ def test_further_names_as_transformers(ours, tmp_path):
              "additional_special_tokens_ids")  # fmt: skip
     for name in names:
         if hasattr(fast, name):  # (5 has fewer)
-            assert getattr(ours, name) == getattr(fast, name), name
+            expected = getattr(fast, name)
+            if name == "special_tokens_map" and special_pieces(fast):  # where 5 has them no more
+                expected = {**expected, "additional_special_tokens": special_pieces(fast)}
+            assert getattr(ours, name) == expected, name
     assert ours.name_or_path == str(fast.name_or_path) == str(tmp_path)
     _assert_added(ours, fast)
     assert pickle.loads(pickle.dumps(ours)).name_or_path == str(tmp_path)
