@@ -509,3 +509,18 @@ def test_the_mask_is_for_those_who_ask_for_it():
     assert vocab.cls == 2
     with pytest.raises(InputError, match=r"x/vocab.txt has no \[MASK\]"):
         vocab.mask  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["ConvBertTokenizer", "SqueezeBertTokenizer"])
+def test_classes_that_are_berts_are_read_as_it(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pieces = (*SPECIAL_PIECES, "a", "b", "##b", "##c", ",")
+    Vocab(pieces).save(tmp_path / "vocab.txt")
+    theirs = getattr(transformers, name).from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+    vocab = Vocab.load(tmp_path)
+    assert (vocab.pieces, vocab.lowercase) == (pieces, True)
+    ours = WordPieceTokenizer.from_pretrained(tmp_path)
+    for text in ("A, bb abc", "\u00c1b[MASK]c", ""):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
