@@ -116,7 +116,9 @@ def unpack(packed: Path, folder: Path) -> Path:
                 sys.exit(f"{part} is missing or damaged: its SHA-256 is not that in {SUMS}")
             stream.write(data)
     with tarfile.open(whole) as tar:
-        tar.extractall(folder, filter="data")
+        # (Filters came with Python 3.11.4 and 3.10.12; before, the attribute says nothing.)
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)
+        tar.extractall(folder)
     whole.unlink()
     return folder
 

@@ -131,7 +131,10 @@ class Tokenizer::Worker {
         word += begins;
         from = begins ? start : to;
         to = from + letters[piece];
-        if (__builtin_expect(*id == unk, 0)) to = ends[word - 1];
+        if (__builtin_expect(*id == unk, 0)) {
+          // (A piece that is followed by the rest of its word was found as written.)
+          if (id + 1 == last || begins_word[static_cast<std::size_t>(id[1])]) to = ends[word - 1];
+        }
         const std::uint32_t span[] = {sources.begin(from, to), sources.end(from, to)};
         std::memcpy(out, span, sizeof span);
       }

@@ -28,6 +28,10 @@ WordPiece::WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int m
     throw std::invalid_argument("unk_id " + std::to_string(unk_id) + " is not in [0, " +
                                 std::to_string(pieces_.size()) + ")");
   }
+  const std::string& unk = pieces_[static_cast<std::size_t>(unk_id)];
+  if (unk.compare(0, 2, "##") == 0) {
+    throw std::invalid_argument("the unknown piece '" + unk + "' continues a word: it must be one");
+  }
   std::vector<std::pair<std::string_view, std::int32_t>> initial, continued;
   for (std::size_t i = 0; i < pieces_.size(); ++i) {
     const std::string_view piece = pieces_[i];

@@ -18,8 +18,8 @@ namespace mvbert {
 class WordPiece {
  public:
   // Piece i has id i. Pieces that begin with "##" continue a word. Throws std::invalid_argument if
-  // a piece appears twice, if unk_id is not in [0, pieces.size()), or if there are more than 2^31
-  // - 1. An empty piece is an id that never comes out.
+  // a piece appears twice, if unk_id is not in [0, pieces.size()) or its piece continues a word, or
+  // if there are more than 2^31 - 1. An empty piece is an id that never comes out.
   WordPiece(std::vector<std::string> pieces, std::int32_t unk_id, int max_chars = 100);
 
   WordPiece(const WordPiece&) = delete;

@@ -219,7 +219,7 @@ LANGUAGE_MODELS = {
 
 _NO_NORM = "has no LayerNorm in its embeddings"
 _IMAGES = "reads images beside text"
-_GENERATES = "has a decoder beside its encoder"
+_GENERATES = "has a decoder"
 # Why a model is refused that has nothing of the tables above, by its folder in
 # transformers.models: every other one that fills in masked pieces.
 REFUSED = {
@@ -228,11 +228,11 @@ REFUSED = {
     "bridgetower": f"BridgeTower {_IMAGES}",
     "deberta": "DeBERTa (version 1) has its own LayerNorm class",
     "deprecated": "transformers has deprecated it",
-    "ernie": "ERNIE adds a table of tasks",
-    "esm": "ESM scales its embeddings by the share of masked pieces",
+    "ernie": "ERNIE has a table of tasks where use_task_id is set",
+    "esm": "ESM's embeddings have no dropout, and LayerNorm by an option alone",
     "esmc": f"ESM C {_NO_NORM}",
     "eurobert": f"EuroBERT {_NO_NORM}",
-    "flaubert": "FlauBERT's embeddings are no module",
+    "flaubert": "FlauBERT adds its embeddings up in the model's own forward",
     "flava": f"FLAVA {_IMAGES}",
     "fnet": "FNet has a linear layer between LayerNorm and dropout",
     "ibert": "I-BERT quantises its embeddings",
@@ -255,7 +255,7 @@ REFUSED = {
     "vilt": f"ViLT {_IMAGES}",
     "visual_bert": f"VisualBERT {_IMAGES}",
     "wav2vec2": "wav2vec 2.0 reads sound",
-    "xlm": "XLM's embeddings are no module",
+    "xlm": "XLM adds its embeddings up in the model's own forward",
     "xlm_roberta_xl": f"XLM-RoBERTa-XL {_NO_NORM}",
 }
 

@@ -127,7 +127,8 @@ def recorded_job(path: Path, description: dict[str, Json]) -> dict[str, Json]:
     if not path.exists():
         if any(not p.name.startswith(".") for p in path.parent.iterdir()):
             raise InputError(
-                f"{path.parent} is not empty and no job of fine-tuning; give another --out"
+                f"{path.parent} is not empty and has no {path.name} of a job to resume; give "
+                "another --out"
             )
         return {}
     job = read_json_object(path)

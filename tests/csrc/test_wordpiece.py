@@ -91,6 +91,8 @@ def test_wrong_vocabularies():
     for unk in (-1, 2):
         with pytest.raises(ValueError, match=rf"unk_id {unk} is not in \[0, 2\)"):
             _core.WordPiece(["[UNK]", "a"], unk)
+    with pytest.raises(ValueError, match="the unknown piece '##u' continues a word"):
+        _core.WordPiece(["a", "##u"], 1)
     with pytest.raises(ValueError, match="unk_id"):
         _core.WordPiece([], 0)
 

@@ -317,7 +317,7 @@ def test_wrong_input(bert, teacher, prose, sts, tmp_path, refused):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("")
     refused(["finetune", bert, "embed", prose, "-o", tmp_path / "full", "--teacher", teacher,
-             *FAST], "is not empty")  # fmt: skip
+             *FAST], "is not empty and has no embed.json")  # fmt: skip
     (tmp_path / "out" / "embed.json").write_text('{"description": {"seed": 1}}')
     refused(good, "holds a job with other settings (also: None there, [] now, ")
     refused(["eval", teacher, "--task", "embed", "--data", prose], "expected one of *.tsv")

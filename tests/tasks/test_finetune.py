@@ -386,7 +386,7 @@ def test_another_job_is_not_overwritten(bert, task_data, tmp_path, finetune, ref
     refused([*same[:-3], bert, "--epochs", 1], "is the model itself")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    refused([*same[:-3], tmp_path / "full"], "is not empty and no job of fine-tuning")
+    refused([*same[:-3], tmp_path / "full"], "is not empty and has no finetune.json")
     with open(out / "runs.jsonl", "a") as file:
         file.write('{"batch": 1}\n')
     refused([*same, "--epochs", 1], "runs.jsonl:2 is not the record of a run")

@@ -771,7 +771,8 @@ def test_what_is_due_after_a_step(step, leaving, expected):
 def test_a_run_made_before_the_wings_resumes(root, tmp_path, verb, monkeypatch):
     """Corpus, teacher, vocabulary and checkpoint written by commit df2e3e2, stopped at step 4."""
     with tarfile.open(root / "tests" / "data" / "run-before-wings.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # (new in 3.11.4)
+        archive.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
     first = (tmp_path / "stage1" / "run.json").read_text()
     report, notes = verb(
