@@ -54,7 +54,7 @@ class Filler {
         end_(begin_ + text.size()),
         ascii_run_(ascii_run),
         batch_(*batch),
-        target_(std::min(batch->closed_bytes() + most, WordBatch::kTarget)) {}
+        target_(std::min(batch->closed_bytes() + most, batch->target())) {}
 
   // Every turn reads a code point at least, and the first is made even if the batch is full.
   std::size_t Run() {

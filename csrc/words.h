@@ -87,7 +87,7 @@ class WordBatch {
 
   // Time to use the complete words and to Clear, even where there are none: blanks fill a batch
   // too. (A word still open does not count: it may be any length.)
-  bool full() const { return closed_bytes() >= kTarget; }
+  bool full() const { return closed_bytes() >= target(); }
 
   // Forgets the complete words; keeps a word that is still being read.
   void Clear();
@@ -103,6 +103,8 @@ class WordBatch {
   template <Casing kCasing, bool kTrack>
   friend class Filler;
 
+  // (A byte's source takes four: so a batch of them stays in that cache, too.)
+  std::size_t target() const { return track_ ? kTarget / 4 : kTarget; }
   std::size_t closed_bytes() const { return open_ ? starts_[word_count_] : byte_count_; }
 
   // Makes room for `more` bytes and as many words, and the padding.
