@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-import importlib.util
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -40,7 +40,8 @@ def model(training_inputs, tmp_path) -> Path:
 
 def install(wheel: str, folder: Path) -> Path:
     """Installs into a fresh environment; its packages' folder."""
-    if importlib.util.find_spec("pip") is None:
+    # (Its metadata: finding the module makes setuptools warn if distutils was imported before.)
+    if not [*importlib.metadata.distributions(name="pip")]:
         pytest.skip("needs pip")
     venv.create(folder, with_pip=False)
     command = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--no-index",
