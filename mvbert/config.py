@@ -25,10 +25,10 @@ DISTILL_LOSSES = ("logits", "hidden", "relations", "sentence")
 
 _RANGES: dict[str, Callable[[float], bool]] = {
     "be above 0": lambda x: x > 0,
-    "be positive": lambda x: not x <= 0,
+    "be positive": lambda x: x > 0,
     "be 0 or more": lambda x: x >= 0,
-    "not be negative": lambda x: not x < 0,
-    "be at least 1": lambda x: not x < 1,
+    "not be negative": lambda x: x >= 0,
+    "be at least 1": lambda x: x >= 1,
     "lie in [0, 1]": lambda x: 0 <= x <= 1,
     "lie in [0, 1)": lambda x: 0 <= x < 1,
 }

@@ -228,7 +228,7 @@ REFUSED = {
     "bridgetower": f"BridgeTower {_IMAGES}",
     "deberta": "DeBERTa (version 1) has its own LayerNorm class",
     "deprecated": "transformers has deprecated it",
-    "ernie": "ERNIE has a table of tasks where use_task_id is set",
+    "ernie": "ERNIE may add a table of tasks",
     "esm": "ESM's embeddings have no dropout, and LayerNorm by an option alone",
     "esmc": f"ESM C {_NO_NORM}",
     "eurobert": f"EuroBERT {_NO_NORM}",
