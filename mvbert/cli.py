@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -882,8 +883,10 @@ def run(arguments: Sequence[str]) -> None:
 
 def guarded(work: Callable[[], None]) -> int:
     """Turns errors that a user can fix into one sentence and an exit code."""
-    # The training loop handles signals itself; elsewhere both raise KeyboardInterrupt.
-    before = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    # The training loop handles signals itself; elsewhere both raise KeyboardInterrupt. (The alarm
+    # is one of them that had to wait.)
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.signal(number, _interrupt) for number in caught}
     try:
         work()
     except FailedElsewhere:
@@ -906,6 +909,7 @@ def guarded(work: Callable[[], None]) -> int:
         _print_message("interrupted; run the same command again to resume")
         return 130
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
         atexit.register(_ignore_signals)
@@ -913,11 +917,18 @@ def guarded(work: Callable[[], None]) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raises KeyboardInterrupt; exits at once inside an import, which extensions do not survive."""
+    """Raises KeyboardInterrupt; exits at once inside an import, which extensions do not survive.
+
+    While a thread is being started it waits: Thread.start may hold the lock without which the
+    thread never begins, and Python then waits for that thread for ever when it ends.
+    """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, b"mvbert: interrupted; run the same command again to resume\n")
             os._exit(130)
+        if frame.f_code is threading.Thread.start.__code__:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
         frame = frame.f_back
     raise KeyboardInterrupt
 

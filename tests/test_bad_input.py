@@ -782,6 +782,31 @@ def test_a_corpus_that_is_interrupted_leaves_nothing(tmp_path, sent):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt"]
 
 
+def test_a_signal_while_a_thread_is_started_lets_it_begin(tmp_path):
+    """Otherwise the lock that Thread.start holds is lost, and the end waits for the thread."""
+    code = """if True:
+        import os, signal, sys, threading, time
+        from mvbert import cli
+        enter = threading.Condition.__enter__
+        def interrupted(self):
+            held = enter(self)
+            if sys._getframe(2).f_code is threading.Thread.start.__code__:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return held
+        threading.Condition.__enter__ = interrupted
+        def work():
+            threading.Thread(target=print, args=["begun"]).start()
+            time.sleep(60)
+        sys.exit(cli.guarded(work))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=50
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stdout == "begun\n"
+    assert done.stderr.startswith("mvbert: interrupted;")
+
+
 @pytest.mark.parametrize(("when", "sent"), [("importing", "SIGINT"), ("ending", "SIGTERM")])
 def test_a_signal_outside_of_the_work_is_code_130_too(tmp_path, when, sent):
     """An import that swallows the interrupt, and one more signal while Python is torn down."""
