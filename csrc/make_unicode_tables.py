@@ -21,6 +21,8 @@ VERSION = "14.0.0"
 ROOT = Path(__file__).resolve().parent.parent
 LAST = 0x110000
 BLOCK = 128
+# The others (unassigned, private, surrogates) are dropped, and nothing else is true of them.
+ASSIGNED = [c for c in range(LAST) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
 
 # Kinds of an entry, as enum CharKind in csrc/unicode.h.
 LETTER, DROP, SPACE, PUNCT, CJK, MAP_LETTER, MAP_PUNCT, MAP_CJK, GATHER, MARK, HANGUL = range(11)
@@ -33,10 +35,6 @@ CJK_RANGES = [
 
 def is_cjk(c: int) -> bool:
     return any(a <= c <= b for a, b in CJK_RANGES)
-
-
-def is_surrogate(c: int) -> bool:
-    return 0xD800 <= c <= 0xDFFF
 
 
 def is_hangul(c: int) -> bool:
@@ -82,7 +80,7 @@ def decomposition(c: int) -> list[int]:
 def seconds_of_pairs() -> set[int]:
     """Code points that can combine with the one before them (NFC_Quick_Check=Maybe)."""
     seconds = set(range(0x1161, 0x1176)) | set(range(0x11A8, 0x11C3))
-    for c in range(LAST):
+    for c in ASSIGNED:
         pair = decomposition(c)
         if len(pair) == 2 and nfc(nfd(chr(c))) == chr(c):
             seconds.add(pair[1])
@@ -108,8 +106,6 @@ class Pool:
 
 def uncased_entry(c: int, pool: Pool) -> int:
     """Lower-case each character, clean, NFC, lower-case again, NFD, drop Mn, split."""
-    if is_surrogate(c):
-        return DROP
     lowered = chr(c).lower()
     # The order of cleaning and lower-casing does not matter, and nothing is left to lower after
     # the first pass: both are checked here, since the splitter relies on them.
@@ -145,7 +141,7 @@ def uncased_entry(c: int, pool: Pool) -> int:
 
 def cased_entry(c: int, pool: Pool, seconds: set[int]) -> int:
     """Clean, NFC, split. Whatever composition could touch is gathered and composed at run time."""
-    if is_surrogate(c) or is_dropped(c):
+    if is_dropped(c):
         return DROP
     if is_space(c):
         return SPACE
@@ -164,8 +160,8 @@ def cased_entry(c: int, pool: Pool, seconds: set[int]) -> int:
 
 def accented_entry(c: int, pool: Pool, seconds: set[int]) -> int:
     """Lower-case each character, clean, NFC, split: as cased, of what lower-casing makes of it."""
-    lowered = "" if is_surrogate(c) else nfc(chr(c).lower())
-    if lowered in ("", nfc(chr(c))):
+    lowered = nfc(chr(c).lower())
+    if lowered == nfc(chr(c)):
         return cased_entry(c, pool, seconds)
     # Composition is left to the run time where it can touch what comes of one character; what a
     # character is lower-cased to begins with a letter that combines with nothing before it.
@@ -190,7 +186,7 @@ def c_array(kind: str, name: str, values: list[int]) -> str:
     return f"const {kind} {name}[{len(values)}] = {{\n{body}}};\n"
 
 
-def ranges(predicate, codes=range(LAST)) -> list[tuple[int, int]]:
+def ranges(predicate, codes=ASSIGNED) -> list[tuple[int, int]]:
     spans: list[tuple[int, int]] = []
     for c in codes:
         if predicate(c):
@@ -206,28 +202,33 @@ def py_text(name: str, comment: str, words: list[str]) -> str:
     return f'{comment}\n{name} = """\n{body}\n"""\n'
 
 
-def py_ranges(name: str, comment: str, predicate) -> str:
-    return py_text(name, comment, [f"{a:X}-{b:X}" for a, b in ranges(predicate)])
+def py_ranges(name: str, comment: str, predicate, codes=ASSIGNED) -> str:
+    return py_text(name, comment, [f"{a:X}-{b:X}" for a, b in ranges(predicate, codes)])
 
 
 def write_cpp() -> None:
     pool = Pool()
     seconds = seconds_of_pairs()
-    uncased = [uncased_entry(c, pool) for c in range(LAST)]
-    cased = [cased_entry(c, pool, seconds) for c in range(LAST)]
-    accented = [accented_entry(c, pool, seconds) for c in range(LAST)]
-    combining = [0 if is_surrogate(c) else unicodedata.combining(chr(c)) for c in range(LAST)]
-    mark = [0 if is_surrogate(c) else int(is_mark(c)) for c in range(LAST)]
+    uncased, cased, accented = [DROP] * LAST, [DROP] * LAST, [DROP] * LAST
+    combining, mark = [0] * LAST, [0] * LAST
+    for c in ASSIGNED:
+        uncased[c] = uncased_entry(c, pool)
+    for c in ASSIGNED:
+        cased[c] = cased_entry(c, pool, seconds)
+    for c in ASSIGNED:
+        accented[c] = accented_entry(c, pool, seconds)
+        combining[c] = unicodedata.combining(chr(c))
+        mark[c] = int(is_mark(c))
     # The gathered path decomposes without lower-casing: what is gathered uncased has no upper case.
     decomposed = []
-    for c in range(LAST):
-        if is_surrogate(c) or is_hangul(c):
+    for c in ASSIGNED:
+        if is_hangul(c):
             continue
         if nfd(chr(c)) != chr(c):
             decomposed.append((c, nfd(chr(c))))
         assert uncased[c] & 15 not in (GATHER, MARK) or nfd(chr(c).lower()) == nfd(chr(c))
     pairs = []
-    for c in range(LAST):
+    for c in ASSIGNED:
         step = decomposition(c)
         if len(step) == 2 and nfc(nfd(chr(c))) == chr(c):
             pairs.append((step[0], step[1], c))
@@ -263,19 +264,20 @@ def write_cpp() -> None:
 
 
 def write_python() -> None:
-    alive = [c for c in range(LAST) if not is_surrogate(c)]
     lower = [f"{c:X}:{'+'.join(f'{ord(x):X}' for x in chr(c).lower())}"
-             for c in alive if chr(c).lower() != chr(c)]  # fmt: skip
+             for c in ASSIGNED if chr(c).lower() != chr(c)]  # fmt: skip
     steps = [
-        f"{c:X}:{'+'.join(f'{x:X}' for x in decomposition(c))}" for c in alive if decomposition(c)
+        f"{c:X}:{'+'.join(f'{x:X}' for x in decomposition(c))}"
+        for c in ASSIGNED
+        if decomposition(c)
     ]
     excluded = [
-        f"{c:X}" for c in alive if len(decomposition(c)) == 2 and nfc(nfd(chr(c))) != chr(c)
+        f"{c:X}" for c in ASSIGNED if len(decomposition(c)) == 2 and nfc(nfd(chr(c))) != chr(c)
     ]
     classes = []
     combining = [unicodedata.combining(chr(c)) for c in range(LAST)]
     for value in sorted(set(combining) - {0}):
-        spans = ranges(lambda c, v=value: combining[c] == v, [c for c in alive if combining[c]])
+        spans = ranges(lambda c, v=value: combining[c] == v, [c for c in ASSIGNED if combining[c]])
         classes.append(f"{value}:{','.join(f'{a:X}-{b:X}' for a, b in spans)}")
     note = "# Inclusive ranges of code points, hexadecimal"
     out = [
@@ -283,7 +285,7 @@ def write_python() -> None:
         'Made by csrc/make_unicode_tables.py; do not edit.\n"""\n',
         f'VERSION = "{VERSION}"\n',
         py_ranges("CONTROL", f"{note}: general category C (Cc, Cf, Cn, Co, Cs).",
-                  lambda c: category(c).startswith("C")),
+                  lambda c: category(c).startswith("C"), range(LAST)),
         py_ranges("SPACE", f"{note}: general category Z.", lambda c: category(c).startswith("Z")),
         py_ranges("PUNCTUATION", f"{note}: general category P.",
                   lambda c: category(c).startswith("P")),

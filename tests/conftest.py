@@ -101,6 +101,17 @@ def poisoned_memory():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cuts():
+    """fsync returns at once: it is most of a small checkpoint's time, and no test cuts the power.
+
+    Tests that look for its calls, or fork before one, put their own in its place.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 # ---- rounding errors -------------------------------------------------------------------------
 
 # Numeric tests compare with float64, and bound the largest error by a model of rounding:

@@ -122,14 +122,18 @@ def test_every_trained_parameter_moves_in_two_steps(
 
 
 def test_a_page_of_text_is_learned(stage1, tmp_path):
-    _, report, _ = stage1(tmp_path, replace(STAGE1, steps=60, eval_every=60, lr=3e-3, rows=8))
+    _, report, _ = stage1(
+        tmp_path, replace(STAGE1, steps=60, eval_every=60, save_every=60, lr=3e-3, rows=8)
+    )
     first, last = report.heldout_first, report.heldout_last
     for name in ("teacher_loss", "student_loss"):
         assert last[name] < first[name] - 0.5
 
 
 def test_the_student_learns_to_predict(stage2, tmp_path):
-    _, report, _ = stage2(tmp_path, replace(STAGE2, steps=40, eval_every=40, lr=3e-3))
+    _, report, _ = stage2(
+        tmp_path, replace(STAGE2, steps=40, eval_every=40, save_every=40, lr=3e-3)
+    )
     assert report.heldout_last["loss"] < report.heldout_first["loss"] - 0.3
 
 
@@ -140,8 +144,9 @@ def test_the_student_learns_to_predict(stage2, tmp_path):
 def test_the_student_learns_what_the_teacher_says(stage2, tmp_path, distill, numbers):
     # Without its own loss, which pulls elsewhere: this teacher knows next to nothing.
     config = replace(
-        STAGE2, steps=60, eval_every=60, log_every=20, lr=3e-3, distill=distill, mlm_weight=0.0
-    )
+        STAGE2, steps=60, eval_every=60, save_every=60, log_every=20, lr=3e-3, distill=distill,
+        mlm_weight=0.0,
+    )  # fmt: skip
     task, _, _ = stage2(tmp_path, config)
     trained = [r for r in numbers(tmp_path) if "heldout" not in r]
     for name in distill:
