@@ -95,10 +95,8 @@ CAUSAL = {
 }
 
 
-def make(family: str, model: str = "", **options):
-    """A tiny model of a family, its masked-language model unless another class is named."""
-    torch.manual_seed(0)
-    name = FAMILIES[family]
+def config_of(family: str, **options):
+    """Of a tiny model of a family."""
     sizes = SMALL
     if family == "distilbert":
         sizes = {
@@ -111,8 +109,15 @@ def make(family: str, model: str = "", **options):
             "block_sizes": [1, 1], "hidden_dropout": 0.0, "attention_dropout": 0.0,
             "activation_dropout": 0.0,
         }  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(**sizes | OWN.get(family, {}) | options)
-    model = getattr(transformers, model or f"{name}ForMaskedLM")(config)
+    config = getattr(transformers, f"{FAMILIES[family]}Config")
+    return config(**sizes | OWN.get(family, {}) | options)
+
+
+def make(family: str, model: str = "", **options):
+    """A tiny model of a family, its masked-language model unless another class is named."""
+    torch.manual_seed(0)
+    config = config_of(family, **options)
+    model = getattr(transformers, model or f"{FAMILIES[family]}ForMaskedLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
