@@ -73,12 +73,13 @@ class FuzzInput {
 };
 
 // Stops the fuzzer if the processor time of this process between construction and destruction is
-// out of proportion to the size of a text. The factor is several times what the slowest text was
-// seen to take with sanitizers on a busy machine; a text of 256 KiB whose time is quadratic takes
-// far more.
+// out of proportion to the size of a text, mended: an ill-formed byte becomes three. The factor is
+// several times what the slowest text was seen to take with sanitizers on a busy machine; a text of
+// 256 KiB whose time is quadratic takes far more.
 class TimeLimit {
  public:
-  explicit TimeLimit(std::size_t bytes) : limit_(1.0 + 30e-6 * static_cast<double>(bytes)) {}
+  explicit TimeLimit(std::string_view text)
+      : limit_(1.0 + 30e-6 * static_cast<double>(ReplaceIllFormed(text).size())) {}
   ~TimeLimit() { Require(Now() - start_ < limit_, "too much time for so short a text"); }
   TimeLimit(const TimeLimit&) = delete;
   TimeLimit& operator=(const TimeLimit&) = delete;

@@ -126,7 +126,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   options.truncation = static_cast<Truncation>(flags >> 1 & 3);
   options.max_length = input.Number(0, 40);
   const std::string text = input.Utf8Text();
-  const TimeLimit limit(text.size());
+  const TimeLimit limit(text);
   std::vector<std::string_view> texts;
   for (std::size_t at = 0; at <= text.size();) {
     const std::size_t end = std::min(text.find('\n', at), text.size());

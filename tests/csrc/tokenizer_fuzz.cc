@@ -11,7 +11,7 @@
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   mvbert::AllFuzzTokenizers();
   const std::string text = mvbert::FuzzInput(data, size).Text();
-  const mvbert::TimeLimit limit(text.size());
+  const mvbert::TimeLimit limit(text);
   mvbert::CheckText(text);
   return 0;
 }

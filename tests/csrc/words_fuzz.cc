@@ -60,7 +60,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   FuzzInput input(data, size);
   const std::size_t most = input.Number(1, 600);
   const std::string bytes = input.Text();
-  const TimeLimit limit(bytes.size());
+  const TimeLimit limit(bytes);
   const std::size_t error = Utf8ErrorOffset(bytes);
   Require(error == kNoError || error < bytes.size(), "an error outside the text");
   const std::string text = ReplaceIllFormed(bytes);
