@@ -1,7 +1,10 @@
 """A GGUF file holds the model, and llama.cpp reads from it what mvbert does."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,13 +223,52 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def llama(path, **options):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    return llama_cpp.Llama(str(path), n_threads=1, n_threads_batch=1, verbose=False, **options)
+NODE = """
+import {getLlama} from "node-llama-cpp";
+const [path, texts, size] = process.argv.slice(2);
+const llama = await getLlama({gpu: false, build: "never", logLevel: "error"});
+const model = await llama.loadModel({modelPath: path});
+const context = await model.createEmbeddingContext({threads: 1, contextSize: +size});
+const read = [];
+for (const [text, embed] of JSON.parse(texts)) {
+  const vector = embed ? [...(await context.getEmbeddingFor(text)).vector] : null;
+  read.push([model.tokenize(text, true), vector]);
+}
+process.stdout.write(JSON.stringify(read), () => process.exit(0));
+"""
 
 
-def ids_of(model, text: str) -> list[int]:
-    return model.tokenize(text.encode(), add_bos=True, special=True)
+def llama(path, texts: list[tuple[str, bool]], n_ctx: int) -> list[tuple[list[int], np.ndarray]]:
+    """What llama.cpp reads in texts: the ids between [CLS] and [SEP], and the vectors asked for.
+
+    By llama-cpp-python, or by npm's node-llama-cpp in the folder MVBERT_NODE_MODULES.
+    """
+    try:
+        import llama_cpp
+    except ImportError:
+        modules = os.environ.get("MVBERT_NODE_MODULES")
+        if modules is None or not (Path(modules) / "node-llama-cpp").is_dir():
+            pytest.skip("needs llama-cpp-python, or node-llama-cpp in MVBERT_NODE_MODULES")
+        if not (link := path.parent / "node_modules").exists():
+            link.symlink_to(Path(modules).resolve())
+        (path.parent / "run.mjs").write_text(NODE)
+        done = subprocess.run(
+            ["node", "run.mjs", path, json.dumps(texts), str(n_ctx)],
+            cwd=path.parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return [(ids, np.array(vector)) for ids, vector in json.loads(done.stdout)]
+    model = llama_cpp.Llama(
+        str(path), n_threads=1, n_threads_batch=1, verbose=False, embedding=True, n_ctx=n_ctx,
+        n_batch=n_ctx,
+    )  # fmt: skip
+    return [
+        (
+            model.tokenize(text.encode(), add_bos=True, special=True)[1:-1],
+            np.array(model.embed(text, normalize=False) if embed else None),
+        )
+        for text, embed in texts
+    ]
 
 
 @pytest.mark.slow
@@ -241,19 +283,21 @@ def test_llama_cpp_gives_the_ids_and_vectors_of_a_sentence_encoder(tmp_path):
     pooling = read_pooling(folder, shape.hidden_size)
     tokenizer = WordPieceTokenizer(vocab)
     texts = [*TEXTS, "many words in a long row of words " * 40]
+    rows = [list(tokenizer(text)["input_ids"]) for text in texts]
+    # What embeds takes special pieces for text.
+    embed = [len(ids) > 2 and "[" not in text for ids, text in zip(rows, texts, strict=True)]
     for file in (FLOAT, HALF):
-        theirs = llama(tmp_path / "out" / file, embedding=True, n_ctx=512, n_batch=512)
-        for text in texts:
-            ids = list(tokenizer(text)["input_ids"])
-            assert ids_of(theirs, text) == ids, ascii(text)
-            if len(ids) == 2 or "[" in text:  # embed() takes special pieces for text
+        read = llama(tmp_path / "out" / file, [*zip(texts, embed, strict=True)], 512)
+        for text, ids, embedded, (found_ids, found) in zip(texts, rows, embed, read, strict=True):
+            assert found_ids == ids[1:-1], ascii(text)
+            if not embedded:
                 continue
-            rows = torch.tensor([ids])
+            row = torch.tensor([ids])
             with torch.no_grad():
-                hidden = model.eval().encode(rows.int(), torch.zeros_like(rows).int())
-                expected = pooling(hidden, torch.ones_like(rows).bool())[0].numpy()
-            found = np.array(theirs.embed(text, normalize=True))
+                hidden = model.eval().encode(row.int(), torch.zeros_like(row).int())
+                expected = pooling(hidden, torch.ones_like(row).bool())[0].numpy()
             # GELU by tanh and from a table of float16: 3e-4 was the most seen.
+            found = found / np.linalg.norm(found)
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3)
             assert np.abs(found - np.roll(expected, 1)).max() > 0.1
 
@@ -269,18 +313,20 @@ def test_llama_cpp_reads_every_kind_of_vocabulary(lowercase, strip_accents, mode
     pooling = None if mode is None else Pooling(mode)
     folder = folder_of(tmp_path / "model", model, vocab, pooling)
     run_gguf(str(folder), tmp_path / "out")
-    theirs = llama(tmp_path / "out" / FLOAT, embedding=True, n_ctx=12)
     tokenizer = WordPieceTokenizer(vocab)
-    text = "undo Undoable É é e! Do unDo[中]"
-    ids = list(tokenizer(text)["input_ids"])
-    assert ids_of(theirs, text) == ids
-    assert vocab.unk not in ids_of(theirs, "undoable do")
-    text = "undo é Do un!"
-    rows = torch.tensor([tokenizer(text)["input_ids"]])
+    asked = [("undo Undoable É é e! Do unDo[中]", False), ("undoable do", False)]
+    asked.append(("undo é Do un!", True))
+    if mode is None:
+        pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: vectors of single pieces")
+    read = llama(tmp_path / "out" / FLOAT, asked, 12)
+    rows = [list(tokenizer(text)["input_ids"]) for text, _ in asked]
+    assert [ids for ids, _ in read] == [ids[1:-1] for ids in rows]
+    assert vocab.unk not in rows[1]
+    row = torch.tensor(rows[2:])
     with torch.no_grad():
-        hidden = model.encode(rows.int(), torch.zeros_like(rows).int())[0].numpy()
-    found = np.array(theirs.embed(text, normalize=False))
+        hidden = model.encode(row.int(), torch.zeros_like(row).int())[0].numpy()
     expected = hidden if mode is None else hidden[0]
+    found = read[2][1]
     assert found.shape == expected.shape
     # Of values up to 3; the table of GELU has float16's steps.
     np.testing.assert_allclose(found, expected, rtol=0, atol=5e-3)
