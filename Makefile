@@ -21,7 +21,8 @@ TORCH ?= torch==2.13.0
 endif
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Modules are compiled when they are first imported: most of torch's and transformers' never are.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 MAKEFLAGS += --no-print-directory
 
