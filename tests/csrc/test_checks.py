@@ -11,7 +11,7 @@ from mvbert import _core
 
 CHECKS = sorted(path.stem for path in Path(__file__).parent.glob("*_check.c*"))
 SANITIZERS = ["address,undefined", "thread"]
-QUICK = {"tokenizer_check": ["150"]}  # texts
+QUICK = {"tokenizer_check": ["300"]}  # texts
 
 
 def _run(*command, **kwargs) -> subprocess.CompletedProcess:

@@ -22,7 +22,7 @@ from mvbert.training.stages import Stage2, load_stage1
 
 # All that changes from step to step does: rows, dropout, learning rate, weights of losses.
 CONFIG = Stage2Config(
-    steps=8, rows=4, micro_rows=2, eval_rows=4, eval_every=4, save_every=8, log_every=1,
+    steps=12, rows=4, micro_rows=2, eval_rows=4, eval_every=6, save_every=12, log_every=1,
     dtype="float32", device="cpu", threads=1, lr=1e-2, shape="1x64", dropout=0.1,
     distill=("logits", "hidden", "relations", "sentence"), relation_heads=8, mlm_weight=0.1,
 )  # fmt: skip
