@@ -86,8 +86,8 @@ def test_what_was_measured_is_told(tmp_path):
     slow = Job(tmp_path / "slow", 4.0)
     assert slow.share == fitting_share(costs(4.0), SLACK * 500)
     assert slow.notes[1] == (
-        "all steps would take 16 min; 36% of them fit the 8 min 20 s left of 9 min: "
-        "stage1 54, a 290, b 290"
+        "all steps would take 16 min; 30% of them fit the 8 min 20 s left of 9 min: "
+        "stage1 45, a 240, b 240"
     )
     hopeless = Job(tmp_path / "hopeless", 100.0)
     assert hopeless.share == FLOOR
@@ -103,7 +103,7 @@ def test_a_resumed_job_keeps_its_steps_on_any_machine(tmp_path, slower):
         again = Job(tmp_path, 50.0, minutes)
         assert (again.share, again.measured) == (began.share, 0)
         assert again.notes == (
-            [] if slower == 1 else [f"training 36% of the steps (from {tmp_path}/plan.json)"]
+            [] if slower == 1 else [f"training 30% of the steps (from {tmp_path}/plan.json)"]
         )
 
 
